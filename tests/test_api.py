@@ -1,0 +1,49 @@
+"""What `import lowbit` gives, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import lowbit
+
+OPTIONAL = ("jinja2", "pydantic", "rich", "transformers", "triton", "typer")
+
+# In one process, so that the time of `import torch` and its spread are not in the difference.
+MEASURE = f"""
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import lowbit
+seconds = time.perf_counter() - start
+heavy = sorted({{name.split(".")[0] for name in set(sys.modules) - before}} & set({OPTIONAL!r}))
+print(json.dumps([seconds, heavy]))
+"""
+
+
+def measure_import() -> tuple[float, list[str]]:
+    """Seconds that `import lowbit` takes after `import torch` in a new process, and the heavy packages it loads."""
+    run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, timeout=120)
+    seconds, heavy = json.loads(run.stdout)
+    return seconds, heavy
+
+
+def test_exported_names_exist_and_are_sorted():
+    """`lowbit.__all__` is sorted, without doubles, and every name in it is there."""
+    assert list(lowbit.__all__) == sorted(set(lowbit.__all__))
+    for name in lowbit.__all__:
+        assert hasattr(lowbit, name), name
+
+
+def test_import_is_quick_and_light():
+    """`import lowbit` takes at most 0.3 s above `import torch`, and brings in nothing that only the command needs."""
+    runs = []
+    for _ in range(5):  # the best of several: a busy machine delays a run, nothing makes one too fast
+        runs.append(measure_import())
+        if runs[-1][0] <= 0.3:
+            break
+
+    assert min(seconds for seconds, _ in runs) <= 0.3
+    assert runs[-1][1] == []
