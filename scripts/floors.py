@@ -1,7 +1,7 @@
 """The order of the floors: who may import whom inside the package. Run as a program it prints what breaks it.
 
 A module imports only from floors with a smaller number, from its own folder and from the few neighbours of BESIDE, and
-never inside a function, so that the import lines at the top of a file say all that it rests on. All may import `errors`.
+never inside a function, so that the import lines at the top of a file say all that it rests on. All import `errors`.
 The top-level `__init__.py` may import anything, and only the highest floor may import from it.
 """
 
