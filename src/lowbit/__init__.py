@@ -1,0 +1,21 @@
+"""lowbit: convert model weights from 16 bits to 8 and 4, prove what was lost, load them and multiply with them."""
+
+from lowbit import ops, tensor_ops
+from lowbit.dispatch import use_backend
+from lowbit.errors import LowbitError
+from lowbit.formats import Format, formats, parse_spec
+from lowbit.tensor import QuantizedTensor, fallbacks
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Format",
+    "LowbitError",
+    "QuantizedTensor",
+    "fallbacks",
+    "formats",
+    "ops",
+    "parse_spec",
+    "tensor_ops",
+    "use_backend",
+]

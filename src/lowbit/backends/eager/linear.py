@@ -1,0 +1,15 @@
+"""linear for every format: a bounded piece of the weight is decoded at a time and multiplied in the dtype of x."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowbit.dispatch import kernel
+from lowbit.formats.base import Format
+from lowbit.formats.parts import Parts
+
+
+@kernel("linear", backend="eager")
+def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    """x [..., K], bias [N] or None -> [..., N] in the dtype of x."""
+    return fmt.linear(x, parts, bias)

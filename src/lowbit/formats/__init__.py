@@ -1,0 +1,29 @@
+"""The formats: one file each. Importing this package registers them all."""
+
+from lowbit.formats import fp8
+from lowbit.formats.base import (
+    Candidate,
+    Format,
+    as_format,
+    formats,
+    from_config,
+    get_format,
+    parse_spec,
+    register,
+)
+from lowbit.formats.parts import Dim, Part, Parts
+
+__all__ = [
+    "Candidate",
+    "Dim",
+    "Format",
+    "Part",
+    "Parts",
+    "as_format",
+    "formats",
+    "fp8",
+    "from_config",
+    "get_format",
+    "parse_spec",
+    "register",
+]

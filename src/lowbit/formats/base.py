@@ -1,0 +1,373 @@
+"""What a format is, and everything that follows from it.
+
+A format is one frozen dataclass in one file. Its fields are its JSON config; its string form is its spec, such as
+`fp8_e4m3(granularity=row)`. A subclass states
+
+- `name`, and `keys`: the checkpoint key of each part in each dialect;
+- `part_rules()`: the stored tensors with their dtypes and shapes (`parts.Part`), `qdata` first;
+- `fit_shared(w)`: what the whole weight shares, found in one pass over it (a tensor-wide scale), and
+  `fit(rows, shared)`: the other parameters of some rows;
+- `encode(rows, params)` -> codes, `decode(codes, params)` -> float32, `pack(codes)` -> qdata, `unpack(qdata)` -> codes;
+- `unit(shape)`: the tile (rows, columns) of weights that share one scale, and `candidates(rows, params)`: other scales worth
+  trying. The solvers work on these two and on the hooks above, so each is written once for all formats;
+- `golden_sqnr`: the signal-to-noise ratio in dB on the shared Gaussian, by spec, which the tests hold to both sides.
+
+`Format` supplies quantize and dequantize in bounded pieces, validation, byte counts, row operations, spec and JSON forms,
+equality, the reference linear and registration. All arithmetic is float32 and is rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  (the field's name for it)
+
+from lowbit.errors import FormatError, UnknownFormatError, WeightError
+from lowbit.formats.parts import FLOATS, K, Part, Parts, check_parts, gather_rows, narrow_rows
+from lowbit.numerics.groups import reduce_tiles, row_chunks
+from lowbit.numerics.integers import uniform_noise
+
+MIN_SCALE = 1e-8
+DECODE_ELEMENTS = 1 << 22  # the largest piece of a weight that a matmul decodes at once: 16 MiB as float32
+
+_REGISTRY: dict[str, type[Format]] = {}
+_SPEC = re.compile(r"^\s*([A-Za-z0-9_]+)\s*(?:\((.*)\))?\s*$", re.DOTALL)
+F_ = TypeVar("F_", bound="type[Format]")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Other parameters for some rows, and per unit a lower bound of the squared error they can reach (or None)."""
+
+    params: Parts
+    bound: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to store a weight [N, K] in few bits. See the module's docstring for what a subclass states."""
+
+    pre_quant_scale: bool = False
+    """The input is multiplied by a stored vector [K] before the layer (activation-aware scaling)."""
+    input_scale: bool = False
+    """A static activation scale is stored with the weight; kept for runtimes that use one."""
+
+    name: ClassVar[str] = ""
+    keys: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    golden_sqnr: ClassVar[Mapping[str, float]] = {}
+    stochastic: ClassVar[bool] = False
+    supports_embedding: ClassVar[bool] = True
+    data_free_solver: ClassVar[str] = "rtn"
+    """What `--solver auto` takes when nothing is known about the activations."""
+
+    # ---- what a subclass states -------------------------------------------------------------------------------------
+
+    def part_rules(self) -> tuple[Part, ...]:
+        """The rules of the parts this format itself stores, `qdata` first."""
+        raise NotImplementedError
+
+    def fit_shared(self, w: Tensor) -> Parts:
+        """Parameters that all rows share, from the whole weight [N, K] (any float dtype)."""
+        return {}
+
+    def fit(self, rows: Tensor, shared: Parts) -> Parts:
+        """All parameters of some rows (float32 [n, K]), the shared ones included, as they will be stored."""
+        raise NotImplementedError
+
+    def encode(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:
+        """Codes of float32 rows; with uniform `noise` in [0, 1) rounded stochastically."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor, params: Parts) -> Tensor:
+        """float32 rows of codes."""
+        raise NotImplementedError
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes as they are stored."""
+        return codes
+
+    def unpack(self, qdata: Tensor, columns: int) -> Tensor:
+        """The codes [n, columns] (or padded further) of stored rows."""
+        return qdata
+
+    def unit(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The tile (rows, columns) of a weight of this shape that shares one scale."""
+        raise NotImplementedError
+
+    def candidates(self, rows: Tensor, params: Parts) -> Iterator[Candidate]:
+        """Other parameters worth trying for these rows, most promising first."""
+        return iter(())
+
+    def check_shape(self, n: int, k: int) -> str | None:
+        """Why a weight of this shape cannot be stored, in words that follow its shape, or None."""
+        return None
+
+    # ---- quantize and dequantize ------------------------------------------------------------------------------------
+
+    def project(self, rows: Tensor, params: Parts) -> Tensor:
+        """What the rows become: encoded and decoded again, float32. A format may have a shorter way."""
+        return self.decode(self.encode(rows, params), params)
+
+    def check_weight(self, w: Tensor, where: str = "weight") -> None:
+        """Raise `WeightError`, naming `where`, for a weight that cannot be stored in this format."""
+        if w.dim() != 2 or w.dtype not in (*FLOATS, torch.float64):
+            kind = f"{w.dim()}-D {str(w.dtype).removeprefix('torch.')}"
+            raise WeightError(f"{where}: {self.name} stores a 2-D floating-point weight, not a {kind} tensor; keep it")
+        why = self.check_shape(w.shape[0], w.shape[1]) if w.shape[1] else "has no columns"
+        if why:
+            raise WeightError(f"{where}: {list(w.shape)} {why}; keep this layer or choose another format")
+
+    def quantize(self, w: Tensor, *, params: Parts | None = None, seed: int | None = None, where: str = "weight") -> Parts:
+        """The parts of a weight [N, K], by rounding to nearest or, with a `seed`, stochastically.
+
+        `params`: parameters chosen beforehand (by a solver); by default they are fitted. Works in pieces, with temporaries
+        of a few MiB. Raises `WeightError`, naming `where`, on a wrong shape, a NaN or an infinity.
+        """
+        self.check_weight(w, where)
+        if seed is not None and not self.stochastic:
+            raise FormatError(f"{self.name} has no stochastic rounding; leave the seed out")
+        shared = self.fit_shared(w) if params is None else {}
+        out: Parts = {}
+        for start, stop in self.row_ranges(w.shape[0], w.shape[1]):
+            rows = w[start:stop].float()
+            check_finite(rows, where)
+            chosen = self.fit(rows, shared) if params is None else narrow_rows(self.param_rules, params, start, stop)
+            noise = None if seed is None else uniform_noise(tuple(rows.shape), seed, start, w.device)
+            piece = {"qdata": self.pack(self.encode(rows, chosen, noise)), **chosen}
+            self.store_rows(out, piece, tuple(w.shape), start)
+        return out
+
+    def dequantize(self, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The weight [N, K] that the parts mean, in `dtype`; with a pre-quant scale, the effective weight."""
+        return self.dequantize_rows(parts, shape[1], 0, shape[0], dtype)
+
+    def dequantize_rows(self, parts: Mapping[str, Tensor], k: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows [start, stop) of `dequantize`; `start` is a multiple of the rows that share a scale."""
+        out = torch.empty((stop - start, k), dtype=dtype, device=parts["qdata"].device)
+        for first, last in self.row_ranges(stop - start, k):
+            cut = narrow_rows(self.rules, parts, start + first, start + last)
+            rows = self.decode(self.unpack(cut["qdata"], k), cut)[:, :k]
+            out[first:last] = rows * cut["pre_quant_scale"].float() if self.pre_quant_scale else rows
+        return out
+
+    def linear(self, x: Tensor, parts: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        """The reference linear: x [..., K] -> [..., N] in the dtype of x, decoding a bounded piece of the weight at a time."""
+        n, k = self.rows_of(parts), x.shape[-1]
+        if n * k <= DECODE_ELEMENTS:
+            return F.linear(x, self.dequantize_rows(parts, k, 0, n, x.dtype), bias)
+        out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+        for a, b in row_chunks(n, k, self.row_multiple, DECODE_ELEMENTS):
+            part_bias = None if bias is None else bias[a:b]
+            out[..., a:b] = F.linear(x, self.dequantize_rows(parts, k, a, b, x.dtype), part_bias)
+        return out
+
+    def embedding(self, indices: Tensor, parts: Mapping[str, Tensor], k: int, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight by index: [...] int -> [..., K] in `dtype`. Only those rows are decoded."""
+        picked = gather_rows(self.rules, parts, indices.reshape(-1).long())
+        rows = self.single_rows.dequantize_rows(picked, k, 0, indices.numel(), dtype)
+        return rows.reshape(*indices.shape, k)
+
+    def bias_share(self, parts: Mapping[str, Tensor]) -> Tensor | None:
+        """What the stored bias of the layer lacks ([N] float32), when the format folds a constant into it; else None."""
+        return None
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def rules(self) -> tuple[Part, ...]:
+        """The rules of all stored parts, the optional ones last."""
+        extra = [Part("pre_quant_scale", (K,), FLOATS)] if self.pre_quant_scale else []
+        extra += [Part("input_scale", (), (torch.float32,))] if self.input_scale else []
+        return (*self.part_rules(), *extra)
+
+    @cached_property
+    def param_rules(self) -> tuple[Part, ...]:
+        """The rules of this format's own parts without `qdata`."""
+        return tuple(rule for rule in self.part_rules() if rule.name != "qdata")
+
+    @cached_property
+    def part_names(self) -> tuple[str, ...]:
+        """The names of the parts, in the order in which ops take them."""
+        return tuple(rule.name for rule in self.rules)
+
+    @cached_property
+    def row_multiple(self) -> int:
+        """Rows can be cut at multiples of this."""
+        return max((rule.rows_per_entry for rule in self.rules), default=1)
+
+    @cached_property
+    def plain(self) -> Format:
+        """The same format without the optional parts."""
+        return dataclasses.replace(self, pre_quant_scale=False, input_scale=False)
+
+    @property
+    def single_rows(self) -> Format:
+        """The format of rows gathered one by one."""
+        return self
+
+    def sizes(self, n: int, k: int) -> dict[str, int]:
+        """N, K and, where there is one, R, for the part rules."""
+        return {"N": n, "K": k}
+
+    def rows_of(self, parts: Mapping[str, Tensor]) -> int:
+        """N of a set of parts."""
+        return parts["qdata"].shape[0]
+
+    def row_ranges(self, n: int, k: int) -> Iterator[tuple[int, int]]:
+        """Ranges of rows to work on at a time: small, and cut where this format allows it."""
+        return row_chunks(n, k, self.row_multiple)
+
+    def part_shapes(self, n: int, k: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every part of a weight [n, k]."""
+        return {rule.name: rule.shape(self.sizes(n, k)) for rule in self.rules}
+
+    def part_dtypes(self, source: torch.dtype) -> dict[str, torch.dtype]:
+        """The dtype of every part that `quantize` makes of a weight of dtype `source`."""
+        return {r.name: source if source in r.dtypes and len(r.dtypes) > 1 else r.dtypes[0] for r in self.rules}
+
+    def nbytes(self, n: int, k: int, source: torch.dtype = torch.bfloat16) -> int:
+        """Bytes that a weight [n, k] takes in this format."""
+        dtypes, total = self.part_dtypes(source), 0
+        for name, shape in self.part_shapes(n, k).items():
+            total += dtypes[name].itemsize * torch.Size(shape).numel()
+        return total
+
+    def check(self, parts: Mapping[str, Tensor], shape: tuple[int, int], where: str = "weight") -> None:
+        """Raise `PartsError`, naming `where`, unless these are the parts of a weight of this shape."""
+        check_parts(self.rules, parts, self.sizes(*shape), where)
+
+    def empty_parts(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Parts:
+        """Uninitialised parts for a weight [N, K]."""
+        shapes, dtypes = self.part_shapes(*shape), self.part_dtypes(dtype)
+        return {name: torch.empty(shapes[name], dtype=dtypes[name], device=device) for name in self.part_names}
+
+    def store_rows(self, out: Parts, piece: Parts, shape: tuple[int, ...], start: int) -> None:
+        """Write the parts of some rows into those of the whole weight, allocating these at the first piece."""
+        sizes = self.sizes(*shape)
+        for rule in (rule for rule in self.rules if rule.name in piece):
+            tensor, axis = piece[rule.name], rule.row_axis
+            whole = rule.shape(sizes)
+            if axis is None or tuple(tensor.shape) == whole:
+                out[rule.name] = tensor
+                continue
+            if rule.name not in out:
+                out[rule.name] = torch.empty(whole, dtype=tensor.dtype, device=tensor.device)
+            out[rule.name].narrow(axis, start // rule.rows_per_entry, tensor.shape[axis]).copy_(tensor)
+
+    def unit_errors(self, squared: Tensor) -> Tensor:
+        """Sums of an error [n, K] over the units of these rows -> [units along N, units along K]."""
+        return reduce_tiles(squared, self.unit((squared.shape[0], squared.shape[1])), "sum")
+
+    # ---- spec and JSON ----------------------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """The fields as JSON values, the name under "format"; `from_config` reads it back."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"format": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+
+    @cached_property
+    def spec(self) -> str:
+        """The spec string: the name, and in parentheses the fields that differ from their defaults."""
+        changed = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                changed.append(f"{field.name}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}")
+        return f"{self.name}({','.join(changed)})" if changed else self.name
+
+    def __str__(self) -> str:
+        return self.spec
+
+
+def check_finite(rows: Tensor, where: str) -> None:
+    """Raise `WeightError` when any value is NaN or infinite."""
+    if not rows.numel():
+        return
+    low, high = torch.aminmax(rows)
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise WeightError(f"{where}: holds NaN or infinity; repair the source or keep this layer")
+
+
+def whole_amax(w: Tensor) -> Tensor:
+    """The largest magnitude of a matrix as a float32 scalar tensor, in pieces; 0 for an empty one. NaN propagates."""
+    best = torch.zeros((), dtype=torch.float32, device=w.device)
+    for start, stop in row_chunks(w.shape[0], w.shape[1]):
+        low, high = torch.aminmax(w[start:stop])
+        best = torch.maximum(best, torch.maximum(high.float(), -low.float()))
+    return best
+
+
+def register(cls: F_) -> F_:
+    """Class decorator: make the format known by its name. A second format of that name is refused."""
+    if cls.name in _REGISTRY:
+        raise FormatError(f"a format named {cls.name!r} is registered already ({_REGISTRY[cls.name].__module__})")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def formats() -> dict[str, type[Format]]:
+    """Every registered format by name, sorted."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def get_format(name: str, where: str = "") -> type[Format]:
+    """The format class of that name; `UnknownFormatError` (a KeyError and a ValueError) lists the known ones."""
+    if name not in _REGISTRY:
+        raise UnknownFormatError(name, _REGISTRY, where)
+    return _REGISTRY[name]
+
+
+def from_config(config: Mapping[str, Any], where: str = "") -> Format:
+    """The format of a JSON config made by `Format.config`. Unknown fields and bad values raise `FormatError`."""
+    fields = dict(config)
+    cls = get_format(str(fields.pop("format", "")), where)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        place = f" in {where}" if where else ""
+        raise FormatError(f"{cls.name}{place} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+@lru_cache(maxsize=4096)
+def parse_spec(spec: str) -> Format:
+    """The format that a spec string names, such as `int8(granularity=block,block_size=128x128)`."""
+    match = _SPEC.match(spec)
+    if not match:
+        raise FormatError(f"{spec!r} is not a format spec; write it like fp8_e4m3(granularity=row)")
+    config: dict[str, Any] = {"format": match[1]}
+    for item in filter(None, (piece.strip() for piece in (match[2] or "").split(","))):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise FormatError(f"{spec!r}: write {item!r} as field=value")
+        config[key.strip()] = _parse_value(value.strip())
+    return from_config(config)
+
+
+def as_format(spec: Format | str) -> Format:
+    """A format given as itself or as its spec string."""
+    return spec if isinstance(spec, Format) else parse_spec(spec)
+
+
+def one_of(fmt: Format, field: str, allowed: Sequence[object]) -> None:
+    """Raise `FormatError` unless the field's value is one of `allowed`."""
+    value = getattr(fmt, field)
+    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+        raise FormatError(f"{fmt.name}: {field} is {value!r}, expected one of {', '.join(map(str, allowed))}")
+
+
+def _parse_value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    if re.fullmatch(r"\d+(x\d+)+", text):
+        return tuple(int(piece) for piece in text.split("x"))
+    return text.strip("'\"")

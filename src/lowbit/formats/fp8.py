@@ -1,0 +1,126 @@
+"""fp8_e4m3, fp8_e5m2: one byte a weight, a floating-point code times a float32 scale.
+
+    w = code * scale            code: float8_e4m3fn (max 448) or float8_e5m2 (max 57344)
+
+granularity   scale                                  shared by
+tensor        []                                     the whole weight
+row           [N, 1]                                 one output row
+block         [ceil(N / rows), ceil(K / columns)]    a tile of `block_size`; tiles at the right and bottom edge may be smaller
+
+The scale is `amax / max`, at least 1e-8. The mantissa of three (two) bits caps e4m3 (e5m2) at about 31.5 (25.5) dB whatever the
+scale; a finer granularity helps where magnitudes differ by more than the exponent covers.
+
+>>> import torch
+>>> from lowbit.formats import parse_spec
+>>> fmt = parse_spec("fp8_e4m3(granularity=row)")
+>>> parts = fmt.quantize(torch.tensor([[1.0, -448.0], [0.5, 0.25]]))
+>>> parts["scale"].shape
+torch.Size([2, 1])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import FormatError
+from lowbit.formats.base import MIN_SCALE, Candidate, Format, one_of, register, whole_amax
+from lowbit.formats.parts import Dim, K, N, Part, Parts
+from lowbit.numerics.floats import fp8_max, from_fp8, stochastic_to_fp8, to_fp8
+from lowbit.numerics.groups import expand_tiles, reduce_tiles
+
+GRANULARITIES = ("tensor", "row", "block")
+# Scales below amax / max trade a clipped peak for finer steps; above it, the exponent grid shifts against the weights.
+# Powers of two leave a floating-point grid as it is, so one octave is enough.
+_FACTORS = tuple(2.0 ** (i / 8) for i in range(-4, 5) if i)
+
+
+@dataclass(frozen=True)
+class _Fp8(Format):
+    granularity: str = "tensor"
+    block_size: tuple[int, int] = (128, 128)
+
+    dtype: ClassVar[torch.dtype]
+    stochastic: ClassVar[bool] = True
+    keys: ClassVar = {"comfy": {"qdata": "weight", "scale": "weight_scale"}}
+
+    def __post_init__(self) -> None:
+        one_of(self, "granularity", GRANULARITIES)
+        size = self.block_size
+        if len(size) != 2 or any(not isinstance(edge, int) or edge < 1 for edge in size):
+            raise FormatError(f"{self.name}: block_size is {size!r}, expected rows x columns such as 128x128")
+
+    def part_rules(self) -> tuple[Part, ...]:
+        rows, columns = self.block_size
+        dims = {"tensor": (), "row": (N, 1), "block": (Dim("N", rows), Dim("K", columns))}[self.granularity]
+        return Part("qdata", (N, K), (self.dtype,)), Part("scale", dims, (torch.float32,))
+
+    def fit_shared(self, w: Tensor) -> Parts:
+        return {"scale": self._scale(whole_amax(w))} if self.granularity == "tensor" else {}
+
+    def fit(self, rows: Tensor, shared: Parts) -> Parts:
+        if shared:
+            return shared
+        magnitude = rows.abs()
+        if self.granularity == "row":
+            return {"scale": self._scale(magnitude.amax(dim=1, keepdim=True))}
+        return {"scale": self._scale(reduce_tiles(magnitude, self.block_size, "amax"))}
+
+    def encode(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:
+        scaled = rows / self._spread(params["scale"], rows.shape)
+        return to_fp8(scaled, self.dtype) if noise is None else stochastic_to_fp8(scaled, self.dtype, noise)
+
+    def decode(self, codes: Tensor, params: Parts) -> Tensor:
+        return from_fp8(codes).mul_(self._spread(params["scale"], codes.shape))
+
+    def unit(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return {"tensor": shape, "row": (1, shape[1]), "block": self.block_size}[self.granularity]
+
+    def candidates(self, rows: Tensor, params: Parts) -> Iterator[Candidate]:
+        for factor in _FACTORS:
+            yield Candidate({"scale": (params["scale"] * factor).clamp_min(MIN_SCALE)})
+
+    @property
+    def single_rows(self) -> Format:
+        return replace(self, block_size=(1, self.block_size[1])) if self.granularity == "block" else self
+
+    def _scale(self, amax: Tensor) -> Tensor:
+        return (amax / fp8_max(self.dtype)).clamp_min(MIN_SCALE)
+
+    def _spread(self, scale: Tensor, shape: torch.Size) -> Tensor:
+        """The scale so that it broadcasts over [n, K]."""
+        if self.granularity != "block":
+            return scale
+        return expand_tiles(scale, self.block_size, (shape[0], shape[1]))
+
+
+@register
+@dataclass(frozen=True)
+class Fp8E4M3(_Fp8):
+    """float8_e4m3fn codes: three mantissa bits, the weight format of ComfyUI, vLLM and most fp8 hardware."""
+
+    name: ClassVar[str] = "fp8_e4m3"
+    dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
+    golden_sqnr: ClassVar = {
+        "fp8_e4m3": 31.5,
+        "fp8_e4m3(granularity=row)": 31.6,
+        "fp8_e4m3(granularity=block)": 31.6,
+    }
+
+
+@register
+@dataclass(frozen=True)
+class Fp8E5M2(_Fp8):
+    """float8_e5m2 codes: two mantissa bits and a range of 2**32; about 6 dB worse than e4m3 on weights."""
+
+    name: ClassVar[str] = "fp8_e5m2"
+    dtype: ClassVar[torch.dtype] = torch.float8_e5m2
+    golden_sqnr: ClassVar = {
+        "fp8_e5m2": 25.5,
+        "fp8_e5m2(granularity=row)": 25.5,
+        "fp8_e5m2(granularity=block)": 25.5,
+    }

@@ -1,0 +1,35 @@
+"""Two 4-bit codes in a byte. The order is always named: `low` puts the even column in the low nibble, `high` in the high one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """[..., K] uint8 or int8 codes (the low four bits count) -> [..., ceil(K / 2)] uint8, even column in the low nibble.
+
+    An odd K is padded with a zero code.
+    """
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    pairs = codes.contiguous().view(torch.int16)  # low byte: even column (little endian)
+    return ((pairs & 0xF) | ((pairs >> 4) & 0xF0)).to(torch.uint8)
+
+
+def unpack_nibbles(packed: Tensor, columns: int | None = None) -> Tensor:
+    """[..., P] bytes -> [..., columns or 2 P] uint8 codes 0..15; the inverse of `pack_nibbles`."""
+    wide = packed.view(torch.uint8).to(torch.int16)
+    codes = ((wide & 0x0F) | ((wide & 0xF0) << 4)).view(torch.uint8)
+    return codes if columns is None or columns == codes.shape[-1] else codes[..., :columns]
+
+
+def sign_extend_nibbles(codes: Tensor) -> Tensor:
+    """uint8 codes 0..15 in two's complement -> int8 values -8..7."""
+    return ((codes ^ 8).view(torch.int8)) - 8
+
+
+def swap_nibbles(packed: Tensor) -> Tensor:
+    """Exchange the nibbles of every byte: low-first order to high-first and back. Keeps shape and dtype."""
+    raw = packed.view(torch.uint8)
+    return ((raw << 4) | (raw >> 4)).view(packed.dtype)

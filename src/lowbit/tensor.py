@@ -1,0 +1,349 @@
+"""QuantizedTensor: a weight in few bits that behaves like the tensor it stands for.
+
+It has the logical shape (N, K) and dtype of the original, never those of the packed bytes; the bytes live in its parts. The
+ops it understands run on the parts (`tensor_ops.py`). Any other op dequantizes, is counted in `fallbacks()` and warns once.
+
+The dtype is the one that results are computed in: `.to(dtype)` changes it and leaves the parts alone. The weight is frozen:
+gradients pass through it to the input, not into it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from lowbit.errors import UnsupportedError
+from lowbit.formats.base import Format, as_format
+from lowbit.formats.parts import Parts
+from lowbit.layouts.base import get_layout
+from lowbit.ops import generic
+
+Handler = Callable[..., Any]
+
+_ATEN: dict[Any, Handler] = {}  # aten overload -> handler(func, args, kwargs); filled by tensor_ops.py
+_TORCH: dict[Any, Handler] = {}  # torch function -> handler(*args, **kwargs), the short way in eager mode
+_FALLBACKS: Counter[str] = Counter()
+
+
+class LowbitFallbackWarning(UserWarning):
+    """An op without a handler dequantized a whole quantized weight."""
+
+
+def fallbacks() -> dict[str, int]:
+    """How often each op dequantized a weight because it has no handler, since the program started."""
+    return dict(_FALLBACKS)
+
+
+class QuantizedTensor(torch.Tensor):
+    """A frozen quantized weight. Make one with `QuantizedTensor.quantize` or from parts that a checkpoint holds.
+
+    Attributes: `format`, `kernel_layout` ("" for plain parts), one attribute a part (`qdata`, `scale`, ...) and `matrix`, the (N, K)
+    that the parts describe; `shape` may be any view of it.
+    """
+
+    format: Format
+    kernel_layout: str
+    matrix: tuple[int, int]
+    _spec: str
+    _transposed: bool
+
+    @staticmethod
+    def __new__(
+        cls: type[QuantizedTensor],
+        parts: Mapping[str, Tensor],
+        fmt: Format | str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        layout: str = "",
+        matrix: tuple[int, int] | None = None,
+        transposed: bool = False,
+    ) -> QuantizedTensor:
+        """Wrap parts, unchecked. `from_parts` checks them first."""
+        first = parts["qdata"]
+        strides = _strides(shape, transposed)
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+            cls, shape, strides=strides, dtype=dtype, device=first.device, requires_grad=False
+        )
+
+    def __init__(
+        self,
+        parts: Mapping[str, Tensor],
+        fmt: Format | str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        layout: str = "",
+        matrix: tuple[int, int] | None = None,
+        transposed: bool = False,
+    ) -> None:
+        self.format = as_format(fmt)
+        self.kernel_layout = layout
+        self.matrix = matrix or (torch.Size(shape[:-1]).numel(), shape[-1])
+        self._spec = f"{self.format.spec}@{layout}" if layout else self.format.spec
+        self._transposed = transposed
+        for name in self.format.part_names:
+            setattr(self, name, parts[name])
+
+    @classmethod
+    def quantize(
+        cls, w: Tensor, fmt: Format | str, *, seed: int | None = None, dtype: torch.dtype | None = None
+    ) -> QuantizedTensor:
+        """Quantize a floating-point weight [..., K] by rounding to nearest (or stochastically with a `seed`).
+
+        `dtype` is the logical dtype, that of `w` by default. Raises `WeightError` for a weight the format cannot hold.
+        """
+        fmt = as_format(fmt)
+        matrix = w.detach().reshape(-1, w.shape[-1]) if w.dim() != 2 else w.detach()
+        parts = generic.quantize(matrix, fmt.spec, seed)
+        return cls(generic.named(fmt, parts), fmt, tuple(w.shape), dtype or w.dtype)
+
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Mapping[str, Tensor],
+        fmt: Format | str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        where: str = "weight",
+    ) -> QuantizedTensor:
+        """Wrap stored plain parts after checking names, dtypes and shapes; `PartsError` names `where`."""
+        fmt = as_format(fmt)
+        fmt.check(parts, (torch.Size(shape[:-1]).numel(), shape[-1]), where)
+        return cls(parts, fmt, shape, dtype)
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> Parts:
+        """The stored tensors by name, in the format's order."""
+        return {name: getattr(self, name) for name in self.format.part_names}
+
+    @property
+    def part_list(self) -> list[Tensor]:
+        """The stored tensors as ops take them."""
+        return [getattr(self, name) for name in self.format.part_names]
+
+    def nbytes_stored(self) -> int:
+        """Bytes of all parts together."""
+        return sum(part.numel() * part.element_size() for part in self.part_list)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """The plain tensor of this shape, in `dtype` or the logical dtype."""
+        flat = generic.dequantize(self.part_list, self._spec, list(self.matrix), dtype or self.dtype)
+        if self._transposed:
+            return flat.view(self.shape[:-2] + (self.shape[-1], self.shape[-2])).transpose(-1, -2)
+        return flat.view(self.shape)
+
+    def with_parts(self, parts: Mapping[str, Tensor], **changes: Any) -> QuantizedTensor:
+        """A tensor like this one over other parts; `changes` override shape, dtype, fmt, matrix or transposed."""
+        options: dict[str, Any] = {
+            "fmt": self.format,
+            "shape": tuple(self.shape),
+            "dtype": self.dtype,
+            "layout": self.kernel_layout,
+            "matrix": self.matrix,
+            "transposed": self._transposed,
+        }
+        return QuantizedTensor(parts, **{**options, **changes})
+
+    def map_parts(self, function: Callable[[Tensor], Tensor], **changes: Any) -> QuantizedTensor:
+        """A tensor like this one with `function` applied to each part."""
+        return self.with_parts({name: function(part) for name, part in self.parts.items()}, **changes)
+
+    def in_layout(self, name: str) -> QuantizedTensor:
+        """This weight with its parts repacked for a kernel, or back to the plain parts with ""."""
+        if name == self.kernel_layout:
+            return self
+        plain = self
+        if self.kernel_layout:
+            plain = self.with_parts(get_layout(self.kernel_layout, self.format).unpack(self.format, self.parts), layout="")
+        if not name:
+            return plain
+        return plain.with_parts(get_layout(name, self.format).pack(self.format, plain.parts), layout=name)
+
+    def merge(self, delta: Tensor, *, seed: int | None = 0) -> QuantizedTensor:
+        """A new quantized weight near `self + delta` (a LoRA update), rounded stochastically so that small updates survive.
+
+        `seed=None` rounds to nearest, which loses updates smaller than half a step. Formats without stochastic rounding
+        always round to nearest.
+        """
+        total = self.dequantize(torch.float32) + delta.float()
+        usable = seed if self.format.stochastic else None
+        return QuantizedTensor.quantize(total, self.format, seed=usable, dtype=self.dtype)
+
+    # ---- PyTorch protocols ------------------------------------------------------------------------------------------
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        where = "" if self.device.type == "cpu" else f", device={self.device}"
+        return f"QuantizedTensor({self._spec}, shape={tuple(self.shape)}, dtype={self.dtype}{where})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        return list(self.format.part_names), {
+            "spec": self._spec,
+            "dtype": self.dtype,
+            "matrix": self.matrix,
+            "transposed": self._transposed,
+        }
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], meta: dict[str, Any], outer_size: Any, outer_stride: Any
+    ) -> QuantizedTensor:
+        fmt, layout = generic.split_spec(meta["spec"])
+        return QuantizedTensor(
+            inner,
+            fmt,
+            tuple(outer_size),
+            meta["dtype"],
+            layout=layout,
+            matrix=meta["matrix"],
+            transposed=meta["transposed"],
+        )
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        flags = (bool(getattr(self, "_is_param", False)), self.requires_grad)
+        state = (self._spec, tuple(self.shape), self.dtype, self.matrix, self._transposed, flags)
+        return rebuild_quantized_tensor, (self.parts, *state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        copied = _mark(self.map_parts(torch.clone), bool(getattr(self, "_is_param", False)), self.requires_grad)
+        memo[id(self)] = copied
+        return copied
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # The short way: one Python call instead of the several aten ops that F.linear becomes. Not while tracing, where
+        # the aten ops are what the compiler must see.
+        handler = None if torch.compiler.is_compiling() else _TORCH.get(func)
+        if handler is not None:
+            result = handler(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        handler = _ATEN.get(func)
+        if handler is not None:
+            result = handler(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return _dequantize_and_run(func, args, kwargs)
+
+    # ---- FSDP2: each rank holds some rows; parts that run along N are gathered, shared ones travel as metadata ----------
+
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
+        """The row-wise parts with rows first, as bytes, and what the gathered weight needs besides."""
+        gathered = tuple(_rows_first(self, rule) for rule in self.format.rules if rule.row_axis is not None)
+        return gathered, (self.parts, self.matrix[1])
+
+    def fsdp_post_all_gather(
+        self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> Any:
+        """The whole weight from the gathered rows of all ranks."""
+        local, k = metadata
+        parts, rest = {}, iter(outputs)
+        for rule in self.format.rules:
+            if rule.row_axis is None:
+                parts[rule.name] = local[rule.name]
+                continue
+            rows = next(rest).view(local[rule.name].dtype)
+            parts[rule.name] = rows.transpose(0, rule.row_axis).contiguous() if rule.row_axis else rows
+        shape = (self.format.rows_of(parts), k)
+        if isinstance(out, QuantizedTensor):
+            for name, part in out.parts.items():
+                part.copy_(parts[name])
+            return None
+        return QuantizedTensor(parts, self.format, shape, param_dtype or self.dtype), outputs
+
+
+def rebuild_quantized_tensor(
+    parts: dict[str, Tensor],
+    spec: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    matrix: tuple[int, int],
+    transposed: bool,
+    flags: tuple[bool, bool],
+) -> QuantizedTensor:
+    """Unpickle a `QuantizedTensor`; takes plain values only, so that `torch.load(weights_only=True)` can run it."""
+    fmt, layout = generic.split_spec(spec)
+    made = QuantizedTensor(parts, fmt, tuple(shape), dtype, layout=layout, matrix=tuple(matrix), transposed=transposed)
+    return _mark(made, *flags)
+
+
+torch.serialization.add_safe_globals([rebuild_quantized_tensor])
+
+
+def implements(*overloads: Any) -> Callable[[Handler], Handler]:
+    """Register a handler(func, args, kwargs) for aten overloads; it may return NotImplemented to have it dequantized."""
+
+    def add(handler: Handler) -> Handler:
+        _ATEN.update(dict.fromkeys(overloads, handler))
+        return handler
+
+    return add
+
+
+def shortcut(*functions: Any) -> Callable[[Handler], Handler]:
+    """Register a handler(*args, **kwargs) for torch functions in eager mode; NotImplemented takes the aten way."""
+
+    def add(handler: Handler) -> Handler:
+        _TORCH.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return add
+
+
+def _dequantize_and_run(func: Any, args: Any, kwargs: Any) -> Any:
+    name = str(func)
+    flat = [*args, *kwargs.values()]
+    for argument, value in zip(func._schema.arguments, flat, strict=False):
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and isinstance(value, QuantizedTensor):
+            raise UnsupportedError(
+                f"{name} would write into a quantized weight {value.format}; use QuantizedTensor.merge for an update, "
+                "or dequantize() first"
+            )
+    if name not in _FALLBACKS:
+        message = f"{name} has no low-bit implementation: the whole weight is dequantized at each call"
+        warnings.warn(message, LowbitFallbackWarning, stacklevel=4)
+    _FALLBACKS[name] += 1
+    args, kwargs = tree_map_only(QuantizedTensor, lambda tensor: tensor.dequantize(), (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _strides(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
+    order = (*shape[:-2], shape[-1], shape[-2]) if transposed else tuple(shape)
+    strides, step = [], 1
+    for size in reversed(order):
+        strides.append(step)
+        step = step * size
+    strides.reverse()
+    if transposed:
+        strides[-1], strides[-2] = strides[-2], strides[-1]
+    return tuple(strides)
+
+
+def _mark(tensor: QuantizedTensor, is_param: bool, requires_grad: bool) -> QuantizedTensor:
+    if is_param:
+        return torch.nn.Parameter(tensor, requires_grad=requires_grad)  # type: ignore[return-value]
+    return tensor.requires_grad_(requires_grad)  # type: ignore[return-value]
+
+
+def _rows_first(tensor: QuantizedTensor, rule: Any) -> Tensor:
+    part = tensor.parts[rule.name]
+    rows = part.transpose(0, rule.row_axis).contiguous() if rule.row_axis else part
+    return rows.view(torch.uint8) if rows.dtype.itemsize == 1 else rows
