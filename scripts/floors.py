@@ -23,6 +23,7 @@ FLOORS = {
     "backends": 3,
     "solvers": 3,
     "tensor": 4,
+    "tensor_ops": 4,
     "nn": 4,
     "calibration": 4,
     "checkpoint": 5,
@@ -36,6 +37,7 @@ EVERYWHERE = {"errors"}
 BESIDE = {  # who may import a neighbour on the same floor; never both ways
     "layouts": {"formats"},  # a layout rearranges a format's parts
     "ops": {"dispatch"},  # an op's body asks for its kernel
+    "tensor_ops": {"tensor"},  # the handlers of QuantizedTensor's operations
     "nn": {"tensor"},  # a module's weight is replaced by a quantized one
 }
 DYNAMIC = {"dispatch"}  # imports a backend when a tensor of its device first needs it: the only import on demand
