@@ -67,15 +67,16 @@ def check_source(text: str, name: str, *, package: bool = False) -> list[tuple[i
     home = name.split(".", maxsplit=1)[0]
     if home not in FLOORS:
         return [(1, f"{home} has no floor: give it one in scripts/floors.py")]
+    tree = ast.parse(text, filename=name)
     found = []
-    for node, inside in _imports(ast.parse(text), inside=False):
+    for node, inside in _imports(tree, inside=False):
         for target in _targets(node, name, package=package):
             if inside:
                 found.append((node.lineno, f"import of our own {target or PACKAGE} inside a function"))
             if why := _refusal(home, target):
                 found.append((node.lineno, why))
     if home not in DYNAMIC:
-        found += [(line, "import on demand of our own code: only dispatch may") for line in _dynamic(ast.parse(text))]
+        found += [(line, "import on demand of our own code: only dispatch may") for line in _dynamic(tree)]
     return sorted(set(found))
 
 
