@@ -4,6 +4,7 @@ from lowbit import ops, tensor_ops
 from lowbit.dispatch import use_backend
 from lowbit.errors import LowbitError
 from lowbit.formats import Format, formats, parse_spec
+from lowbit.nn import quantize_
 from lowbit.tensor import QuantizedTensor, fallbacks
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "formats",
     "ops",
     "parse_spec",
+    "quantize_",
     "tensor_ops",
     "use_backend",
 ]

@@ -1,11 +1,11 @@
 """Which kernel runs: one table, one rule, and a reason for every refusal.
 
 A kernel is a function registered for one op and one format (or all), on one backend. `select` walks the backends in the
-order cuda, triton, cpu, eager; the first kernel that does not refuse runs. When none does, the error lists what each said.
-Nothing falls back inside a kernel: an exception there propagates.
+order cuda, triton, cpu, eager; the first kernel that does not refuse runs. When none does, the error lists what each
+said. Nothing falls back inside a kernel: an exception there propagates.
 
-A backend is a package `lowbit.backends.<name>`, imported when a tensor of one of its devices is first used. One that cannot
-be imported is recorded with the reason, which `lowbit doctor` shows, and is then passed over.
+A backend is a package `lowbit.backends.<name>`, imported when a tensor of one of its devices is first used. One that
+cannot be imported is recorded with the reason, which `lowbit doctor` shows, and is then passed over.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def explain(op: str, format: str, layout: str, device: str, args: tuple[Any, ...
             reasons[name] = f"has no kernel for {op} of {format}"
         for entry in mine if name not in reasons else ():
             if entry.layout not in (layout, ANY_FORMAT):
-                reasons[entry.name] = f"reads layout {entry.layout or 'plain'!r}, not {layout or 'plain'!r}; repack at load"
+                wanted, found = entry.layout or "plain", layout or "plain"
+                reasons[entry.name] = f"reads layout {wanted!r}, not {found!r}; repack at load"
             else:
                 reasons[entry.name] = (entry.refuses(*args) if entry.refuses else None) or "runs"
     return reasons

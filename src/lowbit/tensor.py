@@ -1,10 +1,11 @@
 """QuantizedTensor: a weight in few bits that behaves like the tensor it stands for.
 
-It has the logical shape (N, K) and dtype of the original, never those of the packed bytes; the bytes live in its parts. The
-ops it understands run on the parts (`tensor_ops.py`). Any other op dequantizes, is counted in `fallbacks()` and warns once.
+It has the logical shape (N, K) and dtype of the original, never those of the packed bytes; the bytes live in its
+parts. The ops it understands run on the parts (`tensor_ops.py`). Any other op dequantizes, is counted in
+`fallbacks()` and warns once.
 
-The dtype is the one that results are computed in: `.to(dtype)` changes it and leaves the parts alone. The weight is frozen:
-gradients pass through it to the input, not into it.
+The dtype is the one that results are computed in: `.to(dtype)` changes it and leaves the parts alone. The weight is
+frozen: gradients pass through it to the input, not into it.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ def fallbacks() -> dict[str, int]:
 class QuantizedTensor(torch.Tensor):
     """A frozen quantized weight. Make one with `QuantizedTensor.quantize` or from parts that a checkpoint holds.
 
-    Attributes: `format`, `kernel_layout` ("" for plain parts), one attribute a part (`qdata`, `scale`, ...) and `matrix`, the (N, K)
-    that the parts describe; `shape` may be any view of it.
+    Attributes: `format`, `kernel_layout` ("" for plain parts), one attribute a part (`qdata`, `scale`, ...) and
+    `matrix`, the (N, K) that the parts describe; `shape` may be any view of it.
     """
 
     format: Format
     kernel_layout: str
     matrix: tuple[int, int]
-    _spec: str
-    _transposed: bool
+    spec: str
+    transposed: bool
 
     @staticmethod
     def __new__(
@@ -68,7 +69,7 @@ class QuantizedTensor(torch.Tensor):
         """Wrap parts, unchecked. `from_parts` checks them first."""
         first = parts["qdata"]
         strides = _strides(shape, transposed)
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+        return torch.Tensor._make_wrapper_subclass(
             cls, shape, strides=strides, dtype=dtype, device=first.device, requires_grad=False
         )
 
@@ -86,8 +87,8 @@ class QuantizedTensor(torch.Tensor):
         self.format = as_format(fmt)
         self.kernel_layout = layout
         self.matrix = matrix or (torch.Size(shape[:-1]).numel(), shape[-1])
-        self._spec = f"{self.format.spec}@{layout}" if layout else self.format.spec
-        self._transposed = transposed
+        self.spec = f"{self.format.spec}@{layout}" if layout else self.format.spec
+        self.transposed = transposed
         for name in self.format.part_names:
             setattr(self, name, parts[name])
 
@@ -135,11 +136,11 @@ class QuantizedTensor(torch.Tensor):
         """Bytes of all parts together."""
         return sum(part.numel() * part.element_size() for part in self.part_list)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The plain tensor of this shape, in `dtype` or the logical dtype."""
-        flat = generic.dequantize(self.part_list, self._spec, list(self.matrix), dtype or self.dtype)
-        if self._transposed:
-            return flat.view(self.shape[:-2] + (self.shape[-1], self.shape[-2])).transpose(-1, -2)
+        flat = generic.dequantize(self.part_list, self.spec, list(self.matrix), dtype or self.dtype)
+        if self.transposed:
+            return flat.view((*self.shape[:-2], self.shape[-1], self.shape[-2])).transpose(-1, -2)
         return flat.view(self.shape)
 
     def with_parts(self, parts: Mapping[str, Tensor], **changes: Any) -> QuantizedTensor:
@@ -150,7 +151,7 @@ class QuantizedTensor(torch.Tensor):
             "dtype": self.dtype,
             "layout": self.kernel_layout,
             "matrix": self.matrix,
-            "transposed": self._transposed,
+            "transposed": self.transposed,
         }
         return QuantizedTensor(parts, **{**options, **changes})
 
@@ -164,13 +165,15 @@ class QuantizedTensor(torch.Tensor):
             return self
         plain = self
         if self.kernel_layout:
-            plain = self.with_parts(get_layout(self.kernel_layout, self.format).unpack(self.format, self.parts), layout="")
+            plain = self.with_parts(
+                get_layout(self.kernel_layout, self.format).unpack(self.format, self.parts), layout=""
+            )
         if not name:
             return plain
         return plain.with_parts(get_layout(name, self.format).pack(self.format, plain.parts), layout=name)
 
     def merge(self, delta: Tensor, *, seed: int | None = 0) -> QuantizedTensor:
-        """A new quantized weight near `self + delta` (a LoRA update), rounded stochastically so that small updates survive.
+        """A new quantized weight near `self + delta`, rounded stochastically so that small (LoRA) updates survive.
 
         `seed=None` rounds to nearest, which loses updates smaller than half a step. Formats without stochastic rounding
         always round to nearest.
@@ -183,14 +186,14 @@ class QuantizedTensor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         where = "" if self.device.type == "cpu" else f", device={self.device}"
-        return f"QuantizedTensor({self._spec}, shape={tuple(self.shape)}, dtype={self.dtype}{where})"
+        return f"QuantizedTensor({self.spec}, shape={tuple(self.shape)}, dtype={self.dtype}{where})"
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         return list(self.format.part_names), {
-            "spec": self._spec,
+            "spec": self.spec,
             "dtype": self.dtype,
             "matrix": self.matrix,
-            "transposed": self._transposed,
+            "transposed": self.transposed,
         }
 
     @staticmethod
@@ -210,7 +213,7 @@ class QuantizedTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         flags = (bool(getattr(self, "_is_param", False)), self.requires_grad)
-        state = (self._spec, tuple(self.shape), self.dtype, self.matrix, self._transposed, flags)
+        state = (self.spec, tuple(self.shape), self.dtype, self.matrix, self.transposed, flags)
         return rebuild_quantized_tensor, (self.parts, *state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
@@ -233,7 +236,7 @@ class QuantizedTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         handler = _ATEN.get(func)
         if handler is not None:
@@ -242,7 +245,8 @@ class QuantizedTensor(torch.Tensor):
                 return result
         return _dequantize_and_run(func, args, kwargs)
 
-    # ---- FSDP2: each rank holds some rows; parts that run along N are gathered, shared ones travel as metadata ----------
+    # ---- FSDP2: each rank holds some rows; parts that run along N are gathered, shared ones travel as metadata
+    # ----------
 
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
         """The row-wise parts with rows first, as bytes, and what the gathered weight needs besides."""
@@ -266,7 +270,7 @@ class QuantizedTensor(torch.Tensor):
             for name, part in out.parts.items():
                 part.copy_(parts[name])
             return None
-        return QuantizedTensor(parts, self.format, shape, param_dtype or self.dtype), outputs
+        return QuantizedTensor(parts, self.format, shape, param_dtype), outputs
 
 
 def rebuild_quantized_tensor(
@@ -280,7 +284,9 @@ def rebuild_quantized_tensor(
 ) -> QuantizedTensor:
     """Unpickle a `QuantizedTensor`; takes plain values only, so that `torch.load(weights_only=True)` can run it."""
     fmt, layout = generic.split_spec(spec)
-    made = QuantizedTensor(parts, fmt, tuple(shape), dtype, layout=layout, matrix=tuple(matrix), transposed=transposed)
+    made = QuantizedTensor(
+        parts, fmt, tuple(shape), dtype, layout=layout, matrix=(matrix[0], matrix[1]), transposed=transposed
+    )
     return _mark(made, *flags)
 
 
@@ -288,7 +294,7 @@ torch.serialization.add_safe_globals([rebuild_quantized_tensor])
 
 
 def implements(*overloads: Any) -> Callable[[Handler], Handler]:
-    """Register a handler(func, args, kwargs) for aten overloads; it may return NotImplemented to have it dequantized."""
+    """Register a handler(func, args, kwargs) for aten overloads; NotImplemented means: dequantize."""
 
     def add(handler: Handler) -> Handler:
         _ATEN.update(dict.fromkeys(overloads, handler))

@@ -1,8 +1,8 @@
 """What a QuantizedTensor does without being dequantized: one handler an operation, on the parts.
 
-`F.linear` reaches `__torch_dispatch__` as `aten.linear` only in inference mode; elsewhere it is `t` and `mm` or `addmm`, so all
-of these lead to the same `lowbit::linear`. Rows can be cut anywhere: where a cut would split a block of rows that share a scale,
-the rows are gathered one by one instead, exactly.
+`F.linear` reaches `__torch_dispatch__` as `aten.linear` only in inference mode; elsewhere it is `t` and `mm` or
+`addmm`, so all of these lead to the same `lowbit::linear`. Rows can be cut anywhere: where a cut would split a block
+of rows that share a scale, the rows are gathered one by one instead, exactly.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from lowbit.errors import UnsupportedError
-from lowbit.formats.parts import concat_rows, gather_rows, narrow_rows
+from lowbit.formats.parts import concat_rows, gather_rows, narrow_rows, raw_bytes
 from lowbit.ops import generic
 from lowbit.tensor import QuantizedTensor, implements, shortcut
 
 aten = torch.ops.aten
 
 
-# ---- products ---------------------------------------------------------------------------------------------------------
+# ---- products
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _linear(x: Tensor, w: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] times the weight [N, K] transposed."""
-    return generic.linear(x, w.part_list, bias, w._spec)
+    """Multiply x [..., K] with the weight [N, K] transposed."""
+    return generic.linear(x, w.part_list, bias, w.spec)
 
 
 def _is_matrix(w: object) -> bool:
@@ -34,25 +35,26 @@ def _is_matrix(w: object) -> bool:
     if not isinstance(w, QuantizedTensor) or w.dim() != 2:
         return False
     n, k = w.matrix
-    return tuple(w.shape) == ((k, n) if w._transposed else (n, k))
+    return tuple(w.shape) == ((k, n) if w.transposed else (n, k))
 
 
 @shortcut(F.linear)
 def _short_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if isinstance(input, QuantizedTensor) or not _is_matrix(weight) or weight._transposed:  # type: ignore[attr-defined]
+    x = input
+    if isinstance(x, QuantizedTensor) or not _is_matrix(weight) or weight.transposed:  # type: ignore[attr-defined]
         return NotImplemented
-    if torch.is_autocast_enabled(input.device.type):
-        input = input.to(torch.get_autocast_dtype(input.device.type))
-    if bias is not None and bias.dtype != input.dtype:
-        bias = bias.to(input.dtype)
-    return _linear(input, weight, bias)  # type: ignore[arg-type]
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return _linear(x, weight, bias)  # type: ignore[arg-type]
 
 
 @implements(aten.linear.default)
 def _aten_linear(func: Any, args: Any, kwargs: Any) -> Any:
     x, w, bias = (*args, None)[:3]
     bias = kwargs.get("bias", bias)
-    if isinstance(x, QuantizedTensor) or not _is_matrix(w) or w._transposed:
+    if isinstance(x, QuantizedTensor) or not _is_matrix(w) or w.transposed:
         return NotImplemented
     return _linear(x, w, bias)
 
@@ -63,7 +65,7 @@ def _mm(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _product(a: Tensor, b: Tensor) -> Any:
-    """a @ b with one quantized matrix: all four cases of side and transposition go through linear or its transpose."""
+    """Compute a @ b with one quantized matrix: on either side, transposed or not, it is linear or its transpose."""
     if isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor):
         return NotImplemented
     if isinstance(a, QuantizedTensor):  # a @ b = (b.T @ a.T).T
@@ -71,9 +73,9 @@ def _product(a: Tensor, b: Tensor) -> Any:
         return swapped if swapped is NotImplemented else swapped.t()
     if not _is_matrix(b):
         return NotImplemented
-    if b._transposed:  # type: ignore[attr-defined]
+    if b.transposed:  # type: ignore[attr-defined]
         return _linear(a, b, None)  # type: ignore[arg-type]
-    return generic._grad_input(a, b.part_list, b.shape[1], b._spec)  # type: ignore[attr-defined]
+    return generic.linear_input_gradient(a, b.part_list, b.shape[1], b.spec)  # type: ignore[attr-defined]
 
 
 @implements(aten.addmm.default)
@@ -82,7 +84,7 @@ def _addmm(func: Any, args: Any, kwargs: Any) -> Any:
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
     if isinstance(bias, QuantizedTensor):
         return NotImplemented
-    weight_last = _is_matrix(b) and b._transposed and not isinstance(a, QuantizedTensor)
+    weight_last = _is_matrix(b) and b.transposed and not isinstance(a, QuantizedTensor)
     if weight_last and beta == 1 and alpha == 1 and bias.dim() == 1 and bias.shape[0] == b.shape[1]:
         return _linear(a, b, bias.to(a.dtype))
     product = _product(a, b)
@@ -105,9 +107,15 @@ def _bmm(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 @shortcut(F.embedding)
-def _short_embedding(input: Tensor, weight: Tensor, padding_idx: Any = None, *args: Any, **kwargs: Any) -> Any:
+def _short_embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     options = dict(zip(("max_norm", "norm_type", "scale_grad_by_freq", "sparse"), args, strict=False)) | kwargs
-    if not _is_matrix(weight) or weight._transposed or options.get("max_norm") is not None:  # type: ignore[attr-defined]
+    if not _is_matrix(weight) or weight.transposed or options.get("max_norm") is not None:  # type: ignore[attr-defined]
         return NotImplemented
     return _lookup(weight, input)  # type: ignore[arg-type]
 
@@ -115,14 +123,15 @@ def _short_embedding(input: Tensor, weight: Tensor, padding_idx: Any = None, *ar
 @implements(aten.embedding.default)
 def _embedding(func: Any, args: Any, kwargs: Any) -> Any:
     weight, indices = args[:2]
-    return _lookup(weight, indices) if _is_matrix(weight) and not weight._transposed else NotImplemented
+    return _lookup(weight, indices) if _is_matrix(weight) and not weight.transposed else NotImplemented
 
 
 def _lookup(weight: QuantizedTensor, indices: Tensor) -> Tensor:
-    return generic.embedding(indices, weight.part_list, weight.matrix[1], weight._spec, weight.dtype)
+    return generic.embedding(indices, weight.part_list, weight.matrix[1], weight.spec, weight.dtype)
 
 
-# ---- copies and conversions ---------------------------------------------------------------------------------------------
+# ---- copies and conversions
+# ---------------------------------------------------------------------------------------------
 
 
 @implements(aten.detach.default, aten.alias.default)
@@ -137,7 +146,7 @@ def _clone(func: Any, args: Any, kwargs: Any) -> Any:
 
 @implements(aten.contiguous.default)
 def _contiguous(func: Any, args: Any, kwargs: Any) -> Any:
-    return NotImplemented if args[0]._transposed else args[0].map_parts(torch.Tensor.contiguous)
+    return NotImplemented if args[0].transposed else args[0].map_parts(torch.Tensor.contiguous)
 
 
 @implements(aten._to_copy.default)
@@ -159,9 +168,9 @@ def _copy(func: Any, args: Any, kwargs: Any) -> Any:
         raise UnsupportedError(f"cannot copy a weight {tuple(source.shape)} into one of {tuple(target.shape)}")
     if not isinstance(source, QuantizedTensor):
         source = QuantizedTensor.quantize(source, target.format).in_layout(target.kernel_layout)
-    if (source._spec, source._transposed, source.matrix) != (target._spec, target._transposed, target.matrix):
+    if (source.spec, source.transposed, source.matrix) != (target.spec, target.transposed, target.matrix):
         raise UnsupportedError(
-            f"cannot copy a {source._spec} weight into a {target._spec} one; assign it instead "
+            f"cannot copy a {source.spec} weight into a {target.spec} one; assign it instead "
             "(load_state_dict(..., assign=True)) or convert it"
         )
     for name, part in source.parts.items():
@@ -183,9 +192,11 @@ def _new(func: Any, args: Any, kwargs: Any) -> Any:
     w, size = args[0], tuple(args[1])
     dtype, device = kwargs.get("dtype") or w.dtype, kwargs.get("device") or w.device
     if size == tuple(w.shape) and dtype.is_floating_point:
-        make = torch.zeros_like if func is aten.new_zeros.default else torch.empty_like
-        return w.map_parts(lambda part: make(part.view(torch.uint8), device=device).view(part.dtype), dtype=dtype)
-    make = torch.zeros if func is aten.new_zeros.default else torch.empty
+        fresh = w.map_parts(lambda part: torch.empty_like(part, device=device), dtype=dtype)
+        for part in fresh.part_list if func is aten.new_zeros.default else ():
+            raw_bytes(part).zero_()
+        return fresh
+    make: Any = torch.zeros if func is aten.new_zeros.default else torch.empty
     return make(size, dtype=dtype, device=device)
 
 
@@ -202,18 +213,19 @@ def _pin_memory(func: Any, args: Any, kwargs: Any) -> Any:
 @implements(aten.equal.default)
 def _equal(func: Any, args: Any, kwargs: Any) -> Any:
     a, b = args
-    if not isinstance(a, QuantizedTensor) or not isinstance(b, QuantizedTensor) or a._spec != b._spec:
+    if not isinstance(a, QuantizedTensor) or not isinstance(b, QuantizedTensor) or a.spec != b.spec:
         return NotImplemented
     pairs = zip(a.part_list, b.part_list, strict=True)
     return a.shape == b.shape and all(torch.equal(p.view(torch.uint8), q.view(torch.uint8)) for p, q in pairs)
 
 
-# ---- shapes and rows ----------------------------------------------------------------------------------------------------
+# ---- shapes and rows
+# ----------------------------------------------------------------------------------------------------
 
 
 def _flip(w: QuantizedTensor) -> QuantizedTensor:
     shape = (*w.shape[:-2], w.shape[-1], w.shape[-2])
-    return w.with_parts(w.parts, shape=shape, transposed=not w._transposed)
+    return w.with_parts(w.parts, shape=shape, transposed=not w.transposed)
 
 
 @implements(aten.t.default)
@@ -232,7 +244,7 @@ def _transpose(func: Any, args: Any, kwargs: Any) -> Any:
 @implements(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
     w, size = args[0], list(args[1])
-    if w._transposed:
+    if w.transposed:
         return NotImplemented
     if -1 in size:
         known = -torch.Size(size).numel()
@@ -243,11 +255,11 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _rows(w: QuantizedTensor, start: int, stop: int, step: int = 1) -> Any:
-    """Entries [start, stop) of the first axis as a quantized weight, or NotImplemented where rows are not contiguous."""
-    if w._transposed and w.dim() > 2:  # the first axis is not one of the two that are swapped
+    """Entries [start, stop) of the first axis as a quantized weight; NotImplemented where they are not rows."""
+    if w.transposed and w.dim() > 2:  # the first axis is not one of the two that are swapped
         rows = _rows(_flip(w), start, stop, step)
         return rows if rows is NotImplemented else _flip(rows)
-    if w._transposed or w.kernel_layout or w.dim() < 2 or w.shape[-1] != w.matrix[1]:
+    if w.transposed or w.kernel_layout or w.dim() < 2 or w.shape[-1] != w.matrix[1]:
         return NotImplemented
     per = torch.Size(w.shape[1:-1]).numel()  # rows of the matrix for each entry
     count = len(range(start, stop, step))
@@ -263,9 +275,10 @@ def _rows(w: QuantizedTensor, start: int, stop: int, step: int = 1) -> Any:
 
 @implements(aten.slice.Tensor)
 def _slice(func: Any, args: Any, kwargs: Any) -> Any:
-    w, axis, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
-    axis = axis % w.dim()
-    start, stop, step = slice(start, stop, step).indices(w.shape[axis])
+    w: QuantizedTensor = args[0]
+    options: list[Any] = [*args[1:], *(0, None, None, 1)[len(args) - 1 :]]
+    axis = options[0] % w.dim()
+    start, stop, step = slice(*options[1:]).indices(w.shape[axis])
     if (start, stop, step) == (0, w.shape[axis], 1):
         return _alias(func, args, kwargs)
     return _rows(w, start, max(start, stop), step) if axis == 0 else NotImplemented
@@ -300,7 +313,7 @@ def _split(func: Any, args: Any, kwargs: Any) -> Any:
 def _cat(func: Any, args: Any, kwargs: Any) -> Any:
     weights, axis = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     first = weights[0]
-    alike = all(isinstance(w, QuantizedTensor) and w._spec == first._spec for w in weights)
+    alike = all(isinstance(w, QuantizedTensor) and w.spec == first.spec for w in weights)
     if not alike or axis % first.dim() or any(_rows(w, 0, w.shape[0]) is NotImplemented for w in weights):
         return NotImplemented
     if any(w.shape[1:] != first.shape[1:] for w in weights):

@@ -8,12 +8,13 @@ A format is one frozen dataclass in one file. Its fields are its JSON config; it
 - `fit_shared(w)`: what the whole weight shares, found in one pass over it (a tensor-wide scale), and
   `fit(rows, shared)`: the other parameters of some rows;
 - `encode(rows, params)` -> codes, `decode(codes, params)` -> float32, `pack(codes)` -> qdata, `unpack(qdata)` -> codes;
-- `unit(shape)`: the tile (rows, columns) of weights that share one scale, and `candidates(rows, params)`: other scales worth
+- `unit(shape)`: the tile (rows, columns) of weights that share one scale, and `candidates(rows, params)`: other
+scales worth
   trying. The solvers work on these two and on the hooks above, so each is written once for all formats;
 - `golden_sqnr`: the signal-to-noise ratio in dB on the shared Gaussian, by spec, which the tests hold to both sides.
 
-`Format` supplies quantize and dequantize in bounded pieces, validation, byte counts, row operations, spec and JSON forms,
-equality, the reference linear and registration. All arithmetic is float32 and is rounded once, at the end.
+`Format` supplies quantize and dequantize in bounded pieces, validation, byte counts, row operations, spec and JSON
+forms, equality, the reference linear and registration. All arithmetic is float32 and is rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  (the field's name for it)
+from torch.nn import functional as F
 
 from lowbit.errors import FormatError, UnknownFormatError, WeightError
 from lowbit.formats.parts import FLOATS, K, Part, Parts, check_parts, gather_rows, narrow_rows
@@ -124,11 +125,13 @@ class Format:
         if why:
             raise WeightError(f"{where}: {list(w.shape)} {why}; keep this layer or choose another format")
 
-    def quantize(self, w: Tensor, *, params: Parts | None = None, seed: int | None = None, where: str = "weight") -> Parts:
+    def quantize(
+        self, w: Tensor, *, params: Parts | None = None, seed: int | None = None, where: str = "weight"
+    ) -> Parts:
         """The parts of a weight [N, K], by rounding to nearest or, with a `seed`, stochastically.
 
-        `params`: parameters chosen beforehand (by a solver); by default they are fitted. Works in pieces, with temporaries
-        of a few MiB. Raises `WeightError`, naming `where`, on a wrong shape, a NaN or an infinity.
+        `params`: parameters chosen beforehand (by a solver); by default they are fitted. Works in pieces, with
+        temporaries of a few MiB. Raises `WeightError`, naming `where`, on a wrong shape, a NaN or an infinity.
         """
         self.check_weight(w, where)
         if seed is not None and not self.stochastic:
@@ -158,7 +161,7 @@ class Format:
         return out
 
     def linear(self, x: Tensor, parts: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-        """The reference linear: x [..., K] -> [..., N] in the dtype of x, decoding a bounded piece of the weight at a time."""
+        """The reference linear: x [..., K] -> [..., N] in the dtype of x, decoding a bounded piece at a time."""
         n, k = self.rows_of(parts), x.shape[-1]
         if n * k <= DECODE_ELEMENTS:
             return F.linear(x, self.dequantize_rows(parts, k, 0, n, x.dtype), bias)
@@ -175,7 +178,7 @@ class Format:
         return rows.reshape(*indices.shape, k)
 
     def bias_share(self, parts: Mapping[str, Tensor]) -> Tensor | None:
-        """What the stored bias of the layer lacks ([N] float32), when the format folds a constant into it; else None."""
+        """What the stored bias of the layer lacks ([N] float32) when the format folds a constant into it, or None."""
         return None
 
     # ---- parts ------------------------------------------------------------------------------------------------------
@@ -333,7 +336,8 @@ def from_config(config: Mapping[str, Any], where: str = "") -> Format:
     if unknown:
         place = f" in {where}" if where else ""
         raise FormatError(f"{cls.name}{place} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return cls(**values)
 
 
 @lru_cache(maxsize=4096)

@@ -1,7 +1,7 @@
 """A layout is an arrangement of a format's parts that some kernel reads: packed once at load, undone before saving.
 
-Its name and version ride behind the spec, as in `svdquant_w4a4@kitchen_tile_packed_w4a4`, so that an arrangement is never
-guessed from shapes. A kernel is only ever given the layout it asks for.
+Its name and version ride behind the spec, as in `svdquant_w4a4@kitchen_tile_packed_w4a4`, so that an arrangement is
+never guessed from shapes. A kernel is only ever given the layout it asks for.
 """
 
 from __future__ import annotations
@@ -54,5 +54,7 @@ def get_layout(name: str, fmt: Format) -> Layout:
     layout = _REGISTRY.get(name)
     if layout is None or fmt.name not in layout.formats:
         known = [entry.name for entry in _REGISTRY.values() if fmt.name in entry.formats]
-        raise FormatError(f"{fmt.name} has no layout {name!r}; it has {', '.join(sorted(known)) or 'only the plain one'}")
+        raise FormatError(
+            f"{fmt.name} has no layout {name!r}; it has {', '.join(sorted(known)) or 'only the plain one'}"
+        )
     return layout

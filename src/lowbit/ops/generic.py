@@ -1,7 +1,7 @@
-"""The generic ops: `quantize`, `dequantize`, `linear`, `embedding` over a spec string and the parts in the format's order.
+"""The generic ops: `quantize`, `dequantize`, `linear`, `embedding`, over a spec string and parts in the format's order.
 
-A new format needs no new schema. The spec may carry a kernel layout: `awq_w4a16(group_size=32)@name`. Optional parts are
-dealt with here, once for all kernels: a pre-quant scale multiplies x before any kernel sees it.
+A new format needs no new schema. The spec may carry a kernel layout: `awq_w4a16(group_size=32)@name`. Optional parts
+are dealt with here, once for all kernels: a pre-quant scale multiplies x before any kernel sees it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, spec: str) 
 
 
 def _linear_fake(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
-    fmt, layout = split_spec(spec)
+    fmt, _ = split_spec(spec)
     return x.new_empty((*x.shape[:-1], fmt.rows_of(named(fmt, parts))))
 
 
@@ -85,7 +85,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     parts = list(ctx.saved_tensors)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = _grad_input(grad, parts, ctx.k, ctx.spec)
+        grad_x = linear_input_gradient(grad, parts, ctx.k, ctx.spec)
     if ctx.has_bias and ctx.needs_input_grad[2]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, [None] * len(parts), grad_bias, None
@@ -115,7 +115,7 @@ quantize = declare("quantize(Tensor w, str spec, int? seed) -> Tensor[]", _quant
 dequantize = declare(
     "dequantize(Tensor[] parts, str spec, SymInt[] shape, ScalarType dtype) -> Tensor", _dequantize, _dequantize_fake
 )
-_grad_input = declare(
+linear_input_gradient = declare(
     "linear_input_gradient(Tensor grad, Tensor[] parts, SymInt k, str spec) -> Tensor",
     _input_gradient,
     _input_gradient_fake,

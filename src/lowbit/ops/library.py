@@ -1,8 +1,8 @@
 """The `lowbit::` operator library: how an op is declared.
 
-Each op has a schema, an implementation that asks the dispatch table for a kernel, a fake for tracing and, where an input can
-need a gradient, an autograd formula. Schemas take no defaults: a default together with autograd breaks the backward pass of
-PyTorch's operator registration; the Python functions in front of the ops have them instead.
+Each op has a schema, an implementation that asks the dispatch table for a kernel, a fake for tracing and, where an
+input can need a gradient, an autograd formula. Schemas take no defaults: a default together with autograd breaks the
+backward pass of PyTorch's operator registration; the Python functions in front of the ops have them instead.
 """
 
 from __future__ import annotations

@@ -1,0 +1,147 @@
+"""Quantize the layers of a module in place, by one format or by rules.
+
+A layer here is an `nn.Linear` or `nn.Embedding`; its `weight` becomes a frozen parameter that is a `QuantizedTensor`,
+so the layer's class, name and forward stay as they are and adapters that look for `nn.Linear` still find it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import PlanError, WeightError
+from lowbit.formats.base import Format, as_format, check_finite
+from lowbit.numerics.groups import row_chunks
+from lowbit.solvers import AUTO, pick_solver, solver
+from lowbit.solvers.base import Statistics
+from lowbit.tensor import QuantizedTensor
+
+Policy = Format | str | Mapping[str, Format | str | None]
+Layer = nn.Linear | nn.Embedding
+# Weights met before, by identity and spec; the original is held so that its identity is not given to another.
+Shared = dict[tuple[int, str], tuple[Tensor, nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """What `quantize_` did with one layer: its format, or why it was kept."""
+
+    name: str
+    format: Format | None
+    why: str
+
+
+def quantize_(
+    module: nn.Module,
+    policy: Policy,
+    *,
+    solver: str = AUTO,
+    statistics: Mapping[str, Statistics] | None = None,
+) -> list[LayerChange]:
+    """Quantize every linear and embedding of `module` (or `module` itself) in place.
+
+    `policy` is a format or spec for all layers, or a mapping of regular expressions on the layer's name to a spec or
+    None (keep); the first match wins and layers without one are kept. Under a single format, layers that it cannot
+    hold are kept and reported; a rule that names a layer outright raises instead. `solver` and `statistics` (by layer
+    name) as in `convert`.
+
+    Returns one `LayerChange` a layer. Everything is checked before anything is changed: raises `FormatError`,
+    `PlanError` or `WeightError` naming the layer, and leaves the module as it was. Tied weights stay tied.
+
+    >>> import torch, lowbit
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    >>> [change.name for change in lowbit.quantize_(model, "fp8_e4m3(granularity=row)")]
+    ['0', '2']
+    """
+    decided = [(layer, _decide(name, layer, policy)) for name, layer in quantizable_layers(module)]
+    if not decided:
+        raise PlanError(f"{type(module).__name__} has no nn.Linear or nn.Embedding to quantize; pass a module that has")
+    for layer, change in decided:
+        if change.format is not None:
+            _check_values(layer.weight, change.name)
+    shared: Shared = {}
+    for layer, change in decided:
+        if change.format is not None:
+            known = (statistics or {}).get(change.name)
+            quantize_layer_(layer, change.format, solver, known, where=change.name, shared=shared)
+    return [change for _, change in decided]
+
+
+def quantizable_layers(module: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """The linears and embeddings of a module by name ("weight" for a bare layer), those not quantized yet."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Embedding) and not isinstance(layer.weight, QuantizedTensor):
+            yield name or "weight", layer
+
+
+def quantize_layer_(
+    layer: Layer,
+    fmt: Format,
+    solver_name: str = AUTO,
+    statistics: Statistics | None = None,
+    *,
+    where: str = "weight",
+    shared: Shared | None = None,
+) -> None:
+    """Replace one layer's weight by its quantized form, and fold what the format moves into the bias.
+
+    `shared` remembers weights by identity so that tied layers get the same parameter.
+    """
+    shared = {} if shared is None else shared
+    weight, key = layer.weight, (id(layer.weight), fmt.spec)
+    if key not in shared:
+        chosen, _ = pick_solver(solver_name, fmt)
+        parts = solver(chosen)(weight.detach(), fmt, statistics, where=where)
+        quantized = QuantizedTensor(parts, fmt, tuple(weight.shape), weight.dtype)
+        shared[key] = weight, nn.Parameter(quantized, requires_grad=False)
+    layer.weight = shared[key][1]
+    fold_bias_(layer)
+
+
+def fold_bias_(layer: Layer) -> None:
+    """Move the constant that the format's activation shift adds out of the layer's bias, creating a bias if need be."""
+    weight = layer.weight
+    share = weight.format.bias_share(weight.parts) if isinstance(weight, QuantizedTensor) else None
+    if share is None or not isinstance(layer, nn.Linear):
+        return
+    with torch.no_grad():
+        if layer.bias is None:
+            layer.bias = nn.Parameter((-share).to(weight.dtype), requires_grad=False)
+        else:
+            layer.bias.copy_(layer.bias.float() - share)
+
+
+def _decide(name: str, layer: Layer, policy: Policy) -> LayerChange:
+    if isinstance(policy, Mapping):
+        for pattern, spec in policy.items():
+            if re.search(pattern, name):
+                if spec is None:
+                    return LayerChange(name, None, f"kept by the rule {pattern!r}")
+                fmt = as_format(spec)
+                why = _refusal(layer, fmt)
+                if why:
+                    raise WeightError(
+                        f"{name}: {why}; the rule {pattern!r} asks for {fmt}: change it or keep the layer"
+                    )
+                return LayerChange(name, fmt, f"rule {pattern!r}")
+        return LayerChange(name, None, "no rule names it")
+    fmt = as_format(policy)
+    why = _refusal(layer, fmt)
+    return LayerChange(name, None if why else fmt, why or "all layers")
+
+
+def _refusal(layer: Layer, fmt: Format) -> str | None:
+    if isinstance(layer, nn.Embedding) and not fmt.supports_embedding:
+        return f"an embedding table, and {fmt.name} has no lookup"
+    n, k = layer.weight.shape
+    why = fmt.check_shape(n, k)
+    return f"[{n}, {k}] {why}" if why else None
+
+
+def _check_values(weight: Tensor, where: str) -> None:
+    for start, stop in row_chunks(weight.shape[0], weight.shape[1]):
+        check_finite(weight.detach()[start:stop], where)
