@@ -108,11 +108,11 @@ def fold_bias_(layer: Layer) -> None:
     share = weight.format.bias_share(weight.parts) if isinstance(weight, QuantizedTensor) else None
     if share is None or not isinstance(layer, nn.Linear):
         return
-    with torch.no_grad():
-        if layer.bias is None:
-            layer.bias = nn.Parameter((-share).to(weight.dtype), requires_grad=False)
-        else:
-            layer.bias.copy_(layer.bias.float() - share)
+    bias: Tensor | None = layer.bias
+    folded = (-share if bias is None else bias.detach().float() - share).to(
+        weight.dtype if bias is None else bias.dtype
+    )
+    layer.bias = nn.Parameter(folded, requires_grad=False if bias is None else bias.requires_grad)
 
 
 def _decide(name: str, layer: Layer, policy: Policy) -> LayerChange:

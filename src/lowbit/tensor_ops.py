@@ -216,7 +216,7 @@ def _equal(func: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(a, QuantizedTensor) or not isinstance(b, QuantizedTensor) or a.spec != b.spec:
         return NotImplemented
     pairs = zip(a.part_list, b.part_list, strict=True)
-    return a.shape == b.shape and all(torch.equal(p.view(torch.uint8), q.view(torch.uint8)) for p, q in pairs)
+    return a.shape == b.shape and all(torch.equal(raw_bytes(p), raw_bytes(q)) for p, q in pairs)
 
 
 # ---- shapes and rows
@@ -241,9 +241,26 @@ def _transpose(func: Any, args: Any, kwargs: Any) -> Any:
     return _flip(w) if dims == {w.dim() - 1, w.dim() - 2} else NotImplemented
 
 
+@implements(aten.permute.default)
+def _permute(func: Any, args: Any, kwargs: Any) -> Any:
+    w = args[0]
+    order, axes = [axis % w.dim() for axis in args[1]], list(range(w.dim()))
+    if order == axes:
+        return _alias(func, args, kwargs)
+    return _flip(w) if order == [*axes[:-2], axes[-1], axes[-2]] else NotImplemented
+
+
+@implements(aten.expand.default)
+def _expand(func: Any, args: Any, kwargs: Any) -> Any:
+    same = all(size in (-1, own) for size, own in zip(args[1], args[0].shape, strict=False))
+    return _alias(func, args, kwargs) if same and len(args[1]) == args[0].dim() else NotImplemented
+
+
 @implements(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
     w, size = args[0], list(args[1])
+    if size == list(w.shape):
+        return _alias(func, args, kwargs)
     if w.transposed:
         return NotImplemented
     if -1 in size:

@@ -301,7 +301,7 @@ def check_finite(rows: Tensor, where: str) -> None:
 def whole_amax(w: Tensor) -> Tensor:
     """The largest magnitude of a matrix as a float32 scalar tensor, in pieces; 0 for an empty one. NaN propagates."""
     best = torch.zeros((), dtype=torch.float32, device=w.device)
-    for start, stop in row_chunks(w.shape[0], w.shape[1]):
+    for start, stop in row_chunks(w.shape[0], w.shape[1]) if w.numel() else ():
         low, high = torch.aminmax(w[start:stop])
         best = torch.maximum(best, torch.maximum(high.float(), -low.float()))
     return best

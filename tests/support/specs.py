@@ -1,0 +1,16 @@
+"""Every spec that the registered formats give a golden number for: what contract tests loop over."""
+
+from __future__ import annotations
+
+import lowbit
+from lowbit.formats.base import Format
+
+ALL_SPECS = [spec for cls in lowbit.formats().values() for spec in cls.golden_sqnr]
+
+
+def weight_shape(fmt: Format) -> tuple[int, int]:
+    """A small odd N and the smallest multi-group K that the format can hold."""
+    for k in (40, 64, 128, 256, 512, 1024, 2048):
+        if fmt.check_shape(48, k) is None and k >= 40:
+            return 48, k
+    raise AssertionError(f"{fmt} holds none of the tried K")

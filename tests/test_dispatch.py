@@ -1,0 +1,149 @@
+"""Dispatch: the order, the refusals, strictness, and what is said about them."""
+
+import threading
+
+import pytest
+import torch
+
+from lowbit import dispatch
+from lowbit.errors import UnsupportedError
+from lowbit.formats import parse_spec
+from lowbit.ops import generic
+
+SPEC = "fp8_e4m3(granularity=row)"
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A private copy of the kernel table."""
+    state = dispatch._State(
+        {key: list(row) for key, row in dispatch._STATE.kernels.items()}, dict(dispatch._STATE.loaded)
+    )
+    monkeypatch.setattr(dispatch, "_STATE", state)
+    return state
+
+
+def _call():
+    fmt = parse_spec(SPEC)
+    w = torch.randn(8, 32)
+    return (fmt, torch.randn(2, 32), fmt.quantize(w), None)
+
+
+def test_eager_serves_what_no_other_backend_does():
+    """Without any other backend, eager is selected and runs."""
+    args = _call()
+
+    entry = dispatch.select("linear", "fp8_e4m3", "", "cpu", args)
+
+    assert entry.name == "eager:linear"
+    assert entry.run(*args).shape == (2, 8)
+
+
+def test_a_preferred_backend_runs_unless_it_refuses(kernels):
+    """The cpu kernel wins over eager while its `refuses` says nothing, and loses when it says something."""
+    why: list[str | None] = [None]
+    kernels.loaded["cpu"] = None
+
+    @dispatch.kernel("linear", backend="cpu", format="fp8_e4m3", refuses=lambda *_: why[0])
+    def linear_fp8(fmt, x, parts, bias):
+        return "cpu ran"
+
+    args = _call()
+    assert dispatch.select("linear", "fp8_e4m3", "", "cpu", args).name == "cpu:linear_fp8"
+
+    why[0] = "K must be a multiple of 64"
+    assert dispatch.select("linear", "fp8_e4m3", "", "cpu", args).name == "eager:linear"
+    assert dispatch.explain("linear", "fp8_e4m3", "", "cpu", args)["cpu:linear_fp8"] == why[0]
+
+
+def test_use_backend_is_strict(kernels):
+    """A forced backend that refuses raises with its reason rather than let another one run."""
+    kernels.loaded["cpu"] = None
+
+    @dispatch.kernel("linear", backend="cpu", format="fp8_e4m3", refuses=lambda *_: "not on Sundays")
+    def linear_fp8(fmt, x, parts, bias):
+        return None
+
+    with dispatch.use_backend("cpu"), pytest.raises(UnsupportedError, match="not on Sundays") as caught:
+        dispatch.select("linear", "fp8_e4m3", "", "cpu", _call())
+
+    assert caught.value.refusals["eager"] == "use_backend('cpu') is in force"
+    assert dispatch.select("linear", "fp8_e4m3", "", "cpu", _call()).backend == "eager"
+
+
+def test_an_exception_inside_a_kernel_propagates(kernels):
+    """A kernel that fails is not silently replaced by another backend."""
+    kernels.loaded["cpu"] = None
+
+    @dispatch.kernel("linear", backend="cpu", format="fp8_e4m3")
+    def linear_fp8(fmt, x, parts, bias):
+        raise ZeroDivisionError
+
+    _, x, parts, bias = _call()
+    with pytest.raises(ZeroDivisionError):
+        generic._linear(x, list(parts.values()), bias, SPEC)
+
+
+def test_an_unknown_backend_is_refused_by_name():
+    """A typing error in a backend's name is an error, not a no-op."""
+    with pytest.raises(UnsupportedError, match="unknown backend 'cudaa'; the backends are cuda, triton, cpu, eager"):
+        dispatch.use_backend("cudaa").__enter__()
+
+
+def test_a_backend_that_is_not_built_says_so(kernels, monkeypatch):
+    """use_backend names the reason of a backend that cannot be imported."""
+    kernels.loaded["cuda"] = "not part of this build"
+
+    with pytest.raises(UnsupportedError, match="the cuda backend cannot be used: not part of this build"):
+        dispatch.use_backend("cuda").__enter__()
+
+
+def test_a_broken_backend_is_recorded_not_raised(kernels, monkeypatch):
+    """An ImportError inside a backend package becomes its recorded reason."""
+
+    def broken(name):
+        raise ImportError("libfoo.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", broken)
+    kernels.loaded.pop("cuda", None)
+
+    assert dispatch.load("cuda") == "ImportError: libfoo.so.1: cannot open shared object file"
+
+
+def test_two_kernels_for_one_place_are_refused(kernels):
+    """A second eager linear for all formats cannot silently take the first one's place."""
+    with pytest.raises(UnsupportedError, match="registered already"):
+
+        @dispatch.kernel("linear", backend="eager")
+        def linear_again(fmt, x, parts, bias):
+            return None
+
+
+def test_a_layout_is_only_given_to_a_kernel_that_reads_it():
+    """Plain eager kernels refuse an unknown layout, naming both and the remedy."""
+    args = _call()
+
+    with pytest.raises(UnsupportedError, match="reads layout 'plain', not 'swizzled'; repack at load"):
+        dispatch.select("linear", "fp8_e4m3", "swizzled", "cpu", args)
+
+
+def test_use_backend_follows_the_context_not_the_process():
+    """Another thread is not affected by a use_backend block."""
+    seen = []
+
+    with dispatch.use_backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch._forced.get()))
+        thread.start()
+        thread.join()
+
+    assert seen == [None]
+
+
+def test_every_kernel_of_the_table_belongs_to_a_known_format():
+    """No kernel is registered for a format that does not exist."""
+    import lowbit
+
+    dispatch.load("eager")
+    known = {*lowbit.formats(), dispatch.ANY_FORMAT}
+
+    assert {entry.format for entry in dispatch.table()} <= known
