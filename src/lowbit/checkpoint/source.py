@@ -1,0 +1,220 @@
+"""What a user points at: one safetensors file, a sharded set by its index, or a model folder; opened and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lowbit.errors import CheckpointError
+
+from .folder import FolderContents, WeightSet, scan_folder
+from .index import check_weight_map, read_index, refuse_pickle, shard_paths
+from .safetensors_file import SafetensorsFile, TensorInfo
+
+_log = logging.getLogger("lowbit")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file; `relative` is its path below the source's root, with forward slashes."""
+
+    path: Path
+    relative: str
+
+
+@dataclass(frozen=True)
+class Component:
+    """One model in a source: its weight files and tensors.
+
+    Attributes:
+        name: "" for the root, else the subfolder, such as "transformer".
+        shards: its weight files, sorted by name.
+        files: the same, open, by their path relative to the source's root.
+        tensors: every tensor by its name in the files, shard after shard, in the order of the data.
+        index: the parsed index file, if it has one, and `index_name`, its file name.
+    """
+
+    name: str
+    shards: tuple[Shard, ...]
+    files: dict[str, SafetensorsFile]
+    tensors: dict[str, TensorInfo]
+    index: dict[str, Any] | None
+    index_name: str | None
+
+
+class Source:
+    """An open checkpoint; made by `open_source`. A context manager; threads may read at the same time.
+
+    Attributes:
+        root: the folder that relative paths start from.
+        kind: "file", "sharded" (an index file was named) or "folder".
+        components: the models in it, sorted by name.
+        files: every weight file by its path relative to the root.
+        tensors: every tensor; where there are several components, by "<component>/<name>".
+        extra_files: for a folder, what goes with the weights and is copied unchanged (config, tokenizer).
+        skipped_files: for a folder, what is left out: pickles, other weights, hidden files, links to the outside.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        kind: Literal["file", "sharded", "folder"],
+        components: list[Component],
+        contents: FolderContents,
+    ) -> None:
+        self.root = root
+        self.kind = kind
+        self.components = components
+        self.files = {name: file for component in components for name, file in component.files.items()}
+        several = len(components) > 1
+        self.tensors = {
+            f"{component.name}/{name}" if several and component.name else name: info
+            for component in components
+            for name, info in component.tensors.items()
+        }
+        self.extra_files = contents.extra_files
+        self.skipped_files = contents.skipped_files
+        self._by_path = {file.path: file for file in self.files.values()}
+
+    def component(self, name: str) -> Component:
+        """Return the component of a name. Raises CheckpointError if there is none."""
+        for component in self.components:
+            if component.name == name:
+                return component
+        known = ", ".join(repr(component.name) for component in self.components)
+        raise CheckpointError(f"{self.root}: has no component {name!r}; it has {known}")
+
+    def _locate(self, component: Component | str, key: str) -> SafetensorsFile:
+        found = self.component(component) if isinstance(component, str) else component
+        if key not in found.tensors:
+            where = f" in component {found.name!r}" if found.name else ""
+            raise CheckpointError(f"{self.root}: there is no tensor {key!r}{where}; `lowbit inspect` lists its tensors")
+        return self._by_path[found.tensors[key].path]
+
+    def read(self, component: Component | str, key: str) -> torch.Tensor:
+        """Return a tensor of a component (or of the component of that name) as fresh CPU memory.
+
+        Raises:
+            CheckpointError: no such component or tensor, a dtype that torch lacks, or the file cannot be read.
+        """
+        return self._locate(component, key).read(key)
+
+    def read_rows(self, component: Component | str, key: str, start: int, stop: int) -> torch.Tensor:
+        """Return rows [start, stop) of a tensor along dimension 0; otherwise as `read`."""
+        return self._locate(component, key).read_rows(key, start, stop)
+
+    def read_bytes(self, component: Component | str, key: str) -> bytes:
+        """Return a tensor's bytes as stored; works for every dtype, known to torch or not."""
+        return self._locate(component, key).read_bytes(key)
+
+    def fingerprint(self) -> str:
+        """Return a hex digest that changes when a weight file is added, renamed, replaced or rewritten.
+
+        It covers names, sizes, times of modification and headers, not the data: reading that would take as long as
+        converting it.
+        """
+        facts = [(name, file.size, file.mtime_ns, file.header_sha256) for name, file in sorted(self.files.items())]
+        return hashlib.sha256(json.dumps(facts).encode("ascii")).hexdigest()
+
+    def close(self) -> None:
+        """Close every file."""
+        for file in self.files.values():
+            file.close()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_source(path: str | Path) -> Source:
+    """Open a safetensors file, a `*.safetensors.index.json` with its shards, or a model folder, and check every header.
+
+    Raises:
+        CheckpointError: the path is missing or a pickle, a file or index is unsound, or two tensors have one name.
+    """
+    path = Path(path)
+    contents = FolderContents()
+    kind: Literal["file", "sharded", "folder"]
+    if path.is_dir():
+        kind, root, contents = "folder", path, scan_folder(path)
+        sets = contents.weight_sets
+    elif path.name.endswith(".json"):
+        refuse_pickle(path)
+        kind, root, index = "sharded", path.parent, read_index(path)
+        sets = [WeightSet("", shard_paths(index), index)]
+    else:
+        refuse_pickle(path)
+        kind, root, sets = "file", path.parent, [WeightSet("", [path], None)]
+    with contextlib.ExitStack() as stack:
+        components = [_open_component(weights, root, stack) for weights in sets]
+        stack.pop_all()  # every file is sound: the source closes them
+    return Source(root, kind, components, contents)
+
+
+def _open_component(weights: WeightSet, root: Path, stack: contextlib.ExitStack) -> Component:
+    shards = tuple(Shard(path, path.relative_to(root).as_posix()) for path in weights.shards)
+    files = {shard.relative: stack.enter_context(SafetensorsFile(shard.path)) for shard in shards}
+    tensors: dict[str, TensorInfo] = {}
+    for file in files.values():
+        for name, info in file.tensors.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{file.path}: tensor {name!r} is also in {tensors[name].path}: two layers with one name, and one "
+                    "of them would be lost; remove the shard that does not belong to the set"
+                )
+            tensors[name] = info
+    index = weights.index
+    if index is None:
+        return Component(weights.folder, shards, files, tensors, None, None)
+    check_weight_map(index, files.values())
+    unnamed = tensors.keys() - index.weight_map.keys()
+    if unnamed:
+        _log.warning("%s: %d tensors are in the shards but not in the index (%s); they are read too",
+                     index.path, len(unnamed), min(unnamed))  # fmt: skip
+    return Component(weights.folder, shards, files, tensors, index.content, index.path.name)
+
+
+def check_target(source: Source, target: str | Path) -> None:
+    """Raise CheckpointError if writing to `target` would touch the source, also through links, or cannot succeed."""
+    target = Path(target)
+    inputs = [*(file.path for file in source.files.values()), *source.extra_files]
+    below = [target / path.relative_to(source.root) for path in inputs] if target.is_dir() else []
+    partial = target.with_name(target.name + ".partial")
+    _refuse_inputs([target, partial], inputs)
+    for path, written in zip(inputs, below, strict=False):
+        _refuse_inputs([written], [path])
+    if source.kind == "folder" and Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source.root)):
+        raise CheckpointError(
+            f"{target}: lies in the folder that is read, {source.root}; choose an output outside of it"
+        )
+    if source.kind == "file" and target.is_dir():
+        raise CheckpointError(f"{target}: is a folder; name a file to write, such as {target / 'model.safetensors'}")
+    if source.kind == "folder" and target.is_file() and target.suffix != ".safetensors":
+        raise CheckpointError(f"{target}: is a file, but a folder will be written; choose another output")
+    parent = target if target.is_dir() else target.parent
+    if not parent.is_dir():
+        raise CheckpointError(f"{target}: {parent} is no folder that exists; create it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{target}: nothing can be written in {parent}; check its permissions")
+
+
+def _refuse_inputs(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
+    for target in targets:
+        for path in inputs:
+            same = target.exists() and path.exists() and target.samefile(path)
+            if same or os.path.realpath(target) == os.path.realpath(path):
+                raise CheckpointError(
+                    f"{target}: is the input {path} itself (links are followed); choose another output, "
+                    "so that the input stays as it is"
+                )
