@@ -1,0 +1,247 @@
+"""What a dialect is: one on-disk convention for quantized layers, as pure functions on names, metadata and tensors.
+
+A dialect never opens a file. What lies where comes in as `TensorSpec`s (a file's header), tensors come through a
+callable `read(key)`, and what should be written goes out as specs first (they fix the offsets) and tensors later.
+Canonical parts (`formats`) are the only arrangement that the rest of lowbit knows; nibble order, swizzles, padding, key
+names and JSON fields end here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError, LowbitError
+from lowbit.formats import Format, Parts
+
+Read = Callable[[str], Tensor]
+Shape = tuple[int, int]
+
+# Names and types by which a quantized weight shows itself where no known dialect describes it.
+_FOREIGN_SUFFIXES = (".qweight", ".weight_packed", ".qzeros", ".weight_scale_inv", ".weight_global_scale")
+_CODE_DTYPES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALES = ("weight_scale", "weight_scale_2", "scale_weight")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a file's header says of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        """The spec of a tensor at hand."""
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One quantized layer as a file holds it, or as it is to be written.
+
+    `shape` is logical. Where a file pads (nvfp4, mxfp8) and does not tell the shape, it is the padded one; a caller who
+    knows better passes `dataclasses.replace(stored, shape=(n, k))` on, and `load_parts` cuts to that.
+    """
+
+    layer: str
+    """The key prefix without ".weight"; empty for a bare layer."""
+    format: Format
+    shape: Shape
+    dtype: torch.dtype = torch.bfloat16
+    """The logical dtype: what the weight was before it was quantized."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """Role of a stored tensor -> its key. Part names, and "marker"; everything the layer owns but the bias."""
+    layout: str = ""
+    """"" or the name of the kernel arrangement that the file uses."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What a round trip must keep although it is not the format's: flags of a runtime, JSON fields unknown to us."""
+    notes: list[str] = field(default_factory=list)
+    """What was inferred or repaired, in words."""
+    where: str = ""
+    """The file, for messages."""
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    """The dtypes of the parts that a format leaves open, as the file has them."""
+
+    @property
+    def place(self) -> str:
+        """File and layer, as messages name them."""
+        return name_place(self.where, self.layer)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with one layer (or with the container, `layer` empty): the error that strict reading raises."""
+
+    layer: str
+    error: LowbitError
+
+    @property
+    def message(self) -> str:
+        """The error in words."""
+        return str(self.error)
+
+
+@dataclass
+class FoundLayers:
+    """What a file holds: quantized layers, all other keys, and what is wrong with it."""
+
+    layers: dict[str, StoredLayer] = field(default_factory=dict)
+    plain: list[str] = field(default_factory=list)
+    """Keys that belong to no layer in `layers`, biases included, in the file's order."""
+    container: list[str] = field(default_factory=list)
+    """Keys that only describe the file or mean nothing (a `scaled_fp8` marker, a scale of 1 beside a plain weight)."""
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Dialect(Protocol):
+    """One on-disk convention. `fmt`, `shape`, `dtype`, `options`, `layout` mean what they mean in `StoredLayer`."""
+
+    name: str
+
+    def detect(self, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bool:
+        """Whether a file with these tensors and this header metadata is written in this dialect."""
+        ...
+
+    def find_layers(
+        self,
+        tensors: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str],
+        read: Read,
+        where: str,
+        *,
+        infer_act_unsigned: bool = True,
+        strict: bool = True,
+    ) -> FoundLayers:
+        """The quantized layers of a file. `read` is called for small tensors only (markers, scalars).
+
+        Everything is checked against the header here, before any data is read. With `strict` the first problem is
+        raised (a `CheckpointError`, `PartsError`, `FormatError` or `UnknownFormatError` that names `where` and the
+        layer); without, problems are collected and their layers left out.
+        """
+        ...
+
+    def load_parts(self, layer: StoredLayer, read: Read) -> Parts:
+        """The canonical parts of a layer, checked by `Format.check`. Raises `PartsError`."""
+        ...
+
+    def stored_specs(
+        self,
+        layer: str,
+        fmt: Format,
+        shape: Shape,
+        dtype: torch.dtype,
+        options: Mapping[str, Any],
+        layout: str = "",
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> dict[str, TensorSpec]:
+        """Key -> spec of exactly what `store_parts` will give, before the data exists.
+
+        `dtypes`: dtypes of parts for which the format allows several; by default what `Format.quantize` makes of
+        `dtype`.
+        """
+        ...
+
+    def store_parts(
+        self,
+        layer: str,
+        fmt: Format,
+        parts: Mapping[str, Tensor],
+        shape: Shape,
+        dtype: torch.dtype,
+        options: Mapping[str, Any],
+        layout: str = "",
+    ) -> dict[str, Tensor]:
+        """Key -> tensor to be written for one layer. Raises `PartsError` for parts that are not those of `fmt`."""
+        ...
+
+    def header_metadata(self, layers: Iterable[StoredLayer]) -> dict[str, str]:
+        """Entries of the file's header metadata that describe the layers (of which `keys` and `notes` may be empty)."""
+        ...
+
+
+_REGISTRY: dict[str, Dialect] = {}
+
+
+def register_dialect(dialect: Dialect) -> Dialect:
+    """Make a dialect known by its name; a second one of that name is refused."""
+    if dialect.name in _REGISTRY:
+        raise CheckpointError(f"a dialect named {dialect.name!r} is registered already")
+    _REGISTRY[dialect.name] = dialect
+    return dialect
+
+
+def dialects() -> dict[str, Dialect]:
+    """Every registered dialect by name."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def get_dialect(name: str) -> Dialect:
+    """The dialect of that name. Raises `CheckpointError` with the names there are."""
+    if name not in _REGISTRY:
+        raise CheckpointError(f"unknown dialect {name!r}; known dialects: {', '.join(sorted(_REGISTRY))}")
+    return _REGISTRY[name]
+
+
+def detect_dialect(
+    tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str], where: str = "the file"
+) -> Dialect | None:
+    """The dialect of a file, or None for a plain file.
+
+    Raises `CheckpointError` for a file that holds quantized weights which no dialect describes: shapes and dtypes do
+    not tell the order of nibbles or scales (ComfyUI's and BFL's nvfp4 differ in nothing else), so nothing is guessed.
+    """
+    for dialect in _REGISTRY.values():
+        if dialect.detect(tensors, metadata):
+            return dialect
+    if foreign := undescribed(tensors, tensors):
+        raise CheckpointError(
+            f"{where}: {foreign[0]!r} and {len(foreign) - 1} more look like quantized weights, but no marker says how "
+            "they "
+            f"are stored, and shapes cannot tell; known dialects: {', '.join(sorted(_REGISTRY))}. "
+            "Use the original 16-bit file, or convert it with the program that wrote it"
+        )
+    return None
+
+
+def undescribed(keys: Iterable[str], tensors: Mapping[str, TensorSpec]) -> list[str]:
+    """Those of `keys` that look like quantized weights: codes with a scale beside them, or another tool's names."""
+    found = []
+    for key in keys:
+        layer = layer_of(key)
+        coded = layer is not None and tensors[key].dtype in _CODE_DTYPES
+        scaled = coded and any(join_key(layer or "", suffix) in tensors for suffix in _SCALES)
+        if scaled or key.endswith(_FOREIGN_SUFFIXES):
+            found.append(key)
+    return found
+
+
+def layer_of(weight_key: str) -> str | None:
+    """The layer whose weight has this key, or None for the key of anything else."""
+    if weight_key == "weight":
+        return ""
+    return weight_key.removesuffix(".weight") if weight_key.endswith(".weight") else None
+
+
+def name_place(where: str, layer: str) -> str:
+    """File and layer, as messages name them."""
+    named = f"layer {layer!r}" if layer else "the bare layer"
+    return f"{where}: {named}" if where else named
+
+
+def join_key(layer: str, suffix: str) -> str:
+    """The key of a layer's tensor; a bare layer has no prefix."""
+    return f"{layer}.{suffix}" if layer else suffix

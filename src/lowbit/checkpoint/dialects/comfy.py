@@ -1,0 +1,188 @@
+"""The convention of ComfyUI single files: `<layer>.comfy_quant` markers, the `_quantization_metadata` header, keys.
+
+`<layer>.weight` holds the codes, `<layer>.weight_scale` and its like the other parts. Marker and header are both
+written and say the same. The fields of the JSON object, beside those of each format (`comfy_formats`,
+`comfy_one_byte`):
+
+format                       which format; required
+orig_dtype, orig_shape       logical dtype ("torch.bfloat16") and shape, the latter where padding hides it
+full_precision_matrix_mult   the runtime must not quantize activations; written only when true
+lowbit                       our own config, only where the fields above cannot say all of it; others ignore it
+
+Whatever else a marker says is kept in `StoredLayer.options` and written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.dialects.base import (
+    FoundLayers,
+    Problem,
+    Read,
+    Shape,
+    StoredLayer,
+    TensorSpec,
+    join_key,
+    name_place,
+    register_dialect,
+    undescribed,
+)
+from lowbit.checkpoint.dialects.comfy_find import CONSUMED, Siblings, find_layer, format_of, siblings
+from lowbit.checkpoint.dialects.comfy_formats import UNFOLDED, disk_specs, storage_of
+from lowbit.checkpoint.dialects.comfy_legacy import add_legacy, is_legacy
+from lowbit.checkpoint.dialects.comfy_marker import (
+    HEADER,
+    MARKER,
+    Description,
+    header_entry,
+    marker_tensor,
+    read_descriptions,
+)
+from lowbit.checkpoint.dialects.comfy_match import check_stored, suffixes, taken_as
+from lowbit.errors import CheckpointError, LowbitError
+from lowbit.formats import Format, Parts
+
+
+class Comfy:
+    """Reads and writes the convention of this module's docstring; see `Dialect` for the contracts."""
+
+    name = "comfy"
+
+    def detect(self, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bool:
+        """Whether there is a marker, the header's entry, or what a `scaled_fp8` file has."""
+        return HEADER in metadata or any(key.rpartition(".")[2] == MARKER for key in tensors) or is_legacy(tensors)
+
+    def find_layers(
+        self,
+        tensors: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str],
+        read: Read,
+        where: str,
+        *,
+        infer_act_unsigned: bool = True,
+        strict: bool = True,
+    ) -> FoundLayers:
+        """See `Dialect.find_layers`.
+
+        An absent act_unsigned may be inferred for the layers of early Qwen-Image files.
+        """
+        found = FoundLayers()
+        described = read_descriptions(tensors, metadata, read, where, found)
+        add_legacy(tensors, read, where, found, described)
+        beside = siblings(tensors)
+        for layer, description in described.items():
+            result = _layer_or_problem(description, tensors, beside, read, infer_act_unsigned)
+            if isinstance(result, Problem):
+                found.problems.append(result)
+            else:
+                found.layers[layer] = result
+        owned = {key for stored in found.layers.values() for key in stored.keys.values()} | set(found.container)
+        found.plain = [key for key in tensors if key not in owned]
+        broken = {problem.layer for problem in found.problems}
+        found.problems += [
+            Problem(layer, _unmarked(key, layer, tensors[key], where))
+            for key in undescribed(found.plain, tensors)
+            if (layer := key.rpartition(".")[0]) not in broken
+        ]
+        if strict and found.problems:
+            raise found.problems[0].error
+        return found
+
+    def load_parts(self, layer: StoredLayer, read: Read) -> Parts:
+        """See `Dialect.load_parts`."""
+        fmt = layer.format
+        stored = {role: read(key) for role, key in layer.keys.items() if role in (*fmt.part_names, UNFOLDED)}
+        wanted = check_stored(layer, {role: TensorSpec.of(tensor) for role, tensor in stored.items()})
+        stored = {role: taken_as(tensor, wanted[role]) for role, tensor in stored.items()}
+        read_back = storage_of(fmt).read(fmt, stored, layer.shape, layer.layout)
+        parts = {name: read_back[name] for name in fmt.part_names}
+        fmt.check(parts, layer.shape, layer.place)
+        return parts
+
+    def stored_specs(
+        self,
+        layer: str,
+        fmt: Format,
+        shape: Shape,
+        dtype: torch.dtype,
+        options: Mapping[str, Any],
+        layout: str = "",
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> dict[str, TensorSpec]:
+        """See `Dialect.stored_specs`."""
+        keys, specs = stored_keys(layer, fmt), disk_specs(fmt, shape, dtype, layout, dtypes or {})
+        marker = marker_tensor(marker_fields(fmt, shape, dtype, options, layout))
+        return {**{keys[part]: specs[part] for part in fmt.part_names}, join_key(layer, MARKER): TensorSpec.of(marker)}
+
+    def store_parts(
+        self,
+        layer: str,
+        fmt: Format,
+        parts: Mapping[str, Tensor],
+        shape: Shape,
+        dtype: torch.dtype,
+        options: Mapping[str, Any],
+        layout: str = "",
+    ) -> dict[str, Tensor]:
+        """See `Dialect.store_parts`."""
+        fmt.check(parts, shape, name_place("", layer))
+        keys, stored = stored_keys(layer, fmt), storage_of(fmt).write(fmt, parts, layout)
+        marker = marker_tensor(marker_fields(fmt, shape, dtype, options, layout))
+        return {**{keys[part]: stored[part].contiguous() for part in fmt.part_names}, join_key(layer, MARKER): marker}
+
+    def header_metadata(self, layers: Iterable[StoredLayer]) -> dict[str, str]:
+        """See `Dialect.header_metadata`: every layer with the very fields of its marker."""
+        return header_entry({s.layer: marker_fields(s.format, s.shape, s.dtype, s.options, s.layout) for s in layers})
+
+
+COMFY = Comfy()
+register_dialect(COMFY)
+
+
+def stored_keys(layer: str, fmt: Format) -> dict[str, str]:
+    """Part name -> the key it is written under."""
+    return {part: join_key(layer, suffix) for part, suffix in suffixes(type(fmt), fmt.part_names).items()}
+
+
+def marker_fields(
+    fmt: Format, shape: Shape, dtype: torch.dtype, options: Mapping[str, Any], layout: str = ""
+) -> dict[str, Any]:
+    """The JSON object that describes a layer, as marker and header hold it."""
+    storage = storage_of(fmt)
+    fields: dict[str, Any] = {"format": storage.name_of(fmt), **storage.fields_of(fmt)}
+    extra = storage.options_of({name: value for name, value in options.items() if name not in CONSUMED})
+    if extra.pop("full_precision_matrix_mult", False):
+        fields["full_precision_matrix_mult"] = True
+    fields["orig_dtype"] = str(dtype)
+    if not storage.tells_shape:
+        fields["orig_shape"] = list(shape)
+    if layout:
+        fields["layout"] = layout
+    fields |= {name: value for name, value in extra.items() if name not in fields}
+    specs = disk_specs(fmt, shape, dtype, layout, {})
+    if format_of(Description("", fields, "", tensors=specs), storage) != fmt:
+        fields["lowbit"] = fmt.config()
+    return fields
+
+
+def _layer_or_problem(
+    description: Description, tensors: Mapping[str, TensorSpec], beside: Siblings, read: Read, infer: bool
+) -> StoredLayer | Problem:
+    try:
+        return find_layer(description, tensors, beside, read, infer)
+    except LowbitError as error:
+        return Problem(description.layer, error)
+
+
+def _unmarked(key: str, layer: str, spec: TensorSpec, where: str) -> LowbitError:
+    return CheckpointError(
+        f"{name_place(where, layer)}: {key!r} is {spec} with scales beside it, but no {MARKER} marker and no entry in "
+        "the header "
+        "says how it is stored; shapes cannot tell the order of nibbles and scales. Get the original file, or convert "
+        "again"
+    )
