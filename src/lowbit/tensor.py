@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from lowbit.errors import UnsupportedError
 from lowbit.formats.base import Format, as_format
-from lowbit.formats.parts import Parts
+from lowbit.formats.parts import Parts, raw_bytes
 from lowbit.layouts.base import get_layout
 from lowbit.ops import generic
 
@@ -351,5 +351,4 @@ def _mark(tensor: QuantizedTensor, is_param: bool, requires_grad: bool) -> Quant
 
 def _rows_first(tensor: QuantizedTensor, rule: Any) -> Tensor:
     part = tensor.parts[rule.name]
-    rows = part.transpose(0, rule.row_axis).contiguous() if rule.row_axis else part
-    return rows.view(torch.uint8) if rows.dtype.itemsize == 1 else rows
+    return raw_bytes(part.transpose(0, rule.row_axis).contiguous() if rule.row_axis else part)

@@ -188,14 +188,19 @@ def _empty_like(func: Any, args: Any, kwargs: Any) -> Any:
 
 @implements(aten.new_empty.default, aten.new_zeros.default)
 def _new(func: Any, args: Any, kwargs: Any) -> Any:
-    """Same shape: a quantized weight; any other shape: a plain tensor."""
+    """A matrix with the same K: a quantized weight that shares what all rows share; any other shape: a plain tensor."""
     w, size = args[0], tuple(args[1])
     dtype, device = kwargs.get("dtype") or w.dtype, kwargs.get("device") or w.device
-    if size == tuple(w.shape) and dtype.is_floating_point:
-        fresh = w.map_parts(lambda part: torch.empty_like(part, device=device), dtype=dtype)
-        for part in fresh.part_list if func is aten.new_zeros.default else ():
-            raw_bytes(part).zero_()
-        return fresh
+    if len(size) == 2 and size[1] == w.matrix[1] and dtype.is_floating_point and not w.kernel_layout:
+        parts, shapes = w.parts, w.format.part_shapes(*size)
+        for rule in w.format.rules:
+            if rule.row_axis is not None:
+                parts[rule.name] = torch.empty(shapes[rule.name], dtype=parts[rule.name].dtype, device=device)
+                if func is aten.new_zeros.default:
+                    raw_bytes(parts[rule.name]).zero_()
+            else:
+                parts[rule.name] = parts[rule.name].to(device, copy=True)
+        return QuantizedTensor(parts, w.format, size, dtype)
     make: Any = torch.zeros if func is aten.new_zeros.default else torch.empty
     return make(size, dtype=dtype, device=device)
 
@@ -299,6 +304,15 @@ def _slice(func: Any, args: Any, kwargs: Any) -> Any:
     if (start, stop, step) == (0, w.shape[axis], 1):
         return _alias(func, args, kwargs)
     return _rows(w, start, max(start, stop), step) if axis == 0 else NotImplemented
+
+
+@implements(aten.as_strided.default)
+def _as_strided(func: Any, args: Any, kwargs: Any) -> Any:
+    """Only what FSDP asks for: the first rows of a matrix, padding cut off."""
+    w, size, stride = args[0], tuple(args[1]), tuple(args[2])
+    offset = args[3] if len(args) > 3 else kwargs.get("storage_offset", 0)
+    rows = len(size) == 2 and size[1:] == tuple(w.shape[1:]) and stride == (size[1], 1) and not offset
+    return _rows(w, 0, size[0]) if rows and size[0] <= w.shape[0] else NotImplemented
 
 
 @implements(aten.select.int)
