@@ -307,6 +307,15 @@ def test_an_empty_file_of_tensors_is_sound(tmp_path):
         assert file.tensors == {}
 
 
+def test_the_header_may_name_tensors_in_any_order(tmp_path):
+    """Names come in the order of the data, with an empty tensor between two others, whatever the header's order."""
+    header = {"c": entry(offsets=(8, 16)), "b": entry(shape=(0,), offsets=(8, 8)), "a": entry()}
+    path = raw_file(tmp_path / "a.safetensors", header, torch.arange(4.0).numpy().tobytes())
+    with SafetensorsFile(path) as file:
+        assert list(file.tensors) == ["a", "b", "c"]
+        assert file.read("c").tolist() == [2, 3]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_reading_keeps_one_tensor_in_memory(tmp_path):
     """Reading 8 tensors of 32 MB one after the other never holds more than about one of them."""
