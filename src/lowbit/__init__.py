@@ -1,6 +1,8 @@
 """lowbit: convert model weights from 16 bits to 8 and 4, prove what was lost, load them and multiply with them."""
 
 from lowbit import ops, tensor_ops
+from lowbit.checkpoint.load import load
+from lowbit.checkpoint.save import save
 from lowbit.dispatch import use_backend
 from lowbit.errors import LowbitError
 from lowbit.formats import Format, formats, parse_spec
@@ -15,9 +17,11 @@ __all__ = [
     "QuantizedTensor",
     "fallbacks",
     "formats",
+    "load",
     "ops",
     "parse_spec",
     "quantize_",
+    "save",
     "tensor_ops",
     "use_backend",
 ]

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lowbit.errors import PlanError, WeightError
@@ -76,6 +75,19 @@ def quantizable_layers(module: nn.Module) -> Iterator[tuple[str, Layer]]:
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Embedding) and not isinstance(layer.weight, QuantizedTensor):
             yield name or "weight", layer
+
+
+def quantized_layers(module: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """The linears and embeddings of a module whose weight is quantized, by name ("" for a bare layer).
+
+    Of layers that share a weight, only the first.
+    """
+    seen: set[int] = set()
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Embedding) and isinstance(layer.weight, QuantizedTensor):
+            if id(layer.weight) not in seen:
+                yield name, layer
+            seen.add(id(layer.weight))
 
 
 def quantize_layer_(

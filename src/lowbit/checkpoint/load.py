@@ -1,0 +1,206 @@
+"""Load a checkpoint, quantized or plain, into a module: checked against it as a whole before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import CheckpointError
+from lowbit.nn import Layer
+from lowbit.tensor import QuantizedTensor
+
+from .dialects import StoredLayer
+from .dialects.base import join_key
+from .quantized_source import QuantizedComponent, look_for_layers
+from .source import Component, Source, open_source
+
+OPTIONS = "lowbit_options"  # attribute of a layer: what its checkpoint says besides the format, for saving it again
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load` did: quantized layers with their specs, plain tensors loaded, keys skipped, and repairs in words."""
+
+    quantized: dict[str, str]
+    plain: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    notes: list[str]
+
+
+def load(
+    module: nn.Module, path: str | Path, *, strict: bool = True, prefix: str | None = None, component: str | None = None
+) -> LoadReport:
+    """Load a checkpoint into `module`: its quantized layers become `QuantizedTensor` weights, the rest is copied.
+
+    `path` is a safetensors file, an index, or a model folder (`component` names the subfolder where there are several).
+    `prefix` is what the file's keys have in front of the module's names; by default it is found. A bare `nn.Linear` or
+    `nn.Embedding` takes a file with one layer. Plain tensors take the dtype of the module's; quantized payloads are
+    never cast. With `strict`, keys that the module lacks and names that the file lacks are errors.
+
+    Everything is checked first: raises `CheckpointError`, `PartsError` or `UnknownFormatError` naming file, layer,
+    expectation and remedy, and leaves the module as it was.
+    """
+    with open_source(path) as source:
+        content = look_for_layers(source, _component(source, component))
+        loader = _Loader(module, content, str(path), prefix)
+        loader.check(strict=strict)
+        return loader.apply()
+
+
+def _component(source: Source, name: str | None) -> Component:
+    if name is not None or len(source.components) == 1:
+        return source.components[0] if name is None else source.component(name)
+    known = ", ".join(component.name for component in source.components)
+    raise CheckpointError(
+        f"{source.root}: holds several models ({known}); choose one, such as load(..., component=...)"
+    )
+
+
+class _Loader:
+    """The match of a file's keys with a module's names, and the tensors to put in place."""
+
+    def __init__(self, module: nn.Module, content: QuantizedComponent, where: str, prefix: str | None) -> None:
+        self.module, self.content, self.where = module, content, where
+        self.modules = dict(module.named_modules(remove_duplicate=False))
+        self.state = {name: value for name, value in module.state_dict(keep_vars=True).items() if value is not None}
+        keys = [*content.found.plain, *(join_key(layer, "weight") for layer in content.layers)]
+        self.prefix = _find_prefix(keys, self.state) if prefix is None else prefix
+        self.layers = {self._strip(name, layer=True): layer for name, layer in content.layers.items()}
+        self.plain = {self._strip(key): key for key in content.found.plain}
+
+    def _strip(self, key: str, *, layer: bool = False) -> str:
+        """A key of the file as a name of the module; a layer that is the prefix itself becomes the bare layer."""
+        if layer and key == self.prefix.removesuffix("."):
+            return ""
+        return key.removeprefix(self.prefix)
+
+    def check(self, *, strict: bool) -> None:
+        """Raise `CheckpointError` for the first thing that does not fit; change nothing."""
+        for name, stored in self.layers.items():
+            layer = self._target(name, stored)
+            self.layers[name] = _fit_shape(stored, layer)
+        new_biases = {join_key(name, "bias") for name, stored in self.layers.items() if _shifts_bias(stored)}
+        covered = {join_key(name, "weight") for name in self.layers} | set(self.plain)
+        tied = {id(self.state[name]) for name in covered if name in self.state}
+        self.missing = [n for n, value in self.state.items() if n not in covered and id(value) not in tied]
+        self.unexpected = [name for name in self.plain if name not in self.state and name not in new_biases]
+        if strict and self.missing:
+            raise CheckpointError(
+                f"{self.where}: lacks {_some(self.missing)}; load the right file, or pass strict=False"
+            )
+        if strict and self.unexpected:
+            raise CheckpointError(
+                f"{self.where}: has {_some(self.unexpected)} that the module lacks (prefix {self.prefix!r}); "
+                "load it into the right model, name the prefix, or pass strict=False"
+            )
+        for name, key in self.plain.items():
+            self._check_plain(name, key)
+
+    def _target(self, name: str, stored: StoredLayer) -> Layer:
+        layer = self.modules.get(name)
+        if layer is None:
+            raise CheckpointError(
+                f"{stored.place}: the module has no {name!r}; load it into the right model, or name the prefix"
+            )
+        if not isinstance(layer, nn.Linear | nn.Embedding):
+            raise CheckpointError(
+                f"{stored.place}: is quantized, but the module's {name!r} is a {type(layer).__name__}; only nn.Linear "
+                "and nn.Embedding hold quantized weights: convert with this layer kept"
+            )
+        if isinstance(layer, nn.Embedding) and not stored.format.supports_embedding:
+            raise CheckpointError(
+                f"{stored.place}: {stored.format.name} has no lookup for an nn.Embedding; convert it to another format"
+            )
+        return layer
+
+    def _check_plain(self, name: str, key: str) -> None:
+        if name not in self.state:
+            return
+        spec, have = self.content.specs[key], self.state[name]
+        if tuple(spec.shape) != tuple(have.shape):
+            raise CheckpointError(
+                f"{self.where}: {key!r} has shape {list(spec.shape)}, the module's {name!r} has {list(have.shape)}; "
+                "load it into the right model"
+            )
+
+    def apply(self) -> LoadReport:
+        """Read everything, then put it in place."""
+        weights = {name: self._quantized(stored) for name, stored in self.layers.items()}
+        plain = {name: self._plain(name, key) for name, key in self.plain.items() if name not in self.unexpected}
+        for name, weight in weights.items():
+            layer = self.modules[name]
+            self._replace(join_key(name, "weight"), weight)
+            setattr(layer, OPTIONS, self.layers[name].options)
+        for name, tensor in plain.items():
+            self._replace(name, tensor)
+        return LoadReport(
+            quantized={name: stored.format.spec for name, stored in self.layers.items()},
+            plain=list(plain),
+            missing=self.missing,
+            unexpected=self.unexpected,
+            notes=[*self.content.found.notes, *(note for s in self.layers.values() for note in s.notes)],
+        )
+
+    def _quantized(self, stored: StoredLayer) -> Tensor:
+        parts = self.content.load(stored)
+        current = self.state[join_key(self._strip(stored.layer, layer=True), "weight")]
+        if current.device.type not in ("cpu", "meta"):
+            parts = {name: part.to(current.device) for name, part in parts.items()}
+        return QuantizedTensor(parts, stored.format, stored.shape, current.dtype)
+
+    def _plain(self, name: str, key: str) -> Tensor:
+        tensor, current = self.content.read(key), self.state.get(name)
+        if current is None:  # a bias that a layer without one needs for the shift of its activations
+            return tensor
+        device = torch.device("cpu") if current.device.type == "meta" else current.device
+        return tensor.to(device, current.dtype if current.is_floating_point() and tensor.is_floating_point() else None)
+
+    def _replace(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in the place of every parameter or buffer that is the same object as the one of this name."""
+        old = self.state.get(name)
+        trains = old is not None and old.requires_grad and not isinstance(tensor, QuantizedTensor)
+        is_parameter = old is None or isinstance(old, nn.Parameter)
+        new = nn.Parameter(tensor, requires_grad=trains) if is_parameter else tensor
+        for other in [n for n, value in self.state.items() if value is old] or [name]:
+            owner, _, attribute = other.rpartition(".")
+            setattr(self.modules[owner], attribute, new)
+
+
+def _fit_shape(stored: StoredLayer, layer: Layer) -> StoredLayer:
+    """The stored layer at the module's shape. Where the file only knows the padded shape, the module's is right."""
+    n, k = layer.weight.shape
+    rules_fit = stored.format.part_shapes(n, k) == stored.format.part_shapes(*stored.shape)
+    if stored.shape != (n, k) and not (rules_fit and stored.notes):
+        raise CheckpointError(
+            f"{stored.place}: holds a weight of shape {list(stored.shape)}, the module expects {[n, k]}; "
+            "load it into the right model"
+        )
+    return replace(stored, shape=(n, k))
+
+
+def _shifts_bias(stored: StoredLayer) -> bool:
+    return bool(stored.format.config().get("act_unsigned"))
+
+
+def _find_prefix(keys: Iterable[str], names: Mapping[str, object]) -> str:
+    """What most keys have in front of names of the module; "" when they match as they are."""
+    counts: dict[str, int] = {}
+    for key in keys:
+        pieces = key.split(".")
+        for index in range(len(pieces)):
+            if ".".join(pieces[index:]) in names:
+                front = "".join(f"{piece}." for piece in pieces[:index])
+                counts[front] = counts.get(front, 0) + 1
+                break
+    return max(counts, key=lambda front: (counts[front], -len(front)), default="")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,85 @@
+"""Save a module with quantized layers as one safetensors file in a dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import CheckpointError
+from lowbit.nn import quantized_layers
+from lowbit.tensor import QuantizedTensor
+
+from .dialects import StoredLayer, get_dialect
+from .dialects.base import join_key
+from .load import OPTIONS
+from .writer import CheckpointWriter
+
+
+def save(
+    module: nn.Module, path: str | Path, *, dialect: str = "comfy", metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write a module's parameters and persistent buffers to a safetensors file; `load` reads it back bit for bit.
+
+    Quantized weights are stored through their parts as `dialect` says, one layer in memory at a time; a kernel's
+    layout is undone first. Tied plain tensors are written once. `metadata` goes into the file's header. The target
+    appears in one step, when it is complete. Raises `CheckpointError` when it cannot be written.
+    """
+    chosen, target = get_dialect(dialect), Path(path)
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{target}: {target.parent} is no folder that exists; create it first")
+    weights = {name: _whole_weight(name, layer.weight) for name, layer in quantized_layers(module)}
+    layers = [_stored(name, layer, weights[name]) for name, layer in quantized_layers(module)]
+    coded = {join_key(layer.layer, "weight") for layer in layers}
+    plain = _plain_tensors(module, coded)
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in plain.items()]
+    for layer in layers:
+        specs = chosen.stored_specs(
+            layer.layer, layer.format, layer.shape, layer.dtype, layer.options, dtypes=layer.dtypes
+        )
+        entries += [(key, spec.dtype, spec.shape) for key, spec in specs.items()]
+    header = {"format": "pt", **(metadata or {}), **chosen.header_metadata(layers)}
+    writer = CheckpointWriter(target, entries, header, fingerprint="module", resume=False)
+    try:
+        for name, tensor in plain.items():
+            writer.write(name, tensor.detach().cpu().contiguous())
+        for layer in layers:
+            weight = weights[layer.layer]
+            parts = {name: part.cpu() for name, part in weight.in_layout("").parts.items()}
+            stored = chosen.store_parts(layer.layer, layer.format, parts, layer.shape, layer.dtype, layer.options)
+            for key, tensor in stored.items():
+                writer.write(key, tensor)
+        writer.commit("module", {"tensors": [name for name, _, _ in entries]})
+        return writer.finish()
+    except BaseException:
+        writer.abort(keep=False)
+        raise
+
+
+def _whole_weight(name: str, weight: Tensor) -> QuantizedTensor:
+    if not isinstance(weight, QuantizedTensor) or tuple(weight.shape) != weight.matrix or weight.transposed:
+        raise CheckpointError(f"layer {name!r}: its weight is a view of a quantized matrix; save the whole matrix")
+    return weight
+
+
+def _stored(name: str, layer: nn.Module, weight: QuantizedTensor) -> StoredLayer:
+    options = getattr(layer, OPTIONS, {})
+    dtypes = {key: part.dtype for key, part in weight.in_layout("").parts.items()}
+    return StoredLayer(name, weight.format, weight.matrix, weight.dtype, options=options, dtypes=dtypes)
+
+
+def _plain_tensors(module: nn.Module, coded: set[str]) -> dict[str, Tensor]:
+    """Parameters and persistent buffers that are not quantized, each object once."""
+    kept: dict[str, Tensor] = {}
+    state = module.state_dict(keep_vars=True)
+    seen = {id(state[name]) for name in coded}
+    for name, value in state.items():
+        if name in coded or not isinstance(value, torch.Tensor) or id(value) in seen:
+            continue
+        if isinstance(value, QuantizedTensor):
+            raise CheckpointError(f"{name}: only the weight of an nn.Linear or nn.Embedding is saved quantized")
+        seen.add(id(value))
+        kept[name] = value
+    return kept

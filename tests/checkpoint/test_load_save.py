@@ -1,0 +1,206 @@
+"""lowbit.save and lowbit.load: modules with quantized layers through files, all or nothing."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lowbit
+from lowbit import QuantizedTensor
+from lowbit.errors import CheckpointError
+from lowbit.formats.parts import raw_bytes
+from tests.support.specs import ALL_SPECS
+
+
+class Block(nn.Module):
+    """A small model with everything that can be met: table, linears with and without bias, a norm, a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(20, 128)
+        self.up = nn.Linear(128, 1024)
+        self.down = nn.Linear(1024, 128, bias=False)
+        self.norm = nn.LayerNorm(128)
+        self.register_buffer("positions", torch.arange(4))
+
+    def forward(self, x):
+        """Look up, widen, narrow, normalise."""
+        return self.norm(self.down(nn.functional.gelu(self.up(self.tokens(x)))))
+
+
+def _blank(model):
+    blank = copy.deepcopy(model)
+    for value in blank.state_dict().values():
+        if value.is_floating_point() and not isinstance(value, QuantizedTensor):
+            value.zero_()
+    return blank
+
+
+@pytest.fixture
+def model():
+    """A fresh block."""
+    return Block()
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS)
+def test_round_trip_is_bit_exact(spec, model, tmp_path):
+    """Every format comes back with the same bytes, spec and outputs."""
+    original = _blank(model)
+    lowbit.quantize_(model, spec)
+    path = lowbit.save(model, tmp_path / "model.safetensors")
+
+    report = lowbit.load(original, path)
+
+    assert report.quantized["down"] == model.down.weight.spec
+    assert not report.missing
+    for name in report.quantized:
+        mine, theirs = original.get_submodule(name).weight, model.get_submodule(name).weight
+        assert mine.format == theirs.format
+        for part, other in zip(mine.part_list, theirs.part_list, strict=True):
+            assert torch.equal(raw_bytes(part), raw_bytes(other))
+    x = torch.tensor([[1, 2, 19]])
+    assert torch.equal(original(x), model(x))
+    again = lowbit.save(original, tmp_path / "again.safetensors")
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_the_prefix_of_a_file_is_found(model, tmp_path):
+    """A file whose keys carry a prefix loads without naming it, and with naming it."""
+    wrapper = nn.ModuleDict({"diffusion_model": model})
+    lowbit.quantize_(wrapper, "fp8_e4m3(granularity=row)")
+    path = lowbit.save(wrapper, tmp_path / "model.safetensors")
+
+    for prefix in (None, "diffusion_model."):
+        fresh = Block()
+        lowbit.load(fresh, path, prefix=prefix)
+        assert torch.equal(fresh.up.weight, model.up.weight)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(64, 8), nn.Embedding(8, 64)])
+def test_a_bare_layer(layer, tmp_path):
+    """A single layer is saved and loaded by itself."""
+    fresh = copy.deepcopy(layer)
+    lowbit.quantize_(layer, "fp8_e4m3")
+
+    lowbit.load(fresh, lowbit.save(layer, tmp_path / "layer.safetensors"))
+
+    assert torch.equal(fresh.weight, layer.weight)
+
+
+def test_a_module_on_the_meta_device_is_materialised(model, tmp_path):
+    """Loading into a model without memory gives it the file's tensors."""
+    lowbit.quantize_(model, "int8")
+    path = lowbit.save(model, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        empty = Block()
+
+    lowbit.load(empty, path)
+
+    x = torch.tensor([[3]])
+    assert torch.equal(empty(x), model(x))
+
+
+def test_tied_weights_are_written_once_and_come_back_tied(tmp_path):
+    """A head tied to the table shares one set of parts in the file, and one parameter after loading."""
+    tied = nn.Sequential(nn.Embedding(20, 64), nn.Linear(64, 20, bias=False))
+    tied[1].weight = tied[0].weight
+    fresh = copy.deepcopy(tied)
+    lowbit.quantize_(tied, "fp8_e4m3(granularity=row)")
+
+    path = lowbit.save(tied, tmp_path / "model.safetensors")
+    lowbit.load(fresh, path)
+
+    assert not any(key.startswith("1.") for key in load_file(path))
+    assert fresh[0].weight is fresh[1].weight
+    assert isinstance(fresh[1].weight, QuantizedTensor)
+
+
+def test_a_plain_file_loads_too(model, tmp_path):
+    """A checkpoint without quantized layers is loaded like any, in the module's dtype."""
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, tmp_path / "plain.safetensors")
+    fresh = Block().bfloat16()
+
+    report = lowbit.load(fresh, tmp_path / "plain.safetensors")
+
+    assert not report.quantized
+    assert torch.equal(fresh.up.weight, model.up.weight.bfloat16())
+
+
+def _saved(model, tmp_path, change):
+    """A quantized file with its tensors changed by hand, header metadata kept out so that markers decide."""
+    lowbit.quantize_(model, {"up": "fp8_e4m3(granularity=row)"})
+    tensors = load_file(lowbit.save(model, tmp_path / "good.safetensors"))
+    change(tensors)
+    save_file(tensors, tmp_path / "bad.safetensors")
+    return tmp_path / "bad.safetensors"
+
+
+def _rename(old, new):
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+DEFECTS = {
+    "missing scale": (lambda t: t.pop("up.weight_scale"), "up.*scale is missing"),
+    "misshapen scale": (lambda t: t.update({"up.weight_scale": torch.ones(7)}), r"up.*\[7"),
+    "wrong dtype": (lambda t: t.update({"up.weight_scale": t["up.weight_scale"].long()}), "up.*int64"),
+    "unknown format": (
+        lambda t: t.update({"up.comfy_quant": torch.tensor(list(b'{"format": "int3"}'), dtype=torch.uint8)}),
+        "unknown format 'int3'.*known formats",
+    ),
+    "missing bias": (lambda t: t.pop("up.bias"), "lacks up.bias"),
+    "extra tensor": (lambda t: t.update({"head.weight": torch.ones(2, 2)}), "head.weight that the module lacks"),
+    "misshapen norm": (lambda t: t.update({"norm.weight": torch.ones(3)}), r"'norm.weight' has shape \[3\]"),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_file_that_does_not_fit_changes_nothing(defect, model, tmp_path):
+    """One error names the file, the layer and what was expected; the module is as before."""
+    change, message = DEFECTS[defect]
+    fresh = Block()
+    before = copy.deepcopy(fresh.state_dict())
+    path = _saved(model, tmp_path, change)
+
+    with pytest.raises(lowbit.LowbitError, match=message) as caught:
+        lowbit.load(fresh, path)
+
+    assert "bad.safetensors" in str(caught.value)
+    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in before.items())
+
+
+def test_the_wrong_model_is_refused_with_both_shapes(model, tmp_path):
+    """A layer of another shape names the layer, its shape and the expected one."""
+    lowbit.quantize_(model, {"up": "fp8_e4m3"})
+    path = lowbit.save(model, tmp_path / "model.safetensors")
+    other = Block()
+    other.up = nn.Linear(128, 320)
+
+    with pytest.raises(CheckpointError, match=r"up.*shape \[1024, 128\], the module expects \[320, 128\]"):
+        lowbit.load(other, path)
+
+
+def test_a_quantized_layer_needs_a_linear_or_embedding(model, tmp_path):
+    """A marker on what is another kind of layer in the module is refused by name and class."""
+    lowbit.quantize_(model, {"up": "fp8_e4m3"})
+    path = lowbit.save(model, tmp_path / "model.safetensors")
+    other = Block()
+    other.up = nn.Conv1d(128, 256, 1)
+
+    with pytest.raises(CheckpointError, match=r"'up' is a Conv1d"):
+        lowbit.load(other, path)
+
+
+def test_saving_leaves_no_half_file(model, tmp_path, monkeypatch):
+    """An error while writing leaves the folder as it was."""
+    lowbit.quantize_(model, "fp8_e4m3")
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("lowbit.checkpoint.save.CheckpointWriter.write", broken)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        lowbit.save(model, tmp_path / "model.safetensors")
+
+    assert not list(tmp_path.iterdir())
