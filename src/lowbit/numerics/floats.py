@@ -1,8 +1,8 @@
 """Rounding to the small floating-point formats, and reading their codes.
 
-Everything here is element-wise, works in float32 inside, rounds half to even and saturates. Codes of one byte are exact for
-all 256 values, NaN included. The bit tricks are there because PyTorch's own float8 casts on a CPU are slow (8 ns a value for
-reading e4m3) and because float4 has no cast at all.
+Everything here is element-wise, works in float32 inside, rounds half to even and saturates. Codes of one byte are exact
+for all 256 values, NaN included. The bit tricks are there because PyTorch's own float8 casts on a CPU are slow (8 ns a
+value for reading e4m3) and because float4 has no cast at all.
 
 e2m1: sign, 2 exponent bits (bias 1), 1 mantissa bit: 0 .5 1 1.5 2 3 4 6          (OCP MX v1.0, section 5.3.3)
 e4m3: sign, 4 exponent bits (bias 7), 3 mantissa bits, no infinity, 0x7f is NaN     (OCP FP8, "fn" variant)
@@ -109,3 +109,23 @@ def stochastic_to_fp8(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     step = power * 2.0**-mantissa_bits
     rounded = (value.abs() / step + noise.float()).floor_() * step  # steps are powers of two: exact
     return rounded.clamp_(max=limit).copysign_(value).to(dtype)
+
+
+def bytes_to_fp8(x: Tensor, rng: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to float8 stochastically with given random bytes (uint8, shape of x), as ComfyUI and comfy-kitchen do.
+
+    x becomes float16; its mantissa in steps of the result, plus rng / 256, is rounded down, with float16 arithmetic
+    throughout, so that the same bytes give the same codes there and here. One flaw is part of the contract: the float16
+    logarithm takes values just below a power of two for that power, and the lowest bytes then round them down by two
+    steps (the mean stays right). Where that gives NaN there, this saturates. Zeros become +0, NaN stays NaN.
+    """
+    bits, bias, top = (3, 7, 15) if dtype == torch.float8_e4m3fn else (2, 15, 30)
+    half = x.to(torch.float16) + 0.0  # a negative zero loses its sign here; a negative value rounded to zero keeps it
+    magnitude = half.abs()
+    exponent = (magnitude.log2().floor_().float() + bias).clamp_(0, top).nan_to_num_(0.0).to(torch.int32)
+    normal = exponent.ne(0).float() * 2**bits
+    # The step of a subnormal is that of the smallest normal, which has an implicit one that the subnormal lacks.
+    step = ((exponent.clamp_min_(1) + (127 - bias - bits)) << 23).view(torch.float32)
+    mantissa = (magnitude.float() / step - normal).to(torch.float16) + (rng.float() / 256).to(torch.float16)
+    rounded = (mantissa.float().floor_() + normal).mul_(step).clamp_(max=fp8_max(dtype))
+    return rounded.mul_(half.float().sign_()).to(dtype)

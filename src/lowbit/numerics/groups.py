@@ -44,8 +44,13 @@ def pad_to(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def zeros_of(x: Tensor, rows: int, columns: int) -> Tensor:
-    """A zero matrix with the dtype and device of `x`, for one-byte dtypes that lack `zeros` (zero bits are zero in all)."""
+    """A zero matrix with the dtype and device of `x`, for one-byte dtypes that lack `zeros`: zero bits are zero."""
     return torch.zeros((rows, columns), dtype=torch.uint8, device=x.device).view(x.dtype)
+
+
+def is_tile(size: object) -> bool:
+    """Whether `size` gives the edges of a tile: a tuple of two whole numbers above 0."""
+    return isinstance(size, tuple) and len(size) == 2 and all(type(edge) is int and edge > 0 for edge in size)
 
 
 def reduce_tiles(x: Tensor, tile: tuple[int, int], op: str) -> Tensor:
@@ -65,10 +70,20 @@ def reduce_tiles(x: Tensor, tile: tuple[int, int], op: str) -> Tensor:
 def expand_tiles(values: Tensor, tile: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """Repeat one value a tile back to [N, K]; the inverse shape of `reduce_tiles`. Broadcasts where it can."""
     n, k = shape
-    rows = min(tile[0], n)
-    columns = min(tile[1], k)
-    if values.shape[0] > 1:
-        values = values.repeat_interleave(rows, dim=0)[:n]
+    # Columns first: they are repeated in the small tensor, then whole rows are copied.
     if values.shape[1] > 1:
-        values = values.repeat_interleave(columns, dim=1)[:, :k]
+        values = values.repeat_interleave(min(tile[1], k), dim=1)[:, :k]
+    if values.shape[0] > 1:
+        values = values.repeat_interleave(min(tile[0], n), dim=0)[:n]
     return values.expand(n, k)
+
+
+def group_amax(x: Tensor, group: int) -> Tensor:
+    """The largest magnitude in every run of `group` columns: float32 [N, K] -> [N, ceil(K / group)]. NaN propagates.
+
+    Magnitudes are ordered as their bits are, and PyTorch reduces short runs of int32 on a CPU three times faster than
+    those of float32.
+    """
+    groups = ceil_div(x.shape[1], group)
+    bits = pad_to(x, x.shape[0], groups * group).view(torch.int32) & 0x7FFFFFFF
+    return bits.unflatten(1, (groups, group)).amax(dim=-1).view(torch.float32)

@@ -1,4 +1,4 @@
-"""Two 4-bit codes in a byte. The order is always named: `low` puts the even column in the low nibble, `high` in the high one."""
+"""Two 4-bit codes in a byte, the even column in the low nibble; `swap_nibbles` leads to the other order."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from torch import Tensor
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """[..., K] uint8 or int8 codes (the low four bits count) -> [..., ceil(K / 2)] uint8, even column in the low nibble.
+    """[..., K] codes (uint8 or int8; four bits count) -> [..., ceil(K / 2)] uint8, even column in the low nibble.
 
     An odd K is padded with a zero code.
     """
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
-    pairs = codes.contiguous().view(torch.int16)  # low byte: even column (little endian)
-    return ((pairs & 0xF) | ((pairs >> 4) & 0xF0)).to(torch.uint8)
+    # Flat, because a view of another width wants strides that an axis of length 0 or 1 need not have.
+    pairs = codes.contiguous().view(-1).view(torch.int16)  # low byte: even column (little endian)
+    packed = ((pairs & 0xF) | ((pairs >> 4) & 0xF0)).to(torch.uint8)
+    return packed.view(*codes.shape[:-1], codes.shape[-1] // 2)
 
 
 def unpack_nibbles(packed: Tensor, columns: int | None = None) -> Tensor:
     """[..., P] bytes -> [..., columns or 2 P] uint8 codes 0..15; the inverse of `pack_nibbles`."""
-    wide = packed.view(torch.uint8).to(torch.int16)
-    codes = ((wide & 0x0F) | ((wide & 0xF0) << 4)).view(torch.uint8)
+    wide = packed.contiguous().view(-1).view(torch.uint8).to(torch.int16)
+    codes = ((wide & 0x0F) | ((wide & 0xF0) << 4)).view(torch.uint8).view(*packed.shape[:-1], 2 * packed.shape[-1])
     return codes if columns is None or columns == codes.shape[-1] else codes[..., :columns]
 
 

@@ -8,6 +8,7 @@ backward pass of PyTorch's operator registration; the Python functions in front 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -27,11 +28,26 @@ def declare(
     """Declare `lowbit::<schema>` and return its callable. The implementation serves every device."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowbit::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"lowbit::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.lowbit, name).default
+
+
+def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation outside any autocast region.
+
+    A region would cast the operands of the matrix products inside a kernel: integers in float32 would no longer be
+    exact, and the result would not have the dtype that the fake promises.
+    """
+
+    @wraps(implementation)
+    def call(*args: Any) -> Any:
+        with torch._C._DisableAutocast():  # noqa: SLF001  (the public one needs a device and costs ten times more)
+            return implementation(*args)
+
+    return call
 
 
 def run(op: str, device: torch.device, *args: Any) -> Any:
