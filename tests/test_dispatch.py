@@ -81,7 +81,7 @@ def test_an_exception_inside_a_kernel_propagates(kernels):
 
     _, x, parts, bias = _call()
     with pytest.raises(ZeroDivisionError):
-        generic._linear(x, list(parts.values()), bias, SPEC)
+        generic.run_linear(x, list(parts.values()), bias, SPEC)
 
 
 def test_an_unknown_backend_is_refused_by_name():

@@ -54,6 +54,8 @@ def test_linear_is_near_the_float64_product_of_the_dequantized_weight(spec):
     """The reference linear is the product with dequantize(), up to the quantization of activations if there is one."""
     w = _weight(spec)
     x = torch.randn(7, w.shape[1])
+    if w.format.config().get("act_unsigned"):
+        x = F.gelu(x)  # what such a layer is made for: nothing below -0.17
     expected = x.double() @ w.dequantize().double().t()
     if (share := w.format.bias_share(w.parts)) is not None:
         expected = expected + share  # a stored bias would contain the negative of this
@@ -127,20 +129,25 @@ def test_rows_can_be_cut_joined_and_picked(spec):
     """slice, narrow, split, chunk, select, index by row and cat along N equal the same on the dequantized weight."""
     w = _weight(spec)
     d = w.dequantize()
+    # A rotation or a low-rank branch is a matrix product, whose last bit depends on its size.
+    exact = "rotation" not in spec and "svdquant" not in spec
+
+    def check(mine, theirs):
+        assert isinstance(mine, QuantizedTensor)
+        assert mine.shape == theirs.shape
+        assert torch.equal(mine.dequantize(), theirs) if exact else sqnr(theirs, mine.dequantize()) > 120
 
     for cut in (slice(0, 16), slice(5, 20), slice(None, None, 3), slice(7, 8)):
-        assert isinstance(w[cut], QuantizedTensor)
-        assert torch.equal(w[cut].dequantize(), d[cut])
-    assert torch.equal(w.narrow(0, 3, 4).dequantize(), d.narrow(0, 3, 4))
-    assert torch.equal(w[5].dequantize(), d[5])
+        check(w[cut], d[cut])
+    check(w.narrow(0, 3, 4), d.narrow(0, 3, 4))
+    check(w[5], d[5])
     for mine, theirs in zip(w.split([8, 40]), d.split([8, 40]), strict=True):
-        assert torch.equal(mine.dequantize(), theirs)
+        check(mine, theirs)
     for mine, theirs in zip(w.chunk(5), d.chunk(5), strict=True):
-        assert torch.equal(mine.dequantize(), theirs)
+        check(mine, theirs)
     if w.format.row_multiple == 1:
         joined = torch.cat([w[:10], w[10:]])
-        assert isinstance(joined, QuantizedTensor)
-        assert torch.equal(joined.dequantize(), d)
+        check(joined, d)
         assert torch.equal(F.linear(torch.ones(1, w.shape[1]), joined), F.linear(torch.ones(1, w.shape[1]), w))
 
 

@@ -53,6 +53,7 @@ class QuantizedTensor(torch.Tensor):
     matrix: tuple[int, int]
     spec: str
     transposed: bool
+    is_matrix: bool
 
     @staticmethod
     def __new__(
@@ -89,6 +90,8 @@ class QuantizedTensor(torch.Tensor):
         self.matrix = matrix or (torch.Size(shape[:-1]).numel(), shape[-1])
         self.spec = f"{self.format.spec}@{layout}" if layout else self.format.spec
         self.transposed = transposed
+        # Python attributes: reading a wrapper's own shape would go through __torch_function__ at every call.
+        self.is_matrix = tuple(shape) == (self.matrix[::-1] if transposed else self.matrix)
         for name in self.format.part_names:
             setattr(self, name, parts[name])
 

@@ -32,10 +32,7 @@ def _linear(x: Tensor, w: QuantizedTensor, bias: Tensor | None) -> Tensor:
 
 def _is_matrix(w: object) -> bool:
     """Whether this is a quantized [N, K], or [K, N] seen transposed, whose shape is that of its parts."""
-    if not isinstance(w, QuantizedTensor) or w.dim() != 2:
-        return False
-    n, k = w.matrix
-    return tuple(w.shape) == ((k, n) if w.transposed else (n, k))
+    return isinstance(w, QuantizedTensor) and w.is_matrix
 
 
 @shortcut(F.linear)
@@ -43,11 +40,17 @@ def _short_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     x = input
     if isinstance(x, QuantizedTensor) or not _is_matrix(weight) or weight.transposed:  # type: ignore[attr-defined]
         return NotImplemented
-    if torch.is_autocast_enabled(x.device.type):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    return _linear(x, weight, bias)  # type: ignore[arg-type]
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    watched = torch._C._len_torch_dispatch_stack()  # noqa: SLF001  (FakeTensorMode and its like must see the op)
+    if needs_grad or autocast or type(x) is not Tensor or watched:
+        return _linear(x, weight, bias)  # type: ignore[arg-type]
+    # Nobody watches: the kernel is called without PyTorch's dispatcher, which would take longer than a small product.
+    return generic.run_linear(x, weight.part_list, bias, weight.spec)  # type: ignore[attr-defined]
 
 
 @implements(aten.linear.default)

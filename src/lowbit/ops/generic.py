@@ -57,14 +57,15 @@ def _dequantize_fake(parts: Sequence[Tensor], spec: str, shape: Sequence[int], d
     return parts[0].new_empty((shape[0], shape[1]), dtype=dtype)
 
 
-def _linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
+def run_linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
+    """What the op `linear` does, without autograd and without PyTorch's dispatcher."""
     fmt, layout = split_spec(spec)
     by_name = named(fmt, parts)
-    if fmt.pre_quant_scale:
-        x = x * by_name["pre_quant_scale"].to(x.dtype)
-    if fmt.plain is not fmt:
-        by_name = {name: by_name[name] for name in fmt.plain.part_names}
+    if fmt.pre_quant_scale or fmt.input_scale:
+        if fmt.pre_quant_scale:
+            x = x * by_name["pre_quant_scale"].to(x.dtype)
         fmt = fmt.plain
+        by_name = {name: by_name[name] for name in fmt.part_names}
     args = (fmt, x, by_name, bias)
     return select("linear", fmt.name, layout, x.device.type, args).run(*args)
 
@@ -122,7 +123,7 @@ linear_input_gradient = declare(
 )
 linear = declare(
     "linear(Tensor x, Tensor[] parts, Tensor? bias, str spec) -> Tensor",
-    _linear,
+    run_linear,
     _linear_fake,
     _linear_backward,
     _linear_setup,
