@@ -221,7 +221,7 @@ class QuantizedTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) in memo:
-            return memo[id(self)]  # type: ignore[no-any-return]
+            return memo[id(self)]
         copied = _mark(self.map_parts(torch.clone), bool(getattr(self, "_is_param", False)), self.requires_grad)
         memo[id(self)] = copied
         return copied
