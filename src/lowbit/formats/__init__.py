@@ -1,6 +1,6 @@
 """The formats: one file each. Importing this package registers them all."""
 
-from lowbit.formats import fp8
+from lowbit.formats import fp8, int8
 from lowbit.formats.base import (
     Candidate,
     Format,
@@ -24,6 +24,7 @@ __all__ = [
     "fp8",
     "from_config",
     "get_format",
+    "int8",
     "parse_spec",
     "register",
 ]
