@@ -1,6 +1,6 @@
 """The formats: one file each. Importing this package registers them all."""
 
-from lowbit.formats import fp8, int8
+from lowbit.formats import fp8, int8, mxfp8, nvfp4
 from lowbit.formats.base import (
     Candidate,
     Format,
@@ -25,6 +25,8 @@ __all__ = [
     "from_config",
     "get_format",
     "int8",
+    "mxfp8",
+    "nvfp4",
     "parse_spec",
     "register",
 ]

@@ -13,10 +13,14 @@ from lowbit.ops.int8 import (
     quantize_int8_rowwise,
     quantize_int8_tensorwise,
 )
+from lowbit.ops.mxfp8 import dequantize_mxfp8, quantize_mxfp8, scaled_mm_mxfp8
+from lowbit.ops.nvfp4 import dequantize_nvfp4, quantize_nvfp4, scaled_mm_nvfp4
 
 __all__ = [
     "dequantize",
     "dequantize_int8",
+    "dequantize_mxfp8",
+    "dequantize_nvfp4",
     "dequantize_per_tensor_fp8",
     "embedding",
     "int8_linear",
@@ -25,6 +29,10 @@ __all__ = [
     "quantize_int8_convrot_weight",
     "quantize_int8_rowwise",
     "quantize_int8_tensorwise",
+    "quantize_mxfp8",
+    "quantize_nvfp4",
     "quantize_per_tensor_fp8",
+    "scaled_mm_mxfp8",
+    "scaled_mm_nvfp4",
     "stochastic_rounding_fp8",
 ]

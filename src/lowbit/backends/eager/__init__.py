@@ -1,5 +1,25 @@
 """Pure PyTorch: serves every format on every device, never refuses, and is the oracle of all other backends."""
 
-from lowbit.backends.eager import dequantize, embedding, fp8, int8, linear, linear_input_gradient, quantize
+from lowbit.backends.eager import (
+    dequantize,
+    embedding,
+    fp8,
+    int8,
+    linear,
+    linear_input_gradient,
+    mxfp8,
+    nvfp4,
+    quantize,
+)
 
-__all__ = ["dequantize", "embedding", "fp8", "int8", "linear", "linear_input_gradient", "quantize"]
+__all__ = [
+    "dequantize",
+    "embedding",
+    "fp8",
+    "int8",
+    "linear",
+    "linear_input_gradient",
+    "mxfp8",
+    "nvfp4",
+    "quantize",
+]
