@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import lowbit
+from lowbit.formats import formats
 
 PAGE = Path(__file__).parents[1] / "docs" / "formats.md"
 BEGIN, END = "<!-- formats: made by scripts/docs.py -->", "<!-- formats: end -->"
@@ -15,7 +16,7 @@ SHAPE = (3072, 3072)
 def table() -> str:
     """One row for each spec that a format gives a golden number for."""
     rows = ["| spec | bits a weight | SQNR, dB | stored tensors |", "|---|---|---|---|"]
-    for cls in lowbit.formats().values():
+    for cls in formats().values():
         for spec, decibels in cls.golden_sqnr.items():
             fmt = lowbit.parse_spec(spec)
             bits = fmt.nbytes(*SHAPE) * 8 / (SHAPE[0] * SHAPE[1])

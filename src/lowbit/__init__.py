@@ -5,7 +5,7 @@ from lowbit.checkpoint.load import load
 from lowbit.checkpoint.save import save
 from lowbit.dispatch import use_backend
 from lowbit.errors import LowbitError
-from lowbit.formats import Format, formats, parse_spec
+from lowbit.formats import Format, parse_spec
 from lowbit.nn import quantize_
 from lowbit.tensor import QuantizedTensor, fallbacks
 
@@ -16,7 +16,6 @@ __all__ = [
     "LowbitError",
     "QuantizedTensor",
     "fallbacks",
-    "formats",
     "load",
     "ops",
     "parse_spec",

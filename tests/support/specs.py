@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import lowbit
-from lowbit.formats.base import Format
+from lowbit.formats import Format, formats
 
-ALL_SPECS = [spec for cls in lowbit.formats().values() for spec in cls.golden_sqnr]
+ALL_SPECS = [spec for cls in formats().values() for spec in cls.golden_sqnr]
 
 
 def weight_shape(fmt: Format) -> tuple[int, int]:

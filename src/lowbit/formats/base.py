@@ -79,7 +79,7 @@ class Format:
         return {}
 
     def fit(self, rows: Tensor, shared: Parts) -> Parts:
-        """All parameters of some rows (float32 [n, K]), the shared ones included, as they will be stored."""
+        """All parameters of some rows (float32 [n, K]), the shared ones included, in float32 or as stored."""
         raise NotImplementedError
 
     def encode(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:
@@ -112,6 +112,11 @@ class Format:
 
     # ---- quantize and dequantize ------------------------------------------------------------------------------------
 
+    def fit_stored(self, rows: Tensor, shared: Parts, source: torch.dtype) -> Parts:
+        """`fit`, with each parameter in the dtype in which a weight of dtype `source` stores it."""
+        dtypes = self.part_dtypes(source)
+        return {name: value.to(dtypes[name]) for name, value in self.fit(rows, shared).items()}
+
     def project(self, rows: Tensor, params: Parts) -> Tensor:
         """What the rows become: encoded and decoded again, float32. A format may have a shorter way."""
         return self.decode(self.encode(rows, params), params)
@@ -141,7 +146,10 @@ class Format:
         for start, stop in self.row_ranges(w.shape[0], w.shape[1]):
             rows = w[start:stop].float()
             check_finite(rows, where)
-            chosen = self.fit(rows, shared) if params is None else narrow_rows(self.param_rules, params, start, stop)
+            if params is None:
+                chosen = self.fit_stored(rows, shared, w.dtype)
+            else:
+                chosen = narrow_rows(self.param_rules, params, start, stop)
             noise = None if seed is None else uniform_noise(tuple(rows.shape), seed, start, w.device)
             piece = {"qdata": self.pack(self.encode(rows, chosen, noise)), **chosen}
             self.store_rows(out, piece, tuple(w.shape), start)
@@ -258,7 +266,7 @@ class Format:
             tensor, axis = piece[rule.name], rule.row_axis
             whole = rule.shape(sizes)
             if axis is None or tuple(tensor.shape) == whole:
-                out[rule.name] = tensor
+                out[rule.name] = tensor.contiguous()
                 continue
             if rule.name not in out:
                 out[rule.name] = torch.empty(whole, dtype=tensor.dtype, device=tensor.device)
