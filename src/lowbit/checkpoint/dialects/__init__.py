@@ -13,13 +13,14 @@ from lowbit.checkpoint.dialects.base import (
     register_dialect,
     undescribed,
 )
-from lowbit.checkpoint.dialects.comfy_migrate import Migration, migrate
+from lowbit.checkpoint.dialects.comfy_migrate import Migration, Step, migrate
 
 __all__ = [
     "Dialect",
     "FoundLayers",
     "Migration",
     "Problem",
+    "Step",
     "StoredLayer",
     "TensorSpec",
     "comfy",

@@ -44,8 +44,9 @@ from lowbit.checkpoint.dialects.comfy_marker import (
     read_descriptions,
 )
 from lowbit.checkpoint.dialects.comfy_match import check_stored, suffixes, taken_as
-from lowbit.errors import CheckpointError, LowbitError
+from lowbit.errors import CheckpointError, LowbitError, PartsError
 from lowbit.formats import Format, Parts
+from lowbit.layouts.base import get_layout
 
 
 class Comfy:
@@ -115,6 +116,7 @@ class Comfy:
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> dict[str, TensorSpec]:
         """See `Dialect.stored_specs`."""
+        _check_layout(layer, fmt, shape, layout)
         keys, specs = stored_keys(layer, fmt), disk_specs(fmt, shape, dtype, layout, dtypes or {})
         marker = marker_tensor(marker_fields(fmt, shape, dtype, options, layout))
         return {**{keys[part]: specs[part] for part in fmt.part_names}, join_key(layer, MARKER): TensorSpec.of(marker)}
@@ -130,6 +132,7 @@ class Comfy:
         layout: str = "",
     ) -> dict[str, Tensor]:
         """See `Dialect.store_parts`."""
+        _check_layout(layer, fmt, shape, layout)
         fmt.check(parts, shape, name_place("", layer))
         keys, stored = stored_keys(layer, fmt), storage_of(fmt).write(fmt, parts, layout)
         marker = marker_tensor(marker_fields(fmt, shape, dtype, options, layout))
@@ -168,6 +171,12 @@ def marker_fields(
     if format_of(Description("", fields, "", tensors=specs), storage) != fmt:
         fields["lowbit"] = fmt.config()
     return fields
+
+
+def _check_layout(layer: str, fmt: Format, shape: Shape, layout: str) -> None:
+    """Raise `PartsError` when a weight of this shape cannot be written in this arrangement."""
+    if layout and (why := get_layout(layout, fmt).refuses(fmt, *shape)):
+        raise PartsError(f"{name_place('', layer)}: {list(shape)} {why}, as {layout} needs; write it without a layout")
 
 
 def _layer_or_problem(

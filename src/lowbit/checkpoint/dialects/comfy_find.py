@@ -14,9 +14,9 @@ from lowbit.checkpoint.dialects.comfy_formats import UNFOLDED, storage_for, stor
 from lowbit.checkpoint.dialects.comfy_legacy import SPELLINGS, drops_input_scale, repair_fields
 from lowbit.checkpoint.dialects.comfy_marker import Description, require_weight
 from lowbit.checkpoint.dialects.comfy_match import check_stored, comfy_keys, open_dtypes, suffixes
-from lowbit.checkpoint.dialects.comfy_storage import Storage
+from lowbit.checkpoint.dialects.comfy_storage import Storage, make_format
 from lowbit.errors import CheckpointError
-from lowbit.formats import Format, from_config, get_format
+from lowbit.formats import Format, get_format
 
 _LOG = logging.getLogger(__name__)
 # Layers that read what GELU gave, in early Qwen-Image files, which do not say act_unsigned.
@@ -87,7 +87,7 @@ def format_of(description: Description, storage: Storage) -> Format:
     if config is None:
         fmt = storage.infer(description)
     elif isinstance(config, dict):
-        fmt = from_config(config, place)
+        fmt = make_format(config, place)
         if storage_of(fmt) is not storage or storage.name_of(fmt) != description.fields["format"]:
             raise CheckpointError(
                 f"{place}: the marker says {description.fields['format']!r}, but its lowbit field {fmt}; a program "

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from lowbit.checkpoint.dialects.base import Shape, TensorSpec, name_place
 from lowbit.checkpoint.dialects.comfy_marker import Description
 from lowbit.checkpoint.dialects.comfy_one_byte import OneByte
-from lowbit.checkpoint.dialects.comfy_storage import Storage
+from lowbit.checkpoint.dialects.comfy_storage import Storage, make_format
 from lowbit.errors import UnknownFormatError
-from lowbit.formats import Format, Parts, formats, from_config
+from lowbit.formats import Format, Parts, formats
 from lowbit.layouts import scale_128x4
 from lowbit.layouts.base import get_layout
 from lowbit.numerics.groups import ceil_div
@@ -66,7 +66,7 @@ class Nvfp4(Storage):
         return {**stored, "qdata": codes.contiguous(), "scale": scale}
 
     def _codes(self, codes: Tensor) -> Tensor:
-        return swap_nibbles(codes)
+        return codes if codes.is_meta else swap_nibbles(codes)  # a meta tensor's shift would load torch's compiler: 2 s
 
     def _columns(self) -> int:
         """Columns of the weight in one stored byte."""
@@ -112,7 +112,7 @@ class Awq(Storage):
                 )
             size = columns // groups
             found.note(f"group_size is absent from the marker: {size} by the shape of the scale")
-        return from_config({"format": "awq_w4a16", "group_size": size}, name_place(found.where, found.layer))
+        return make_format({"format": "awq_w4a16", "group_size": size}, name_place(found.where, found.layer))
 
 
 class Svdquant(Storage):
@@ -153,7 +153,7 @@ class Svdquant(Storage):
         if len(down) != 2:
             raise found.error(f"proj_down has shape {list(down)}, expected [K, R]; convert the file again")
         config = {"format": "svdquant_w4a4", "rank": down[1], "act_unsigned": bool(found.flag("act_unsigned"))}
-        return from_config(config, name_place(found.where, found.layer))
+        return make_format(config, name_place(found.where, found.layer))
 
     def write(self, fmt: Format, parts: Mapping[str, Tensor], layout: str) -> Parts:
         return get_layout(layout, fmt).pack(fmt, parts) if layout else dict(parts)

@@ -1,13 +1,14 @@
 """Comfy files between their conventions, codes untouched: from any that is read to the current one or to `scaled_fp8`.
 
-`migrate` looks at the header only and says what the new file will hold; `Migration.tensors` then gives it, a layer at a
-time, in the order of the specs, so a writer can fix all offsets first and stream.
+`migrate` looks at the header only and says what the new file will hold, a step a layer, so a writer can fix all offsets
+first and then stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,30 +20,36 @@ from lowbit.checkpoint.dialects.comfy_marker import HEADER
 from lowbit.errors import CheckpointError
 
 TARGETS = ("current", "legacy")
+_FULL_PRECISION = "full_precision_matrix_mult"
 _LEGACY_FORMATS = ("fp8_e4m3", "fp8_e5m2")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer of the new file, or one tensor that is passed on: what it will be, and the function that makes it."""
+
+    specs: dict[str, TensorSpec]
+    make: Callable[[Read], dict[str, Tensor]]
+    layer: StoredLayer | None = None
 
 
 @dataclass
 class Migration:
-    """The new file: what it will hold, its header metadata, what was repaired on the way, and the data on demand."""
+    """The new file: its steps in the order of the old one, its header metadata, and what was repaired on the way."""
 
-    specs: dict[str, TensorSpec] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    steps: list[Callable[[Read], dict[str, Tensor]]] = field(default_factory=list)
-    """Each gives the next keys of `specs` and their tensors."""
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """What the new file will hold, in its order."""
+        return {key: spec for step in self.steps for key, spec in step.specs.items()}
 
     def tensors(self, read: Read) -> Iterator[tuple[str, Tensor]]:
-        """Every key and tensor, in the order of `specs`; `read` gives the tensors of the old file."""
+        """Every key and tensor, in the order of `specs`, a step at a time; `read` gives the old file's tensors."""
         for step in self.steps:
-            yield from step(read).items()
-
-    def add(self, specs: Mapping[str, TensorSpec], step: Callable[[Read], dict[str, Tensor]], where: str) -> None:
-        """Append tensors. Raises `CheckpointError` for a key that is there already."""
-        if twice := sorted(set(specs) & set(self.specs)):
-            raise CheckpointError(f"{where}: two tensors would be named {twice[0]!r}; rename one of them in the source")
-        self.specs.update(specs)
-        self.steps.append(step)
+            yield from step.make(read).items()
 
 
 def migrate(
@@ -72,56 +79,55 @@ def migrate(
         migration.notes += [f"{layer.layer}: {note}" for note in layer.notes]
     if to == "current":
         migration.metadata |= COMFY.header_metadata(found.layers.values())
-        _walk(migration, found, tensors, where, _current)
+        migration.steps = list(_steps(found, tensors, _current))
     else:
         prefix, full_precision, dtype = _legacy_file(found, where)
-        _walk(migration, found, tensors, where, _legacy)
-        marker = torch.zeros(2 if full_precision else 0, dtype=dtype)
-        key = prefix + FILE_MARKER
-        migration.add({key: TensorSpec.of(marker)}, lambda _read: {key: marker}, where)
+        marker = {prefix + FILE_MARKER: torch.zeros(2 if full_precision else 0, dtype=dtype)}
+        file_marker = Step({key: TensorSpec.of(tensor) for key, tensor in marker.items()}, lambda _: marker)
+        migration.steps = [*_steps(found, tensors, _legacy), file_marker]
     return migration
 
 
-Rewrite = Callable[[StoredLayer], tuple[dict[str, TensorSpec], Callable[[Read], dict[str, Tensor]]]]
-
-
-def _walk(
-    migration: Migration, found: FoundLayers, tensors: Mapping[str, TensorSpec], where: str, rewrite: Rewrite
-) -> None:
-    """Add everything in the order of the old file, a layer where its first tensor stood."""
+def _steps(
+    found: FoundLayers, tensors: Mapping[str, TensorSpec], rewrite: Callable[[StoredLayer], Step]
+) -> Iterator[Step]:
+    """A step for everything, in the order of the old file; a layer stands where its first tensor stood."""
     owner = {key: layer for layer in found.layers.values() for key in layer.keys.values()}
     plain, done = set(found.plain), set()
     for key, spec in tensors.items():
         if key in plain:
-            migration.add({key: spec}, lambda read, key=key: {key: read(key)}, where)  # type: ignore[misc]
-        elif key in owner and (layer := owner[key]).layer not in done:
-            done.add(layer.layer)
-            migration.add(*rewrite(layer), where)
+            yield Step({key: spec}, partial(_pass_on, key))
+        elif key in owner and owner[key].layer not in done:
+            done.add(owner[key].layer)
+            yield rewrite(owner[key])
 
 
-def _current(layer: StoredLayer) -> tuple[dict[str, TensorSpec], Callable[[Read], dict[str, Tensor]]]:
+def _pass_on(key: str, read: Read) -> dict[str, Tensor]:
+    return {key: read(key)}
+
+
+def _current(layer: StoredLayer) -> Step:
     """A layer under its current keys, with its marker."""
-    name, fmt, shape, dtype, options, layout = (
-        layer.layer, layer.format, layer.shape, layer.dtype, layer.options, layer.layout
-    )  # fmt: skip
+    name, fmt, shape, dtype, options = layer.layer, layer.format, layer.shape, layer.dtype, layer.options
 
-    def step(read: Read) -> dict[str, Tensor]:
-        return COMFY.store_parts(name, fmt, COMFY.load_parts(layer, read), shape, dtype, options, layout)
+    def make(read: Read) -> dict[str, Tensor]:
+        parts = COMFY.load_parts(layer, read)
+        return COMFY.store_parts(name, fmt, parts, shape, dtype, options, layer.layout)
 
-    return COMFY.stored_specs(name, fmt, shape, dtype, options, layout, layer.dtypes), step
+    return Step(COMFY.stored_specs(name, fmt, shape, dtype, options, layer.layout, layer.dtypes), make, layer)
 
 
-def _legacy(layer: StoredLayer) -> tuple[dict[str, TensorSpec], Callable[[Read], dict[str, Tensor]]]:
+def _legacy(layer: StoredLayer) -> Step:
     """A layer with the keys of a `scaled_fp8` file; `_legacy_file` has seen that it fits."""
     names = {"qdata": "weight", "scale": SCALE_WEIGHT, "input_scale": SCALE_INPUT}
     keys = {part: join_key(layer.layer, names[part]) for part in layer.format.part_names}
 
-    def step(read: Read) -> dict[str, Tensor]:
+    def make(read: Read) -> dict[str, Tensor]:
         parts = COMFY.load_parts(layer, read)
         return {key: parts[part] for part, key in keys.items()}
 
     shapes, dtypes = layer.format.part_shapes(*layer.shape), layer.format.part_dtypes(layer.dtype)
-    return {key: TensorSpec(dtypes[part], shapes[part]) for part, key in keys.items()}, step
+    return Step({key: TensorSpec(dtypes[part], shapes[part]) for part, key in keys.items()}, make, layer)
 
 
 def _legacy_file(found: FoundLayers, where: str) -> tuple[str, bool, torch.dtype]:
@@ -134,11 +140,16 @@ def _legacy_file(found: FoundLayers, where: str) -> tuple[str, bool, torch.dtype
             )
         if layer.format.pre_quant_scale:
             raise CheckpointError(f"{layer.place}: has a pre_quant_scale, for which a scaled_fp8 file has no place")
+        if extra := sorted(set(layer.options) - {_FULL_PRECISION}):
+            raise CheckpointError(
+                f"{layer.place}: its marker says {', '.join(extra)}, for which a scaled_fp8 file has no place; "
+                "keep the current convention"
+            )
     layers = list(found.layers.values())
     formats = sorted({layer.format.name for layer in layers})
-    modes = {bool(layer.options.get("full_precision_matrix_mult")) for layer in layers}
+    modes = {bool(layer.options.get(_FULL_PRECISION)) for layer in layers}
     prefixes = {next((p for p in FILE_PREFIXES if f"{layer.layer}.".startswith(p)), "") for layer in layers}
-    for what, values in (("format", formats), ("full_precision_matrix_mult", modes), ("key prefix", prefixes)):
+    for what, values in (("format", formats), (_FULL_PRECISION, modes), ("key prefix", prefixes)):
         if len(values) > 1:
             raise CheckpointError(
                 f"{where}: its layers differ in {what} ({', '.join(sorted(map(repr, values)))}), which a scaled_fp8 "

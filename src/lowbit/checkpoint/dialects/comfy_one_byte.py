@@ -23,8 +23,8 @@ from torch import Tensor
 
 from lowbit.checkpoint.dialects.base import Shape, name_place
 from lowbit.checkpoint.dialects.comfy_marker import Description
-from lowbit.checkpoint.dialects.comfy_storage import Storage
-from lowbit.formats import Format, Parts, from_config
+from lowbit.checkpoint.dialects.comfy_storage import Storage, make_format
+from lowbit.formats import Format, Parts
 from lowbit.numerics.groups import ceil_div
 
 _WORDS = {"tensor": "for all", "row": "a row"}
@@ -71,7 +71,7 @@ class OneByte(Storage):
                 config["activations"] = "none"
             if found.flag("convrot"):
                 config["rotation"] = found.integer("convrot_groupsize", 256)
-        return from_config(config, name_place(found.where, found.layer))
+        return make_format(config, name_place(found.where, found.layer))
 
     def write(self, fmt: Format, parts: Mapping[str, Tensor], layout: str) -> Parts:
         flat = not self._row_scale_columns and fmt.config()["granularity"] == "row"

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.dialects.base import Shape
+from lowbit.checkpoint.dialects.base import Shape, name_place
 from lowbit.checkpoint.dialects.comfy_marker import Description
-from lowbit.formats import Format, Parts, get_format
+from lowbit.errors import FormatError
+from lowbit.formats import Format, Parts, from_config, get_format
 
 
 class Storage:
@@ -48,7 +49,7 @@ class Storage:
 
     def infer(self, found: Description) -> Format:
         """The format that fields and shapes describe."""
-        return get_format(self.format_name(found.fields["format"]))()
+        return make_format({"format": self.format_name(found.fields["format"])}, name_place(found.where, found.layer))
 
     def shape_of(self, found: Description) -> Shape:
         """The logical shape, or the padded one where the file does not tell."""
@@ -70,3 +71,12 @@ class Storage:
     def read(self, fmt: Format, stored: Mapping[str, Tensor], shape: Shape, layout: str) -> Parts:
         """Canonical parts of stored tensors."""
         return dict(stored)
+
+
+def make_format(config: Mapping[str, Any], place: str) -> Format:
+    """The format of a config; its errors name the place, such as file and layer."""
+    get_format(str(config.get("format", "")), place)
+    try:
+        return from_config(config)
+    except FormatError as error:
+        raise FormatError(f"{place}: {error}") from None
