@@ -1,6 +1,6 @@
 """The formats: one file each. Importing this package registers them all."""
 
-from lowbit.formats import fp8, int8, mxfp8, nvfp4
+from lowbit.formats import awq_w4a16, fp8, int8, mxfp8, nvfp4, svdquant_w4a4
 from lowbit.formats.base import (
     Candidate,
     Format,
@@ -20,6 +20,7 @@ __all__ = [
     "Part",
     "Parts",
     "as_format",
+    "awq_w4a16",
     "formats",
     "fp8",
     "from_config",
@@ -29,4 +30,5 @@ __all__ = [
     "nvfp4",
     "parse_spec",
     "register",
+    "svdquant_w4a4",
 ]

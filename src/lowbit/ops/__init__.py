@@ -1,5 +1,6 @@
 """The `lowbit::` operators: generic ones over any format, and the ones that the field knows by name."""
 
+from lowbit.ops.awq import gemv_awq_w4a16
 from lowbit.ops.fp8 import (
     dequantize_per_tensor_fp8,
     quantize_per_tensor_fp8,
@@ -15,6 +16,7 @@ from lowbit.ops.int8 import (
 )
 from lowbit.ops.mxfp8 import dequantize_mxfp8, quantize_mxfp8, scaled_mm_mxfp8
 from lowbit.ops.nvfp4 import dequantize_nvfp4, quantize_nvfp4, scaled_mm_nvfp4
+from lowbit.ops.svdquant import quantize_svdquant_w4a4, scaled_mm_svdquant_w4a4
 
 __all__ = [
     "dequantize",
@@ -23,6 +25,7 @@ __all__ = [
     "dequantize_nvfp4",
     "dequantize_per_tensor_fp8",
     "embedding",
+    "gemv_awq_w4a16",
     "int8_linear",
     "linear",
     "quantize",
@@ -32,7 +35,9 @@ __all__ = [
     "quantize_mxfp8",
     "quantize_nvfp4",
     "quantize_per_tensor_fp8",
+    "quantize_svdquant_w4a4",
     "scaled_mm_mxfp8",
     "scaled_mm_nvfp4",
+    "scaled_mm_svdquant_w4a4",
     "stochastic_rounding_fp8",
 ]

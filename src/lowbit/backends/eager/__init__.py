@@ -1,6 +1,7 @@
 """Pure PyTorch: serves every format on every device, never refuses, and is the oracle of all other backends."""
 
 from lowbit.backends.eager import (
+    awq,
     dequantize,
     embedding,
     fp8,
@@ -10,9 +11,11 @@ from lowbit.backends.eager import (
     mxfp8,
     nvfp4,
     quantize,
+    svdquant,
 )
 
 __all__ = [
+    "awq",
     "dequantize",
     "embedding",
     "fp8",
@@ -22,4 +25,5 @@ __all__ = [
     "mxfp8",
     "nvfp4",
     "quantize",
+    "svdquant",
 ]

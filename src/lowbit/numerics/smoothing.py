@@ -1,0 +1,76 @@
+"""Smoothing factors without data: how much of the columns' unevenness the weight hands over to the activations.
+
+y = (x / s) (W s)^T for any positive s [K]. A column of W with large values spoils the steps of all weights in its
+group; a small s_k shrinks it, and makes x_k / s_k as much larger. The candidates are s = a^-e with a the columns'
+largest magnitudes and exponents e from 0 (leave it to the weight) to 1 (leave it to the activations). Which is best
+depends on the layer's input; when nothing is known of it, the one is taken that gives the smallest error for Gaussian
+input of unit variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from lowbit.numerics.int4_matmul import round_groups, rounded_input
+from lowbit.numerics.low_rank import leading_basis
+
+EXPONENTS = tuple(i / 8 for i in range(9))
+_PASSES = 2  # a rough low rank is enough to tell the candidates apart
+_TOKENS = 64  # of simulated input
+_SEED = 0x5D0
+_SMALLEST = 2.0**-8  # of the mean column: an empty column needs no enormous factor
+
+
+def column_amax(pieces: Iterable[Tensor], columns: int, device: torch.device) -> Tensor:
+    """The largest magnitude in each column, float32 [K]. NaN propagates."""
+    best = torch.zeros(columns, dtype=torch.float32, device=device)
+    for rows in pieces:
+        low, high = torch.aminmax(rows, dim=0) if rows.shape[0] else (best, best)
+        best = torch.maximum(best, torch.maximum(high.float(), -low.float()))
+    return best
+
+
+def smoothing_factors(amax: Tensor, exponent: float) -> Tensor:
+    """amax**-exponent, float32 [K], with a geometric mean of 1; all ones for a zero matrix."""
+    mean = amax.mean()
+    if not exponent or not bool(mean > 0):
+        return torch.ones_like(amax)
+    logs = (amax / mean).clamp_min_(_SMALLEST).log_()
+    return logs.sub_(logs.mean()).mul_(-exponent).exp_()
+
+
+def choose_smoothing(rows: Tensor, amax: Tensor, rank: int, unsigned: bool, dtype: torch.dtype) -> Tensor:
+    """The candidate [K], as `dtype` holds it, with the smallest `smoothed_error`; the first of equals.
+
+    rows: a sample [n, K] of the weight. amax: of all its columns [K]. With `unsigned` the simulated input has been
+    through a GELU, and is shifted and quantized without a sign.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    x = torch.randn((_TOKENS, rows.shape[1]), generator=generator, dtype=torch.float32, device="cpu").to(rows.device)
+    x = gelu(x) if unsigned else x
+    best, least = torch.ones_like(amax).to(dtype), torch.inf
+    for exponent in EXPONENTS:
+        stored = smoothing_factors(amax, exponent).to(dtype)
+        error = smoothed_error(rows, stored.float(), x, rank, unsigned)
+        if error < least:
+            best, least = stored, error
+    return best
+
+
+def smoothed_error(rows: Tensor, smooth: Tensor, x: Tensor, rank: int, unsigned: bool) -> float:
+    """The squared output error per token x [T, K] of W (rows [n, K]) with these factors, in 4 bits beside a low rank.
+
+    The low rank holds the leading part of M = W s, and the rest is rounded. Two independent errors add up, each summed
+    over channels: that of the weight, times the input; and that of the input, times the rounded weight.
+    """
+    scaled, columns = rows * smooth, rows.shape[1]
+    basis = leading_basis(lambda: iter((scaled,)), columns, rank, _PASSES, rows.device)[:, :rank]
+    residual = scaled - (scaled @ basis) @ basis.t()
+    rounded = round_groups(residual)
+    of_weight = residual.sub_(rounded).square_().sum(0) @ (x / smooth).square_().mean(0)
+    lost = rounded_input(x, smooth, unsigned).sub_(x / smooth)
+    return float(of_weight + rounded.square_().sum(0) @ lost.square_().mean(0))
