@@ -13,7 +13,7 @@ import torch
 
 import lowbit
 from lowbit import dispatch
-from lowbit.formats import base
+from lowbit.formats import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if page.exists()]
@@ -23,13 +23,13 @@ MODULES = [m.name for m in pkgutil.walk_packages(lowbit.__path__, "lowbit.") if 
 @pytest.fixture
 def registries(monkeypatch):
     """Formats and kernels that a page registers are gone afterwards."""
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     state = dispatch._State(
         {key: list(row) for key, row in dispatch._STATE.kernels.items()}, dict(dispatch._STATE.loaded)
     )
     monkeypatch.setattr(dispatch, "_STATE", state)
     yield
-    base.parse_spec.cache_clear()
+    registry.parse_spec.cache_clear()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

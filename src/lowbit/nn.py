@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lowbit.errors import PlanError, WeightError
-from lowbit.formats.base import Format, as_format, check_finite
+from lowbit.formats.base import Format, check_finite
+from lowbit.formats.registry import as_format
 from lowbit.numerics.groups import row_chunks
 from lowbit.solvers import AUTO, pick_solver, solver
 from lowbit.solvers.base import Statistics

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lowbit.errors import UnsupportedError
-from lowbit.formats.base import Format, as_format
+from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, raw_bytes
+from lowbit.formats.registry import as_format
 from lowbit.layouts.base import get_layout
 from lowbit.ops import generic
 

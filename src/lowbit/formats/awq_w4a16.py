@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError
-from lowbit.formats.base import Candidate, Format, register
+from lowbit.formats.base import Candidate, Format
 from lowbit.formats.parts import Dim, N, Part, Parts
+from lowbit.formats.registry import register
 from lowbit.numerics.integers import round_clamp_
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles
 

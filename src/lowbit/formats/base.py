@@ -9,38 +9,33 @@ A format is one frozen dataclass in one file. Its fields are its JSON config; it
   `fit(rows, shared)`: the other parameters of some rows;
 - `encode(rows, params)` -> codes, `decode(codes, params)` -> float32, `pack(codes)` -> qdata, `unpack(qdata)` -> codes;
 - `unit(shape)`: the tile (rows, columns) of weights that share one scale, and `candidates(rows, params)`: other
-scales worth
-  trying. The solvers work on these two and on the hooks above, so each is written once for all formats;
+  scales worth trying. The solvers work on these two and on the hooks above, so each is written once for all formats;
 - `golden_sqnr`: the signal-to-noise ratio in dB on the shared Gaussian, by spec, which the tests hold to both sides.
 
 `Format` supplies quantize and dequantize in bounded pieces, validation, byte counts, row operations, spec and JSON
-forms, equality, the reference linear and registration. All arithmetic is float32 and is rounded once, at the end.
+forms, equality and the reference linear; `registry.py` finds formats by name. All arithmetic is float32 and is rounded
+once, at the end.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any, ClassVar, TypeVar
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowbit.errors import FormatError, UnknownFormatError, WeightError
+from lowbit.errors import FormatError, WeightError
 from lowbit.formats.parts import FLOATS, K, Part, Parts, check_parts, gather_rows, narrow_rows
 from lowbit.numerics.groups import reduce_tiles, row_chunks
 from lowbit.numerics.integers import uniform_noise
 
 MIN_SCALE = 1e-8
 DECODE_ELEMENTS = 1 << 22  # the largest piece of a weight that a matmul decodes at once: 16 MiB as float32
-
-_REGISTRY: dict[str, type[Format]] = {}
-_SPEC = re.compile(r"^\s*([A-Za-z0-9_]+)\s*(?:\((.*)\))?\s*$", re.DOTALL)
-F_ = TypeVar("F_", bound="type[Format]")
 
 
 @dataclass(frozen=True)
@@ -313,73 +308,3 @@ def whole_amax(w: Tensor) -> Tensor:
         low, high = torch.aminmax(w[start:stop])
         best = torch.maximum(best, torch.maximum(high.float(), -low.float()))
     return best
-
-
-def register(cls: F_) -> F_:
-    """Class decorator: make the format known by its name. A second format of that name is refused."""
-    if cls.name in _REGISTRY:
-        raise FormatError(f"a format named {cls.name!r} is registered already ({_REGISTRY[cls.name].__module__})")
-    _REGISTRY[cls.name] = cls
-    return cls
-
-
-def formats() -> dict[str, type[Format]]:
-    """Every registered format by name, sorted."""
-    return dict(sorted(_REGISTRY.items()))
-
-
-def get_format(name: str, where: str = "") -> type[Format]:
-    """The format class of that name; `UnknownFormatError` (a KeyError and a ValueError) lists the known ones."""
-    if name not in _REGISTRY:
-        raise UnknownFormatError(name, _REGISTRY, where)
-    return _REGISTRY[name]
-
-
-def from_config(config: Mapping[str, Any], where: str = "") -> Format:
-    """The format of a JSON config made by `Format.config`. Unknown fields and bad values raise `FormatError`."""
-    fields = dict(config)
-    cls = get_format(str(fields.pop("format", "")), where)
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        place = f" in {where}" if where else ""
-        raise FormatError(f"{cls.name}{place} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return cls(**values)
-
-
-@lru_cache(maxsize=4096)
-def parse_spec(spec: str) -> Format:
-    """The format that a spec string names, such as `int8(granularity=block,block_size=128x128)`."""
-    match = _SPEC.match(spec)
-    if not match:
-        raise FormatError(f"{spec!r} is not a format spec; write it like fp8_e4m3(granularity=row)")
-    config: dict[str, Any] = {"format": match[1]}
-    for item in filter(None, (piece.strip() for piece in (match[2] or "").split(","))):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise FormatError(f"{spec!r}: write {item!r} as field=value")
-        config[key.strip()] = _parse_value(value.strip())
-    return from_config(config)
-
-
-def as_format(spec: Format | str) -> Format:
-    """A format given as itself or as its spec string."""
-    return spec if isinstance(spec, Format) else parse_spec(spec)
-
-
-def one_of(fmt: Format, field: str, allowed: Sequence[object]) -> None:
-    """Raise `FormatError` unless the field's value is one of `allowed`."""
-    value = getattr(fmt, field)
-    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
-        raise FormatError(f"{fmt.name}: {field} is {value!r}, expected one of {', '.join(map(str, allowed))}")
-
-
-def _parse_value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if re.fullmatch(r"-?\d+", text):
-        return int(text)
-    if re.fullmatch(r"\d+(x\d+)+", text):
-        return tuple(int(piece) for piece in text.split("x"))
-    return text.strip("'\"")

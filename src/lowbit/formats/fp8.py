@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError
-from lowbit.formats.base import MIN_SCALE, Candidate, Format, one_of, register, whole_amax
+from lowbit.formats.base import MIN_SCALE, Candidate, Format, whole_amax
 from lowbit.formats.parts import Dim, K, N, Part, Parts
+from lowbit.formats.registry import one_of, register
 from lowbit.numerics.floats import fp8_max, from_fp8, stochastic_to_fp8, to_fp8
 from lowbit.numerics.groups import expand_tiles, is_tile, reduce_tiles
 

@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError, WeightError
-from lowbit.formats.base import MIN_SCALE, Candidate, Format, one_of, register, whole_amax
+from lowbit.formats.base import MIN_SCALE, Candidate, Format, whole_amax
 from lowbit.formats.parts import Dim, K, N, Part, Parts
+from lowbit.formats.registry import one_of, register
 from lowbit.numerics.groups import expand_tiles, is_tile, reduce_tiles
 from lowbit.numerics.int8_matmul import INT8_MAX, int8_linear, int8_linear_blocks
 from lowbit.numerics.integers import round_clamp_

@@ -27,8 +27,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.formats.base import Candidate, Format, register
+from lowbit.formats.base import Candidate, Format
 from lowbit.formats.parts import Dim, N, Part, Parts
+from lowbit.formats.registry import register
 from lowbit.numerics.floats import E4M3_MAX, e8m0_values, from_fp8, stochastic_to_fp8, to_fp8
 from lowbit.numerics.groups import ceil_div, group_amax, pad_to
 

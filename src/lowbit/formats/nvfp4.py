@@ -28,8 +28,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.formats.base import Candidate, Format, register, whole_amax
+from lowbit.formats.base import Candidate, Format, whole_amax
 from lowbit.formats.parts import Dim, N, Part, Parts
+from lowbit.formats.registry import register
 from lowbit.numerics.floats import E2M1_MAX, E4M3_MAX, e2m1_codes, e2m1_values, from_fp8, round_to_e2m1, to_fp8
 from lowbit.numerics.groups import ceil_div, group_amax, pad_to
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles

@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError, WeightError
-from lowbit.formats.base import Candidate, Format, register
+from lowbit.formats.base import Candidate, Format
 from lowbit.formats.parts import Dim, K, N, Part, Parts, R
+from lowbit.formats.registry import register
 from lowbit.numerics.groups import group_amax, row_chunks
 from lowbit.numerics.int4_matmul import (
     GELU_SHIFT,

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lowbit.dispatch import select
 from lowbit.errors import PartsError
-from lowbit.formats.base import Format, parse_spec
+from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
+from lowbit.formats.registry import parse_spec
 from lowbit.ops.library import declare
 
 
