@@ -1,0 +1,77 @@
+"""How close a weight came out: measures that can be added up piece by piece."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The error of a weight `a` that stands for `r`.
+
+    `sqnr`: signal-to-quantization-noise ratio, 10 log10(sum r^2 / sum (r - a)^2) in dB; infinite when nothing was
+    lost, minus infinity when noise was made out of nothing. `cosine`: of the two as vectors; 1 when both are zero.
+    `max_row_error`: the largest |r_n - a_n| / |r_n| of a row n, which shows a single ruined row that the other two
+    hide.
+    """
+
+    sqnr: float
+    cosine: float
+    max_row_error: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data. JSON has no infinity and no NaN: the strings "inf", "-inf" and "nan" stand for them."""
+        return {name: value if math.isfinite(value) else str(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Accuracy:
+        """The inverse of `to_json`."""
+        return cls(**{name: float(data[name]) for name in ("sqnr", "cosine", "max_row_error")})
+
+
+class AccuracyMeter:
+    """Adds up rows of a weight and of what became of it. Sums within a row are float32, over rows float64."""
+
+    def __init__(self) -> None:
+        self._signal = self._noise = self._approx = 0.0
+        self._worst = 0.0
+
+    def add(self, rows: Tensor, approx: Tensor) -> None:
+        """Add some rows: the true ones and the approximate ones, both float32 [n, K]. `approx` is overwritten."""
+        approx_energy = _energy(approx)
+        noise = _energy(approx.sub_(rows))
+        signal = _energy(rows)
+        self._approx += _total(approx_energy)
+        self._noise += _total(noise)
+        self._signal += _total(signal)
+        if rows.shape[0]:
+            ratio = noise / signal  # NaN for 0 / 0: a row of zeros that stayed zero
+            self._worst = max(self._worst, float(ratio.nan_to_num_(nan=0.0, posinf=math.inf).max()))
+
+    def result(self) -> Accuracy:
+        """The measures over all rows added; NaN when a NaN was among them."""
+        if math.isnan(self._noise):
+            return Accuracy(math.nan, math.nan, math.nan)
+        if self._noise == 0:
+            sqnr = math.inf
+        else:
+            sqnr = 10 * math.log10(self._signal / self._noise) if self._signal else -math.inf
+        lengths = math.sqrt(self._signal * self._approx)
+        dot = (self._signal + self._approx - self._noise) / 2  # |r - a|^2 = |r|^2 + |a|^2 - 2 r.a
+        same = 1.0 if self._noise == 0 else 0.0  # where one of the two is zero
+        cosine = max(-1.0, min(1.0, dot / lengths)) if lengths else same
+        return Accuracy(sqnr, cosine, math.sqrt(self._worst))
+
+
+def _energy(rows: Tensor) -> Tensor:
+    """The sum of squares of each row [n]; the norm is the quickest way there."""
+    return torch.linalg.vector_norm(rows, dim=1).square_()
+
+
+def _total(energy: Tensor) -> float:
+    return float(energy.sum(dtype=torch.float64))

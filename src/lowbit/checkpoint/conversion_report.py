@@ -1,0 +1,57 @@
+"""What a conversion did, layer by layer: data that prints as a table or as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from .accuracy import Accuracy
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer. `seconds`: reading, solving and storing, on one core. `accuracy`: None without verifying."""
+
+    component: str
+    layer: str
+    format: str
+    solver: str
+    shape: tuple[int, int]
+    seconds: float
+    bytes_before: int
+    bytes_after: int
+    accuracy: Accuracy | None
+
+    @property
+    def name(self) -> str:
+        """The layer with its component in front, where there is one."""
+        return f"{self.component}/{self.layer}" if self.component else self.layer
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """A whole conversion. `resumed`: how many pieces an interrupted run had done. Bytes are those of all tensors."""
+
+    target: str
+    layers: tuple[LayerReport, ...]
+    kept: int
+    dropped: int
+    resumed: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+
+    def worst(self, count: int = 5) -> list[LayerReport]:
+        """The verified layers with the lowest SQNR, the worst first."""
+        measured = [layer for layer in self.layers if layer.accuracy is not None]
+        return sorted(measured, key=lambda layer: layer.accuracy.sqnr if layer.accuracy else 0.0)[:count]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data."""
+        data = dataclasses.asdict(self)
+        for entry, layer in zip(data["layers"], self.layers, strict=True):
+            entry["shape"] = list(layer.shape)
+            entry["accuracy"] = None if layer.accuracy is None else layer.accuracy.to_json()
+        data["layers"] = list(data["layers"])
+        return data

@@ -1,0 +1,264 @@
+"""Converting a checkpoint by a plan: read, solve, store, read back, decode, compare; one weight at a time a core."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError, PlanError
+from lowbit.formats.base import Format
+from lowbit.formats.parts import Parts
+from lowbit.numerics.groups import row_chunks
+from lowbit.solvers import solver
+
+from .accuracy import Accuracy, AccuracyMeter
+from .conversion_report import ConversionReport, LayerReport
+from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
+from .dialects.base import Read, join_key, name_place
+from .output import Staging
+from .pipeline import Progress
+from .plan_data import ComponentPlan, Plan, TensorPlan, folds_bias
+from .quantized_source import QuantizedComponent, look_for_layers
+from .rewrite import Copy, Made, Piece, Rewritten, Settings, batch_copies, rewrite
+from .source import Source
+
+_WORKSPACE = 24 << 20  # bytes of temporaries of a worker
+
+
+def convert(
+    source: Source,
+    target: str | Path,
+    plan: Plan,
+    *,
+    jobs: int | None = None,
+    resume: bool = True,
+    verify: bool = True,
+    progress: Progress | None = None,
+    seed: int | None = None,
+) -> ConversionReport:
+    """Write `source` to `target` as the plan says. The target appears when all of it is written and checked.
+
+    `jobs`: worker threads, by default one a core. `resume`: go on with the work of an interrupted run of the same
+    source, plan and options. `verify`: read every tensor back; decode every quantized layer as a loader would and
+    compare it with its source. `progress(done bytes, total bytes, layer)` is called after each piece. `seed`: round
+    stochastically.
+
+    Raises:
+        PlanError: the plan quantizes nothing, is about another checkpoint, or asks for what cannot be done.
+        WeightError: a weight is not finite.
+        CheckpointError: reading or writing failed, or what was read back is not what was written.
+    """
+    began = time.perf_counter()
+    plan.validate()
+    plan.check_against(source)
+    _refuse_pointless(plan, seed)
+    staging = Staging(source, target)
+    pieces: list[Piece | Copy] = []
+    layers: list[_Layer] = []
+    metadata = staging.metadata()
+    for component in plan.components:
+        _plan_component(component, get_dialect(plan.dialect), source, staging, seed, pieces, layers, metadata)
+    settings = Settings(jobs, resume, verify, progress)
+    done = rewrite(
+        source,
+        staging,
+        pieces,
+        metadata,
+        fingerprint=_fingerprint(source, plan, seed, verify=verify),
+        settings=settings,
+    )
+    return _report(target, plan, layers, done, time.perf_counter() - began)
+
+
+def _refuse_pointless(plan: Plan, seed: int | None) -> None:
+    if not plan.count("quantize"):
+        reasons = sorted({tensor.why for tensor in plan.tensors()})
+        raise PlanError(f"the plan quantizes nothing; the reasons are: {'; '.join(reasons) or 'there are no tensors'}")
+    for tensor in plan.tensors() if seed is not None else ():
+        if tensor.action == "quantize" and not tensor.fmt.stochastic:
+            raise PlanError(f"{tensor.key!r}: {tensor.format} has no stochastic rounding; leave the seed out")
+
+
+def _plan_component(
+    plan: ComponentPlan,
+    dialect: Dialect,
+    source: Source,
+    staging: Staging,
+    seed: int | None,
+    pieces: list[Piece | Copy],
+    layers: list[_Layer],
+    metadata: dict[str, dict[str, str]],
+) -> None:
+    """Add the pieces, the layers and the header metadata of one model."""
+    component = source.component(plan.name)
+    held = look_for_layers(source, component)
+    outputs = plan.outputs(dialect)
+    written: dict[str, list[StoredLayer]] = {}
+    folded: set[str] = set()  # biases that are written with their layer
+    for tensor in plan.tensors:
+        file = staging.file_of(component, tensor.key)
+        if tensor.action == "quantize":
+            layer = _Layer(tensor, plan.name, dialect, held, outputs[tensor.key], seed)
+            folded |= layer.specs.keys()
+            layers.append(layer)
+            pieces.append(Piece(layer.name, file, layer.specs, layer.size, layer.memory, layer.make))
+            written.setdefault(file, []).append(layer.stored)
+    kept = [tensor.key for tensor in plan.tensors if tensor.action == "keep" and tensor.key not in folded]
+    pieces += batch_copies(component, kept, lambda key: staging.file_of(component, key))
+    for stored in held.layers.values():
+        if stored.keys["qdata"] in kept:
+            written.setdefault(staging.file_of(component, stored.keys["qdata"]), []).append(stored)
+    for file in {piece.file for piece in pieces}:
+        _describe(metadata.setdefault(file, {}), dialect, held.dialect, written.get(file, []))
+
+
+def _describe(metadata: dict[str, str], dialect: Dialect, before: Dialect | None, layers: list[StoredLayer]) -> None:
+    """Put the description of a file's layers into its header metadata, in place of an old one."""
+    for name in before.header_metadata(()) if before is not None else ():
+        metadata.pop(name, None)
+    if layers:
+        metadata.update(dialect.header_metadata(layers))
+
+
+class _Layer:
+    """One weight to quantize: where it comes from, what is made of it, and how that is checked."""
+
+    def __init__(
+        self,
+        plan: TensorPlan,
+        component: str,
+        dialect: Dialect,
+        held: QuantizedComponent,
+        outputs: dict[str, TensorSpec],
+        seed: int | None,
+    ) -> None:
+        self.plan, self.component, self.dialect, self._held = plan, component, dialect, held
+        self.layer, self.fmt = plan.layer, plan.fmt
+        self.shape, self.dtype = (plan.shape[0], plan.shape[1]), plan.spec.dtype
+        self.name = f"{component}/{plan.key}" if component else plan.key
+        self.place = name_place(str(held.component.tensors[plan.key].path), self.layer)
+        self._seed = None if seed is None else seed + zlib.crc32(self.name.encode())
+        self._was = self._stored_before()
+        self.specs = dict(outputs)
+        folds = folds_bias(self.fmt) or (self._was is not None and folds_bias(self._was.format))
+        self.bias_key = join_key(self.layer, "bias") if folds else None
+        if self.bias_key is not None and self.bias_key in held.specs:
+            self.specs[self.bias_key] = held.specs[self.bias_key]
+        self.stored = StoredLayer(self.layer, self.fmt, self.shape, self.dtype)
+        self.size = plan.bytes_before
+        self.bytes_after = sum(spec.nbytes for spec in self.specs.values())
+        self.memory = plan.spec.nbytes + 3 * self.bytes_after + _WORKSPACE
+
+    def _stored_before(self) -> StoredLayer | None:
+        """The layer as the source holds it quantized, when the plan converts it again."""
+        found = self._held.layers.get(self.layer)
+        if not self.plan.was and found is None:
+            return None
+        if found is None or found.format.spec != self.plan.was or found.shape != self.shape:
+            now = "plain" if found is None else f"{found.format} of shape {list(found.shape)}"
+            raise PlanError(f"{self.place}: the plan takes it for {self.plan.was or 'plain'}, it is {now}; plan anew")
+        return found
+
+    def make(self) -> Made:
+        """Read, solve and store."""
+        began = time.perf_counter()
+        share: Tensor | None = None
+        if self._was is None:
+            w = self._held.read(self.plan.key)
+        else:
+            w, share = self._held.dequantized(self._was, self.dtype)
+        parts = solver(self.plan.solver)(w, self.fmt, None, where=self.place, seed=self._seed)
+        tensors = self.dialect.store_parts(self.layer, self.fmt, parts, self.shape, self.dtype, {})
+        if self.bias_key is not None:
+            tensors[self.bias_key] = self._bias(parts, share)
+        record = {"seconds": time.perf_counter() - began}
+        return Made(tensors, record, lambda read: self._check(w, read))
+
+    def _bias(self, parts: Parts, share_before: Tensor | None) -> Tensor:
+        """The bias to store, [N]: the true one without the share that the format puts into it."""
+        assert self.bias_key is not None
+        spec = self.specs[self.bias_key]
+        true = torch.zeros(self.shape[0])
+        if self.bias_key in self._held.specs:
+            true = self._held.read(self.bias_key).float()
+        if share_before is not None:
+            true = true + share_before
+        share = self.fmt.bias_share(parts)
+        return (true if share is None else true - share).to(spec.dtype)
+
+    def _check(self, w: Tensor, read: Read) -> dict[str, Any]:
+        """Load the layer from what is in the file, as a loader would, and compare it with its source."""
+        own = [key for key in self.specs if key != self.bias_key]
+        specs = {key: self.specs[key] for key in own}
+        stored = self.dialect.find_layers(specs, {}, read, self.place).layers.get(self.layer)
+        if stored is None or (stored.format, stored.shape) != (self.fmt, self.shape):
+            found = "nothing" if stored is None else f"{stored.format} {list(stored.shape)}"
+            raise CheckpointError(
+                f"{self.place}: written as {self.fmt} {list(self.shape)}, read back as {found}; report this"
+            )
+        accuracy = compare_weight(self.fmt, self.dialect.load_parts(stored, read), w)
+        if math.isnan(accuracy.sqnr):
+            raise CheckpointError(
+                f"{self.place}: what was written decodes to NaN; report this with the format {self.fmt}"
+            )
+        return {"accuracy": accuracy.to_json()}
+
+
+def compare_weight(fmt: Format, parts: Parts, w: Tensor) -> Accuracy:
+    """How close the parts decode to a weight [N, K], piece by piece."""
+    meter = AccuracyMeter()
+    for start, stop in row_chunks(w.shape[0], w.shape[1], fmt.row_multiple):
+        meter.add(w[start:stop].float(), fmt.dequantize_rows(parts, w.shape[1], start, stop, torch.float32))
+    return meter.result()
+
+
+def _fingerprint(source: Source, plan: Plan, seed: int | None, *, verify: bool) -> str:
+    """Names everything that the bytes of the result depend on, and whether they are checked."""
+    data = plan.to_json()
+    del data["source"]  # a path, for readers
+    try:
+        version = importlib.metadata.version("lowbit")
+    except importlib.metadata.PackageNotFoundError:  # run from the source folder
+        version = "uninstalled"
+    facts = [source.fingerprint(), data, version, torch.__version__, seed, verify]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _report(target: str | Path, plan: Plan, layers: list[_Layer], done: Rewritten, seconds: float) -> ConversionReport:
+    return ConversionReport(
+        target=str(target),
+        layers=tuple(_layer_reports(layers, done)),
+        kept=plan.count("keep"),
+        dropped=plan.count("drop"),
+        resumed=done.resumed,
+        bytes_before=plan.bytes_before,
+        bytes_after=plan.bytes_after,
+        seconds=seconds,
+    )
+
+
+def _layer_reports(layers: list[_Layer], done: Rewritten) -> Iterator[LayerReport]:
+    for layer in layers:
+        record = done.records[layer.name]
+        accuracy = record.get("accuracy")
+        yield LayerReport(
+            component=layer.component,
+            layer=layer.layer,
+            format=layer.fmt.spec,
+            solver=layer.plan.solver,
+            shape=layer.shape,
+            seconds=record["seconds"],
+            bytes_before=layer.size,
+            bytes_after=layer.bytes_after,
+            accuracy=None if accuracy is None else Accuracy.from_json(accuracy),
+        )

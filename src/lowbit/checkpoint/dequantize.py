@@ -1,0 +1,127 @@
+"""A quantized checkpoint turned back into a plain one: every layer decoded, every other tensor copied."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.errors import CheckpointError
+
+from .dialects import StoredLayer, TensorSpec
+from .dialects.base import join_key
+from .eligibility import dtype_name
+from .output import Staging
+from .pipeline import Progress
+from .plan_data import folds_bias
+from .quantized_source import QuantizedComponent, look_for_layers
+from .rewrite import Copy, Made, Piece, Settings, batch_copies, rewrite
+from .source import Source
+
+_WORKSPACE = 16 << 20
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class DequantizeReport:
+    """What was decoded: the layers' names with the formats they had, and how many other tensors were copied."""
+
+    target: str
+    layers: dict[str, str]
+    copied: int
+    resumed: int
+    bytes_after: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data."""
+        return dict(vars(self))
+
+
+def dequantize(
+    source: Source,
+    target: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    jobs: int | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> DequantizeReport:
+    """Write the effective weights of a quantized checkpoint, as a file that any program loads.
+
+    `dtype`: of the decoded weights; by default what each was before it was quantized. Biases that a format had put a
+    constant into get it back. Scales, markers and the description in the header are left out. Other options as in
+    `convert`.
+
+    Raises:
+        CheckpointError: nothing in the source is quantized, a layer is not sound, or writing failed.
+    """
+    began = time.perf_counter()
+    if dtype is not None and dtype not in DTYPES:
+        names = ", ".join(map(dtype_name, DTYPES))
+        raise CheckpointError(f"cannot decode to {dtype_name(dtype)}; the dtypes for weights are {names}")
+    staging = Staging(source, target)
+    metadata = staging.metadata()
+    pieces: list[Piece | Copy] = []
+    layers: dict[str, str] = {}
+    for component in source.components:
+        held = look_for_layers(source, component)
+        pieces += _pieces(held, staging, dtype)
+        prefix = f"{component.name}/" if component.name else ""
+        layers |= {prefix + name: stored.format.spec for name, stored in held.layers.items()}
+        for name in held.dialect.header_metadata(()) if held.dialect is not None else ():
+            for entries in metadata.values():
+                entries.pop(name, None)
+    if not layers:
+        raise CheckpointError(f"{source.root}: holds no quantized layer; there is nothing to decode")
+    facts = ["dequantize", source.fingerprint(), str(dtype), torch.__version__]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    settings = Settings(jobs, resume, verify=True, progress=progress)
+    done = rewrite(source, staging, pieces, metadata, fingerprint=fingerprint, settings=settings)
+    copied = sum(len(piece.specs) for piece in pieces if isinstance(piece, Copy))
+    size = sum(spec.nbytes for piece in pieces for spec in piece.specs.values())
+    return DequantizeReport(str(target), layers, copied, done.resumed, size, time.perf_counter() - began)
+
+
+def _pieces(held: QuantizedComponent, staging: Staging, dtype: torch.dtype | None) -> list[Piece | Copy]:
+    """One piece a quantized layer, and copies of all other tensors that mean something."""
+    pieces: list[Piece | Copy] = []
+    folded: set[str] = set()
+    for layer, stored in held.layers.items():
+        bias = held.bias_key(layer) if folds_bias(stored.format) else None
+        specs = {join_key(layer, "weight"): TensorSpec(dtype or stored.dtype, stored.shape)}
+        if folds_bias(stored.format):
+            key = join_key(layer, "bias")
+            specs[key] = held.specs[key] if bias is not None else TensorSpec(dtype or stored.dtype, stored.shape[:1])
+            folded.add(key)
+        size = sum(held.specs[key].nbytes for key in stored.keys.values())
+        memory = 2 * size + 2 * sum(spec.nbytes for spec in specs.values()) + _WORKSPACE
+        file = staging.file_of(held.component, stored.keys["qdata"])
+        prefix = f"{held.component.name}/" if held.component.name else ""
+        pieces.append(Piece(prefix + layer, file, specs, size, memory, _Decode(held, stored, specs)))
+    plain = [key for key in held.found.plain if key not in folded]
+    pieces += batch_copies(held.component, plain, lambda key: staging.file_of(held.component, key))
+    return pieces
+
+
+@dataclass(frozen=True)
+class _Decode:
+    """Makes the plain tensors `specs` of one layer."""
+
+    held: QuantizedComponent
+    stored: StoredLayer
+    specs: dict[str, TensorSpec]
+
+    def __call__(self) -> Made:
+        weight, bias = join_key(self.stored.layer, "weight"), join_key(self.stored.layer, "bias")
+        w, share = self.held.dequantized(self.stored, self.specs[weight].dtype)
+        tensors = {weight: w}
+        if bias in self.specs:
+            true = self.held.read(bias).float() if bias in self.held.specs else torch.zeros(self.stored.shape[0])
+            tensors[bias] = (true if share is None else true + share).to(self.specs[bias].dtype)
+        return Made(tensors)

@@ -1,0 +1,128 @@
+"""Working through many units with few threads: bounded memory, one error, progress.
+
+Each worker computes with one thread of its own: tensors are many and large, so working on several at once uses the
+cores better than sharing each one among them, and no core waits for another.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from lowbit.errors import PlanError
+
+Progress = Callable[[int, int, str], None]
+"""Called with the bytes done, the bytes in all and the name of the unit just finished; never by two threads at once."""
+
+MEMORY_BUDGET = 512 << 20  # bytes in work at a time; one unit larger than this runs alone
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work. `size`: its bytes for the progress; `memory`: the most bytes it holds while it runs."""
+
+    name: str
+    size: int
+    memory: int
+    run: Callable[[], None]
+
+
+def run_units(
+    units: Sequence[Unit],
+    *,
+    jobs: int | None = None,
+    budget: int = MEMORY_BUDGET,
+    progress: Progress | None = None,
+    done: int = 0,
+) -> None:
+    """Run all units on `jobs` threads (by default one a core), begun in order. `done`: bytes finished beforehand.
+
+    The first exception stops the run: units that have begun are waited for, no other begins, and it is raised here. So
+    is an interrupt from the keyboard.
+    """
+    workers = os.cpu_count() or 1 if jobs is None else jobs
+    if workers < 1:
+        raise PlanError(f"jobs is {workers}; give 1 or more, or leave it out for one a core")
+    _Run(units, budget, progress, done).work(min(workers, len(units)))
+
+
+class _Run:
+    def __init__(self, units: Sequence[Unit], budget: int, progress: Progress | None, done: int) -> None:
+        self._waiting: Iterator[Unit] = iter(units)
+        self._budget = budget
+        self._progress = progress
+        self._done = done
+        self._total = done + sum(unit.size for unit in units)
+        self._in_work = 0  # bytes
+        self._changed = threading.Condition()
+        self._next: Unit | None = None
+        self._error: BaseException | None = None
+
+    def work(self, workers: int) -> None:
+        threads = [threading.Thread(target=self._worker, name=f"lowbit-{i}", daemon=True) for i in range(workers)]
+        with _own_thread_count():
+            try:
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            except BaseException as error:  # noqa: BLE001  (an interrupt: raised below, after the workers have stopped)
+                self._stop(error)
+                for thread in threads:
+                    if thread.ident is not None:
+                        thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _worker(self) -> None:
+        torch.set_num_threads(1)
+        try:
+            while (unit := self._take()) is not None:
+                unit.run()
+                self._finish(unit)
+        except BaseException as error:  # noqa: BLE001  (raised again in the calling thread)
+            self._stop(error)
+
+    def _take(self) -> Unit | None:
+        """The next unit, when memory allows it; None when there is no more to do."""
+        with self._changed:
+            while self._error is None:
+                if self._next is None:
+                    self._next = next(self._waiting, None)
+                if self._next is None:
+                    return None
+                if not self._in_work or self._in_work + self._next.memory <= self._budget:
+                    unit, self._next = self._next, None
+                    self._in_work += unit.memory
+                    return unit
+                self._changed.wait()
+            return None
+
+    def _finish(self, unit: Unit) -> None:
+        with self._changed:
+            self._in_work -= unit.memory
+            self._done += unit.size
+            self._changed.notify_all()
+            if self._progress is not None:
+                self._progress(self._done, self._total, unit.name)
+
+    def _stop(self, error: BaseException) -> None:
+        with self._changed:
+            if self._error is None:
+                self._error = error
+            self._changed.notify_all()
+
+
+@contextmanager
+def _own_thread_count() -> Iterator[None]:
+    """Restore torch's thread count: the workers' setting is also the default of threads that start later."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

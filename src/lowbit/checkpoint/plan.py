@@ -1,0 +1,241 @@
+"""Making a plan: which format every weight gets, and for the rest the reason why it stays.
+
+The first that applies decides: what a preset drops; what no format can hold; a `keep` pattern; a layer rule; `only`;
+the preset; the size. A layer rule therefore overrides the preset and the size, and nothing overrides what cannot be
+stored. Patterns are regular expressions searched for in the layer's name (in a pipeline of several models,
+"<model>/<layer>").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from lowbit.errors import PlanError
+from lowbit.formats.base import Format
+from lowbit.formats.registry import as_format
+from lowbit.solvers import AUTO, pick_solver
+
+from .dialects import StoredLayer, TensorSpec, get_dialect
+from .dialects.base import layer_of
+from .eligibility import better_left, cannot_hold, cannot_store, dtype_name
+from .plan_data import ComponentPlan, Plan, TensorPlan
+from .presets import GENERIC, BoundPreset, Preset, detect_preset, get_preset
+from .quantized_source import QuantizedComponent, look_for_layers
+from .source import Component, Source
+
+__all__ = ["ComponentPlan", "Plan", "TensorPlan", "make_plan"]
+
+LayerRule = tuple[str, "Format | str"]
+
+
+def make_plan(
+    source: Source,
+    format: Format | str,
+    *,
+    solver: str = AUTO,
+    preset: str = "auto",
+    drop: bool = False,
+    keep: Sequence[str] = (),
+    only: Sequence[str] = (),
+    layer_rules: Sequence[LayerRule] = (),
+    dialect: str = "comfy",
+    requantize: bool = False,
+) -> Plan:
+    """Decide what becomes of every tensor of `source`; reads headers and markers only.
+
+    `format`: a format or spec for all weights that nothing below excepts. `solver`: a solver's name, or "auto".
+    `preset`: a model family's name, "auto" to detect it by the names of the tensors, "none" for no exceptions by name.
+    `drop`: leave out what the preset says is not needed (a text encoder's decoder), instead of keeping or converting
+    it. `keep`, `only`: patterns of layers to leave alone, and of the only ones to consider. `layer_rules`: (pattern,
+    format) pairs, the first match wins. `requantize`: convert layers that are quantized already again, with the loss
+    of both.
+
+    Raises:
+        PlanError: a pattern is wrong or matches nothing, the source is quantized already, the preset is unknown.
+        FormatError, SolverError: the format, a rule's format or the solver is wrong.
+    """
+    get_dialect(dialect)
+    rules = _Rules(
+        as_format(format),
+        solver,
+        [_Pattern("keep", text) for text in keep],
+        [_Pattern("only", text) for text in only],
+        [(_Pattern("layer", text), as_format(spec)) for text, spec in layer_rules],
+    )
+    for fmt in (rules.fmt, *(fmt for _, fmt in rules.by_layer)):
+        pick_solver(solver, fmt)
+        if fmt.plain != fmt:
+            raise PlanError(
+                f"{fmt}: has a pre_quant_scale or input_scale, which needs calibration; leave that field out"
+            )
+    components = []
+    for component in source.components:
+        held = look_for_layers(source, component)
+        if held.layers and not requantize:
+            _refuse_quantized(held)
+        components.append(_plan_component(component, held, rules, preset, drop=drop))
+    rules.refuse_unused(components)
+    only_file = source.components[0].shards[0].path
+    place = str(only_file if source.kind == "file" else source.root)
+    plan = Plan(tuple(components), dialect, place, tuple(rules.notes()))
+    plan.validate()
+    return plan
+
+
+@dataclass
+class _Pattern:
+    """A regular expression that a user gave, and whether any layer matched it."""
+
+    option: str
+    text: str
+    used: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            self._expression = re.compile(self.text)
+        except re.error as error:
+            raise PlanError(f"--{self.option} {self.text!r} is no regular expression: {error}; correct it") from error
+
+    def matches(self, name: str) -> bool:
+        found = self._expression.search(name) is not None
+        self.used |= found
+        return found
+
+
+@dataclass
+class _Rules:
+    """What the user asked for."""
+
+    fmt: Format
+    solver: str
+    keep: list[_Pattern]
+    only: list[_Pattern]
+    by_layer: list[tuple[_Pattern, Format]]
+    picked: dict[str, str] = field(default_factory=dict)
+
+    def match(self, name: str) -> tuple[_Pattern | None, _Pattern | None, tuple[_Pattern, Format] | None]:
+        """The keep and only patterns and the layer rule that hold for a name; all are tried, to learn which match."""
+        kept = [pattern for pattern in self.keep if pattern.matches(name)]
+        only = [pattern for pattern in self.only if pattern.matches(name)]
+        rules = [(pattern, fmt) for pattern, fmt in self.by_layer if pattern.matches(name)]
+        return kept[0] if kept else None, only[0] if only else None, rules[0] if rules else None
+
+    def pick(self, fmt: Format) -> str:
+        """The solver for a format, noted for the plan."""
+        name, why = pick_solver(self.solver, fmt)
+        self.picked[fmt.spec] = f"{fmt}: solver {name} ({why})"
+        return name
+
+    def notes(self) -> Iterable[str]:
+        """Which solver was taken for which format."""
+        return self.picked.values()
+
+    def refuse_unused(self, components: Iterable[ComponentPlan]) -> None:
+        """A pattern that matches nothing is a typing error until shown otherwise."""
+        for pattern in (*self.keep, *self.only, *(pattern for pattern, _ in self.by_layer)):
+            if not pattern.used:
+                names = [
+                    _full_name(part.name, t.layer) for part in components for t in part.tensors if len(t.shape) == 2
+                ]
+                example = f"; a layer's name is, for example, {names[len(names) // 2]!r}" if names else ""
+                raise PlanError(f"--{pattern.option} {pattern.text!r} matches no layer{example}; correct the pattern")
+
+
+def _refuse_quantized(held: QuantizedComponent) -> None:
+    layer = next(iter(held.layers.values()))
+    raise PlanError(
+        f"{layer.place}: is quantized already ({layer.format}), with {len(held.layers) - 1} more layers of this file; "
+        "converting it again would add a second loss. Start from the 16-bit file, or ask for it with requantize"
+    )
+
+
+def _plan_component(
+    component: Component, held: QuantizedComponent, rules: _Rules, preset: str, *, drop: bool
+) -> ComponentPlan:
+    chosen, why = _choose_preset(preset, list(component.tensors))
+    bound = chosen.bind(list(component.tensors), allow_drop=drop)
+    owner = {key: stored for stored in held.layers.values() for key in stored.keys.values()}
+    container = set(held.found.container)
+    names = _Naming(component.name, bound, by_name=preset != "none")
+    weights = {
+        stored.layer: _decide(
+            stored.keys["qdata"], TensorSpec(stored.dtype, stored.shape), names, rules, was=stored.format.spec
+        )
+        for stored in held.layers.values()
+    }
+    stays = any(weight.action == "keep" for weight in weights.values())
+    tensors = []
+    for key, spec in held.specs.items():
+        if key in container and not stays:
+            tensors.append(_tensor(key, spec, "drop", "describes the old format, which no layer has any more"))
+        elif key in owner:
+            tensors.append(_part_of(key, spec, owner[key], weights[owner[key].layer]))
+        else:
+            tensors.append(_decide(key, spec, names, rules))
+    return ComponentPlan(component.name, tuple(tensors), chosen.name, why)
+
+
+@dataclass(frozen=True)
+class _Naming:
+    """What names say: the component, and the preset's opinion unless the user wants none."""
+
+    component: str
+    preset: BoundPreset
+    by_name: bool
+
+
+def _choose_preset(preset: str, keys: list[str]) -> tuple[Preset, str]:
+    if preset == "none":
+        return GENERIC, "none: no layer is kept for its name"
+    if preset == "auto":
+        found = detect_preset(keys)
+        if found is None:
+            return GENERIC, "no model family is recognized by the names of the tensors"
+        return found, f"{found.title}, by the names of the tensors"
+    return get_preset(preset), "as asked"
+
+
+def _part_of(key: str, spec: TensorSpec, stored: StoredLayer, weight: TensorPlan) -> TensorPlan:
+    """The plan for a tensor of a layer that is quantized already: all of its tensors go one way."""
+    if weight.action != "quantize":
+        return _tensor(key, spec, weight.action, f"already quantized ({stored.format}); {weight.why}")
+    if key == stored.keys["qdata"]:
+        return weight
+    return _tensor(key, spec, "drop", f"belongs to {stored.layer!r} as {stored.format}, which is converted again")
+
+
+def _decide(key: str, spec: TensorSpec, names: _Naming, rules: _Rules, was: str = "") -> TensorPlan:
+    """The plan for one tensor, by the order in this module's docstring."""
+    layer = layer_of(key)
+    name = _full_name(names.component, key if layer is None else layer)
+    keep, only, rule = rules.match(name)
+    opinion = names.preset.decide(key if layer is None else layer) if names.by_name else None
+    if opinion is not None and opinion.action == "drop":
+        return _tensor(key, spec, "drop", opinion.why)
+    why = cannot_hold(key, spec)
+    if why is None and keep is not None:
+        why = f"matches --keep {keep.text!r}"
+    if why is None and rule is None:
+        if rules.only and only is None:
+            why = "matches no --only pattern"
+        elif opinion is not None and opinion.action == "keep":
+            why = opinion.why
+        else:
+            why = better_left(spec.shape)
+    fmt = rules.fmt if rule is None else rule[1]
+    if why is None:
+        why = cannot_store(fmt, spec.shape, embedding=names.preset.is_embedding(layer or ""))
+    if why is not None:
+        return _tensor(key, spec, "keep", why)
+    because = "the format for all weights" if rule is None else f"matches --layer {rule[0].text!r}"
+    return _tensor(key, spec, "quantize", because, format=fmt.spec, solver=rules.pick(fmt), was=was)
+
+
+def _tensor(key: str, spec: TensorSpec, action: str, why: str, **more: str) -> TensorPlan:
+    return TensorPlan(key, action, why, spec.shape, dtype_name(spec.dtype), **more)
+
+
+def _full_name(component: str, layer: str) -> str:
+    return f"{component}/{layer}" if component else layer

@@ -1,0 +1,241 @@
+"""Verifying a conversion: every layer of the output decoded and compared with its source, all else by bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError, LowbitError
+from lowbit.numerics.groups import row_chunks
+
+from .accuracy import Accuracy, AccuracyMeter
+from .dialects import StoredLayer
+from .dialects.base import join_key
+from .pipeline import Progress, Unit, run_units
+from .plan_data import folds_bias
+from .quantized_source import QuantizedComponent, look_for_layers
+from .source import Component, Source
+
+_PIECE = 16 << 20  # bytes compared at a time
+_PADDING = 32  # a file that pads, and does not tell the shape, adds less than this to rows and columns
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One quantized layer of the output: how close it is, or the problem that keeps it from being compared."""
+
+    name: str
+    format: str
+    shape: tuple[int, int]
+    accuracy: Accuracy | None
+    problem: str = ""
+
+    def passes(self, threshold: float) -> bool:
+        """Whether its SQNR reaches `threshold` dB. A layer with a problem, or NaN, does not."""
+        return not self.problem and self.accuracy is not None and self.accuracy.sqnr >= threshold
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data."""
+        accuracy = None if self.accuracy is None else self.accuracy.to_json()
+        return {**vars(self), "shape": list(self.shape), "accuracy": accuracy}
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """All quantized layers in the output's order, and what is wrong elsewhere, in words."""
+
+    layers: tuple[LayerResult, ...]
+    problems: tuple[str, ...]
+    identical: int
+    """How many other tensors have the very bytes of the source."""
+
+    def failing(self, threshold: float) -> list[LayerResult]:
+        """The layers whose SQNR is below `threshold` dB, or that could not be compared."""
+        return [layer for layer in self.layers if not layer.passes(threshold)]
+
+    def worst(self, count: int = 5) -> list[LayerResult]:
+        """The compared layers with the lowest SQNR, the worst first."""
+        compared = [layer for layer in self.layers if layer.accuracy is not None]
+        return sorted(compared, key=_sqnr)[:count]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data."""
+        layers = [layer.to_json() for layer in self.layers]
+        return {"layers": layers, "problems": list(self.problems), "identical": self.identical}
+
+
+def _sqnr(layer: LayerResult) -> float:
+    """For sorting: a layer that decodes to NaN is the worst."""
+    return -math.inf if layer.accuracy is None or math.isnan(layer.accuracy.sqnr) else layer.accuracy.sqnr
+
+
+def verify(
+    source: Source, output: Source, *, jobs: int | None = None, progress: Progress | None = None
+) -> VerifyResult:
+    """Compare a converted checkpoint with what it was made from, a few MiB of each weight at a time.
+
+    The source may be quantized itself: its layers are decoded too. Biases that a format has put a constant into are
+    compared with it taken out again. Differences are results, not errors.
+
+    Raises:
+        CheckpointError: a file cannot be read, or the two are not models of the same parts.
+    """
+    tasks: list[_Task] = []
+    problems: list[str] = []
+    for before, after in _pairs(source, output):
+        held, made = look_for_layers(source, before, strict=False), look_for_layers(output, after, strict=False)
+        problems += [problem.message for problem in made.found.problems]
+        problems += _missing(held, made)
+        tasks += _tasks(held, made)
+    units = [Unit(task.name, task.size, task.memory, task.run) for task in tasks]
+    run_units(units, jobs=jobs, progress=progress)
+    return VerifyResult(
+        tuple(task.result for task in tasks if task.result is not None),
+        (*problems, *(task.problem for task in tasks if task.problem)),
+        sum(task.same for task in tasks),
+    )
+
+
+def _pairs(source: Source, output: Source) -> list[tuple[Component, Component]]:
+    if len(source.components) == len(output.components) == 1:
+        return [(source.components[0], output.components[0])]
+    mine, theirs = {c.name for c in source.components}, {c.name for c in output.components}
+    if mine != theirs:
+        raise CheckpointError(
+            f"{output.root}: holds the models {sorted(theirs)}, {source.root} holds {sorted(mine)}; "
+            "compare a checkpoint with the one it was made from"
+        )
+    return [(component, output.component(component.name)) for component in source.components]
+
+
+def _missing(held: QuantizedComponent, made: QuantizedComponent) -> list[str]:
+    """Tensors that only one of the two has, in words. Those of a layer that cannot be read are its own problem."""
+    before = {*held.found.plain, *(join_key(layer, "weight") for layer in held.layers)}
+    after = {*made.found.plain, *(join_key(layer, "weight") for layer in made.layers)}
+    made_biases = {join_key(layer, "bias") for layer, stored in made.layers.items() if folds_bias(stored.format)}
+    place = made.component.shards[0].path
+    lost = [f"{place}: {key!r} of the source is missing" for key in sorted(before - after) if not _broken(made, key)]
+    more = sorted(after - before - made_biases)
+    return lost + [f"{place}: {key!r} is not in the source" for key in more if not _broken(made, key)]
+
+
+def _broken(made: QuantizedComponent, key: str) -> bool:
+    """Whether a tensor belongs to a layer that cannot be read."""
+    return any(key.rpartition(".")[0] == problem.layer for problem in made.found.problems)
+
+
+def _tasks(held: QuantizedComponent, made: QuantizedComponent) -> list[_Task]:
+    weights = {*held.specs, *(join_key(layer, "weight") for layer in held.layers)}
+    layers = [_Task(held, made, key, layer) for layer, key in _weight_keys(made).items() if key in weights]
+    folded = {
+        join_key(layer, "bias") for layer, stored in (*held.layers.items(), *made.layers.items())
+        if folds_bias(stored.format)
+    }  # fmt: skip
+    plain = (key for key in made.found.plain if key in held.specs and not _broken(made, key))
+    both = [key for key in plain if key not in folded]
+    return [*layers, *(_Task(held, made, key, None) for key in both)]
+
+
+def _weight_keys(made: QuantizedComponent) -> dict[str, str]:
+    return {layer: join_key(layer, "weight") for layer in made.layers}
+
+
+class _Task:
+    """Comparing one layer, or one plain tensor, and what came of it."""
+
+    def __init__(self, held: QuantizedComponent, made: QuantizedComponent, key: str, layer: str | None) -> None:
+        self.held, self.made, self.key, self.layer = held, made, key, layer
+        component = made.component.name
+        self.name = f"{component}/{layer or key}" if component else layer or key
+        self.result: LayerResult | None = None
+        self.problem = ""
+        self.same = 0
+        spec = made.specs[key]
+        self.size = spec.nbytes
+        self.memory = min(spec.nbytes, 2 * _PIECE) if layer is None else 4 * spec.nbytes + _PIECE
+
+    def run(self) -> None:
+        if self.layer is None:
+            self._compare_bytes()
+        else:
+            self.result = self._compare_layer(self.made.layers[self.layer])
+
+    def _compare_layer(self, stored: StoredLayer) -> LayerResult:
+        accuracy, problem = None, ""
+        try:
+            shape, rows = self._source_rows(stored.shape)
+            stored = dataclasses.replace(stored, shape=shape)  # a padded file may not tell it
+            parts = self.made.load(stored)
+            meter = AccuracyMeter()
+            for start, stop in row_chunks(*shape, stored.format.row_multiple):
+                meter.add(
+                    rows(start, stop).float(),
+                    stored.format.dequantize_rows(parts, shape[1], start, stop, torch.float32),
+                )
+            accuracy = meter.result()
+            problem = self._compare_bias(stored, stored.format.bias_share(parts))
+        except LowbitError as error:
+            problem = str(error)
+        return LayerResult(self.name, stored.format.spec, stored.shape, accuracy, problem)
+
+    def _source_rows(self, shape: tuple[int, int]) -> tuple[tuple[int, int], Callable[[int, int], Tensor]]:
+        """The logical shape of the source's weight, and its rows [start, stop)."""
+        before = self.held.layers.get(self.layer or "")
+        if before is not None:
+            w, _ = self.held.dequantized(before, torch.float32)
+            return before.shape, lambda start, stop: w[start:stop]
+        spec = self.held.specs[self.key]
+        fits = len(spec.shape) == 2 and all(a <= b < a + _PADDING for a, b in zip(spec.shape, shape, strict=True))
+        if not fits:
+            raise CheckpointError(f"{self.name}: has shape {list(shape)} here and {list(spec.shape)} in the source")
+        component = self.held.component
+        return (spec.shape[0], spec.shape[1]), lambda start, stop: self.held.source.read_rows(
+            component, self.key, start, stop
+        )
+
+    def _compare_bias(self, stored: StoredLayer, share: Tensor | None) -> str:
+        """Whether the true bias is what it was, when the format put a constant into the stored one."""
+        if share is None:
+            return ""
+        key = join_key(stored.layer, "bias")
+        if key not in self.made.specs:
+            return f"{stored.place}: has no bias, but {stored.format} puts a constant into it"
+        now = self.made.read(key).float() + share
+        before = self.held.read(key).float() if key in self.held.specs else torch.zeros_like(now)
+        if (was := self.held.layers.get(stored.layer)) is not None:
+            _, old_share = self.held.dequantized(was, torch.float32)
+            before = before if old_share is None else before + old_share
+        room = torch.finfo(self.made.specs[key].dtype).eps * (share.abs() + before.abs() + 1e-6)
+        if bool(((now - before).abs() > 2 * room).any()):
+            return f"{stored.place}: the bias without the constant of {stored.format} is not that of the source"
+        return ""
+
+    def _compare_bytes(self) -> None:
+        before, after = self.held.specs[self.key], self.made.specs[self.key]
+        if before != after:
+            self.problem = f"{self.name}: is {after} here and {before} in the source"
+        elif self._bytes_equal(after.shape, after.nbytes):
+            self.same = 1
+        else:
+            self.problem = f"{self.name}: differs from the source"
+
+    def _bytes_equal(self, shape: tuple[int, ...], size: int) -> bool:
+        if size <= _PIECE or not shape:
+            return _equal(self.held.read(self.key), self.made.read(self.key))
+        rows = max(1, _PIECE * shape[0] // size)
+        return all(
+            _equal(
+                *(x.source.read_rows(x.component, self.key, a, min(a + rows, shape[0])) for x in (self.held, self.made))
+            )
+            for a in range(0, shape[0], rows)
+        )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

@@ -1,0 +1,102 @@
+"""Dequantizing gives a plain checkpoint: the effective weights, the true biases, and nothing of the old format."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lowbit.checkpoint.convert import convert
+from lowbit.checkpoint.dequantize import dequantize
+from lowbit.checkpoint.plan import make_plan
+from lowbit.checkpoint.quantized_source import look_for_layers
+from lowbit.checkpoint.source import open_source
+from lowbit.errors import CheckpointError
+from tests.support.checkpoints import files_below, model_tensors, save_model, save_shards
+from tests.support.specs import ALL_SPECS
+
+
+def converted(tmp_path, spec):
+    """The path of a converted small model."""
+    with open_source(save_model(tmp_path / "in.safetensors")) as source:
+        convert(source, tmp_path / "out.safetensors", make_plan(source, spec, preset="none", solver="rtn"))
+    return tmp_path / "out.safetensors"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "spec", [spec for spec in ALL_SPECS if "rotation=256" not in spec and "rotation=1024" not in spec]
+)
+def test_weights_are_the_effective_ones(tmp_path, spec, dtype):
+    """Every layer is what its format decodes to, in the dtype asked for or its own; names are the source's."""
+    plain = tmp_path / "plain.safetensors"
+    with open_source(converted(tmp_path, spec)) as source:
+        report = dequantize(source, plain, dtype=dtype)
+        held = look_for_layers(source, source.components[0])
+        expected = {n: held.dequantized(s, dtype or s.dtype)[0] for n, s in held.layers.items()}
+    out, tensors = load_file(plain), model_tensors()
+
+    made = {f"{layer}.bias" for layer in expected} if "act_unsigned=True" in spec else set()
+    assert out.keys() == tensors.keys() | made
+    for layer, w in expected.items():
+        assert torch.equal(out[f"{layer}.weight"], w)
+    for key in tensors.keys() - {f"{layer}.weight" for layer in expected}:
+        if key not in made:
+            assert torch.equal(out[key], tensors[key])
+    assert report.layers == dict.fromkeys(expected, spec)
+    json.dumps(report.to_json())
+    with safe_open(plain, "pt") as file:
+        assert file.metadata() == {"format": "pt", "author": "test"}
+
+
+def test_biases_are_the_true_ones_again(tmp_path):
+    """A bias that a format had put a constant into is back to what it was, within the rounding of its dtype."""
+    spec = "svdquant_w4a4(rank=4,act_unsigned=true)"
+    with open_source(converted(tmp_path, spec)) as source:
+        dequantize(source, tmp_path / "plain.safetensors")
+    out, folded = load_file(tmp_path / "plain.safetensors"), load_file(tmp_path / "out.safetensors")
+
+    for i in range(3):
+        true = model_tensors()[f"blocks.{i}.up.bias"].float()
+        size = torch.maximum(folded[f"blocks.{i}.up.bias"].float().abs(), true.abs())
+        assert bool(((out[f"blocks.{i}.up.bias"].float() - true).abs() <= 2**-8 * size).all())
+        assert float((folded[f"blocks.{i}.up.bias"].float() - true).abs().max()) > 0.005  # there was something to undo
+        made = folded[f"blocks.{i}.down.bias"].float()  # by the format, for a layer without one: zeros in truth
+        assert bool((out[f"blocks.{i}.down.bias"].float().abs() <= 2**-8 * made.abs()).all())
+
+
+def test_shards_stay_shards(tmp_path):
+    """A sharded quantized model becomes a sharded plain one with an index of the plain tensors."""
+    with open_source(save_shards(tmp_path / "in")) as source:
+        convert(source, tmp_path / "out", make_plan(source, "int8", preset="none"))
+    with open_source(tmp_path / "out") as source:
+        dequantize(source, tmp_path / "plain")
+    before, after = (
+        json.loads((tmp_path / name / "model.safetensors.index.json").read_text()) for name in ("in", "plain")
+    )
+
+    assert after["weight_map"] == dict(sorted(before["weight_map"].items()))
+    assert after["metadata"]["total_size"] == before["metadata"]["total_size"]
+    assert files_below(tmp_path / "plain").keys() == files_below(tmp_path / "in").keys()
+
+
+def test_a_plain_file_is_refused(tmp_path):
+    """A file without quantized layers is an error, and no copy of it appears."""
+    with (
+        open_source(save_model(tmp_path / "in.safetensors")) as source,
+        pytest.raises(CheckpointError, match="holds no quantized layer"),
+    ):
+        dequantize(source, tmp_path / "plain.safetensors")
+    assert not (tmp_path / "plain.safetensors").exists()
+
+
+def test_a_dtype_for_codes_is_refused(tmp_path):
+    """Decoding to something that is no dtype for weights is refused."""
+    with (
+        open_source(converted(tmp_path, "int8")) as source,
+        pytest.raises(CheckpointError, match=r"cannot decode to int8; .* bfloat16, float16, float32"),
+    ):
+        dequantize(source, tmp_path / "plain.safetensors", dtype=torch.int8)

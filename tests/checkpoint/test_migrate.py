@@ -1,0 +1,120 @@
+"""Migrating changes the spelling of quantized layers and not one code or scale, forth and back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lowbit.checkpoint.convert import convert
+from lowbit.checkpoint.migrate import migrate
+from lowbit.checkpoint.plan import make_plan
+from lowbit.checkpoint.source import open_source
+from lowbit.errors import CheckpointError, UnsupportedError
+from tests.support.checkpoints import model_tensors, save_model
+
+
+def legacy_file(path, full_precision=False, prefix=""):
+    """A `scaled_fp8` file as other tools write them: two layers, one with an input scale, and a plain one."""
+    tensors = {prefix + "scaled_fp8": torch.zeros(2 if full_precision else 0).to(torch.float8_e4m3fn)}
+    for i, layer in enumerate(("a", "b")):
+        w = model_tensors()[f"blocks.{i}.up.weight"].float()
+        scale = w.abs().max() / 448
+        tensors[f"{prefix}{layer}.weight"] = (w / scale).to(torch.float8_e4m3fn)
+        tensors[f"{prefix}{layer}.scale_weight"] = scale
+    tensors[f"{prefix}a.scale_input"] = torch.tensor(0.25)
+    tensors[f"{prefix}norm.weight"] = torch.ones(8)
+    save_file(tensors, path, {"author": "x"})
+    return tensors
+
+
+def migrated(before, after, style):
+    """Migrate one file to another."""
+    with open_source(before) as source:
+        return migrate(source, after, style)
+
+
+def converted(tmp_path, spec):
+    """The path of a small model in a format."""
+    with open_source(save_model(tmp_path / "in.safetensors")) as source:
+        convert(source, tmp_path / "out.safetensors", make_plan(source, spec, preset="none", solver="rtn"))
+    return tmp_path / "out.safetensors"
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal dtype, shape and bytes."""
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(
+        a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("full_precision", [False, True])
+def test_legacy_to_current_and_back(tmp_path, full_precision, prefix):
+    """A legacy file becomes one with markers and a header, and comes back tensor for tensor."""
+    old = legacy_file(tmp_path / "old.safetensors", full_precision, prefix)
+    report = migrated(tmp_path / "old.safetensors", tmp_path / "new.safetensors", "current")
+    migrated(tmp_path / "new.safetensors", tmp_path / "back.safetensors", "legacy")
+    new, back = load_file(tmp_path / "new.safetensors"), load_file(tmp_path / "back.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "pt") as file:
+        metadata = file.metadata()
+
+    assert new.keys() == {prefix + key for key in (
+        "a.weight", "a.weight_scale", "a.input_scale", "a.comfy_quant", "b.weight", "b.weight_scale", "b.comfy_quant",
+        "norm.weight")}  # fmt: skip
+    assert same_bits(new[f"{prefix}a.weight"], old[f"{prefix}a.weight"])
+    assert same_bits(new[f"{prefix}b.weight_scale"], old[f"{prefix}b.scale_weight"])
+    marker = json.loads(bytes(new[f"{prefix}b.comfy_quant"].tolist()))
+    assert marker["format"] == "float8_e4m3fn"
+    assert marker.get("full_precision_matrix_mult", False) is full_precision
+    assert json.loads(metadata["_quantization_metadata"])["layers"].keys() == {f"{prefix}a", f"{prefix}b"}
+    assert metadata["author"] == "x"
+    assert report.layers.keys() == {f"{prefix}a", f"{prefix}b"}
+    assert back.keys() == old.keys()
+    assert all(same_bits(back[key], old[key]) for key in old)
+
+
+@pytest.mark.parametrize("spec", ["fp8_e4m3", "int8", "nvfp4", "mxfp8", "awq_w4a16", "svdquant_w4a4(rank=4)"])
+def test_a_current_file_stays_as_it_is(tmp_path, spec):
+    """Migrating a file that is current already changes no tensor and no description."""
+    path = converted(tmp_path, spec)
+    migrated(path, tmp_path / "again.safetensors", "current")
+    before, after = load_file(path), load_file(tmp_path / "again.safetensors")
+
+    assert before.keys() == after.keys()
+    assert all(same_bits(before[key], after[key]) for key in before)
+    headers = []
+    for name in (path, tmp_path / "again.safetensors"):
+        with safe_open(name, "pt") as file:
+            headers.append(file.metadata())
+    assert headers[0] == headers[1]
+
+
+@pytest.mark.parametrize("spec", ["fp8_e4m3(granularity=row)", "int8", "nvfp4"])
+def test_what_legacy_cannot_say_is_refused(tmp_path, spec):
+    """A layer that the legacy spelling has no words for is an error with its name; nothing is written."""
+    path = converted(tmp_path, spec)
+    with pytest.raises(UnsupportedError, match=r"layer '.*': is .*; a legacy file holds only float8 with one scale"):
+        migrated(path, tmp_path / "old.safetensors", "legacy")
+    assert not (tmp_path / "old.safetensors").exists()
+
+
+def test_mixed_float8_dtypes_are_refused_for_legacy(tmp_path):
+    """A legacy file says its float8 dtype once, so two of them cannot be said."""
+    with open_source(save_model(tmp_path / "in.safetensors")) as source:
+        plan = make_plan(source, "fp8_e4m3", preset="none", layer_rules=[("up", "fp8_e5m2")])
+        convert(source, tmp_path / "out.safetensors", plan)
+    with pytest.raises(UnsupportedError, match="both float8 dtypes, which a legacy file cannot say"):
+        migrated(tmp_path / "out.safetensors", tmp_path / "old.safetensors", "legacy")
+
+
+def test_a_plain_file_and_an_unknown_style_are_refused(tmp_path):
+    """There must be something to migrate, and a known style to migrate to."""
+    path = save_model(tmp_path / "in.safetensors")
+    with pytest.raises(CheckpointError, match="holds no quantized layer"):
+        migrated(path, tmp_path / "out.safetensors", "current")
+    with pytest.raises(CheckpointError, match="unknown style 'newest'; it is one of current, legacy"):
+        migrated(path, tmp_path / "out.safetensors", "newest")

@@ -1,0 +1,352 @@
+"""The plan says what becomes of every tensor and why, and survives being written, edited and read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowbit.checkpoint.convert import convert
+from lowbit.checkpoint.plan import Plan, make_plan
+from lowbit.checkpoint.source import open_source
+from lowbit.errors import CheckpointError, FormatError, LowbitError, PlanError, SolverError
+from lowbit.formats import get_format
+from tests.support.checkpoints import model_tensors, save_model, save_shards
+
+WHY_KEPT = {
+    "blocks.0.norm.weight": "1-D",
+    "blocks.0.up.bias": "1-D",
+    "patch.weight": "4-D weight (convolution)",
+    "experts.weight": "3-D weight (convolution or bank of experts)",
+    "tiny.weight": "fewer than 4096 weights",
+    "steps": "int64 values",
+    "scale": "a single value",
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """An open small model in one file."""
+    with open_source(save_model(tmp_path / "in.safetensors")) as opened:
+        yield opened
+
+
+def by_key(plan: Plan) -> dict:
+    """The tensors of a plan by key."""
+    return {tensor.key: tensor for tensor in plan.tensors()}
+
+
+def opened(path, tensors, **metadata):
+    """A source of these tensors."""
+    save_file(tensors, path, metadata)
+    return open_source(path)
+
+
+def test_every_tensor_is_planned_with_a_reason(source):
+    """Each tensor of the source stands once in the plan, with its shape, its dtype and a reason."""
+    plan = make_plan(source, "fp8_e4m3", preset="none")
+    tensors = by_key(plan)
+
+    assert tensors.keys() == model_tensors().keys()
+    assert all(tensor.why for tensor in tensors.values())
+    assert {key: tensors[key].why for key in WHY_KEPT} == WHY_KEPT
+    assert {tensor.action for tensor in tensors.values() if tensor.key in WHY_KEPT} == {"keep"}
+    up = tensors["blocks.1.up.weight"]
+    assert (up.action, up.format, up.solver, up.shape, up.dtype) == (
+        "quantize",
+        "fp8_e4m3",
+        "rtn",
+        (192, 128),
+        "bfloat16",
+    )
+
+
+def test_what_a_format_cannot_hold_is_kept_and_says_so(source):
+    """A weight whose K does not fit the format's group is kept, and the reason names K and the group."""
+    plan = make_plan(source, "awq_w4a16", preset="none")
+    ragged = by_key(plan)["ragged.weight"]
+
+    assert ragged.action == "keep"
+    assert "100" in ragged.why
+    assert "64" in ragged.why
+    assert by_key(make_plan(source, "fp8_e4m3", preset="none"))["ragged.weight"].action == "quantize"
+
+
+def test_a_table_is_kept_where_there_is_no_lookup(tmp_path, monkeypatch):
+    """An embedding table is not stored in a format that cannot look rows up; the reason says that."""
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(200, 128),
+        "model.layers.0.mlp.up_proj.weight": torch.randn(64, 128),
+    }
+    monkeypatch.setattr(get_format("svdquant_w4a4"), "supports_embedding", False)
+    with opened(tmp_path / "a.safetensors", tensors) as source:
+        plan = make_plan(source, "svdquant_w4a4(rank=8)", preset="none")
+
+    table = by_key(plan)["model.embed_tokens.weight"]
+    assert (table.action, table.why) == ("keep", "embedding table, and svdquant_w4a4 has no lookup")
+    assert by_key(plan)["model.layers.0.mlp.up_proj.weight"].action == "quantize"
+
+
+def test_sizes_are_those_of_the_file(source, tmp_path):
+    """The planned bytes are exactly the bytes of all tensors in the input and in the output."""
+    for spec in ("fp8_e4m3(granularity=row)", "nvfp4", "mxfp8", "awq_w4a16", "svdquant_w4a4(rank=4,act_unsigned=true)"):
+        plan = make_plan(source, spec, solver="rtn", preset="none")
+        convert(source, tmp_path / "out.safetensors", plan)
+        written = sum(tensor.nbytes for tensor in load_file(tmp_path / "out.safetensors").values())
+
+        assert plan.bytes_before == sum(tensor.nbytes for tensor in model_tensors().values())
+        assert plan.bytes_after == written
+        assert sum(sum(sizes.values()) for sizes in plan.sizes_after.values()) == written
+
+
+def test_auto_solver_is_resolved_and_noted(source):
+    """The plan holds the solver that `auto` took, format by format, and a note that says so."""
+    plan = make_plan(source, "nvfp4", layer_rules=[(r"\.up", "int8")], preset="none")
+
+    assert by_key(plan)["blocks.0.down.weight"].solver == "scale_search"
+    assert by_key(plan)["blocks.0.up.weight"].solver == "rtn"
+    assert [note.partition(" (")[0] for note in plan.notes] == ["nvfp4: solver scale_search", "int8: solver rtn"]
+
+
+def test_patterns_choose_layers(source):
+    """`keep` beats a layer rule, the first rule beats the next, a rule beats `only`, and `only` keeps all the rest."""
+    plan = make_plan(
+        source,
+        "fp8_e4m3",
+        preset="none",
+        keep=[r"blocks\.0"],
+        only=[r"\.up$"],
+        layer_rules=[(r"blocks\.[01]\.down", "int8"), (r"down", "mxfp8")],
+    )
+    tensors = by_key(plan)
+
+    assert (tensors["blocks.0.up.weight"].action, tensors["blocks.0.down.weight"].action) == ("keep", "keep")
+    assert tensors["blocks.0.down.weight"].why == r"matches --keep 'blocks\\.0'"
+    assert tensors["blocks.1.up.weight"].format == "fp8_e4m3"
+    assert tensors["blocks.1.down.weight"].format == "int8"
+    assert tensors["blocks.2.down.weight"].format == "mxfp8"
+    assert (tensors["ragged.weight"].action, tensors["ragged.weight"].why) == ("keep", "matches no --only pattern")
+
+
+def test_a_layer_rule_overrides_size_but_not_what_is_impossible(source):
+    """A rule that names a small layer quantizes it; one that names a convolution cannot."""
+    plan = make_plan(source, "fp8_e4m3", preset="none", layer_rules=[("tiny|patch", "fp8_e5m2")])
+
+    assert by_key(plan)["tiny.weight"].format == "fp8_e5m2"
+    assert by_key(plan)["patch.weight"].action == "keep"
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "complaint"),
+    [
+        ({"keep": ["blocks["]}, PlanError, r"--keep 'blocks\[' is no regular expression"),
+        (
+            {"keep": ["block_7"]},
+            PlanError,
+            r"--keep 'block_7' matches no layer; a layer's name is, for example, 'blocks",
+        ),
+        ({"only": ["nothing"]}, PlanError, "--only 'nothing' matches no layer"),
+        ({"layer_rules": [("nothing", "int8")]}, PlanError, "--layer 'nothing' matches no layer"),
+        ({"layer_rules": [("up", "int9")]}, FormatError, "unknown format 'int9'"),
+        ({"solver": "best"}, SolverError, "unknown solver 'best'"),
+        ({"preset": "no_such_family"}, LowbitError, "no_such_family"),
+        ({"dialect": "none"}, CheckpointError, "unknown dialect 'none'"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_error(source, options, kind, complaint):
+    """A mistyped pattern, format, solver, preset or dialect is refused by name when the plan is made."""
+    with pytest.raises(kind, match=complaint):
+        make_plan(source, "fp8_e4m3", **{"preset": "none", **options})
+
+
+def test_a_format_that_needs_calibration_is_refused(source):
+    """A spec with parts that only calibration can give is refused before anything is planned."""
+    with pytest.raises(PlanError, match="needs calibration"):
+        make_plan(source, "fp8_e4m3(input_scale=true)", preset="none")
+
+
+def test_json_round_trip(source, tmp_path):
+    """A plan written and read is the same plan; its file has one line a tensor."""
+    plan = make_plan(source, "nvfp4", preset="none")
+    path = tmp_path / "plan.json"
+    plan.save(path)
+
+    assert Plan.load(path) == plan
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    for key in model_tensors():
+        assert sum(json.dumps(key) + ": {" in line for line in path.read_text().splitlines()) == 1
+
+
+def test_an_edited_plan_is_what_runs(source, tmp_path):
+    """Changing a layer's format, keeping one and dropping one in the file changes exactly these in the output."""
+    path = tmp_path / "plan.json"
+    make_plan(source, "fp8_e4m3", preset="none").save(path)
+    data = json.loads(path.read_text())
+    tensors = data["components"][""]["tensors"]
+    tensors["blocks.0.up.weight"] |= {"format": "int8", "solver": "scale_search"}
+    tensors["blocks.1.up.weight"]["action"] = "keep"
+    tensors["steps"]["action"] = "drop"
+    path.write_text(json.dumps(data))
+    convert(source, tmp_path / "out.safetensors", Plan.load(path))
+    out = load_file(tmp_path / "out.safetensors")
+
+    assert out["blocks.0.up.weight"].dtype == torch.int8
+    assert torch.equal(out["blocks.1.up.weight"], model_tensors()["blocks.1.up.weight"])
+    assert "steps" not in out
+    assert out["blocks.2.up.weight"].dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "complaint"),
+    [
+        ("blocks.0.up.weight", {"action": "squash"}, "action is 'squash', expected one of quantize, keep, drop"),
+        ("blocks.0.up.weight", {"format": "fp9"}, "unknown format 'fp9'"),
+        ("blocks.0.up.weight", {"format": ""}, "blocks.0.up.weight"),
+        ("blocks.0.up.weight", {"solver": "luck"}, "unknown solver 'luck'"),
+        ("blocks.0.up.weight", {"formt": "int8"}, "has no field 'formt'"),
+        ("blocks.0.up.weight", {"shape": "192x128"}, "shape is '192x128'"),
+        ("blocks.0.up.weight", {"dtype": "bf16"}, "dtype 'bf16' is unknown"),
+        ("blocks.0.up.weight", {"why": 3}, "why is 3, expected text"),
+        ("blocks.0.up.weight", {"format": "int8(input_scale=true)"}, "needs calibration"),
+        ("ragged.weight", {"format": "awq_w4a16"}, r"cannot become awq_w4a16: \[64, 100\]"),
+        (
+            "patch.weight",
+            {"action": "quantize", "format": "int8", "solver": "rtn"},
+            "cannot become int8: .*convolution",
+        ),
+        ("steps", {"action": "quantize", "format": "int8", "solver": "rtn"}, "cannot become int8: .*int64 values"),
+    ],
+)
+def test_a_wrong_entry_is_one_clear_error(source, tmp_path, key, change, complaint):
+    """A mistake in a plan file is refused with the file, the tensor and what is expected."""
+    data = make_plan(source, "fp8_e4m3", preset="none").to_json()
+    data["components"][""]["tensors"][key] |= change
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+
+    with pytest.raises(PlanError, match=complaint) as caught:
+        Plan.load(tmp_path / "plan.json")
+    assert "plan.json" in str(caught.value)
+    assert key in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("{", "is not JSON"), ("[]", "not an object"), ("{}", "is no lowbit plan of version 1"),
+     ('{"lowbit_plan": 1, "components": 3}', "'components' must be an object"),
+     ('{"lowbit_plan": 1, "components": {}, "colour": 1}', "has no field 'colour'"),
+     ('{"lowbit_plan": 1, "components": {"": {}}}', "'tensors' by key"),
+     ('{"lowbit_plan": 1, "components": {"": {"tensors": {"a": 1}}}}', "tensor 'a': must be an object"),
+     ('{"lowbit_plan": 1, "components": {}, "components": {}}', "'components' stands twice")],
+)  # fmt: skip
+def test_a_file_that_is_no_plan_is_refused(tmp_path, text, complaint):
+    """Whatever else is given as a plan file is refused with the file's name and the reason."""
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanError, match=rf"plan\.json.*{complaint}"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_missing_plan_file_is_refused(tmp_path):
+    """A plan file that is not there gives its path."""
+    with pytest.raises(PlanError, match=r"nowhere\.json: the plan cannot be read"):
+        Plan.load(tmp_path / "nowhere.json")
+
+
+def test_a_plan_for_another_checkpoint_is_refused(source, tmp_path):
+    """A plan runs only on tensors of the very names, shapes and dtypes it was made for."""
+    plan = make_plan(source, "fp8_e4m3", preset="none")
+    changed = {
+        "one more": model_tensors() | {"more": torch.ones(1)},
+        "one less": {k: v for k, v in model_tensors().items() if k != "steps"},
+        "another shape": model_tensors() | {"steps": torch.arange(11)},
+        "another dtype": model_tensors() | {"steps": torch.arange(10).float()},
+    }
+    for name, tensors in changed.items():
+        with opened(tmp_path / "other.safetensors", tensors) as other, pytest.raises(PlanError, match="plan anew"):
+            convert(other, tmp_path / "out.safetensors", plan)
+        assert not (tmp_path / "out.safetensors").exists(), name
+
+
+def test_two_output_tensors_of_one_name_are_refused(tmp_path):
+    """A plain tensor that has the name of a part that quantizing makes is found before anything is written."""
+    tensors = {"a.weight": torch.randn(128, 128), "a.weight_scale_2": torch.ones(3)}
+    with (
+        opened(tmp_path / "a.safetensors", tensors) as source,
+        pytest.raises(PlanError, match="two output tensors would"),
+    ):
+        make_plan(source, "nvfp4", preset="none")
+
+
+def test_quantized_input_is_refused_unless_asked_for(source, tmp_path):
+    """Converting a converted file again is an error that names a layer and its format; with requantize it works."""
+    convert(source, tmp_path / "fp8.safetensors", make_plan(source, "fp8_e4m3", preset="none"))
+    with open_source(tmp_path / "fp8.safetensors") as again:
+        with pytest.raises(
+            PlanError, match=r"fp8\.safetensors: layer .* is quantized already \(fp8_e4m3\), with \d more"
+        ):
+            make_plan(again, "int8", preset="none")
+        plan = make_plan(again, "int8", preset="none", requantize=True, keep=["ragged"])
+
+    tensors = by_key(plan)
+    assert (tensors["blocks.0.up.weight"].was, tensors["blocks.0.up.weight"].format) == ("fp8_e4m3", "int8")
+    assert tensors["blocks.0.up.weight_scale"].action == "drop"
+    assert {tensors[f"ragged.{part}"].action for part in ("weight", "weight_scale", "comfy_quant")} == {"keep"}
+    assert tensors["ragged.weight"].why.startswith("already quantized (fp8_e4m3)")
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_float8_without_a_scale_is_kept(tmp_path):
+    """A float8 weight that nothing describes is no source for another format: kept, and the reason says why."""
+    tensors = {"a.weight": torch.randn(128, 128).to(torch.float8_e4m3fn), "b.weight": torch.randn(128, 128)}
+    with opened(tmp_path / "a.safetensors", tensors) as source:
+        kept = by_key(make_plan(source, "int8", preset="none"))["a.weight"]
+
+    assert (kept.action, kept.why) == ("keep", "already quantized (float8_e4m3fn)")
+
+
+def test_a_pipeline_is_planned_model_by_model(tmp_path):
+    """In a folder of several models patterns see "<model>/<layer>", and equal names in two models do not clash."""
+    (tmp_path / "pipe").mkdir()
+    for name in ("text_encoder", "transformer"):
+        save_shards(tmp_path / "pipe" / name)
+    index = {"_class_name": "P", "text_encoder": ["x", "y"], "transformer": ["x", "y"]}
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
+    with open_source(tmp_path / "pipe") as source:
+        plan = make_plan(source, "int8", preset="none", only=["^transformer/"])
+
+    actions = {c.name: {t.action for t in c.tensors if t.key == "blocks.0.up.weight"} for c in plan.components}
+    assert actions == {"text_encoder": {"keep"}, "transformer": {"quantize"}}
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_the_family_is_detected_and_says_why_layers_stay(tmp_path):
+    """A Qwen-Image checkpoint is recognized by its names; its rules keep layers, unless a user says otherwise."""
+    names = ["transformer_blocks.0.img_mod.1", "transformer_blocks.1.img_mod.1", "transformer_blocks.0.attn.add_q_proj"]
+    tensors = {f"{name}.weight": torch.randn(64, 128) for name in [*names, "img_in", "proj_out"]}
+    tensors["txt_norm.weight"] = torch.ones(64)
+    with opened(tmp_path / "a.safetensors", tensors) as source:
+        plan = make_plan(source, "fp8_e4m3")
+        none = by_key(make_plan(source, "fp8_e4m3", preset="none"))
+        forced = by_key(make_plan(source, "fp8_e4m3", layer_rules=[("^img_in$", "int8")]))
+
+    assert plan.components[0].preset == "qwen_image"
+    kept = {key for key, tensor in by_key(plan).items() if tensor.action == "keep" and len(tensor.shape) == 2}
+    assert kept == {"img_in.weight", "proj_out.weight", "transformer_blocks.0.img_mod.1.weight"}
+    assert "shape" in by_key(plan)["img_in.weight"].why
+    assert {none[key].action for key in kept} == {"quantize"}
+    assert forced["img_in.weight"].format == "int8"
+
+
+def test_what_a_family_can_do_without_is_dropped_only_when_asked(tmp_path):
+    """T5's decoder is left out of a text encoder with `drop`, and only then."""
+    layer = "encoder.block.{}.layer.0.SelfAttention.q.weight"
+    tensors = {layer.format(i): torch.randn(64, 128) for i in range(2)}
+    tensors |= {layer.replace("encoder", "decoder").format(0): torch.randn(64, 128)}
+    with opened(tmp_path / "a.safetensors", tensors) as source:
+        plans = {drop: by_key(make_plan(source, "fp8_e4m3", preset="t5xxl", drop=drop)) for drop in (False, True)}
+
+    decoder = layer.replace("encoder", "decoder").format(0)
+    assert plans[True][decoder].action == "drop"
+    assert plans[False][decoder].action != "drop"
+    assert plans[True][layer.format(1)].action == "quantize"
