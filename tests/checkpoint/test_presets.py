@@ -106,7 +106,7 @@ def test_the_edges_of_ltx_move_with_its_depth(depth):
 
     assert kept == {0, 1, depth - 2, depth - 1}
     last = preset.decide(f"model.diffusion_model.transformer_blocks.{depth - 1}.ff.net.2")
-    assert last.why == f"Block {depth - 1} is one of the last 2 of {depth} blocks, whose errors cost the most."
+    assert last.why == f"Block {depth - 1} is one of the last 2 of {depth} blocks, which stay in high precision."
 
 
 @pytest.mark.parametrize(("style", "root"), [("qwen 2.5 vl", "model."), ("qwen 3.5 text", "model.language_model.")])

@@ -125,7 +125,7 @@ class BoundPreset:
         for pattern, numbers, which in self._edges:
             match = pattern.search(name)
             if match and int(match[1]) in numbers:
-                return Decision("keep", f"Block {match[1]} {which}, whose errors cost the most.{remark}")
+                return Decision("keep", f"Block {match[1]} {which}, which stay in high precision.{remark}")
         return Decision("quantize", f"No rule of the preset {self.preset.name} keeps it.{remark}")
 
     def is_embedding(self, layer: str) -> bool:
