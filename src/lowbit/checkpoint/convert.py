@@ -9,6 +9,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +64,12 @@ def convert(
     plan.check_against(source)
     _refuse_pointless(plan, seed)
     staging = Staging(source, target)
-    pieces: list[Piece | Copy] = []
-    layers: list[_Layer] = []
-    metadata = staging.metadata()
+    work = _Work(source, staging, get_dialect(plan.dialect), seed)
     for component in plan.components:
-        _plan_component(component, get_dialect(plan.dialect), source, staging, seed, pieces, layers, metadata)
-    settings = Settings(jobs, resume, verify, progress)
-    done = rewrite(
-        source,
-        staging,
-        pieces,
-        metadata,
-        fingerprint=_fingerprint(source, plan, seed, verify=verify),
-        settings=settings,
-    )
-    return _report(target, plan, layers, done, time.perf_counter() - began)
+        work.add(component)
+    fingerprint, settings = _fingerprint(source, plan, seed, verify=verify), Settings(jobs, resume, verify, progress)
+    done = rewrite(source, staging, work.pieces, work.metadata, fingerprint=fingerprint, settings=settings)
+    return _report(target, plan, work.layers, done, time.perf_counter() - began)
 
 
 def _refuse_pointless(plan: Plan, seed: int | None) -> None:
@@ -89,45 +81,44 @@ def _refuse_pointless(plan: Plan, seed: int | None) -> None:
             raise PlanError(f"{tensor.key!r}: {tensor.format} has no stochastic rounding; leave the seed out")
 
 
-def _plan_component(
-    plan: ComponentPlan,
-    dialect: Dialect,
-    source: Source,
-    staging: Staging,
-    seed: int | None,
-    pieces: list[Piece | Copy],
-    layers: list[_Layer],
-    metadata: dict[str, dict[str, str]],
-) -> None:
-    """Add the pieces, the layers and the header metadata of one model."""
-    component = source.component(plan.name)
-    held = look_for_layers(source, component)
-    outputs = plan.outputs(dialect)
-    written: dict[str, list[StoredLayer]] = {}
-    folded: set[str] = set()  # biases that are written with their layer
-    for tensor in plan.tensors:
-        file = staging.file_of(component, tensor.key)
-        if tensor.action == "quantize":
-            layer = _Layer(tensor, plan.name, dialect, held, outputs[tensor.key], seed)
+class _Work:
+    """What there is to do for all models of a source: pieces, the layers among them, each file's header metadata."""
+
+    def __init__(self, source: Source, staging: Staging, dialect: Dialect, seed: int | None) -> None:
+        self._source, self._staging, self._dialect, self._seed = source, staging, dialect, seed
+        self.pieces: list[Piece | Copy] = []
+        self.layers: list[_Layer] = []
+        self.metadata = staging.metadata()
+
+    def add(self, plan: ComponentPlan) -> None:
+        """Add what one model needs."""
+        component = self._source.component(plan.name)
+        held = look_for_layers(self._source, component)
+        outputs = plan.outputs(self._dialect)
+        described: dict[str, list[StoredLayer]] = {}
+        folded: set[str] = set()  # biases that are written with their layer
+        for tensor in plan.tensors:
+            if tensor.action != "quantize":
+                continue
+            layer = _Layer(tensor, plan.name, self._dialect, held, outputs[tensor.key], self._seed)
+            file = self._staging.file_of(component, tensor.key)
+            self.layers.append(layer)
+            self.pieces.append(Piece(layer.name, file, layer.specs, layer.size, layer.memory, layer.make))
+            described.setdefault(file, []).append(layer.stored)
             folded |= layer.specs.keys()
-            layers.append(layer)
-            pieces.append(Piece(layer.name, file, layer.specs, layer.size, layer.memory, layer.make))
-            written.setdefault(file, []).append(layer.stored)
-    kept = [tensor.key for tensor in plan.tensors if tensor.action == "keep" and tensor.key not in folded]
-    pieces += batch_copies(component, kept, lambda key: staging.file_of(component, key))
-    for stored in held.layers.values():
-        if stored.keys["qdata"] in kept:
-            written.setdefault(staging.file_of(component, stored.keys["qdata"]), []).append(stored)
-    for file in {piece.file for piece in pieces}:
-        _describe(metadata.setdefault(file, {}), dialect, held.dialect, written.get(file, []))
+        kept = [tensor.key for tensor in plan.tensors if tensor.action == "keep" and tensor.key not in folded]
+        self.pieces += batch_copies(component, kept, partial(self._staging.file_of, component))
+        for stored in held.layers.values():
+            if (key := stored.keys["qdata"]) in kept:
+                described.setdefault(self._staging.file_of(component, key), []).append(stored)
+        self._describe(held, described)
 
-
-def _describe(metadata: dict[str, str], dialect: Dialect, before: Dialect | None, layers: list[StoredLayer]) -> None:
-    """Put the description of a file's layers into its header metadata, in place of an old one."""
-    for name in before.header_metadata(()) if before is not None else ():
-        metadata.pop(name, None)
-    if layers:
-        metadata.update(dialect.header_metadata(layers))
+    def _describe(self, held: QuantizedComponent, described: dict[str, list[StoredLayer]]) -> None:
+        """Put the descriptions of the layers into the headers of their files, in place of old ones."""
+        for entries in self.metadata.values():
+            held.strip_description(entries)
+        for file, layers in described.items():
+            self.metadata.setdefault(file, {}).update(self._dialect.header_metadata(layers))
 
 
 class _Layer:
@@ -145,7 +136,7 @@ class _Layer:
         self.plan, self.component, self.dialect, self._held = plan, component, dialect, held
         self.layer, self.fmt = plan.layer, plan.fmt
         self.shape, self.dtype = (plan.shape[0], plan.shape[1]), plan.spec.dtype
-        self.name = f"{component}/{plan.key}" if component else plan.key
+        self.name = held.full_name(plan.key)
         self.place = name_place(str(held.component.tensors[plan.key].path), self.layer)
         self._seed = None if seed is None else seed + zlib.crc32(self.name.encode())
         self._was = self._stored_before()

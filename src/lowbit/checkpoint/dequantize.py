@@ -62,9 +62,7 @@ def dequantize(
         CheckpointError: nothing in the source is quantized, a layer is not sound, or writing failed.
     """
     began = time.perf_counter()
-    if dtype is not None and dtype not in DTYPES:
-        names = ", ".join(map(dtype_name, DTYPES))
-        raise CheckpointError(f"cannot decode to {dtype_name(dtype)}; the dtypes for weights are {names}")
+    _check_dtype(dtype)
     staging = Staging(source, target)
     metadata = staging.metadata()
     pieces: list[Piece | Copy] = []
@@ -72,11 +70,9 @@ def dequantize(
     for component in source.components:
         held = look_for_layers(source, component)
         pieces += _pieces(held, staging, dtype)
-        prefix = f"{component.name}/" if component.name else ""
-        layers |= {prefix + name: stored.format.spec for name, stored in held.layers.items()}
-        for name in held.dialect.header_metadata(()) if held.dialect is not None else ():
-            for entries in metadata.values():
-                entries.pop(name, None)
+        layers |= {held.full_name(name): stored.format.spec for name, stored in held.layers.items()}
+        for entries in metadata.values():
+            held.strip_description(entries)
     if not layers:
         raise CheckpointError(f"{source.root}: holds no quantized layer; there is nothing to decode")
     facts = ["dequantize", source.fingerprint(), str(dtype), torch.__version__]
@@ -86,6 +82,12 @@ def dequantize(
     copied = sum(len(piece.specs) for piece in pieces if isinstance(piece, Copy))
     size = sum(spec.nbytes for piece in pieces for spec in piece.specs.values())
     return DequantizeReport(str(target), layers, copied, done.resumed, size, time.perf_counter() - began)
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        names = ", ".join(map(dtype_name, DTYPES))
+        raise CheckpointError(f"cannot decode to {dtype_name(dtype)}; the dtypes for weights are {names}")
 
 
 def _pieces(held: QuantizedComponent, staging: Staging, dtype: torch.dtype | None) -> list[Piece | Copy]:
@@ -102,8 +104,7 @@ def _pieces(held: QuantizedComponent, staging: Staging, dtype: torch.dtype | Non
         size = sum(held.specs[key].nbytes for key in stored.keys.values())
         memory = 2 * size + 2 * sum(spec.nbytes for spec in specs.values()) + _WORKSPACE
         file = staging.file_of(held.component, stored.keys["qdata"])
-        prefix = f"{held.component.name}/" if held.component.name else ""
-        pieces.append(Piece(prefix + layer, file, specs, size, memory, _Decode(held, stored, specs)))
+        pieces.append(Piece(held.full_name(layer), file, specs, size, memory, _Decode(held, stored, specs)))
     plain = [key for key in held.found.plain if key not in folded]
     pieces += batch_copies(held.component, plain, lambda key: staging.file_of(held.component, key))
     return pieces

@@ -79,8 +79,7 @@ def migrate(
         held = look_for_layers(source, component)
         pieces += _current(held, staging, metadata) if style == "current" else _legacy(held, staging, metadata)
         pieces += batch_copies(component, held.found.plain, partial(staging.file_of, component))
-        prefix = f"{component.name}/" if component.name else ""
-        layers |= {prefix + name: stored.format.spec for name, stored in held.layers.items()}
+        layers |= {held.full_name(name): stored.format.spec for name, stored in held.layers.items()}
         notes += [*held.found.notes, *(f"{s.layer}: {note}" for s in held.layers.values() for note in s.notes)]
     if not layers:
         raise CheckpointError(f"{source.root}: holds no quantized layer; there is nothing to migrate")
@@ -106,7 +105,7 @@ def _current(held: QuantizedComponent, staging: Staging, metadata: Metadata) -> 
         )
         pieces.append(_piece(held, stored, file, specs, _Respell(held, stored, specs)))
     for file, entries in metadata.items():
-        _strip(entries, held)
+        held.strip_description(entries)
         if file in described:
             entries.update(dialect.header_metadata(described[file]))
     return pieces
@@ -138,7 +137,7 @@ def _legacy(held: QuantizedComponent, staging: Staging, metadata: Metadata) -> l
         specs = {prefix + _MARKER: TensorSpec.of(marker)}
         pieces.append(Piece("marker", pieces[0].file, specs, 0, 0, _Constant({prefix + _MARKER: marker})))
     for entries in metadata.values():
-        _strip(entries, held)
+        held.strip_description(entries)
     return pieces
 
 
@@ -160,15 +159,9 @@ def _refuse_legacy(stored: StoredLayer) -> None:
         )
 
 
-def _strip(entries: dict[str, str], held: QuantizedComponent) -> None:
-    for name in held.dialect.header_metadata(()) if held.dialect is not None else ():
-        entries.pop(name, None)
-
-
 def _piece(held: QuantizedComponent, stored: StoredLayer, file: str, specs: dict[str, TensorSpec], make: Any) -> Piece:
     size = sum(held.specs[key].nbytes for key in stored.keys.values())
-    prefix = f"{held.component.name}/" if held.component.name else ""
-    return Piece(prefix + stored.layer, file, specs, size, 6 * size, make)
+    return Piece(held.full_name(stored.layer), file, specs, size, 6 * size, make)
 
 
 @dataclass(frozen=True)

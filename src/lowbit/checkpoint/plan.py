@@ -49,27 +49,17 @@ def make_plan(
     `preset`: a model family's name, "auto" to detect it by the names of the tensors, "none" for no exceptions by name.
     `drop`: leave out what the preset says is not needed (a text encoder's decoder), instead of keeping or converting
     it. `keep`, `only`: patterns of layers to leave alone, and of the only ones to consider. `layer_rules`: (pattern,
-    format) pairs, the first match wins. `requantize`: convert layers that are quantized already again, with the loss
-    of both.
+    format) pairs, the first match wins. `requantize`: convert quantized layers again, with the loss of both.
 
     Raises:
         PlanError: a pattern is wrong or matches nothing, the source is quantized already, the preset is unknown.
         FormatError, SolverError: the format, a rule's format or the solver is wrong.
     """
     get_dialect(dialect)
-    rules = _Rules(
-        as_format(format),
-        solver,
-        [_Pattern("keep", text) for text in keep],
-        [_Pattern("only", text) for text in only],
-        [(_Pattern("layer", text), as_format(spec)) for text, spec in layer_rules],
-    )
-    for fmt in (rules.fmt, *(fmt for _, fmt in rules.by_layer)):
-        pick_solver(solver, fmt)
-        if fmt.plain != fmt:
-            raise PlanError(
-                f"{fmt}: has a pre_quant_scale or input_scale, which needs calibration; leave that field out"
-            )
+    by_layer = [(_Pattern("layer", text), as_format(spec)) for text, spec in layer_rules]
+    kept, chosen = [_Pattern("keep", text) for text in keep], [_Pattern("only", text) for text in only]
+    rules = _Rules(as_format(format), solver, kept, chosen, by_layer)
+    rules.check()
     components = []
     for component in source.components:
         held = look_for_layers(source, component)
@@ -77,9 +67,8 @@ def make_plan(
             _refuse_quantized(held)
         components.append(_plan_component(component, held, rules, preset, drop=drop))
     rules.refuse_unused(components)
-    only_file = source.components[0].shards[0].path
-    place = str(only_file if source.kind == "file" else source.root)
-    plan = Plan(tuple(components), dialect, place, tuple(rules.notes()))
+    place = source.components[0].shards[0].path if source.kind == "file" else source.root
+    plan = Plan(tuple(components), dialect, str(place), tuple(rules.notes()))
     plan.validate()
     return plan
 
@@ -114,6 +103,13 @@ class _Rules:
     only: list[_Pattern]
     by_layer: list[tuple[_Pattern, Format]]
     picked: dict[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise for a format that needs calibration, and for an unknown solver."""
+        for fmt in (self.fmt, *(fmt for _, fmt in self.by_layer)):
+            pick_solver(self.solver, fmt)
+            if fmt.plain != fmt:
+                raise PlanError(f"{fmt}: has a pre_quant_scale or input_scale, which needs calibration; leave it out")
 
     def match(self, name: str) -> tuple[_Pattern | None, _Pattern | None, tuple[_Pattern, Format] | None]:
         """The keep and only patterns and the layer rule that hold for a name; all are tried, to learn which match."""

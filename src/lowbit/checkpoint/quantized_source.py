@@ -30,6 +30,15 @@ class QuantizedComponent:
         """The quantized layers by name."""
         return self.found.layers
 
+    def full_name(self, name: str) -> str:
+        """A layer's or tensor's name with the model's in front, where that has one."""
+        return f"{self.component.name}/{name}" if self.component.name else name
+
+    def strip_description(self, metadata: dict[str, str]) -> None:
+        """Remove from a file's header metadata what the dialect says there about its layers."""
+        for name in self.dialect.header_metadata(()) if self.dialect is not None else ():
+            metadata.pop(name, None)
+
     def read(self, key: str) -> Tensor:
         """A tensor as it is stored."""
         return self.source.read(self.component, key)

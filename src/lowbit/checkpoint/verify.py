@@ -151,8 +151,7 @@ class _Task:
 
     def __init__(self, held: QuantizedComponent, made: QuantizedComponent, key: str, layer: str | None) -> None:
         self.held, self.made, self.key, self.layer = held, made, key, layer
-        component = made.component.name
-        self.name = f"{component}/{layer or key}" if component else layer or key
+        self.name = made.full_name(layer or key)
         self.result: LayerResult | None = None
         self.problem = ""
         self.same = 0
