@@ -39,6 +39,8 @@ BESIDE = {  # who may import a neighbour on the same floor; never both ways
     "ops": {"dispatch"},  # an op's body asks for its kernel
     "tensor_ops": {"tensor"},  # the handlers of QuantizedTensor's operations
     "nn": {"tensor"},  # a module's weight is replaced by a quantized one
+    "cli": {"integrations"},  # a subcommand that shows an integration
+    "__main__": {"cli"},  # `python -m lowbit` is the command
 }
 DYNAMIC = {"dispatch"}  # imports a backend when a tensor of its device first needs it: the only import on demand
 
