@@ -60,7 +60,7 @@ def test_docstring_examples(name):
 
 
 def test_the_format_table_is_up_to_date():
-    """docs/formats.md holds the table that scripts/docs.py makes from the registry."""
+    """README and docs/formats.md hold the tables that scripts/docs.py makes from the registry."""
     done = subprocess.run(
         [sys.executable, ROOT / "scripts/docs.py", "--check"], capture_output=True, text=True, check=False
     )
