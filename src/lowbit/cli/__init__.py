@@ -1,0 +1,65 @@
+"""The command `lowbit`: arguments and printing. One file a subcommand; the work is done on the floors below."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lowbit import __version__
+from lowbit.cli import convert, demo, dequantize, doctor, formats, inspect, migrate, plan, verify
+from lowbit.cli.output import epilog
+
+app = typer.Typer(
+    name="lowbit",
+    help="Take model weights from 16 bits to 8 and 4, prove what was lost, and run them.",
+    epilog=epilog(
+        "lowbit demo",
+        "lowbit plan model.safetensors --format nvfp4",
+        "lowbit convert model.safetensors -o model-nvfp4.safetensors --format nvfp4",
+        "lowbit COMMAND --help",
+    ),
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"lowbit {__version__}")
+        raise typer.Exit
+
+
+def _paragraphs(doc: str | None) -> str:
+    """A docstring with one line a paragraph: the help page breaks lines by itself."""
+    return "\n\n".join(" ".join(text.split()) for text in (doc or "").split("\n\n"))
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _module, _command in (
+    (convert, convert.convert),
+    (plan, plan.plan),
+    (inspect, inspect.inspect),
+    (verify, verify.verify),
+    (dequantize, dequantize.dequantize),
+    (migrate, migrate.migrate),
+    (formats, formats.formats),
+    (doctor, doctor.doctor),
+    (demo, demo.demo),
+):
+    app.command(help=_paragraphs(_command.__doc__), epilog=_module.EPILOG)(_command)
+
+
+def main() -> None:
+    """Run the command with the arguments of the process."""
+    app()

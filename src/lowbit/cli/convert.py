@@ -1,0 +1,129 @@
+"""`lowbit convert`: 16 bits in, 8 or 4 out, every layer checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowbit.checkpoint.conversion_report import ConversionReport
+from lowbit.checkpoint.convert import convert as run
+from lowbit.checkpoint.layer_groups import grouped
+from lowbit.checkpoint.plan import Plan
+from lowbit.checkpoint.source import open_source
+from lowbit.cli import options
+from lowbit.cli.output import command, decibels, epilog, print_json, progress, say, show, size, table, writing
+from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, summarize
+from lowbit.report import ConversionPage, KeptGroup, LayerRow, write_conversion
+
+EPILOG = epilog(
+    "lowbit convert flux.safetensors -o flux-fp8.safetensors --format 'fp8_e4m3(granularity=row)'",
+    "lowbit convert qwen-image/ -o qwen-image-nvfp4/ --format nvfp4 --report report.html",
+    "lowbit convert m.safetensors -o out.safetensors --format awq_w4a16 --keep 'lm_head' --layer 'down_proj=int8'",
+    "lowbit convert m.safetensors -o out.safetensors --plan plan.json",
+)
+
+
+@command
+def convert(
+    src: options.SourcePath,
+    output: options.OutputPath,
+    format: options.FormatSpec = "",
+    solver: options.Solver = "auto",
+    preset: options.Preset = "auto",
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Do what this file says, written by `lowbit plan -o`.", show_default=False),
+    ] = None,
+    keep: options.Keep = None,
+    only: options.Only = None,
+    layer: options.LayerRules = None,
+    dialect: options.Dialect = "comfy",
+    requantize: options.Requantize = False,
+    jobs: options.Jobs = None,
+    resume: options.Resume = True,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read every layer back, decode it and compare it.")
+    ] = True,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Round stochastically, reproducibly; for merging small updates.", show_default=False
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write what happened as a page with pictures.", show_default=False),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Convert a checkpoint: quantize its weights, write it, and prove layer by layer what was lost.
+
+    The output appears under its name when all of it is written and checked. An interrupted run goes on where it stopped
+    when the same command is given again.
+    """
+    wishes = Wishes(format, solver, preset, keep or (), only or (), layer or (), dialect, requantize)
+    refuse_both(wishes, plan)
+    with open_source(src) as source:
+        made = plan_for(source, wishes, plan)
+        if not as_json:
+            summarize(made)
+        with writing(output), progress("converting") as update:
+            done = run(source, output, made, jobs=jobs, resume=resume, verify=verify, seed=seed, progress=update)
+    if report is not None:
+        with writing(report):
+            write_conversion(report, _page(str(src), made, done))
+    if as_json:
+        print_json({**done.to_json(), "plan": plan_totals(made), "report": None if report is None else str(report)})
+    else:
+        _show(done, report)
+
+
+def _show(done: ConversionReport, report: Path | None) -> None:
+    if worst := done.worst():
+        rows = table("layer", "format", "SQNR", "cosine", title="\nlayers that lost most", right=("SQNR", "cosine"))
+        for found in worst:
+            assert found.accuracy is not None
+            rows.add_row(found.name, found.format, decibels(found.accuracy.sqnr), f"{found.accuracy.cosine:.6f}")
+        show(rows)
+    elif done.layers:
+        say("nothing was read back: --no-verify")
+    if done.resumed:
+        say(f"went on with an interrupted run: {done.resumed} pieces of work were done already")
+    speed = size(done.bytes_before / done.seconds) + "/s" if done.seconds else "-"
+    say(f"{done.target}: {size(done.bytes_after)} in {done.seconds:.1f} s ({speed})", "bold")
+    if report is not None:
+        say(f"report: {report}")
+
+
+def _page(src: str, plan: Plan, done: ConversionReport) -> ConversionPage:
+    """The conversion as the report takes it."""
+    layers = [
+        LayerRow(
+            name=layer.name,
+            format=layer.format,
+            solver=layer.solver,
+            shape=layer.shape,
+            bytes_before=layer.bytes_before,
+            bytes_after=layer.bytes_after,
+            seconds=layer.seconds,
+            sqnr=None if layer.accuracy is None else layer.accuracy.sqnr,
+            cosine=None if layer.accuracy is None else layer.accuracy.cosine,
+        )
+        for layer in done.layers
+    ]
+    kept = [
+        KeptGroup(name, len(found), becomes(found[0]), found[0].shape, sum(t.bytes_before for t in found), found[0].why)
+        for component in plan.components
+        for name, found in grouped(
+            (tensor for tensor in component.tensors if tensor.action != "quantize"),
+            lambda tensor, prefix=component.name: f"{prefix}/{tensor.key}" if prefix else tensor.key,  # type: ignore[misc]
+            lambda tensor: (tensor.action, tensor.why, tensor.shape, tensor.dtype),
+        )
+    ]
+    groups = [(name, found) for name, found in grouped(layers, lambda row: row.name, lambda row: row.format)]
+    presets = "; ".join(f"{c.preset or 'none'}: {c.preset_why}" for c in plan.components)
+    return ConversionPage(
+        src, done.target, groups, kept, presets, list(plan.notes), done.bytes_before, done.bytes_after, done.seconds
+    )

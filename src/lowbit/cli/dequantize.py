@@ -1,0 +1,54 @@
+"""`lowbit dequantize`: a quantized checkpoint as plain weights again."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+from lowbit.checkpoint.dequantize import DTYPES, dequantize as run
+from lowbit.checkpoint.source import open_source
+from lowbit.cli import options
+from lowbit.cli.output import asking, command, epilog, print_json, progress, say, size, writing
+from lowbit.errors import PlanError
+
+EPILOG = epilog(
+    "lowbit dequantize flux-fp8.safetensors -o flux-bf16.safetensors",
+    "lowbit dequantize flux-nvfp4.safetensors -o flux-fp16.safetensors --dtype float16",
+)
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+@command
+def dequantize(
+    src: options.SourcePath,
+    output: options.OutputPath,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"Dtype of the decoded weights: {', '.join(_DTYPES)}; by default what each was.",
+            show_default=False,
+        ),
+    ] = "",
+    jobs: options.Jobs = None,
+    resume: options.Resume = True,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write the weights that a quantized checkpoint stands for, as a file that any program loads."""
+    chosen = _dtype(dtype)
+    with open_source(src) as source, writing(output), progress("decoding") as update:
+        done = run(source, output, dtype=chosen, jobs=jobs, resume=resume, progress=update)
+    if as_json:
+        print_json(done.to_json())
+        return
+    say(f"{len(done.layers)} layers decoded, {done.copied} tensors copied")
+    say(f"{done.target}: {size(done.bytes_after)} in {done.seconds:.1f} s", "bold")
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    if name and name not in _DTYPES:
+        with asking():
+            raise PlanError(f"--dtype {name!r} is unknown; choose one of {', '.join(_DTYPES)}")
+    return _DTYPES.get(name)

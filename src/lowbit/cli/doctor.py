@@ -1,0 +1,172 @@
+"""`lowbit doctor`: what is installed, what can run, and which kernel a layer would get."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from lowbit import __version__
+from lowbit.checkpoint.eligibility import dtype_name
+from lowbit.cli import options
+from lowbit.cli.output import Exit, asking, command, epilog, parse_shape, print_json, say, show, table
+from lowbit.dispatch import BACKENDS, explain, load, table as kernels
+from lowbit.errors import PlanError
+from lowbit.formats import Format, parse_spec
+from lowbit.formats.parts import FLOATS
+
+EPILOG = epilog(
+    "lowbit doctor",
+    "lowbit doctor --format nvfp4 --shape 3072x12288 -M 1",
+    "lowbit doctor --format 'fp8_e4m3(granularity=row)' --shape 3072x3072 -M 4096 --device cuda",
+)
+_PACKAGES = ("torch", "numpy", "safetensors", "triton", "cuda-core", "transformers", "diffusers", "comfy-kitchen")
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16")
+_DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
+
+
+@command
+def doctor(
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="SPEC",
+            help="Say which kernel a layer in this format would get.",
+            show_default=False,
+        ),
+    ] = "",
+    shape: Annotated[str, typer.Option(metavar="NxK", help="Its out and in features.")] = "3072x3072",
+    tokens: Annotated[int, typer.Option("-M", min=1, metavar="M", help="Rows of the input.")] = 1,
+    device: Annotated[str, typer.Option(metavar="NAME", help="Device of weight and input.")] = "cpu",
+    dtype: Annotated[str, typer.Option(metavar="NAME", help=f"Dtype of the input: {', '.join(_DTYPES)}.")] = "bfloat16",
+    as_json: options.AsJson = False,
+) -> None:
+    """Show versions, devices and backends; with --format, which kernel would run and why the others would not."""
+    found: dict[str, Any] = {
+        "lowbit": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "devices": _devices(),
+        "backends": {name: load(name) or "available" for name in BACKENDS},
+        "kernels": [
+            {"op": k.op, "format": k.format, "backend": k.backend, "layout": k.layout, "name": k.name}
+            for k in kernels()
+        ],
+    }
+    if format:
+        found["choice"] = _choose(format, shape, tokens, device, dtype)
+    if as_json:
+        print_json(found)
+    else:
+        _show(found)
+    if format and found["choice"]["runs"] is None:
+        raise typer.Exit(Exit.FOUND)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    """The processor and every accelerator that torch sees."""
+    found = [_processor()]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        about = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": about.name,
+                "capability": f"{about.major}.{about.minor}",
+                "memory_bytes": about.total_memory,
+            }
+        )
+    for kind in ("xpu", "mps"):
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_available():
+            found.append({"device": kind, "name": kind})
+    return found
+
+
+def _processor() -> dict[str, Any]:
+    """The name of the processor and those of its features that kernels ask for, from Linux where that tells them."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        text = ""
+    info = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+    flags = (info.get("flags") or info.get("Features") or "").split()
+    return {
+        "device": "cpu",
+        "name": info.get("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "features": [flag for flag in _FLAGS if flag in flags],
+    }
+
+
+def _choose(spec: str, shape: str, tokens: int, device: str, dtype: str) -> dict[str, Any]:
+    """What every backend says to the linear of one layer, and which runs."""
+    with asking():
+        fmt, (n, k) = parse_spec(spec), parse_shape(shape)
+        if dtype not in _DTYPES:
+            raise PlanError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(_DTYPES)}")
+        x_device = _device(device)
+    asked = {"format": fmt.spec, "shape": [n, k], "tokens": tokens, "device": device, "dtype": dtype}
+    if why := fmt.check_shape(n, k):
+        return {**asked, "runs": None, "reasons": {"the format": f"a weight of {n}x{k} {why}"}}
+    reasons = _reasons(fmt, (n, k), torch.zeros((tokens, k), dtype=_DTYPES[dtype], device=x_device))
+    runs = next((name for name, why in reasons.items() if why == "runs"), None)
+    return {**asked, "runs": runs, "reasons": reasons}
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+        raise PlanError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _reasons(fmt: Format, shape: tuple[int, int], x: torch.Tensor) -> dict[str, str]:
+    parts = fmt.plain.empty_parts(shape, x.device, x.dtype)
+    return explain("linear", fmt.name, "", x.device.type, (fmt.plain, x, parts, None))
+
+
+def _show(found: dict[str, Any]) -> None:
+    say(f"lowbit {found['lowbit']}, Python {found['python']}, {found['platform']}", "bold")
+    say(", ".join(f"{name} {version}" for name, version in found["packages"].items() if version))
+    missing = [name for name, version in found["packages"].items() if not version]
+    say(f"not installed: {', '.join(missing)}\n" if missing else "", "dim")
+    for device in found["devices"]:
+        about = [
+            f"{key} {', '.join(value) if isinstance(value, list) else value}"
+            for key, value in device.items()
+            if key not in ("device", "name") and value
+        ]
+        say(f"{device['device']}: {device['name']}" + (f" ({'; '.join(about)})" if about else ""))
+    rows = table("backend", "state", "kernels", title="\nbackends", right=("kernels",))
+    for name, state in found["backends"].items():
+        count = sum(kernel["backend"] == name for kernel in found["kernels"])
+        rows.add_row(name, state, str(count), style="" if state == "available" else "dim")
+    show(rows)
+    if "choice" in found:
+        choice = found["choice"]
+        say(
+            "linear of {format}, weight {shape[0]}x{shape[1]}, {tokens} x {dtype} tokens on {device}".format(**choice),
+            "bold",
+        )
+        for name, why in choice["reasons"].items():
+            say(f"  {name}: {why}", "green" if name == choice["runs"] else "")
+        say(f"runs: {choice['runs']}" if choice["runs"] else "no kernel can run this", "bold")

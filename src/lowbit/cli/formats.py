@@ -1,0 +1,66 @@
+"""`lowbit formats`: what weights can be converted to."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from lowbit.cli import options
+from lowbit.cli.output import command, epilog, print_json, say, show, table
+from lowbit.formats import Format, formats as registered, parse_spec
+
+EPILOG = epilog("lowbit formats", "lowbit convert m.safetensors -o out.safetensors --format 'int8(rotation=256)'")
+_SHAPE = (3072, 3072)  # bits per weight are told for a layer of this shape
+
+
+@command
+def formats(as_json: options.AsJson = False) -> None:
+    """List the formats: what each is for, its fields, bits per weight and how close it comes to Gaussian weights."""
+    described = [_describe(cls) for cls in registered().values()]
+    if as_json:
+        print_json({"formats": described, "shape": list(_SHAPE)})
+        return
+    rows = table("spec", "bits/weight", "SQNR", "solver by default", right=("bits/weight", "SQNR"))
+    for entry in described:
+        for variant in entry["variants"]:
+            rows.add_row(
+                variant["spec"],
+                f"{variant['bits_per_weight']:.2f}",
+                f"{variant['sqnr']:.1f} dB",
+                entry["default_solver"],
+            )
+    show(rows)
+    for entry in described:
+        fields = ", ".join(f"{field}={value}" for field, value in entry["fields"].items()) or "no fields"
+        say(f"{entry['name']} ({fields})", "bold")
+        say(f"  {entry['about']}")
+    say("")
+    say(
+        f"SQNR: signal to noise of Gaussian weights, 6 dB are one bit. Bits for a layer of {_SHAPE[0]}x{_SHAPE[1]}.",
+        "dim",
+    )
+
+
+def _describe(cls: type[Format]) -> dict[str, Any]:
+    """A format as JSON data: its fields with their defaults, and the variants whose accuracy is known."""
+    common = {field.name for field in dataclasses.fields(Format)}
+    fields = {k: v for k, v in cls().config().items() if k != "format" and k not in common}
+    variants = [
+        {"spec": spec, "bits_per_weight": _bits_per_weight(parse_spec(spec)), "sqnr": sqnr}
+        for spec, sqnr in cls.golden_sqnr.items()
+    ]
+    about = " ".join((inspect.getdoc(cls) or "").split())
+    return {
+        "name": cls.name,
+        "about": about,
+        "fields": fields,
+        "default_solver": cls.data_free_solver,
+        "stochastic_rounding": cls.stochastic,
+        "embedding": cls.supports_embedding,
+        "variants": variants,
+    }
+
+
+def _bits_per_weight(fmt: Format) -> float:
+    return round(8 * fmt.nbytes(*_SHAPE) / (_SHAPE[0] * _SHAPE[1]), 3)

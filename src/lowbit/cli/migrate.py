@@ -1,0 +1,43 @@
+"""`lowbit migrate`: ComfyUI files between their older and their current spelling."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lowbit.checkpoint.migrate import STYLES, migrate as run
+from lowbit.checkpoint.source import open_source
+from lowbit.cli import options
+from lowbit.cli.output import asking, command, epilog, print_json, progress, say, writing
+from lowbit.errors import PlanError
+
+EPILOG = epilog(
+    "lowbit migrate flux-scaled-fp8.safetensors -o flux-fp8.safetensors",
+    "lowbit migrate flux-fp8.safetensors -o flux-scaled-fp8.safetensors --to legacy",
+)
+
+
+@command
+def migrate(
+    src: options.SourcePath,
+    output: options.OutputPath,
+    to: Annotated[
+        str, typer.Option(metavar="STYLE", help="current (a marker a layer) or legacy (scaled_fp8).")
+    ] = "current",
+    jobs: options.Jobs = None,
+    resume: options.Resume = True,
+    as_json: options.AsJson = False,
+) -> None:
+    """Rewrite a quantized ComfyUI file in its current spelling, or back; no code and no scale changes."""
+    if to not in STYLES:
+        with asking():
+            raise PlanError(f"--to {to!r} is unknown; choose one of {', '.join(STYLES)}")
+    with open_source(src) as source, writing(output), progress("rewriting") as update:
+        done = run(source, output, to, jobs=jobs, resume=resume, progress=update)
+    if as_json:
+        print_json(done.to_json())
+        return
+    for note in done.notes:
+        say(f"note: {note}", "yellow")
+    say(f"{done.target}: {len(done.layers)} layers in the {to} spelling", "bold")

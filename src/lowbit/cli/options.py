@@ -1,0 +1,79 @@
+"""Options that several subcommands share, with one spelling and one help text each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowbit.checkpoint.dialects import dialects
+from lowbit.formats import formats
+from lowbit.solvers import AUTO, solvers
+
+SourcePath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SRC", help="A safetensors file, a *.safetensors.index.json, or a model folder.", show_default=False
+    ),
+]
+OutputPath = Annotated[
+    Path,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="File or folder to write; it appears when it is complete.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option("--jobs", "-j", min=1, metavar="N", help="Worker threads; by default one a core.", show_default=False),
+]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with the work of an interrupted run.")]
+
+FormatSpec = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        "-f",
+        metavar="SPEC",
+        help=f"Format for all weights: {', '.join(formats())}. See `lowbit formats`.",
+        show_default=False,
+    ),
+]
+Solver = Annotated[
+    str, typer.Option(metavar="NAME", help=f"Who chooses codes and scales: {', '.join([AUTO, *solvers()])}.")
+]
+Preset = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Model family whose sensitive layers stay: auto (by the names in the file), none, or a family.",
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="REGEX", help="Leave layers alone whose name matches; may be repeated.", show_default=False),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(metavar="REGEX", help="Consider no other layers than these; may be repeated.", show_default=False),
+]
+LayerRules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer",
+        metavar="REGEX=FORMAT",
+        help="Another format for some layers, even those that the preset keeps; the first match wins.",
+        show_default=False,
+    ),
+]
+Dialect = Annotated[
+    str, typer.Option(metavar="NAME", help=f"How quantized layers are written: {', '.join(dialects())}.")
+]
+Requantize = Annotated[
+    bool, typer.Option("--requantize", help="Convert layers that are quantized already, with the loss of both.")
+]

@@ -1,0 +1,239 @@
+"""What every subcommand shares: where text goes, how it ends, and the progress line.
+
+stdout carries the result: tables, or with --json exactly one JSON document. stderr carries the progress, warnings and
+the one line of an error. Exit codes are those of `Exit`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from lowbit.errors import LowbitError, PlanError
+
+PIPE_WIDTH = 200  # characters of a line where there is no terminal to ask
+_NAME_WIDTH = 36
+Update = Callable[[int, int, str], None]
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+class Exit(IntEnum):
+    """The exit codes of the command."""
+
+    OK = 0
+    FOUND = 1  # the command did its work and found problems, or quality below the threshold
+    USAGE = 2  # what was asked cannot be done: an option, a plan or a selection is wrong
+    INPUT = 3  # an input file is missing, broken or does not hold what is needed
+    OUTPUT = 4  # the output cannot be written
+    INTERRUPTED = 130
+
+
+CODES = (
+    "Exit codes: 0 done, 1 problems found or below the threshold, 2 wrong option, plan or selection, 3 bad input, "
+    "4 output cannot be written, 130 interrupted."
+)
+
+
+class Failure(Exception):  # noqa: N818  (it carries an exit code; the error is its cause)
+    """An error that has been given its exit code."""
+
+    def __init__(self, code: Exit, error: LowbitError) -> None:
+        super().__init__(str(error))
+        self.code, self.error = code, error
+
+
+def stdout() -> Console:
+    """Where the result goes: plain and wide when that is no terminal."""
+    return _console(error=False)
+
+
+def stderr() -> Console:
+    """Where everything else goes."""
+    return _console(error=True)
+
+
+def _console(*, error: bool) -> Console:
+    stream = sys.stderr if error else sys.stdout
+    return Console(stderr=error, width=None if stream.isatty() else PIPE_WIDTH, highlight=False, soft_wrap=False)
+
+
+def epilog(*examples: str) -> str:
+    """The end of a help page: examples, one a line, and the exit codes."""
+    return "\n\n".join(["Examples:", *(f"  {line}" for line in examples), CODES]).replace("[", r"\[")
+
+
+def print_json(data: Any) -> None:
+    """The one JSON document on stdout."""
+    sys.stdout.write(json.dumps(_storable(data), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def _storable(data: Any) -> Any:
+    """The same with infinities and NaN as text: JSON has none."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else str(data)
+    if isinstance(data, Mapping):
+        return {key: _storable(value) for key, value in data.items()}
+    return [_storable(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+def say(text: str, style: str = "") -> None:
+    """One line of the result; nothing in it is markup."""
+    stdout().print(Text(text, style=style), soft_wrap=True)
+
+
+def table(*columns: str, title: str = "", right: tuple[str, ...] = ()) -> Table:
+    """An empty table; the columns named in `right` hold numbers."""
+    made = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold"
+    )
+    for column in columns:
+        number = column in right
+        made.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    return made
+
+
+def show(made: Table) -> None:
+    """Print a table and an empty line."""
+    stdout().print(made)
+    stdout().print()
+
+
+def size(count: float) -> str:
+    """Bytes in words: 1.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def decibels(value: float | None) -> str:
+    """An SQNR in words."""
+    return "-" if value is None else "exact" if value == float("inf") else f"{value:.2f} dB"
+
+
+# ---- how a command ends ---------------------------------------------------------------------------------------------
+
+
+def command(function: Command) -> Command:
+    """Decorator of a subcommand: an error becomes one line on stderr and an exit code, never a traceback."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        _show_warnings()
+        try:
+            function(*args, **kwargs)
+        except Failure as failure:
+            _fail(failure.code, failure.error, as_json=kwargs.get("as_json", False))
+        except PlanError as error:
+            _fail(Exit.USAGE, error, as_json=kwargs.get("as_json", False))
+        except LowbitError as error:
+            _fail(Exit.INPUT, error, as_json=kwargs.get("as_json", False))
+        except KeyboardInterrupt:
+            keeps = kwargs.get("resume", False)
+            more = ". The work done so far is kept: run the same command again to go on" if keeps else ""
+            stderr().print(Text(f"interrupted{more}"), soft_wrap=True)
+            raise typer.Exit(Exit.INTERRUPTED) from None
+
+    return run  # type: ignore[return-value]
+
+
+def _fail(code: Exit, error: LowbitError, *, as_json: bool) -> None:
+    stderr().print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+    if as_json:
+        print_json({"error": str(error), "kind": type(error).__name__, "exit_code": int(code)})
+    raise typer.Exit(code) from None
+
+
+@contextmanager
+def asking() -> Iterator[None]:
+    """Errors in here are about what the user asked for, not about a file."""
+    try:
+        yield
+    except LowbitError as error:
+        raise Failure(Exit.USAGE, error) from error
+
+
+@contextmanager
+def writing(target: str | Path) -> Iterator[None]:
+    """Errors in here that are about `target` mean that it cannot be written. Every message begins with its file."""
+    try:
+        yield
+    except LowbitError as error:
+        if str(error).startswith((f"{target}:", f"{target}.partial")):
+            raise Failure(Exit.OUTPUT, error) from error
+        raise
+
+
+class _Warnings(logging.Handler):
+    """Writes warnings of the library as single lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = Text.assemble((f"{record.levelname.lower()}: ", "yellow"), record.getMessage())
+        stderr().print(line, soft_wrap=True)
+
+
+def _show_warnings() -> None:
+    log = logging.getLogger("lowbit")
+    if not any(isinstance(handler, _Warnings) for handler in log.handlers):
+        log.addHandler(_Warnings(logging.WARNING))
+
+
+# ---- progress -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Update | None]:
+    """A line with throughput and time left on stderr, gone at the end. None, and silence, where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(None),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[layer]}", style="dim"),
+    )
+    with Progress(*columns, console=stderr(), transient=True, expand=True) as line:
+        task = line.add_task(what, total=None, layer="")
+
+        def update(done: int, total: int, name: str) -> None:
+            line.update(task, completed=done, total=total, layer=name[-_NAME_WIDTH:])
+
+        yield update
+
+
+# ---- values of options ----------------------------------------------------------------------------------------------
+
+
+def split_rule(text: str) -> tuple[str, str]:
+    """`REGEX=FORMAT` at the last "=" outside of the format's parentheses. Raises `PlanError`."""
+    found = re.fullmatch(r"(.+?)=([A-Za-z0-9_]+\s*(?:\([^()]*\))?)", text.strip(), re.DOTALL)
+    if not found:
+        raise PlanError(f"--layer {text!r}: write it as REGEX=FORMAT, such as 'mlp=int8(granularity=row)'")
+    return found[1], found[2]
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """`NxK` as numbers. Raises `PlanError`."""
+    found = re.fullmatch(r"(\d+)[xX*](\d+)", text.strip())
+    if not found or not int(found[1]) or not int(found[2]):
+        raise PlanError(f"--shape {text!r}: write it as NxK, out features by in features, such as 3072x12288")
+    return int(found[1]), int(found[2])

@@ -1,0 +1,139 @@
+"""From the options of `convert` and `plan` to a plan, and how a plan is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint.dialects import get_dialect
+from lowbit.checkpoint.layer_groups import grouped
+from lowbit.checkpoint.plan import Plan, TensorPlan, make_plan
+from lowbit.checkpoint.source import Source
+from lowbit.cli.output import asking, say, show, size, split_rule, table
+from lowbit.errors import PlanError
+from lowbit.formats import parse_spec
+from lowbit.solvers import AUTO, solver
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The options that decide what becomes of each layer."""
+
+    format: str = ""
+    solver: str = AUTO
+    preset: str = "auto"
+    keep: Sequence[str] = ()
+    only: Sequence[str] = ()
+    layer: Sequence[str] = ()
+    dialect: str = "comfy"
+    requantize: bool = False
+
+    def check(self) -> None:
+        """Refuse what no source could make right, before any file is opened. Raises `Failure`."""
+        with asking():
+            if not self.format:
+                raise PlanError(
+                    "say what to convert to with --format SPEC, or give a plan with --plan FILE; "
+                    "`lowbit formats` lists the formats"
+                )
+            parse_spec(self.format)
+            for rule in self.layer:
+                parse_spec(split_rule(rule)[1])
+            if self.solver != AUTO:
+                solver(self.solver)
+            get_dialect(self.dialect)
+
+    def plan(self, source: Source) -> Plan:
+        """The plan for this source."""
+        rules = [split_rule(rule) for rule in self.layer]
+        return make_plan(
+            source,
+            self.format,
+            solver=self.solver,
+            preset=self.preset,
+            keep=self.keep,
+            only=self.only,
+            layer_rules=rules,
+            dialect=self.dialect,
+            requantize=self.requantize,
+        )
+
+
+def plan_for(source: Source, wishes: Wishes, file: Path | None) -> Plan:
+    """The plan in `file`, or the one that the options make."""
+    if file is None:
+        return wishes.plan(source)
+    plan = Plan.load(file)
+    plan.check_against(source)
+    return plan
+
+
+def refuse_both(wishes: Wishes, file: Path | None) -> None:
+    """Check the options, or that there are none beside a plan file, which says it all. Raises `Failure`."""
+    if file is None:
+        wishes.check()
+        return
+    given = [name for name, value in vars(wishes).items() if value != getattr(Wishes(), name)]
+    if given:
+        names = ", ".join(f"--{name}" for name in given)
+        with asking():
+            raise PlanError(f"{names}: the plan file says this already; edit {file} or leave --plan out")
+
+
+def show_plan(plan: Plan) -> None:
+    """Print what becomes of each group of tensors and why, and the size."""
+    rows = table("layers", "x", "shape", "becomes", "before", "after", "why", right=("x", "before", "after"))
+    for component in plan.components:
+        sizes = plan.sizes_after[component.name]
+
+        def name(tensor: TensorPlan, prefix: str = component.name) -> str:
+            return f"{prefix}/{tensor.layer}" if prefix else tensor.layer
+
+        for group, found in grouped(
+            component.tensors, name, lambda t: (t.action, t.format, t.solver, t.why, t.shape, t.dtype)
+        ):
+            first = found[0]
+            rows.add_row(
+                group,
+                str(len(found)),
+                "x".join(map(str, first.shape)) or "one value",
+                becomes(first),
+                size(sum(tensor.bytes_before for tensor in found)),
+                size(sum(sizes[tensor.key] for tensor in found)),
+                first.why,
+            )
+    show(rows)
+    summarize(plan)
+
+
+def becomes(tensor: TensorPlan) -> str:
+    """What happens to a tensor, in a word or two."""
+    if tensor.action == "quantize":
+        return f"{tensor.format} by {tensor.solver}"
+    return f"{tensor.dtype}, as it is" if tensor.action == "keep" else "left out"
+
+
+def summarize(plan: Plan) -> None:
+    """Print the preset, the notes and the totals of a plan."""
+    for component in plan.components:
+        say(
+            f"preset {component.preset or 'none'}: {component.preset_why}"
+            + (f" ({component.name})" if component.name else "")
+        )
+    for note in plan.notes:
+        say(note)
+    kept, dropped = plan.count("keep"), plan.count("drop")
+    before, after = plan.bytes_before, plan.bytes_after
+    say(
+        f"{plan.count('quantize')} layers quantized, {kept} tensors kept"
+        + (f", {dropped} left out" if dropped else "")
+        + f": {size(before)} -> {size(after)} ({100 * after / max(before, 1):.0f} %)"
+    )
+
+
+def plan_totals(plan: Plan) -> dict[str, Any]:
+    """The totals of a plan as JSON data."""
+    actions = {action: plan.count(action) for action in ("quantize", "keep", "drop")}
+    return {**actions, "bytes_before": plan.bytes_before, "bytes_after": plan.bytes_after}

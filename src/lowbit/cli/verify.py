@@ -1,0 +1,75 @@
+"""`lowbit verify`: a converted checkpoint against what it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowbit.checkpoint.source import open_source
+from lowbit.checkpoint.verify import VerifyResult, verify as compare
+from lowbit.cli import options
+from lowbit.cli.output import Exit, command, decibels, epilog, print_json, progress, say, show, table
+
+EPILOG = epilog(
+    "lowbit verify flux.safetensors flux-fp8.safetensors",
+    "lowbit verify flux.safetensors flux-nvfp4.safetensors --min-sqnr 18 --worst 30",
+)
+_LOWEST = float("-inf")
+
+
+@command
+def verify(
+    src: options.SourcePath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The converted checkpoint.", show_default=False)],
+    min_sqnr: Annotated[
+        float | None,
+        typer.Option(metavar="DB", help="End with 1 when a layer's SQNR is below this many dB.", show_default=False),
+    ] = None,
+    worst: Annotated[int, typer.Option(min=0, metavar="N", help="Show this many layers, the worst first.")] = 10,
+    jobs: options.Jobs = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Decode every layer of OUT, compare it with SRC, and compare every other tensor byte by byte.
+
+    SQNR: 10 log10(signal / noise) of the weights in dB; 6 dB are one bit. Ends with 1 when a layer cannot be
+    compared, when another tensor differs or is missing, and when a layer is below --min-sqnr.
+    """
+    with open_source(src) as source, open_source(out) as output, progress("verifying") as update:
+        result = compare(source, output, jobs=jobs, progress=update)
+    failing = result.failing(_LOWEST if min_sqnr is None else min_sqnr)
+    bad = bool(failing or result.problems)
+    if as_json:
+        names = [layer.name for layer in failing]
+        print_json({**result.to_json(), "min_sqnr": min_sqnr, "failing": names, "passed": not bad})
+    else:
+        _show(result, worst, min_sqnr)
+    if bad:
+        raise typer.Exit(Exit.FOUND)
+
+
+def _show(result: VerifyResult, count: int, min_sqnr: float | None) -> None:
+    rows = table("layer", "format", "shape", "SQNR", "cosine", "worst row", right=("SQNR", "cosine", "worst row"))
+    for layer in result.worst(count):
+        assert layer.accuracy is not None
+        low = min_sqnr is not None and not layer.passes(min_sqnr)
+        rows.add_row(
+            layer.name,
+            layer.format,
+            "x".join(map(str, layer.shape)),
+            decibels(layer.accuracy.sqnr),
+            f"{layer.accuracy.cosine:.6f}",
+            f"{layer.accuracy.max_row_error:.4f}",
+            style="red" if low else "",
+        )
+    if rows.row_count:
+        show(rows)
+    say(f"{len(result.layers)} quantized layers compared, {result.identical} other tensors identical")
+    for problem in (*result.problems, *(layer.problem for layer in result.layers if layer.problem)):
+        say(f"problem: {problem}", "red")
+    if not result.layers:
+        say("nothing in OUT is quantized", "yellow")
+    if min_sqnr is not None:
+        below = [layer for layer in result.layers if layer.accuracy is not None and not layer.accuracy.sqnr >= min_sqnr]
+        say(f"{len(below)} layers below {min_sqnr:g} dB" if below else f"all layers reach {min_sqnr:g} dB")

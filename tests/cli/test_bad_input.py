@@ -1,0 +1,138 @@
+"""What the command says to files that are not as they should be: one line, an exit code, and nothing changed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def assert_one_line(outcome, code, *words):
+    """The outcome is this exit code and one line on stderr that contains the words."""
+    assert outcome.code == code
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    for word in words:
+        assert word in outcome.err
+
+
+COMMANDS = [
+    ("convert", "{src}", "-o", "{out}", "--format", "int8"),
+    ("plan", "{src}", "--format", "int8"),
+    ("inspect", "{src}"),
+    ("verify", "{src}", "{src}"),
+    ("dequantize", "{src}", "-o", "{out}"),
+    ("migrate", "{src}", "-o", "{out}"),
+]
+each_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+
+
+def fill(command, src, tmp_path):
+    """The command with its paths."""
+    return [part.format(src=src, out=tmp_path / "out.safetensors") for part in command]
+
+
+@each_command
+def test_a_missing_file_ends_with_3(lowbit, tmp_path, command):
+    """Every subcommand names the file that is not there."""
+    assert_one_line(lowbit(*fill(command, tmp_path / "no.safetensors", tmp_path)), 3, "no.safetensors")
+
+
+@each_command
+def test_a_truncated_file_ends_with_3(lowbit, model, tmp_path, command):
+    """Every subcommand refuses a file that is shorter than its header says, and writes nothing."""
+    model.write_bytes(model.read_bytes()[:-100])
+
+    assert_one_line(lowbit(*fill(command, model, tmp_path)), 3, "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_an_error_is_also_one_json_document(lowbit, tmp_path):
+    """With --json an error is a document on stdout beside the line on stderr."""
+    done = lowbit("inspect", tmp_path / "no.safetensors", "--json")
+
+    assert_one_line(done, 3)
+    assert done.json["exit_code"] == 3
+    assert done.json["kind"] == "CheckpointError"
+
+
+def test_a_weight_with_nan_ends_with_3(lowbit, model, tmp_path):
+    """The error names the layer, and no output appears."""
+    tensors = load_file(model)
+    tensors["blocks.1.mlp.up.weight"][3, 5] = float("nan")
+    save_file(tensors, model)
+
+    done = lowbit("convert", model, "-o", tmp_path / "out.safetensors", "--format", "int8")
+
+    assert_one_line(done, 3, "blocks.1.mlp.up", "NaN")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_an_output_that_is_the_input_ends_with_4(lowbit, model, tmp_path):
+    """Also through a link; the input keeps its bytes."""
+    before, link = model.read_bytes(), tmp_path / "link.safetensors"
+    link.symlink_to(model)
+
+    for target in (model, link):
+        assert_one_line(lowbit("convert", model, "-o", target, "--format", "int8"), 4, "is the input")
+
+    assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["convert", "dequantize", "migrate"])
+def test_an_output_folder_that_is_missing_ends_with_4(lowbit, model, quantized, tmp_path, command):
+    """Every subcommand that writes says that the folder of its output is not there."""
+    source, more = (model, ["--format", "int8"]) if command == "convert" else (quantized, [])
+
+    done = lowbit(command, source, "-o", tmp_path / "nowhere" / "out.safetensors", *more)
+
+    assert_one_line(done, 4, "no folder that exists")
+
+
+def test_a_folder_without_permission_ends_with_4(lowbit, model, tmp_path, monkeypatch):
+    """Nothing is written where the system says that nothing may be written."""
+    monkeypatch.setattr(os, "access", lambda _, mode, **__: not mode & os.W_OK)
+
+    assert_one_line(lowbit("convert", model, "-o", tmp_path / "out.safetensors", "--format", "int8"), 4, "permissions")
+
+
+@pytest.mark.parametrize("file", ["plan", "report"])
+def test_a_plan_or_report_that_cannot_be_written_ends_with_4(lowbit, model, tmp_path, file):
+    """The files beside the model are outputs too."""
+    path = tmp_path / "nowhere" / "file"
+    if file == "plan":
+        done = lowbit("plan", model, "--format", "int8", "-o", path)
+    else:
+        done = lowbit("convert", model, "-o", tmp_path / "out.safetensors", "--format", "int8", "--report", path)
+
+    assert_one_line(done, 4, "cannot be written")
+
+
+def test_quantized_input_is_refused_unless_asked_for(lowbit, quantized, tmp_path):
+    """Converting twice needs --requantize, because it loses twice."""
+    arguments = ["convert", quantized, "-o", tmp_path / "out.safetensors", "--format", "int8"]
+
+    assert_one_line(lowbit(*arguments), 2, "quantized already", "requantize")
+    again = lowbit(*arguments, "--requantize", "--json").json
+
+    assert {layer["format"] for layer in again["layers"]} == {"int8"}
+
+
+@pytest.mark.parametrize("command", ["dequantize", "migrate"])
+def test_a_plain_file_holds_nothing_to_decode(lowbit, model, tmp_path, command):
+    """What is not quantized is said to be so."""
+    assert_one_line(lowbit(command, model, "-o", tmp_path / "out.safetensors"), 3, "no quantized layer")
+
+
+def test_an_unknown_format_in_a_file_is_the_fault_of_the_file(lowbit, quantized, tmp_path):
+    """A marker with a format nobody knows ends with 3, not 2, and names the layer."""
+    tensors = load_file(quantized)
+    marker = next(key for key in tensors if key.endswith(".comfy_quant"))
+    tensors[marker] = torch.tensor(list(b'{"format": "float3"}'), dtype=torch.uint8)
+    save_file(tensors, quantized)
+
+    done = lowbit("dequantize", quantized, "-o", tmp_path / "out.safetensors")
+
+    assert_one_line(done, 3, "float3", marker.removesuffix(".comfy_quant"))

@@ -1,0 +1,194 @@
+"""`lowbit plan` and `lowbit convert`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lowbit.checkpoint import source
+from lowbit.cli import convert as convert_command
+
+SPEC = "fp8_e4m3(granularity=row)"
+
+
+def test_convert_writes_a_checked_file_and_says_what_it_did(lowbit, model, tmp_path):
+    """The output is there, loads, and the text names its size and the layers that lost most."""
+    out = tmp_path / "out.safetensors"
+
+    done = lowbit("convert", model, "-o", out, "--format", SPEC)
+
+    assert done.code == 0
+    assert "6 layers quantized, 9 tensors kept" in done.out
+    assert "layers that lost most" in done.out
+    assert "dB" in done.out
+    with source.open_source(out) as opened:
+        assert opened.read("", "blocks.0.attn.q.weight").dtype == torch.float8_e4m3fn
+
+
+def test_convert_is_quiet_on_stderr_when_that_is_no_terminal(lowbit, model, tmp_path):
+    """Neither the progress line nor anything else goes to a stderr that nobody watches."""
+    assert lowbit("convert", model, "-o", tmp_path / "out.safetensors", "--format", "int8").err == ""
+
+
+def test_convert_as_json_is_one_document(lowbit, model, tmp_path):
+    """--json gives every layer with its accuracy, the totals and nothing else on stdout."""
+    out = tmp_path / "out.safetensors"
+
+    report = lowbit("convert", model, "-o", out, "--format", "nvfp4", "--json").json
+
+    assert report["target"] == str(out)
+    assert len(report["layers"]) == 6
+    assert all(layer["accuracy"]["sqnr"] > 18 for layer in report["layers"])
+    assert report["plan"]["quantize"] == 6
+    assert report["bytes_after"] < report["bytes_before"]
+
+
+def test_options_choose_format_by_layer(lowbit, model, tmp_path):
+    """--keep, --only and --layer decide as they say, a rule with fields and commas in its format included."""
+    arguments = [
+        "--only",
+        "blocks",
+        "--keep",
+        "blocks.0.",
+        "--layer",
+        "mlp.down=int8(granularity=tensor,activations=none)",
+    ]
+
+    report = lowbit("convert", model, "-o", tmp_path / "out.safetensors", "--format", SPEC, *arguments, "--json").json
+
+    formats = {layer["layer"]: layer["format"] for layer in report["layers"]}
+    assert formats == {
+        "blocks.1.attn.q": SPEC,
+        "blocks.1.mlp.up": SPEC,
+        "blocks.1.mlp.down": "int8(granularity=tensor,activations=none)",
+    }
+
+
+def test_solver_is_taken(lowbit, model, tmp_path):
+    """--solver rtn is what is used and reported."""
+    report = lowbit(
+        "convert", model, "-o", tmp_path / "o.safetensors", "--format", "nvfp4", "--solver", "rtn", "--json"
+    ).json
+
+    assert {layer["solver"] for layer in report["layers"]} == {"rtn"}
+
+
+def test_seed_makes_stochastic_rounding_repeatable(lowbit, model, tmp_path):
+    """The same seed gives the same bytes, another one others."""
+    files = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    for path, seed in zip(files, (1, 1, 2), strict=True):
+        assert lowbit("convert", model, "-o", path, "--format", "int8", "--seed", seed).code == 0
+
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].read_bytes() != files[2].read_bytes()
+
+
+def test_without_verification_nothing_is_claimed(lowbit, model, tmp_path):
+    """--no-verify reports no accuracy, and says so."""
+    done = lowbit("convert", model, "-o", tmp_path / "out.safetensors", "--format", "int8", "--no-verify")
+
+    assert done.code == 0
+    assert "nothing was read back" in done.out
+
+
+def test_plan_shows_what_would_happen_and_touches_nothing(lowbit, model, tmp_path):
+    """The dry run groups layers of all blocks, gives reasons and sizes, and writes no file."""
+    done = lowbit("plan", model, "--format", "nvfp4")
+
+    assert done.code == 0
+    assert "blocks.*.attn.q " in done.out
+    assert "nvfp4 by scale_search" in done.out
+    assert "fewer than 4096 weights" in done.out
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_plan_as_json_has_every_tensor_and_the_totals(lowbit, model):
+    """--json is the plan itself, with totals."""
+    plan = lowbit("plan", model, "--format", "int8", "--json").json
+
+    assert len(plan["components"][""]["tensors"]) == 15
+    assert plan["totals"]["quantize"] == 6
+
+
+def test_a_plan_can_be_written_edited_and_run(lowbit, model, tmp_path):
+    """What the edited plan file says is what is done."""
+    file, out = tmp_path / "plan.json", tmp_path / "out.safetensors"
+    assert lowbit("plan", model, "--format", "int8", "-o", file).code == 0
+    plan = json.loads(file.read_text())
+    plan["components"][""]["tensors"]["blocks.0.attn.q.weight"]["format"] = "fp8_e5m2"
+    file.write_text(json.dumps(plan))
+
+    report = lowbit("convert", model, "-o", out, "--plan", file, "--json").json
+
+    formats = {layer["layer"]: layer["format"] for layer in report["layers"]}
+    assert formats.pop("blocks.0.attn.q") == "fp8_e5m2"
+    assert set(formats.values()) == {"int8"}
+
+
+def test_a_plan_file_and_options_that_contradict_it_are_refused(lowbit, model, tmp_path):
+    """A plan says it all: options beside it would be ignored, so they are an error that names them."""
+    done = lowbit(
+        "convert", model, "-o", tmp_path / "o.safetensors", "--plan", tmp_path / "plan.json", "--format", "int8"
+    )
+
+    assert done.code == 2
+    assert "--format: the plan file says this already" in done.err
+
+
+def test_report_is_a_page_that_stands_alone(lowbit, model, tmp_path):
+    """--report writes one HTML file with every layer and no link to anywhere."""
+    report = tmp_path / "report.html"
+
+    done = lowbit("convert", model, "-o", tmp_path / "out.safetensors", "--format", "nvfp4", "--report", report)
+
+    text = report.read_text(encoding="utf-8")
+    assert done.code == 0
+    assert "blocks.1.mlp.down" in text
+    assert "fewer than 4096 weights" in text
+    assert "http" not in text
+    assert "<script" not in text
+
+
+def test_an_interrupt_says_that_the_run_can_go_on(lowbit, model, tmp_path, monkeypatch):
+    """Ctrl-C ends with 130 and one line; with --no-resume nothing is promised."""
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_command, "run", interrupted)
+    arguments = ["convert", model, "-o", tmp_path / "out.safetensors", "--format", "int8"]
+
+    first, second = lowbit(*arguments), lowbit(*arguments, "--no-resume")
+
+    assert (first.code, second.code) == (130, 130)
+    assert "run the same command again" in first.err
+    assert second.err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "int9"], "known formats: awq_w4a16, fp8_e4m3"),
+        (["--format", "int8(granularity=column)"], "expected one of row, tensor, block"),
+        (["--format", "int8", "--solver", "magic"], "known solvers: rtn, scale_search"),
+        (["--format", "int8", "--preset", "magic"], "flux"),
+        (["--format", "int8", "--dialect", "magic"], "known dialects: comfy"),
+        (["--format", "int8", "--layer", "attn"], "write it as REGEX=FORMAT"),
+        (["--format", "int8", "--layer", "attn=int9"], "known formats"),
+        (["--format", "int8", "--keep", "("], "no regular expression"),
+        (["--format", "int8", "--keep", "nothing_has_this_name"], "matches no layer"),
+        (["--format", "awq_w4a16(group_size=7)"], "the plan quantizes nothing"),
+        ([], "--format"),
+    ],
+)
+def test_wrong_options_end_with_2_and_name_the_choices(lowbit, model, tmp_path, arguments, message):
+    """An option's value that cannot be gives one line on stderr with what could be, and writes nothing."""
+    done = lowbit("convert", model, "-o", tmp_path / "out.safetensors", *arguments)
+
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
