@@ -1,4 +1,4 @@
-"""FSDP2 shards quantized weights by rows and gathers their parts, on two gloo ranks of this machine."""
+"""FSDP2 and DTensor shard quantized weights by rows and gather their parts, on gloo ranks of this machine."""
 
 import subprocess
 import sys
@@ -10,49 +10,86 @@ import os, sys, warnings
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import lowbit
 from lowbit.tensor import LowbitFallbackWarning
 
-def run(rank, spec, file):
-    warnings.simplefilter("error", LowbitFallbackWarning)
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{file}")
+def fsdp(spec, world, n):
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(256, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
-    lowbit.quantize_(model, spec)
-    x = torch.randn(4, 256)
+    model = torch.nn.Sequential(torch.nn.Linear(128, n), torch.nn.ReLU(), torch.nn.Linear(n, 64))
+    lowbit.quantize_(model[0], spec)
+    x = torch.randn(4, 128, requires_grad=True)
     expected = model(x)
-    whole = model[0].weight.nbytes_stored()
-    mesh = init_device_mesh("cpu", (2,))
+    expected.square().sum().backward()
+    gradient, whole = x.grad.clone(), model[0].weight.nbytes_stored()
+    mesh = init_device_mesh("cpu", (world,))
     for layer in (model[0], model[2]):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     local = model[0].weight.to_local()
     assert isinstance(local, lowbit.QuantizedTensor), type(local)
-    assert local.nbytes_stored() <= whole // 2 + 4096, "the shard is half of the weight, in few bits"
+    assert local.nbytes_stored() <= whole // world + 8192, "a shard is its part of the weight, in few bits"
     for _ in range(2):
-        assert torch.equal(model(x), expected)
+        x.grad = None
+        found = model(x)
+        assert torch.equal(found, expected)
+        found.square().sum().backward()
+        torch.testing.assert_close(x.grad, gradient)
+
+def dtensor(spec, world, n):
+    torch.manual_seed(1)
+    w = lowbit.QuantizedTensor.quantize(torch.randn(n, 128), spec)
+    mesh = init_device_mesh("cpu", (world,))
+    sharded = distribute_tensor(w, mesh, [Shard(0)])
+    local, whole = sharded.to_local(), sharded.full_tensor()
+    assert isinstance(local, lowbit.QuantizedTensor) and isinstance(whole, lowbit.QuantizedTensor)
+    assert torch.equal(whole.qdata.view(torch.uint8), w.qdata.view(torch.uint8))
+    x = torch.randn(3, 128)
+    expected = torch.nn.functional.linear(x, w)
+    torch.testing.assert_close(torch.nn.functional.linear(x, whole), expected, rtol=1e-4, atol=1e-4)
+    product = torch.nn.functional.linear(distribute_tensor(x, mesh, [Replicate()]), sharded).full_tensor()
+    torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-4)
+    copied = distribute_tensor(w, mesh, [Replicate()]).to_local()
+    assert torch.equal(copied, w)
+
+def run(rank, world, file, specs):
+    warnings.simplefilter("error", LowbitFallbackWarning)
+    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{file}")
+    for spec in specs:
+        for n in (128, 70, 33):
+            fsdp(spec, world, n)
+            dtensor(spec, world, n)
+    dist.barrier()
     dist.destroy_process_group()
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(run, tuple(sys.argv[1:]), nprocs=2)
+    world, file, *specs = sys.argv[1:]
+    torch.multiprocessing.spawn(run, (int(world), file, specs), nprocs=int(world))
     print("sharded and equal")
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "spec", ["fp8_e4m3(granularity=row)", "nvfp4", "awq_w4a16", "int8(granularity=block,block_size=32x64)"]
+    ("world", "specs"),
+    [
+        (2, ["fp8_e4m3(granularity=row)", "awq_w4a16", "svdquant_w4a4(rank=4)"]),
+        (3, ["nvfp4", "int8(granularity=block,block_size=32x64)"]),
+    ],
 )
-def test_two_ranks_hold_half_the_rows_and_compute_the_same(spec, tmp_path):
-    """Each rank holds half of the packed rows, nothing is dequantized, and outputs are bit-equal to one process."""
+def test_ranks_hold_their_rows_and_compute_the_same(world, specs, tmp_path):
+    """Each rank holds its packed rows, even and ragged; outputs are bit-equal to one process, gradients equal.
+
+    DTensor scatters, multiplies and gathers the same weights; nothing is dequantized anywhere.
+    """
     program = tmp_path / "program.py"
     program.write_text(_PROGRAM)
 
     done = subprocess.run(
-        [sys.executable, program, spec, tmp_path / "rendezvous"],
+        [sys.executable, program, str(world), tmp_path / "rendezvous", *specs],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=180,
         check=False,
     )
 

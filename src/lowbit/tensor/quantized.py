@@ -1,7 +1,7 @@
 """QuantizedTensor: a weight in few bits that behaves like the tensor it stands for.
 
 It has the logical shape (N, K) and dtype of the original, never those of the packed bytes; the bytes live in its
-parts. The ops it understands run on the parts (`tensor_ops.py`). Any other op dequantizes, is counted in
+parts. The ops it understands run on the parts (`lowbit.tensor_ops`). Any other op dequantizes, is counted in
 `fallbacks()` and warns once.
 
 The dtype is the one that results are computed in: `.to(dtype)` changes it and leaves the parts alone. The weight is
@@ -10,43 +10,27 @@ frozen: gradients pass through it to the input, not into it.
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from lowbit.errors import UnsupportedError
 from lowbit.formats.base import Format
-from lowbit.formats.parts import Parts, raw_bytes
+from lowbit.formats.parts import Parts
 from lowbit.formats.registry import as_format
 from lowbit.layouts.base import get_layout
 from lowbit.ops import generic
-
-Handler = Callable[..., Any]
-
-_ATEN: dict[Any, Handler] = {}  # aten overload -> handler(func, args, kwargs); filled by tensor_ops.py
-_TORCH: dict[Any, Handler] = {}  # torch function -> handler(*args, **kwargs), the short way in eager mode
-_FALLBACKS: Counter[str] = Counter()
-
-
-class LowbitFallbackWarning(UserWarning):
-    """An op without a handler dequantized a whole quantized weight."""
-
-
-def fallbacks() -> dict[str, int]:
-    """How often each op dequantized a weight because it has no handler, since the program started."""
-    return dict(_FALLBACKS)
+from lowbit.tensor import handlers, sharding
 
 
 class QuantizedTensor(torch.Tensor):
     """A frozen quantized weight. Make one with `QuantizedTensor.quantize` or from parts that a checkpoint holds.
 
     Attributes: `format`, `kernel_layout` ("" for plain parts), one attribute a part (`qdata`, `scale`, ...) and
-    `matrix`, the (N, K) that the parts describe; `shape` may be any view of it.
+    `matrix`, the (N, K) that the parts describe; `shape` may be any view of it. `view_of` says what writing reaches: ""
+    this weight, "rows" these rows of another one, "shared" rows beside them or nobody. `room` is the number of rows of
+    the weight that this is the beginning of, or 0.
     """
 
     format: Format
@@ -55,6 +39,8 @@ class QuantizedTensor(torch.Tensor):
     spec: str
     transposed: bool
     is_matrix: bool
+    view_of: str
+    room: int
 
     @staticmethod
     def __new__(
@@ -67,13 +53,16 @@ class QuantizedTensor(torch.Tensor):
         layout: str = "",
         matrix: tuple[int, int] | None = None,
         transposed: bool = False,
+        view_of: str = "",
+        room: int = 0,
     ) -> QuantizedTensor:
         """Wrap parts, unchecked. `from_parts` checks them first."""
-        first = parts["qdata"]
-        strides = _strides(shape, transposed)
-        return torch.Tensor._make_wrapper_subclass(
-            cls, shape, strides=strides, dtype=dtype, device=first.device, requires_grad=False
-        )
+        device, strides = parts["qdata"].device, _strides(shape, transposed)
+        # A view of an ordinary tensor is an ordinary tensor in inference mode too: autograd counts its versions.
+        with torch._C._InferenceMode(False):  # noqa: SLF001  (the public one costs a microsecond more)
+            return torch.Tensor._make_wrapper_subclass(
+                cls, shape, strides=strides, dtype=dtype, device=device, requires_grad=False
+            )
 
     def __init__(
         self,
@@ -85,12 +74,15 @@ class QuantizedTensor(torch.Tensor):
         layout: str = "",
         matrix: tuple[int, int] | None = None,
         transposed: bool = False,
+        view_of: str = "",
+        room: int = 0,
     ) -> None:
         self.format = as_format(fmt)
         self.kernel_layout = layout
         self.matrix = matrix or (torch.Size(shape[:-1]).numel(), shape[-1])
         self.spec = f"{self.format.spec}@{layout}" if layout else self.format.spec
         self.transposed = transposed
+        self.view_of, self.room = view_of, room
         # Python attributes: reading a wrapper's own shape would go through __torch_function__ at every call.
         self.is_matrix = tuple(shape) == (self.matrix[::-1] if transposed else self.matrix)
         for name in self.format.part_names:
@@ -148,7 +140,7 @@ class QuantizedTensor(torch.Tensor):
         return flat.view(self.shape)
 
     def with_parts(self, parts: Mapping[str, Tensor], **changes: Any) -> QuantizedTensor:
-        """A tensor like this one over other parts; `changes` override shape, dtype, fmt, matrix or transposed."""
+        """A tensor like this one over other parts; `changes` override what `__init__` takes."""
         options: dict[str, Any] = {
             "fmt": self.format,
             "shape": tuple(self.shape),
@@ -156,12 +148,15 @@ class QuantizedTensor(torch.Tensor):
             "layout": self.kernel_layout,
             "matrix": self.matrix,
             "transposed": self.transposed,
+            "view_of": self.view_of,
+            "room": self.room,
         }
         return QuantizedTensor(parts, **{**options, **changes})
 
     def map_parts(self, function: Callable[[Tensor], Tensor], **changes: Any) -> QuantizedTensor:
-        """A tensor like this one with `function` applied to each part."""
-        return self.with_parts({name: function(part) for name, part in self.parts.items()}, **changes)
+        """A tensor like this one with `function` (which copies) applied to each part."""
+        made = {name: function(part) for name, part in self.parts.items()}
+        return self.with_parts(made, **{"view_of": "", **changes})
 
     def in_layout(self, name: str) -> QuantizedTensor:
         """This weight with its parts repacked for a kernel, or back to the plain parts with ""."""
@@ -231,7 +226,7 @@ class QuantizedTensor(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # The short way: one Python call instead of the several aten ops that F.linear becomes. Not while tracing, where
         # the aten ops are what the compiler must see.
-        handler = None if torch.compiler.is_compiling() else _TORCH.get(func)
+        handler = None if torch.compiler.is_compiling() else handlers.TORCH.get(func)
         if handler is not None:
             result = handler(*args, **(kwargs or {}))
             if result is not NotImplemented:
@@ -241,39 +236,23 @@ class QuantizedTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        kwargs = kwargs or {}
-        handler = _ATEN.get(func)
-        if handler is not None:
-            result = handler(func, args, kwargs)
-            if result is not NotImplemented:
-                return result
-        return _dequantize_and_run(func, args, kwargs)
+        return handlers.run(cls, func, args, kwargs or {})
 
-    # ---- FSDP2: each rank holds some rows; parts that run along N are gathered, shared ones travel as metadata
-    # ----------
+    # ---- FSDP2 ------------------------------------------------------------------------------------------------------
 
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
-        """The row-wise parts with rows first, as bytes, and what the gathered weight needs besides."""
-        gathered = tuple(_rows_first(self, rule) for rule in self.format.rules if rule.row_axis is not None)
-        return gathered, (self.parts, self.matrix[1])
+        """What each rank contributes: see `sharding.py`."""
+        return sharding.gather_inputs(self), None
 
     def fsdp_post_all_gather(
         self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
-        """The whole weight from the gathered rows of all ranks."""
-        local, k = metadata
-        parts, rest = {}, iter(outputs)
-        for rule in self.format.rules:
-            if rule.row_axis is None:
-                parts[rule.name] = local[rule.name]
-                continue
-            rows = next(rest).view(local[rule.name].dtype)
-            parts[rule.name] = rows.transpose(0, rule.row_axis).contiguous() if rule.row_axis else rows
-        shape = (self.format.rows_of(parts), k)
+        """The whole weight from the gathered rows of all ranks, or put into `out`, which an earlier call made."""
+        parts = sharding.gathered_parts(self, outputs)
         if isinstance(out, QuantizedTensor):
-            for name, part in out.parts.items():
-                part.copy_(parts[name])
+            sharding.refill(out, parts)
             return None
+        shape = (self.format.rows_of(parts), self.matrix[1])
         return QuantizedTensor(parts, self.format, shape, param_dtype), outputs
 
 
@@ -294,45 +273,8 @@ def rebuild_quantized_tensor(
     return _mark(made, *flags)
 
 
+rebuild_quantized_tensor.__module__ = "lowbit.tensor"  # the name that files carry
 torch.serialization.add_safe_globals([rebuild_quantized_tensor])
-
-
-def implements(*overloads: Any) -> Callable[[Handler], Handler]:
-    """Register a handler(func, args, kwargs) for aten overloads; NotImplemented means: dequantize."""
-
-    def add(handler: Handler) -> Handler:
-        _ATEN.update(dict.fromkeys(overloads, handler))
-        return handler
-
-    return add
-
-
-def shortcut(*functions: Any) -> Callable[[Handler], Handler]:
-    """Register a handler(*args, **kwargs) for torch functions in eager mode; NotImplemented takes the aten way."""
-
-    def add(handler: Handler) -> Handler:
-        _TORCH.update(dict.fromkeys(functions, handler))
-        return handler
-
-    return add
-
-
-def _dequantize_and_run(func: Any, args: Any, kwargs: Any) -> Any:
-    name = str(func)
-    flat = [*args, *kwargs.values()]
-    for argument, value in zip(func._schema.arguments, flat, strict=False):
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        if written and isinstance(value, QuantizedTensor):
-            raise UnsupportedError(
-                f"{name} would write into a quantized weight {value.format}; use QuantizedTensor.merge for an update, "
-                "or dequantize() first"
-            )
-    if name not in _FALLBACKS:
-        message = f"{name} has no low-bit implementation: the whole weight is dequantized at each call"
-        warnings.warn(message, LowbitFallbackWarning, stacklevel=4)
-    _FALLBACKS[name] += 1
-    args, kwargs = tree_map_only(QuantizedTensor, lambda tensor: tensor.dequantize(), (args, kwargs))
-    return func(*args, **kwargs)
 
 
 def _strides(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
@@ -351,8 +293,3 @@ def _mark(tensor: QuantizedTensor, is_param: bool, requires_grad: bool) -> Quant
     if is_param:
         return torch.nn.Parameter(tensor, requires_grad=requires_grad)  # type: ignore[return-value]
     return tensor.requires_grad_(requires_grad)  # type: ignore[return-value]
-
-
-def _rows_first(tensor: QuantizedTensor, rule: Any) -> Tensor:
-    part = tensor.parts[rule.name]
-    return raw_bytes(part.transpose(0, rule.row_axis).contiguous() if rule.row_axis else part)
