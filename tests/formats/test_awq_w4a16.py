@@ -34,9 +34,9 @@ def test_the_grid_spans_minimum_and_maximum(group):
     """In float32 the smallest weight of a group gets code 0, the largest 15, and both come back but for rounding."""
     fmt, w = AwqW4A16(group_size=group), gaussian(5, 192)
 
-    parts = fmt.quantize(w)
-    codes = fmt.unpack(parts["qdata"], 192).view(5, -1, group)
-    back = fmt.dequantize(parts, (5, 192), torch.float32).view(5, -1, group)
+    parts = fmt.fit(w, {})
+    codes = fmt.encode(w, parts).view(5, -1, group)
+    back = fmt.decode(fmt.encode(w, parts), parts).view(5, -1, group)
     groups = w.view(5, -1, group)
 
     assert parts["scale"].shape == parts["zero"].shape == (192 // group, 5)

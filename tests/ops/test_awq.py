@@ -12,13 +12,14 @@ from lowbit.errors import PartsError
 from lowbit.formats.awq_w4a16 import AwqW4A16
 from lowbit.formats.base import DECODE_ELEMENTS
 from lowbit.ops import gemv_awq_w4a16
-from tests.support import gaussian
+from tests.support import gaussian, widened
 
 LEADS = [(), (1,), (0,), (5,), (2, 3), (2, 0, 3), (2, 1, 3)]
 
 
 def _weight(n=48, k=128, group=64, dtype=torch.float32):
     parts = AwqW4A16(group_size=group).quantize(gaussian(n, k, dtype=dtype))
+    parts = widened(parts) if dtype == torch.float32 else parts
     return parts["qdata"], parts["scale"], parts["zero"]
 
 

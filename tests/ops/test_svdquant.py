@@ -14,7 +14,7 @@ from lowbit.layouts import svdquant_tiles
 from lowbit.numerics import int4_matmul
 from lowbit.numerics.int4_matmul import GELU_SHIFT, unpack_codes
 from lowbit.ops import quantize_svdquant_w4a4, scaled_mm_svdquant_w4a4
-from tests.support import gaussian
+from tests.support import gaussian, widened
 
 
 @pytest.fixture
@@ -26,7 +26,8 @@ def kitchen():
 def layer(n=128, k=192, rank=8, dtype=torch.float32, **fields):
     """A format and the parts of a weight."""
     fmt = SvdquantW4A4(rank=rank, **fields)
-    return fmt, fmt.quantize(gaussian(n, k, dtype=dtype))
+    parts = fmt.quantize(gaussian(n, k, dtype=dtype))
+    return fmt, widened(parts) if dtype == torch.float32 else parts
 
 
 def run_layer(x, parts, bias=None, *, unsigned=False, pad_size=1):

@@ -2,7 +2,7 @@
 
 from tests.support.assertions import assert_sqnr_within, sqnr
 from tests.support.poison import INTEGER_POISON, POISON_BYTE, poison, poisoned_empty
-from tests.support.tensors import gaussian, outlier_weight
+from tests.support.tensors import gaussian, outlier_weight, widened
 
 __all__ = [
     "INTEGER_POISON",
@@ -13,4 +13,5 @@ __all__ = [
     "poison",
     "poisoned_empty",
     "sqnr",
+    "widened",
 ]

@@ -26,3 +26,8 @@ def outlier_weight(n: int = 512, k: int = 512, seed: int = 0, dtype: torch.dtype
     w *= torch.exp(0.6 * torch.randn((1, k), generator=generator, dtype=torch.float64))
     far = torch.rand((n, k), generator=generator, dtype=torch.float64) < 1e-3
     return (0.02 * torch.where(far, 10 * w, w)).to(dtype)
+
+
+def widened(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same parts with 16-bit scales and factors as float32: what a file of another program may hold."""
+    return {k: part.float() if part.dtype in (torch.bfloat16, torch.float16) else part for k, part in parts.items()}

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowbit.errors import FormatError, WeightError
-from lowbit.formats.parts import FLOATS, K, Part, Parts, check_parts, gather_rows, narrow_rows
+from lowbit.formats.parts import FLOATS, HALVES, K, Part, Parts, check_parts, gather_rows, narrow_rows
 from lowbit.numerics.groups import reduce_tiles, row_chunks
 from lowbit.numerics.integers import uniform_noise
 
@@ -235,8 +235,13 @@ class Format:
         return {rule.name: rule.shape(self.sizes(n, k)) for rule in self.rules}
 
     def part_dtypes(self, source: torch.dtype) -> dict[str, torch.dtype]:
-        """The dtype of every part that `quantize` makes of a weight of dtype `source`."""
-        return {r.name: source if source in r.dtypes and len(r.dtypes) > 1 else r.dtypes[0] for r in self.rules}
+        """The dtype of every part that `quantize` makes of a weight of dtype `source`.
+
+        Where a rule allows several, a 16-bit source keeps its own and a wider one gets bfloat16: a scale rounded to 8 bits
+        costs nothing beside 4-bit codes that are chosen for it, and float32 ones would take as much room as the codes.
+        """
+        half = source if source in HALVES else torch.bfloat16
+        return {r.name: half if half in r.dtypes else r.dtypes[0] for r in self.rules}
 
     def nbytes(self, n: int, k: int, source: torch.dtype = torch.bfloat16) -> int:
         """Bytes that a weight [n, k] takes in this format."""

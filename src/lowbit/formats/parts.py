@@ -15,7 +15,8 @@ from torch import Tensor
 from lowbit.errors import PartsError, UnsupportedError
 
 Parts = dict[str, Tensor]
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (*HALVES, torch.float32)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowbit.checkpoint.dialects import FoundLayers, StoredLayer, TensorSpec, get_dialect
 from lowbit.formats import Format, Parts, formats, parse_spec
-from tests.support import gaussian
+from tests.support import gaussian, widened
 
 COMFY = get_dialect("comfy")
 WHERE = "model.safetensors"
@@ -68,7 +68,10 @@ def stored(
 ) -> dict[str, Tensor]:
     """The tensors of a file with one layer of a Gaussian weight in this format."""
     fmt = parse_spec(spec)
-    return COMFY.store_parts(LAYER, fmt, make_parts(fmt, shape, dtype), shape, dtype, options, layout)
+    parts = make_parts(fmt, shape, dtype)
+    if dtype == torch.float32:
+        parts = widened(parts)
+    return COMFY.store_parts(LAYER, fmt, parts, shape, dtype, options, layout)
 
 
 def assert_same_bits(got: Tensor, expected: Tensor) -> None:
