@@ -237,8 +237,8 @@ class Format:
     def part_dtypes(self, source: torch.dtype) -> dict[str, torch.dtype]:
         """The dtype of every part that `quantize` makes of a weight of dtype `source`.
 
-        Where a rule allows several, a 16-bit source keeps its own and a wider one gets bfloat16: a scale rounded to 8 bits
-        costs nothing beside 4-bit codes that are chosen for it, and float32 ones would take as much room as the codes.
+        Where a rule allows several, a 16-bit source keeps its own and a wider one gets bfloat16: a scale rounded to 8
+        bits costs nothing beside 4-bit codes that are chosen for it, and float32 factors may outweigh the codes.
         """
         half = source if source in HALVES else torch.bfloat16
         return {r.name: half if half in r.dtypes else r.dtypes[0] for r in self.rules}

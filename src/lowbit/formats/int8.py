@@ -42,7 +42,7 @@ from lowbit.numerics.rotations import REGULAR_SIZES, rotate_groups
 
 GRANULARITIES = ("row", "tensor", "block")
 # A smaller scale clips the peak and gives all other values finer steps: a few percent help a row, half a tensor.
-# Close to 1 the gain is in how the grid falls on the few largest weights, so small units want fine steps there (+0.2 dB).
+# Close to 1 the gain is in how the grid falls on the few largest weights, so small units want fine steps (+0.2 dB).
 _FACTORS = (1.004, 0.996, 0.992, 0.988, 0.984, 0.98, 0.97, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7, 0.6, 0.5)
 
 

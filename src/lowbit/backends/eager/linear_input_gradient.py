@@ -12,7 +12,7 @@ from lowbit.numerics.groups import row_chunks
 
 @kernel("linear_input_gradient", backend="eager")
 def linear_input_gradient(fmt: Format, grad: Tensor, parts: Parts, k: int) -> Tensor:
-    """grad [..., N] -> [..., K] in the dtype of grad; sums over pieces of the weight in float32 when there are several."""
+    """grad [..., N] -> [..., K] in the dtype of grad; several pieces of the weight are summed in float32."""
     n = grad.shape[-1]
     pieces = list(row_chunks(n, k, fmt.row_multiple, DECODE_ELEMENTS))
     if len(pieces) == 1:
