@@ -49,6 +49,11 @@ def test_parts_follow_their_rules(fmt, dtype):
     assert sum(part.numel() * part.element_size() for part in parts.values()) == fmt.nbytes(*w.shape, dtype)
 
 
+def test_a_share_of_the_bias_is_foretold(fmt):
+    """folds_bias says, before there are parts, whether they give a share of the bias."""
+    assert fmt.folds_bias is (fmt.bias_share(fmt.quantize(_weight(fmt))) is not None)
+
+
 def test_spec_and_json_round_trip(fmt):
     """The spec string and the JSON config each name exactly this format."""
     assert parse_spec(fmt.spec) == fmt

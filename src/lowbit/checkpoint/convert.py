@@ -28,7 +28,7 @@ from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
 from .dialects.base import Read, join_key, name_place
 from .output import Staging
 from .pipeline import Progress
-from .plan_data import ComponentPlan, Plan, TensorPlan, folds_bias
+from .plan_data import ComponentPlan, Plan, TensorPlan
 from .quantized_source import QuantizedComponent, look_for_layers
 from .rewrite import Copy, Made, Piece, Rewritten, Settings, batch_copies, rewrite
 from .source import Source
@@ -141,7 +141,7 @@ class _Layer:
         self._seed = None if seed is None else seed + zlib.crc32(self.name.encode())
         self._was = self._stored_before()
         self.specs = dict(outputs)
-        folds = folds_bias(self.fmt) or (self._was is not None and folds_bias(self._was.format))
+        folds = self.fmt.folds_bias or (self._was is not None and self._was.format.folds_bias)
         self.bias_key = join_key(self.layer, "bias") if folds else None
         if self.bias_key is not None and self.bias_key in held.specs:
             self.specs[self.bias_key] = held.specs[self.bias_key]

@@ -18,7 +18,6 @@ from .dialects.base import join_key
 from .eligibility import dtype_name
 from .output import Staging
 from .pipeline import Progress
-from .plan_data import folds_bias
 from .quantized_source import QuantizedComponent, look_for_layers
 from .rewrite import Copy, Made, Piece, Settings, batch_copies, rewrite
 from .source import Source
@@ -95,9 +94,9 @@ def _pieces(held: QuantizedComponent, staging: Staging, dtype: torch.dtype | Non
     pieces: list[Piece | Copy] = []
     folded: set[str] = set()
     for layer, stored in held.layers.items():
-        bias = held.bias_key(layer) if folds_bias(stored.format) else None
+        bias = held.bias_key(layer) if stored.format.folds_bias else None
         specs = {join_key(layer, "weight"): TensorSpec(dtype or stored.dtype, stored.shape)}
-        if folds_bias(stored.format):
+        if stored.format.folds_bias:
             key = join_key(layer, "bias")
             specs[key] = held.specs[key] if bias is not None else TensorSpec(dtype or stored.dtype, stored.shape[:1])
             folded.add(key)

@@ -85,7 +85,7 @@ class _Loader:
         for name, stored in self.layers.items():
             layer = self._target(name, stored)
             self.layers[name] = _fit_shape(stored, layer)
-        new_biases = {join_key(name, "bias") for name, stored in self.layers.items() if _shifts_bias(stored)}
+        new_biases = {join_key(name, "bias") for name, stored in self.layers.items() if stored.format.folds_bias}
         covered = {join_key(name, "weight") for name in self.layers} | set(self.plain)
         tied = {id(self.state[name]) for name in covered if name in self.state}
         self.missing = [n for n, value in self.state.items() if n not in covered and id(value) not in tied]
@@ -182,10 +182,6 @@ def _fit_shape(stored: StoredLayer, layer: Layer) -> StoredLayer:
             "load it into the right model"
         )
     return replace(stored, shape=(n, k))
-
-
-def _shifts_bias(stored: StoredLayer) -> bool:
-    return bool(stored.format.config().get("act_unsigned"))
 
 
 def _find_prefix(keys: Iterable[str], names: Mapping[str, object]) -> str:

@@ -87,7 +87,7 @@ class ComponentPlan:
         Raises `PlanError` when two of them would have one name.
         """
         made = {tensor.key: _made_of(tensor, dialect) for tensor in self.tensors}
-        biases = {join_key(t.layer, "bias"): t for t in self.tensors if t.action == "quantize" and folds_bias(t.fmt)}
+        biases = {join_key(t.layer, "bias"): t for t in self.tensors if t.action == "quantize" and t.fmt.folds_bias}
         for key, tensor in biases.items():
             if key not in made:  # the format moves a constant into the bias, so there has to be one
                 made[tensor.key][key] = TensorSpec(tensor.spec.dtype, tensor.shape[:1])
@@ -223,11 +223,6 @@ class Plan:
         except ValueError as error:
             raise PlanError(f"{path}: {error}; correct the plan file") from error
         return cls.from_json(data, str(path))
-
-
-def folds_bias(fmt: Format) -> bool:
-    """Whether the format moves a constant into the stored bias (`Format.bias_share`)."""
-    return bool(getattr(fmt, "act_unsigned", False))
 
 
 def _made_of(tensor: TensorPlan, dialect: Dialect) -> dict[str, TensorSpec]:

@@ -18,7 +18,6 @@ from .accuracy import Accuracy, AccuracyMeter
 from .dialects import StoredLayer
 from .dialects.base import join_key
 from .pipeline import Progress, Unit, run_units
-from .plan_data import folds_bias
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source
 
@@ -118,7 +117,7 @@ def _missing(held: QuantizedComponent, made: QuantizedComponent) -> list[str]:
     """Tensors that only one of the two has, in words. Those of a layer that cannot be read are its own problem."""
     before = {*held.found.plain, *(join_key(layer, "weight") for layer in held.layers)}
     after = {*made.found.plain, *(join_key(layer, "weight") for layer in made.layers)}
-    made_biases = {join_key(layer, "bias") for layer, stored in made.layers.items() if folds_bias(stored.format)}
+    made_biases = {join_key(layer, "bias") for layer, stored in made.layers.items() if stored.format.folds_bias}
     place = made.component.shards[0].path
     lost = [f"{place}: {key!r} of the source is missing" for key in sorted(before - after) if not _broken(made, key)]
     more = sorted(after - before - made_biases)
@@ -135,7 +134,7 @@ def _tasks(held: QuantizedComponent, made: QuantizedComponent) -> list[_Task]:
     layers = [_Task(held, made, key, layer) for layer, key in _weight_keys(made).items() if key in weights]
     folded = {
         join_key(layer, "bias") for layer, stored in (*held.layers.items(), *made.layers.items())
-        if folds_bias(stored.format)
+        if stored.format.folds_bias
     }  # fmt: skip
     plain = (key for key in made.found.plain if key in held.specs and not _broken(made, key))
     both = [key for key in plain if key not in folded]

@@ -180,8 +180,13 @@ class Format:
         rows = self.single_rows.dequantize_rows(picked, k, 0, indices.numel(), dtype)
         return rows.reshape(*indices.shape, k)
 
+    @property
+    def folds_bias(self) -> bool:
+        """Whether the stored bias of a layer contains a constant of the weight's own: `bias_share` is not None."""
+        return False
+
     def bias_share(self, parts: Mapping[str, Tensor]) -> Tensor | None:
-        """What the stored bias of the layer lacks ([N] float32) when the format folds a constant into it, or None."""
+        """What the stored bias of the layer lacks ([N] float32) where the format `folds_bias`, else None."""
         return None
 
     # ---- parts ------------------------------------------------------------------------------------------------------

@@ -214,6 +214,11 @@ class SvdquantW4A4(Format):
             )
         return out.reshape(*x.shape[:-1], n)
 
+    @property
+    def folds_bias(self) -> bool:
+        """With `act_unsigned` the stored bias makes up for the shift of the activations."""
+        return self.act_unsigned
+
     def bias_share(self, parts: Mapping[str, Tensor]) -> Tensor | None:
         """With `act_unsigned`, 0.171875 times the row sums of deq(W4) / smooth: what the stored bias lacks.
 
