@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 import lowbit
-from lowbit.errors import PartsError
+from lowbit.errors import PartsError, UnsupportedError
 from lowbit.ops import generic
 from tests.support import gaussian
 from tests.support.specs import ALL_SPECS, weight_shape
@@ -53,6 +53,20 @@ def test_the_wrong_number_of_parts_is_named(case):
 
     with pytest.raises(PartsError, match=rf"takes {len(parts)} parts \(qdata.*\), not {len(parts) - 1}"):
         generic.linear(torch.randn(1, w.shape[1]), parts[:-1], None, fmt.spec)
+
+
+def test_shapes_that_do_not_fit_the_parts_are_refused(case):
+    """Too short an x, too long a gradient or another shape of the result is an error, never a part of the product."""
+    fmt, w, parts = case
+    n, k = w.shape
+
+    with pytest.raises(UnsupportedError, match="as the shape of x says"):
+        generic.linear(torch.randn(2, k // 2 - 8), parts, None, fmt.spec)
+    for rows in (n - 1, n + 1):
+        with pytest.raises(UnsupportedError, match="as the shape of the gradient says"):
+            generic.linear_input_gradient(torch.randn(2, rows), parts, k, fmt.spec)
+        with pytest.raises(UnsupportedError, match="as the shape of the result says"):
+            generic.dequantize(parts, fmt.spec, [rows, k], torch.float32)
 
 
 def test_gradient_of_many_chunks(monkeypatch, case):

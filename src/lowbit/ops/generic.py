@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.dispatch import select
-from lowbit.errors import PartsError
+from lowbit.errors import PartsError, UnsupportedError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 from lowbit.formats.registry import parse_spec
@@ -36,6 +36,23 @@ def named(fmt: Format, parts: Sequence[Tensor]) -> Parts:
     return dict(zip(names, parts, strict=True))
 
 
+@lru_cache(maxsize=4096)
+def _codes_shape(fmt: Format, n: int, k: int) -> tuple[int, ...]:
+    return fmt.rules[0].shape(fmt.sizes(n, k))
+
+
+def _check_columns(fmt: Format, layout: str, parts: Sequence[Tensor], n: int, k: int, what: str) -> None:
+    """Raise `UnsupportedError` unless plain parts can be those of a weight [n, k]: kernels take K from x.
+
+    Where K is padded to whole groups, the codes of two lengths have one shape; there the caller must know.
+    """
+    if not layout and tuple(parts[0].shape) != _codes_shape(fmt, n, k):
+        raise UnsupportedError(
+            f"{fmt}: a weight whose codes are {list(parts[0].shape)} is not [{n}, {k}], as the shape of {what} says; "
+            "the last axis of x must be K, that of a gradient N"
+        )
+
+
 def _quantize(w: Tensor, spec: str, seed: int | None) -> list[Tensor]:
     fmt, layout = split_spec(spec)
     made = select("quantize", fmt.name, layout, w.device.type, (fmt, w, seed)).run(fmt, w, seed)
@@ -50,6 +67,7 @@ def _quantize_fake(w: Tensor, spec: str, seed: int | None) -> list[Tensor]:
 
 def _dequantize(parts: Sequence[Tensor], spec: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     fmt, layout = split_spec(spec)
+    _check_columns(fmt, layout, parts, shape[0], shape[1], "the result")
     args = (fmt, named(fmt, parts), (shape[0], shape[1]), dtype)
     return select("dequantize", fmt.name, layout, parts[0].device.type, args).run(*args)
 
@@ -62,6 +80,7 @@ def run_linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, spec: st
     """What the op `linear` does, without autograd and without PyTorch's dispatcher."""
     fmt, layout = split_spec(spec)
     by_name = named(fmt, parts)
+    _check_columns(fmt, layout, parts, fmt.rows_of(by_name), x.shape[-1] if x.dim() else 1, "x")
     if fmt.pre_quant_scale or fmt.input_scale:
         if fmt.pre_quant_scale:
             x = x * by_name["pre_quant_scale"].to(x.dtype)
@@ -95,6 +114,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _input_gradient(grad: Tensor, parts: Sequence[Tensor], k: int, spec: str) -> Tensor:
     fmt, layout = split_spec(spec)
+    _check_columns(fmt, layout, parts, grad.shape[-1] if grad.dim() else 1, k, "the gradient")
     args = (fmt, grad, named(fmt, parts), k)
     return select("linear_input_gradient", fmt.name, layout, grad.device.type, args).run(*args)
 
