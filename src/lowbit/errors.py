@@ -53,5 +53,9 @@ class CheckpointError(LowbitError, OSError):
     """A file cannot be read or written as a checkpoint, or its contents contradict themselves."""
 
 
+class WriteError(CheckpointError):
+    """What was to be written cannot be: no such folder, no permission, no space, or the place holds something else."""
+
+
 class SolverError(LowbitError, ValueError):
     """A solver is unknown, or cannot work on the format or without the statistics it needs."""

@@ -18,7 +18,7 @@ from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
-from lowbit.errors import CheckpointError, LowbitError, PlanError, WeightError
+from lowbit.errors import CheckpointError, LowbitError, PlanError, WeightError, WriteError
 from lowbit.formats import formats
 from tests.support.checkpoints import files_below, model_tensors, save_model, save_shards
 
@@ -161,7 +161,7 @@ def test_output_is_the_input(tmp_path, how):
     if how == "hard link":
         os.link(path, target)
     before = path.read_bytes()
-    with pytest.raises(CheckpointError, match="is the input"):
+    with pytest.raises(WriteError, match="is the input"):
         run(path, target)
     assert path.read_bytes() == before
 
@@ -173,7 +173,7 @@ def test_no_space_left(tmp_path, out, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(writer_module, "reserve", full)
-    refused(save_model(tmp_path / "in.safetensors"), out, "no space left: .* MB in all", CheckpointError)
+    refused(save_model(tmp_path / "in.safetensors"), out, "no space left: .* MB in all", WriteError)
 
 
 def test_no_space_left_in_mid_run(tmp_path, out, monkeypatch):
@@ -189,7 +189,7 @@ def test_no_space_left_in_mid_run(tmp_path, out, monkeypatch):
     honest = writer_module.write_all
     monkeypatch.setattr(writer_module, "write_all", full)
     out.write_bytes(OLD)
-    with pytest.raises(CheckpointError, match="no space left"):
+    with pytest.raises(WriteError, match="no space left"):
         run(save_model(tmp_path / "in.safetensors"), out)
     assert out.read_bytes() == OLD
 
@@ -200,7 +200,7 @@ def test_unwritable_folder(tmp_path, out):
     path = save_model(tmp_path / "in.safetensors")
     out.parent.chmod(0o500)
     try:
-        with pytest.raises(CheckpointError, match="check its permissions"):
+        with pytest.raises(WriteError, match="check its permissions"):
             run(path, out)
     finally:
         out.parent.chmod(0o700)
@@ -208,7 +208,7 @@ def test_unwritable_folder(tmp_path, out):
 
 def test_missing_folder(tmp_path):
     """A target in a folder that does not exist is refused with that folder's name."""
-    with pytest.raises(CheckpointError, match="nowhere is no folder that exists"):
+    with pytest.raises(WriteError, match="nowhere is no folder that exists"):
         run(save_model(tmp_path / "in.safetensors"), tmp_path / "nowhere" / "out.safetensors")
 
 
@@ -263,6 +263,7 @@ import os, signal, sys
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 path, target, pieces, number, jobs = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 finished = []
 def progress(done, total, name):
@@ -349,6 +350,6 @@ def test_foreign_files_in_the_staging_folder(tmp_path):
     index = save_shards(tmp_path / "in")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.txt").write_text("precious")
-    with pytest.raises(CheckpointError, match=r"holds 'mine\.txt', which this run does not write"):
+    with pytest.raises(WriteError, match=r"holds 'mine\.txt', which this run does not write"):
         run(index, tmp_path / "out")
     assert files_below(tmp_path / "out.partial") == {"mine.txt": b"precious"}

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowbit.checkpoint.source import check_target, open_source
-from lowbit.errors import CheckpointError
+from lowbit.checkpoint.source import open_source
+from lowbit.checkpoint.target import check_target
+from lowbit.errors import WriteError
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_the_input_is_no_output(single, tmp_path, target):
     (tmp_path / "linked").symlink_to(single.root)
     os.link(path, tmp_path / "hard.safetensors")
     os.link(path, tmp_path / "out.safetensors.partial")
-    with pytest.raises(CheckpointError, match=r"is the input \S+in\.safetensors itself .*choose another output"):
+    with pytest.raises(WriteError, match=r"is the input \S+in\.safetensors itself .*choose another output"):
         check_target(single, tmp_path / target)
 
 
@@ -79,7 +80,7 @@ def test_a_model_folder_is_not_written_into(folder, tmp_path):
     """The folder that is read, and anything in it, also through a link, is refused; a folder beside it is fine."""
     (tmp_path / "linked").symlink_to(folder.root)
     for target in (folder.root, folder.root / "out", tmp_path / "linked", tmp_path / "linked" / "out"):
-        with pytest.raises(CheckpointError, match=r"choose (another output|an output outside of it)"):
+        with pytest.raises(WriteError, match=r"choose (another output|an output outside of it)"):
             check_target(folder, target)
     check_target(folder, tmp_path / "llm-fp8")
     check_target(folder, tmp_path / "llm.safetensors")
@@ -91,32 +92,32 @@ def test_an_output_folder_with_links_to_the_input_is_refused(folder, tmp_path):
     """A file of the output folder that is one of the input's files under another name is found."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").symlink_to(folder.root / "config.json")
-    with pytest.raises(CheckpointError, match=r"out/config\.json: is the input"):
+    with pytest.raises(WriteError, match=r"out/config\.json: is the input"):
         check_target(folder, tmp_path / "out")
 
 
 def test_a_sharded_set_is_not_written_onto(sharded, tmp_path):
     """Neither the set's folder nor one of its shards is an output."""
     for target in (sharded.root, sharded.root / "x.safetensors"):
-        with pytest.raises(CheckpointError, match=r"is the input \S+x\.safetensors itself"):
+        with pytest.raises(WriteError, match=r"is the input \S+x\.safetensors itself"):
             check_target(sharded, target)
     check_target(sharded, tmp_path / "out.safetensors")
 
 
 def test_the_wrong_kind_of_output_is_refused(single, folder, tmp_path):
     """A folder cannot take the place of a file, nor a file that of a folder."""
-    with pytest.raises(CheckpointError, match="is a folder; name a file"):
+    with pytest.raises(WriteError, match="is a folder; name a file"):
         check_target(single, tmp_path)
     (tmp_path / "notes.txt").write_text("n")
-    with pytest.raises(CheckpointError, match=r"notes\.txt: is a file, but a folder will be written"):
+    with pytest.raises(WriteError, match=r"notes\.txt: is a file, but a folder will be written"):
         check_target(folder, tmp_path / "notes.txt")
 
 
 def test_an_output_that_cannot_be_made_is_refused(single, tmp_path, monkeypatch):
     """A missing parent folder, a file in its place, and one without write permission are each named."""
     for target in (tmp_path / "none" / "out.safetensors", single.root / "in.safetensors" / "out.safetensors"):
-        with pytest.raises(CheckpointError, match=r"is no folder that exists; create it first"):
+        with pytest.raises(WriteError, match=r"is no folder that exists; create it first"):
             check_target(single, target)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(CheckpointError, match=r"nothing can be written in .*check its permissions"):
+    with pytest.raises(WriteError, match=r"nothing can be written in .*check its permissions"):
         check_target(single, tmp_path / "out.safetensors")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from lowbit.checkpoint import journal, positioned_io
 from lowbit.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from lowbit.checkpoint.writer import CheckpointWriter
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, WriteError
 
 TENSORS = {
     "a.weight": torch.arange(6.0).reshape(2, 3),
@@ -347,7 +347,7 @@ def test_a_second_writer_of_one_target_is_refused(tmp_path):
     writer = begin(target)
     write_unit(writer, "a")
 
-    with pytest.raises(CheckpointError, match=r"out\.safetensors: another process is writing this file"):
+    with pytest.raises(WriteError, match=r"out\.safetensors: another process is writing this file"):
         begin(target)
     other = subprocess.run(
         [sys.executable, "-c", KILLED, str(target), "-"], capture_output=True, text=True, check=False

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lowbit.checkpoint.writer import CheckpointWriter
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, WriteError
 
 ENTRIES = [("a", torch.float32, (1000,)), ("b", torch.float32, (1000,))]
 
@@ -52,9 +52,7 @@ def test_a_full_disk_is_noticed_before_work_starts(tiny_disk):
     target = tiny_disk / "out.safetensors"
     target.write_bytes(b"old")
 
-    with pytest.raises(
-        CheckpointError, match=r"out\.safetensors: no space left: .* needs 4\.0 MB in all, 1\.0 MB are free"
-    ):
+    with pytest.raises(WriteError, match=r"out\.safetensors: no space left: .* needs 4\.0 MB in all, 1\.0 MB are free"):
         begin(target, [("a", torch.float32, (1_000_000,))])
 
     assert [path.name for path in tiny_disk.iterdir()] == ["out.safetensors"]
@@ -74,7 +72,7 @@ def test_a_refused_reservation_leaves_nothing(tmp_path, monkeypatch, number, mes
     """When the space cannot be had, the error says which file and why, and no half-made file stays."""
     monkeypatch.setattr(os, "posix_fallocate", failing(number))
 
-    with pytest.raises(CheckpointError, match=rf"out\.safetensors: .*{message}"):
+    with pytest.raises(WriteError, match=rf"out\.safetensors: .*{message}"):
         begin(tmp_path / "out.safetensors")
 
     assert list(tmp_path.iterdir()) == []
@@ -90,7 +88,7 @@ def test_a_disk_that_cannot_reserve_still_works(tmp_path, monkeypatch, number):
     assert writer.finish().stat().st_size == writer._size
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9000, 8500, 500))
-    with pytest.raises(CheckpointError, match="no space left"):
+    with pytest.raises(WriteError, match="no space left"):
         begin(tmp_path / "second.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
 
@@ -104,7 +102,7 @@ def test_a_disk_that_fails_in_mid_run_names_the_tensor(tmp_path, monkeypatch, nu
     writer.commit("a", {"tensors": ["a"]})
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", failing(number))
-        with pytest.raises(CheckpointError, match=r"out\.safetensors: .*cannot write tensor 'b'"):
+        with pytest.raises(WriteError, match=r"out\.safetensors: .*cannot write tensor 'b'"):
             writer.write("b", torch.ones(1000))
     with pytest.raises(CheckpointError, match="'b' was not written"):
         writer.finish()
@@ -122,7 +120,7 @@ def test_a_journal_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     writer.write("a", torch.ones(1000))
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", failing(errno.ENOSPC))
-        with pytest.raises(CheckpointError, match="no space left: cannot note unit 'a'"):
+        with pytest.raises(WriteError, match="no space left: cannot note unit 'a'"):
             writer.commit("a", {"tensors": ["a"]})
     writer.abort(keep=True)
     resumed = begin(tmp_path / "out.safetensors")
@@ -155,17 +153,17 @@ def test_a_system_without_positioned_writes_works(tmp_path, monkeypatch):
 
 def test_a_missing_folder_is_refused(tmp_path):
     """The error names the folder that should be created."""
-    with pytest.raises(CheckpointError, match=r"none/out\.safetensors: .*none is no folder that exists; create it"):
+    with pytest.raises(WriteError, match=r"none/out\.safetensors: .*none is no folder that exists; create it"):
         begin(tmp_path / "none" / "out.safetensors")
 
 
 def test_a_folder_as_target_is_refused(tmp_path):
     """A target that is a folder is refused with a name that would do, before and after the work."""
-    with pytest.raises(CheckpointError, match=r"is a folder; name a file to write, such as .*model\.safetensors"):
+    with pytest.raises(WriteError, match=r"is a folder; name a file to write, such as .*model\.safetensors"):
         begin(tmp_path)
     writer = begin(tmp_path / "out.safetensors", [])
     (tmp_path / "out.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match="is a folder"):
+    with pytest.raises(WriteError, match="is a folder"):
         writer.finish()
     writer.abort(keep=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
@@ -174,9 +172,7 @@ def test_a_folder_as_target_is_refused(tmp_path):
 def test_an_unwritable_folder_is_refused(tmp_path, monkeypatch):
     """A folder in which nothing can be created is named, with the system's reason."""
     monkeypatch.setattr(os, "open", failing(errno.EACCES))
-    with pytest.raises(
-        CheckpointError, match=r"out\.safetensors: cannot create .*: Permission denied; check the folder"
-    ):
+    with pytest.raises(WriteError, match=r"out\.safetensors: cannot create .*: Permission denied; check the folder"):
         begin(tmp_path / "out.safetensors")
 
 
@@ -184,7 +180,7 @@ def test_an_unwritable_folder_is_refused(tmp_path, monkeypatch):
 def test_a_folder_without_write_permission_is_refused(tmp_path):
     """The same with a real folder and its real permissions."""
     tmp_path.chmod(0o500)
-    with pytest.raises(CheckpointError, match=r"cannot create .*: Permission denied"):
+    with pytest.raises(WriteError, match=r"cannot create .*: Permission denied"):
         begin(tmp_path / "out.safetensors")
     tmp_path.chmod(0o700)
 
@@ -193,7 +189,7 @@ def test_a_link_in_place_of_the_partial_file_is_refused(tmp_path):
     """A partial file that is a link is not followed: it could lead to the input."""
     (tmp_path / "input").write_bytes(b"precious")
     (tmp_path / "out.safetensors.partial").symlink_to("input")
-    with pytest.raises(CheckpointError, match=r"out\.safetensors: cannot create .*link, remove it"):
+    with pytest.raises(WriteError, match=r"out\.safetensors: cannot create .*link, remove it"):
         begin(tmp_path / "out.safetensors")
     assert (tmp_path / "input").read_bytes() == b"precious"
 
@@ -230,7 +226,7 @@ def test_a_finished_file_survives_a_failing_rename(tmp_path, monkeypatch):
     writer.commit("a", {"tensors": ["a"]})
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.replace", failing(errno.EPERM))
-        with pytest.raises(CheckpointError, match="cannot move the finished file into place"):
+        with pytest.raises(WriteError, match="cannot move the finished file into place"):
             writer.finish()
     writer.abort(keep=True)
     assert target.read_bytes() == b"old"

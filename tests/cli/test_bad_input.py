@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from lowbit.checkpoint import writer
 
 
 def assert_one_line(outcome, code, *words):
@@ -96,6 +99,17 @@ def test_a_folder_without_permission_ends_with_4(lowbit, model, tmp_path, monkey
     monkeypatch.setattr(os, "access", lambda _, mode, **__: not mode & os.W_OK)
 
     assert_one_line(lowbit("convert", model, "-o", tmp_path / "out.safetensors", "--format", "int8"), 4, "permissions")
+
+
+def test_a_full_disk_ends_with_4(lowbit, model, tmp_path, monkeypatch):
+    """What goes wrong while writing is the output's fault, and what was read is not blamed."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_all", full)
+
+    assert_one_line(lowbit("convert", model, "-o", tmp_path / "out.safetensors", "--format", "int8"), 4, "no space")
 
 
 @pytest.mark.parametrize("file", ["plan", "report"])

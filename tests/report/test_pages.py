@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import WriteError
 from lowbit.report import (
     Agreement,
     ComparisonPage,
@@ -130,10 +130,10 @@ def test_a_comparison_of_one_format_at_the_ends_of_the_scale(cosines):
 
 
 def test_a_place_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
-    """Both pages raise a `CheckpointError`."""
+    """Both pages raise a `WriteError`."""
     place = tmp_path / "nowhere" / "page.html"
 
-    with pytest.raises(CheckpointError, match="nowhere"):
+    with pytest.raises(WriteError, match="nowhere"):
         write_conversion(place, conversion([("a", [layer("a")])]))
-    with pytest.raises(CheckpointError, match="nowhere"):
+    with pytest.raises(WriteError, match="nowhere"):
         write_comparison(place, comparison([variant("nvfp4", 1000, (0.9, 0.9))]))

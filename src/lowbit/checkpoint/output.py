@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from lowbit.errors import CheckpointError, LowbitError
+from lowbit.errors import CheckpointError, LowbitError, WriteError
 
 from .dialects.base import TensorSpec
 from .positioned_io import sync_folder
-from .source import Component, Source, check_target
+from .source import Component, Source
+from .target import check_target
 from .writer import CheckpointWriter
 
 _log = logging.getLogger("lowbit")
@@ -42,7 +43,7 @@ class Staging:
     files, or one file when `target` ends in .safetensors and the source is one model.
 
     Raises:
-        CheckpointError: the target touches the source, exists as a folder with contents, or cannot be written.
+        WriteError: the target touches the source, exists as a folder with contents, or cannot be written.
     """
 
     def __init__(self, source: Source, target: str | Path) -> None:
@@ -52,7 +53,7 @@ class Staging:
         self.single = source.kind == "file" or (one_model and self.target.suffix == ".safetensors")
         self._root = self.target.parent if self.single else self.target.with_name(self.target.name + ".partial")
         if not self.single and self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
-            raise CheckpointError(f"{self.target}: exists already; remove it or choose another output folder")
+            raise WriteError(f"{self.target}: exists already; remove it or choose another output folder")
         self._shard_of = {file.path: name for name, file in source.files.items()}
 
     def file_of(self, component: Component, key: str) -> str:
@@ -105,7 +106,7 @@ class Staging:
         if self._root.exists():
             found = [path.relative_to(self._root).as_posix() for path in self._root.rglob("*") if not path.is_dir()]
             if strange := sorted(set(found) - mine):
-                raise CheckpointError(
+                raise WriteError(
                     f"{self._root}: holds {strange[0]!r}, which this run does not write; remove that folder or choose "
                     "another output"
                 )
@@ -113,9 +114,7 @@ class Staging:
             for relative in mine:
                 (self._root / relative).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(
-                f"{self._root}: cannot be created: {error.strerror}; check its permissions"
-            ) from error
+            raise WriteError(f"{self._root}: cannot be created: {error.strerror}; check its permissions") from error
 
     def _extras(self) -> list[tuple[Path, str]]:
         return [(path, path.relative_to(self.source.root).as_posix()) for path in self.source.extra_files]
@@ -131,7 +130,7 @@ class Staging:
             self._root.rename(self.target)
             sync_folder(self.target.parent)
         except OSError as error:
-            raise CheckpointError(
+            raise WriteError(
                 f"{self.target}: cannot put the finished folder in place: {error}; check the disk"
             ) from error
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lowbit.errors import LowbitError, PlanError
+from lowbit.errors import LowbitError, PlanError, WriteError
 from lowbit.formats.base import Format
 from lowbit.formats.registry import parse_spec
 from lowbit.solvers import solver
@@ -207,11 +207,11 @@ class Plan:
         return plan
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as a JSON file, one line a tensor, to be read and edited. Raises `PlanError` if it cannot."""
+        """Write the plan as a JSON file, one line a tensor, to be read and edited. Raises `WriteError` if it cannot."""
         try:
             Path(path).write_text(_dump(self.to_json()), encoding="utf-8")
         except OSError as error:
-            raise PlanError(f"{path}: the plan cannot be written: {error.strerror}; check the path") from error
+            raise WriteError(f"{path}: the plan cannot be written: {error.strerror}; check the path") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.errors import CheckpointError, PlanError
+from lowbit.errors import PlanError, WriteError
 
 from .dialects.base import Read, TensorSpec
 from .output import OutputFile, Staging
@@ -199,7 +199,7 @@ class _Work:
 
     def _compare(self, key: str, written: Tensor, back: Tensor) -> None:
         if not torch.equal(_raw(written), _raw(back)):
-            raise CheckpointError(
+            raise WriteError(
                 f"{self.writer.target}: tensor {key!r} reads back different from what was written; the disk or the "
                 "memory is faulty, so nothing was put in place"
             )

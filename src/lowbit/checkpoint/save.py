@@ -15,6 +15,7 @@ from lowbit.tensor import QuantizedTensor
 from .dialects import StoredLayer, get_dialect
 from .dialects.base import join_key
 from .load import OPTIONS
+from .target import check_file_target
 from .writer import CheckpointWriter
 
 
@@ -25,11 +26,13 @@ def save(
 
     Quantized weights are stored through their parts as `dialect` says, one layer in memory at a time; a kernel's
     layout is undone first. Tied plain tensors are written once. `metadata` goes into the file's header. The target
-    appears in one step, when it is complete. Raises `CheckpointError` when it cannot be written.
+    appears in one step, when it is complete. Raises `WriteError` when it cannot be written.
     """
     chosen, target = get_dialect(dialect), Path(path)
-    if not target.parent.is_dir():
-        raise CheckpointError(f"{target}: {target.parent} is no folder that exists; create it first")
+    empty = [name for name, value in module.state_dict(keep_vars=True).items() if _is_meta(value)]
+    if empty:
+        raise CheckpointError(f"{target}: {empty[0]} is on the meta device, without values to save; load it first")
+    check_file_target(target)
     weights = {name: _whole_weight(name, layer.weight) for name, layer in quantized_layers(module)}
     layers = [_stored(name, layer, weights[name]) for name, layer in quantized_layers(module)]
     coded = {join_key(layer.layer, "weight") for layer in layers}
@@ -56,6 +59,10 @@ def save(
     except BaseException:
         writer.abort(keep=False)
         raise
+
+
+def _is_meta(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "meta"
 
 
 def _whole_weight(name: str, weight: Tensor) -> QuantizedTensor:

@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -183,38 +181,3 @@ def _open_component(weights: WeightSet, root: Path, stack: contextlib.ExitStack)
         _log.warning("%s: %d tensors are in the shards but not in the index (%s); they are read too",
                      index.path, len(unnamed), min(unnamed))  # fmt: skip
     return Component(weights.folder, shards, files, tensors, index.content, index.path.name)
-
-
-def check_target(source: Source, target: str | Path) -> None:
-    """Raise CheckpointError if writing to `target` would touch the source, also through links, or cannot succeed."""
-    target = Path(target)
-    inputs = [*(file.path for file in source.files.values()), *source.extra_files]
-    below = [target / path.relative_to(source.root) for path in inputs] if target.is_dir() else []
-    partial = target.with_name(target.name + ".partial")
-    _refuse_inputs([target, partial], inputs)
-    for path, written in zip(inputs, below, strict=False):
-        _refuse_inputs([written], [path])
-    if source.kind == "folder" and Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source.root)):
-        raise CheckpointError(
-            f"{target}: lies in the folder that is read, {source.root}; choose an output outside of it"
-        )
-    if source.kind == "file" and target.is_dir():
-        raise CheckpointError(f"{target}: is a folder; name a file to write, such as {target / 'model.safetensors'}")
-    if source.kind == "folder" and target.is_file() and target.suffix != ".safetensors":
-        raise CheckpointError(f"{target}: is a file, but a folder will be written; choose another output")
-    parent = target if target.is_dir() else target.parent
-    if not parent.is_dir():
-        raise CheckpointError(f"{target}: {parent} is no folder that exists; create it first")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{target}: nothing can be written in {parent}; check its permissions")
-
-
-def _refuse_inputs(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
-    for target in targets:
-        for path in inputs:
-            same = target.exists() and path.exists() and target.samefile(path)
-            if same or os.path.realpath(target) == os.path.realpath(path):
-                raise CheckpointError(
-                    f"{target}: is the input {path} itself (links are followed); choose another output, "
-                    "so that the input stays as it is"
-                )

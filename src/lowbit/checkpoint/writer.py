@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, WriteError
 
 from .journal import Journal, JournalHead, load_journal
 from .positioned_io import byte_view, read_into, reserve, sync_folder, try_lock, write_all
 from .safetensors_header import encode_header
+from .target import check_file_target
 
 _log = logging.getLogger("lowbit")
 
@@ -51,7 +52,7 @@ class CheckpointWriter:
         done: unit -> record of the units that an interrupted run had finished; empty when the run is fresh.
 
     Raises:
-        CheckpointError: the target cannot be written: no such folder, no permission, no space for the whole file, a
+        WriteError: the target cannot be written: no such folder, no permission, no space for the whole file, a
             folder in its place, or another writer at work on it.
     """
 
@@ -77,7 +78,7 @@ class CheckpointWriter:
         self._written: set[str] = set()
         self._lock = threading.Lock()  # guards _written and the journal
         self._closed = False
-        _refuse_target(self.target)
+        check_file_target(self.target)
         self._fd = _open_locked(self._partial, self.target)
         try:
             found = self._find_finished() if resume else None
@@ -146,16 +147,16 @@ class CheckpointWriter:
         except OSError as error:
             if error.errno in _NO_SPACE:
                 free = shutil.disk_usage(self.target.parent).free
-                raise CheckpointError(
+                raise WriteError(
                     f"{self.target}: no space left: cannot {action}; the file needs {self._size / 1e6:.1f} MB in all, "
                     f"{free / 1e6:.1f} MB are free. Make room or write to another disk"
                 ) from error
             if error.errno == errno.EFBIG:
-                raise CheckpointError(
+                raise WriteError(
                     f"{self.target}: cannot {action}: {self._size} bytes are more than this file system or the "
                     "process's limit (ulimit -f) allows for one file. Write shards or write to another disk"
                 ) from error
-            raise CheckpointError(f"{self.target}: cannot {action}: {error.strerror}; check the disk") from error
+            raise WriteError(f"{self.target}: cannot {action}: {error.strerror}; check the disk") from error
 
     def _require_open(self) -> None:
         if self._closed:
@@ -231,7 +232,7 @@ class CheckpointWriter:
         with self._errors(f"read back tensor {name!r}"):
             count = read_into(self._fd, byte_view(buffer), offset)
         if count < buffer.numel():
-            raise CheckpointError(f"{self._partial}: was made shorter by another program; start again")
+            raise WriteError(f"{self._partial}: was made shorter by another program; start again")
         return buffer.view(dtype).reshape(shape)
 
     def commit(self, unit: str, record: Mapping[str, Any]) -> None:
@@ -267,7 +268,7 @@ class CheckpointWriter:
             raise CheckpointError(f"{self.target}: is not complete: {_some(missing)} not written")
         with self._errors("finish the file"):
             os.fsync(self._fd)
-        _refuse_target(self.target)
+        check_file_target(self.target)
         if sys.platform == "win32":  # which cannot rename an open file; elsewhere the lock is kept until it is renamed
             self._close_file()
         with self._errors("move the finished file into place"):
@@ -309,13 +310,6 @@ def _was(names: Sequence[str]) -> str:
     return "was" if len(names) == 1 else "were"
 
 
-def _refuse_target(target: Path) -> None:
-    if target.is_dir():
-        raise CheckpointError(f"{target}: is a folder; name a file to write, such as {target / 'model.safetensors'}")
-    if not target.parent.is_dir():
-        raise CheckpointError(f"{target}: {target.parent} is no folder that exists; create it first")
-
-
 def _open_locked(partial: Path, target: Path) -> int:
     """Open the partial file, new or left by an earlier run, with its lock; return the descriptor."""
     while True:
@@ -323,10 +317,10 @@ def _open_locked(partial: Path, target: Path) -> int:
             fd = os.open(partial, _FLAGS, 0o666)
         except OSError as error:
             hint = "it is a link, remove it" if error.errno == errno.ELOOP else "check the folder's permissions"
-            raise CheckpointError(f"{target}: cannot create {partial}: {error.strerror}; {hint}") from error
+            raise WriteError(f"{target}: cannot create {partial}: {error.strerror}; {hint}") from error
         if not _lock_if_possible(fd, target):
             os.close(fd)
-            raise CheckpointError(
+            raise WriteError(
                 f"{target}: another process is writing this file (it holds {partial}); "
                 "wait until it ends or choose another output"
             )

@@ -13,7 +13,7 @@ from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.plan import Plan
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
-from lowbit.cli.output import command, decibels, epilog, print_json, progress, say, show, size, table, writing
+from lowbit.cli.output import command, decibels, epilog, print_json, progress, say, show, size, table
 from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, summarize
 from lowbit.report import ConversionPage, KeptGroup, LayerRow, write_conversion
 
@@ -69,11 +69,10 @@ def convert(
         made = plan_for(source, wishes, plan)
         if not as_json:
             summarize(made)
-        with writing(output), progress("converting") as update:
+        with progress("converting") as update:
             done = run(source, output, made, jobs=jobs, resume=resume, verify=verify, seed=seed, progress=update)
     if report is not None:
-        with writing(report):
-            write_conversion(report, _page(str(src), made, done))
+        write_conversion(report, _page(str(src), made, done))
     if as_json:
         print_json({**done.to_json(), "plan": plan_totals(made), "report": None if report is None else str(report)})
     else:

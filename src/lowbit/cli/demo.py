@@ -11,7 +11,7 @@ import typer
 from rich.status import Status
 
 from lowbit.cli import options
-from lowbit.cli.output import asking, command, decibels, epilog, print_json, say, show, size, stderr, table, writing
+from lowbit.cli.output import asking, command, decibels, epilog, print_json, say, show, size, stderr, table
 from lowbit.formats import parse_spec
 from lowbit.integrations.minilm_demo import model_folder, run_demo, variants
 from lowbit.report import ComparisonPage, Variant, write_comparison
@@ -40,7 +40,7 @@ def demo(
     with asking():
         wanted = list(dict.fromkeys(parse_spec(spec).spec for spec in specs or variants()))
         model_folder()
-    with writing(folder), Status("loading the model", console=stderr()) as status:
+    with Status("loading the model", console=stderr()) as status:
         if not sys.stderr.isatty():
             status.stop()
 
@@ -50,8 +50,7 @@ def demo(
         again = " ".join(["lowbit demo", *(f"--formats '{spec}'" for spec in (specs or ()))])
         page = run_demo(folder, wanted, step=step, command=again)
     report = folder / _REPORT
-    with writing(report):
-        write_comparison(report, page)
+    write_comparison(report, page)
     if as_json:
         print_json(_json(page, report))
     else:

@@ -10,7 +10,7 @@ import typer
 from lowbit.checkpoint.dequantize import DTYPES, dequantize as run
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
-from lowbit.cli.output import asking, command, epilog, print_json, progress, say, size, writing
+from lowbit.cli.output import asking, command, epilog, print_json, progress, say, size
 from lowbit.errors import PlanError
 
 EPILOG = epilog(
@@ -38,7 +38,7 @@ def dequantize(
 ) -> None:
     """Write the weights that a quantized checkpoint stands for, as a file that any program loads."""
     chosen = _dtype(dtype)
-    with open_source(src) as source, writing(output), progress("decoding") as update:
+    with open_source(src) as source, progress("decoding") as update:
         done = run(source, output, dtype=chosen, jobs=jobs, resume=resume, progress=update)
     if as_json:
         print_json(done.to_json())

@@ -9,7 +9,7 @@ import typer
 from lowbit.checkpoint.migrate import STYLES, migrate as run
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
-from lowbit.cli.output import asking, command, epilog, print_json, progress, say, writing
+from lowbit.cli.output import asking, command, epilog, print_json, progress, say
 from lowbit.errors import PlanError
 
 EPILOG = epilog(
@@ -33,7 +33,7 @@ def migrate(
     if to not in STYLES:
         with asking():
             raise PlanError(f"--to {to!r} is unknown; choose one of {', '.join(STYLES)}")
-    with open_source(src) as source, writing(output), progress("rewriting") as update:
+    with open_source(src) as source, progress("rewriting") as update:
         done = run(source, output, to, jobs=jobs, resume=resume, progress=update)
     if as_json:
         print_json(done.to_json())

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
-from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -24,7 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from lowbit.errors import LowbitError, PlanError
+from lowbit.errors import LowbitError, PlanError, WriteError
 
 PIPE_WIDTH = 200  # characters of a line where there is no terminal to ask
 _NAME_WIDTH = 36
@@ -142,6 +141,8 @@ def command(function: Command) -> Command:
             _fail(failure.code, failure.error, as_json=kwargs.get("as_json", False))
         except PlanError as error:
             _fail(Exit.USAGE, error, as_json=kwargs.get("as_json", False))
+        except WriteError as error:
+            _fail(Exit.OUTPUT, error, as_json=kwargs.get("as_json", False))
         except LowbitError as error:
             _fail(Exit.INPUT, error, as_json=kwargs.get("as_json", False))
         except KeyboardInterrupt:
@@ -167,17 +168,6 @@ def asking() -> Iterator[None]:
         yield
     except LowbitError as error:
         raise Failure(Exit.USAGE, error) from error
-
-
-@contextmanager
-def writing(target: str | Path) -> Iterator[None]:
-    """Errors in here that are about `target` mean that it cannot be written. Every message begins with its file."""
-    try:
-        yield
-    except LowbitError as error:
-        if str(error).startswith((f"{target}:", f"{target}.partial")):
-            raise Failure(Exit.OUTPUT, error) from error
-        raise
 
 
 class _Warnings(logging.Handler):

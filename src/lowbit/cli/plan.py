@@ -9,7 +9,7 @@ import typer
 
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
-from lowbit.cli.output import command, epilog, print_json, say, writing
+from lowbit.cli.output import command, epilog, print_json, say
 from lowbit.cli.planning import Wishes, plan_totals, show_plan
 
 EPILOG = epilog(
@@ -44,8 +44,7 @@ def plan(
     with open_source(src) as source:
         made = wishes.plan(source)
     if output is not None:
-        with writing(output):
-            made.save(output)
+        made.save(output)
     if as_json:
         print_json({**made.to_json(), "totals": plan_totals(made)})
         return

@@ -24,7 +24,7 @@ from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.load import load
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
-from lowbit.errors import CheckpointError, PlanError
+from lowbit.errors import CheckpointError, PlanError, WriteError
 from lowbit.formats import Format, formats, parse_spec
 from lowbit.integrations.sentences import SENTENCES
 from lowbit.report import ComparisonPage, Variant, compare_embeddings
@@ -88,7 +88,7 @@ def run_demo(
 
     Raises:
         PlanError: the packages of the extra `demo` are missing, or a spec is wrong.
-        CheckpointError: the folder cannot be written.
+        WriteError: the folder cannot be written.
     """
     began = time.perf_counter()
     wanted = [parse_spec(spec) for spec in specs]
@@ -128,7 +128,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be created: {error.strerror}; choose another --dir") from error
+        raise WriteError(f"{folder}: cannot be created: {error.strerror}; choose another --dir") from error
 
 
 def _original(folder: Path) -> Embedder:

@@ -64,7 +64,7 @@ class ComparisonPage:
 
 
 def write_comparison(path: str | Path, page: ComparisonPage) -> None:
-    """Write the page of a comparison. Raises `CheckpointError` when it cannot be written."""
+    """Write the page of a comparison. Raises `WriteError` when it cannot be written."""
     write(path, comparison_html(page))
 
 

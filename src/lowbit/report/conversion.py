@@ -62,7 +62,7 @@ class ConversionPage:
 
 
 def write_conversion(path: str | Path, page: ConversionPage) -> None:
-    """Write the page of a conversion. Raises `CheckpointError` when it cannot be written."""
+    """Write the page of a conversion. Raises `WriteError` when it cannot be written."""
     write(path, conversion_html(page))
 
 

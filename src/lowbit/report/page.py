@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import WriteError
 
 COLOURS = 8  # how many the style sheet has for kinds of things
 
@@ -28,13 +28,11 @@ def render(template: str, **values: Any) -> str:
 
 
 def write(path: str | Path, text: str) -> None:
-    """Write a page. Raises `CheckpointError` naming the path when it cannot be written."""
+    """Write a page. Raises `WriteError` naming the path when it cannot be written."""
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: the report cannot be written: {error.strerror}; choose another place"
-        ) from error
+        raise WriteError(f"{path}: the report cannot be written: {error.strerror}; choose another place") from error
 
 
 def size(count: float) -> str:
