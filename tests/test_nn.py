@@ -136,3 +136,52 @@ def test_lora_trains_over_a_frozen_quantized_linear():
     assert x.grad is not None
     assert down.weight.grad is not None
     assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("policy", ["int8", {"": "int8"}], ids=["one format", "rule"])
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda m: nn.utils.parametrizations.weight_norm(m[3]), "parametrization"),
+        (
+            lambda m: setattr(m[3], "weight", nn.Parameter(torch.ones(8, 32, dtype=torch.int8), requires_grad=False)),
+            "is int8",
+        ),
+        (lambda m: setattr(m[3], "weight", nn.Parameter(torch.ones(8, 32).to(torch.float8_e5m2))), "is float8_e5m2"),
+        (lambda m: setattr(m[0], "max_norm", 1.0), "max_norm"),
+    ],
+    ids=["parametrized", "int8", "float8", "max_norm"],
+)
+def test_layers_that_no_format_can_hold(spoil, why, policy):
+    """What is no plain float weight is kept under a blanket format and refused under a rule; nothing else changes."""
+    model = _model()
+    spoil(model)
+    if isinstance(policy, dict):
+        with pytest.raises(WeightError, match=why):
+            lowbit.quantize_(model, policy)
+        assert not any(isinstance(m.weight, QuantizedTensor) for m in model if hasattr(m, "weight"))
+        return
+
+    kept = [change for change in lowbit.quantize_(model, policy) if change.format is None]
+
+    assert len(kept) == 1
+    assert why in kept[0].why
+
+
+def test_an_error_in_the_middle_changes_nothing():
+    """A weight that only overflows while it is quantized is named, and the layers before it are as they were."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight.data.fill_(3e38)
+
+    with pytest.raises(WeightError, match=r"1: .*exceed float32"):
+        lowbit.quantize_(model, "int8(rotation=64)")
+
+    assert type(model[0].weight) is nn.Parameter
+
+
+def test_the_meta_device_and_bad_rules_are_errors_that_say_so():
+    """No values, or no regular expression: one error each."""
+    with pytest.raises(WeightError, match="0: is on the meta device, without values; load"):
+        lowbit.quantize_(nn.Sequential(nn.Linear(4, 4, device="meta")), "int8")
+    with pytest.raises(PlanError, match=r"the rule '\(' is no regular expression"):
+        lowbit.quantize_(_model(), {"(": "int8"})

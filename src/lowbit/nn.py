@@ -10,10 +10,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from lowbit.errors import PlanError, WeightError
 from lowbit.formats.base import Format, check_finite
+from lowbit.formats.parts import FLOATS
 from lowbit.formats.registry import as_format
 from lowbit.numerics.groups import row_chunks
 from lowbit.solvers import AUTO, pick_solver, solver
@@ -49,8 +51,9 @@ def quantize_(
     hold are kept and reported; a rule that names a layer outright raises instead. `solver` and `statistics` (by layer
     name) as in `convert`.
 
-    Returns one `LayerChange` a layer. Everything is checked before anything is changed: raises `FormatError`,
-    `PlanError` or `WeightError` naming the layer, and leaves the module as it was. Tied weights stay tied.
+    Returns one `LayerChange` a layer. All weights are quantized before the first one is put in place: raises
+    `FormatError`, `PlanError`, `SolverError` or `WeightError`, the last naming the layer, and leaves the module as it
+    was. Tied weights stay tied.
 
     >>> import torch, lowbit
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
@@ -64,10 +67,14 @@ def quantize_(
         if change.format is not None:
             _check_values(layer.weight, change.name)
     shared: Shared = {}
+    made: list[tuple[Layer, nn.Parameter]] = []
     for layer, change in decided:
         if change.format is not None:
             known = (statistics or {}).get(change.name)
-            quantize_layer_(layer, change.format, solver, known, where=change.name, shared=shared)
+            made.append((layer, _quantized(layer, change.format, solver, known, change.name, shared)))
+    for layer, weight in made:
+        layer.weight = weight
+        fold_bias_(layer)
     return [change for _, change in decided]
 
 
@@ -104,15 +111,24 @@ def quantize_layer_(
 
     `shared` remembers weights by identity so that tied layers get the same parameter.
     """
-    shared = {} if shared is None else shared
+    layer.weight = _quantized(layer, fmt, solver_name, statistics, where, {} if shared is None else shared)
+    fold_bias_(layer)
+
+
+def _quantized(
+    layer: Layer, fmt: Format, solver_name: str, statistics: Statistics | None, where: str, shared: Shared
+) -> nn.Parameter:
+    """The quantized form of a layer's weight, made once for all layers that share it."""
     weight, key = layer.weight, (id(layer.weight), fmt.spec)
     if key not in shared:
         chosen, _ = pick_solver(solver_name, fmt)
-        parts = solver(chosen)(weight.detach(), fmt, statistics, where=where)
+        try:
+            parts = solver(chosen)(weight.detach(), fmt, statistics, where=where)
+        except WeightError as error:
+            raise error if str(error).startswith(where) else WeightError(f"{where}: {error}") from error
         quantized = QuantizedTensor(parts, fmt, tuple(weight.shape), weight.dtype)
         shared[key] = weight, nn.Parameter(quantized, requires_grad=False)
-    layer.weight = shared[key][1]
-    fold_bias_(layer)
+    return shared[key][1]
 
 
 def fold_bias_(layer: Layer) -> None:
@@ -131,7 +147,7 @@ def fold_bias_(layer: Layer) -> None:
 def _decide(name: str, layer: Layer, policy: Policy) -> LayerChange:
     if isinstance(policy, Mapping):
         for pattern, spec in policy.items():
-            if re.search(pattern, name):
+            if _matches(pattern, name):
                 if spec is None:
                     return LayerChange(name, None, f"kept by the rule {pattern!r}")
                 fmt = as_format(spec)
@@ -147,7 +163,21 @@ def _decide(name: str, layer: Layer, policy: Policy) -> LayerChange:
     return LayerChange(name, None if why else fmt, why or "all layers")
 
 
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error as error:
+        raise PlanError(f"the rule {pattern!r} is no regular expression: {error}; correct it") from error
+
+
 def _refusal(layer: Layer, fmt: Format) -> str | None:
+    if "weight" not in dict(layer.named_parameters(recurse=False)):
+        return "its weight is computed from other parameters (a parametrization); remove that first"
+    if layer.weight.dtype not in (*FLOATS, torch.float64):
+        kind = str(layer.weight.dtype).removeprefix("torch.")
+        return f"its weight is {kind}, not float of 16 bits or more"
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return "it renormalizes its rows in place at every lookup (max_norm)"
     if isinstance(layer, nn.Embedding) and not fmt.supports_embedding:
         return f"an embedding table, and {fmt.name} has no lookup"
     n, k = layer.weight.shape
@@ -156,5 +186,7 @@ def _refusal(layer: Layer, fmt: Format) -> str | None:
 
 
 def _check_values(weight: Tensor, where: str) -> None:
+    if weight.is_meta:
+        raise WeightError(f"{where}: is on the meta device, without values; load a checkpoint into the module first")
     for start, stop in row_chunks(weight.shape[0], weight.shape[1]):
         check_finite(weight.detach()[start:stop], where)

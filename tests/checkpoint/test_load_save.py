@@ -204,3 +204,83 @@ def test_saving_leaves_no_half_file(model, tmp_path, monkeypatch):
         lowbit.save(model, tmp_path / "model.safetensors")
 
     assert not list(tmp_path.iterdir())
+
+
+def test_plain_tensors_are_copied_into_the_ones_that_are_there(model, tmp_path):
+    """An optimizer made before loading still holds the module's parameters, with the loaded values."""
+    path = lowbit.save(model, tmp_path / "plain.safetensors")
+    fresh = Block()
+    before = dict(fresh.named_parameters())
+
+    lowbit.load(fresh, path)
+
+    assert all(before[name] is parameter for name, parameter in fresh.named_parameters())
+    assert torch.equal(fresh.up.weight, model.up.weight)
+
+
+def test_a_named_prefix_is_not_guessed_at(model, tmp_path):
+    """Keys without the prefix that was named belong to something else, even if they match by chance."""
+    path = lowbit.save(model, tmp_path / "model.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"lacks .*up\.weight.* \(prefix 'other\.'\)"):
+        lowbit.load(Block(), path, prefix="other.")
+
+
+def test_without_strict_what_the_module_lacks_is_left_out(model, tmp_path):
+    """Quantized layers and plain tensors of another model in the file are reported, and the rest is loaded."""
+    both = nn.ModuleDict({"unet": model, "encoder": nn.Sequential(nn.Linear(128, 64), nn.LayerNorm(64))})
+    lowbit.quantize_(both, "fp8_e4m3(granularity=row)")
+    path = lowbit.save(both, tmp_path / "both.safetensors")
+    with pytest.raises(CheckpointError, match="that the module lacks"):
+        lowbit.load(Block(), path)
+
+    report = lowbit.load(fresh := Block(), path, strict=False)
+
+    assert set(report.unexpected) == {"encoder.0.weight", "encoder.0.bias", "encoder.1.weight", "encoder.1.bias"}
+    assert torch.equal(fresh.up.weight, model.up.weight)
+
+
+@pytest.mark.parametrize(
+    ("stored", "held"), [(torch.tensor([1.5]), torch.tensor([1])), (torch.tensor([1]), torch.ones(1))]
+)
+def test_integers_and_floats_are_not_mixed(stored, held, tmp_path):
+    """A float tensor for an integer buffer, or the other way round, is an error that names both dtypes."""
+    save_file({"x": stored}, tmp_path / "x.safetensors")
+    module = nn.Module()
+    module.register_buffer("x", held)
+
+    with pytest.raises(CheckpointError, match=r"'x' is (float32|int64), the module's 'x' is (float32|int64)"):
+        lowbit.load(module, tmp_path / "x.safetensors")
+
+
+def test_a_new_bias_follows_its_layer(tmp_path):
+    """The bias that an unsigned activation shift needs takes dtype and device of the layer it is made for."""
+    source = nn.Sequential(nn.Linear(64, 64, bias=False))
+    lowbit.quantize_(source, "svdquant_w4a4(rank=4,act_unsigned=true)")
+    path = lowbit.save(source, tmp_path / "model.safetensors")
+    fresh = nn.Sequential(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16))
+
+    lowbit.load(fresh, path)
+
+    assert fresh[0].bias.dtype == torch.bfloat16
+
+
+def test_options_of_a_checkpoint_end_with_its_format(tmp_path):
+    """A layer that was loaded in one format and quantized anew in another is saved as if it had not been loaded."""
+    source, other = nn.Linear(64, 64), nn.Linear(64, 64)
+    lowbit.quantize_(source, "nvfp4")
+    lowbit.load(other, lowbit.save(source, tmp_path / "a.safetensors"))
+    other.weight = nn.Parameter(other.weight.dequantize())
+    lowbit.quantize_(other, "int8")
+
+    lowbit.load(fresh := nn.Linear(64, 64), lowbit.save(other, tmp_path / "b.safetensors"))
+
+    assert torch.equal(fresh.weight, other.weight)
+
+
+def test_a_module_without_values_is_not_saved(tmp_path):
+    """A parameter on the meta device is named, and no file appears."""
+    with pytest.raises(CheckpointError, match="weight is on the meta device"):
+        lowbit.save(nn.Linear(4, 4, device="meta"), tmp_path / "x.safetensors")
+
+    assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ from .dialects.base import join_key
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source, open_source
 
-OPTIONS = "lowbit_options"  # attribute of a layer: what its checkpoint says besides the format, for saving it again
+OPTIONS = "lowbit_options"  # attribute of a layer: a format's name, and what the checkpoint says besides it, for saving
 _SHOWN = 5
 
 
@@ -40,15 +40,16 @@ def load(
 
     `path` is a safetensors file, an index, or a model folder (`component` names the subfolder where there are several).
     `prefix` is what the file's keys have in front of the module's names; by default it is found. A bare `nn.Linear` or
-    `nn.Embedding` takes a file with one layer. Plain tensors take the dtype of the module's; quantized payloads are
-    never cast. With `strict`, keys that the module lacks and names that the file lacks are errors.
+    `nn.Embedding` takes a file with one layer. Plain tensors are copied into the module's, in its dtype; quantized
+    payloads are never cast. With `strict`, keys that the module lacks (those without the prefix, too) and names that
+    the file lacks are errors; without it they are left out.
 
     Everything is checked first: raises `CheckpointError`, `PartsError` or `UnknownFormatError` naming file, layer,
     expectation and remedy, and leaves the module as it was.
     """
     with open_source(path) as source:
         content = look_for_layers(source, _component(source, component))
-        loader = _Loader(module, content, str(path), prefix)
+        loader = _Loader(module, content, str(path), prefix, strict=strict)
         loader.check(strict=strict)
         return loader.apply()
 
@@ -65,34 +66,48 @@ def _component(source: Source, name: str | None) -> Component:
 class _Loader:
     """The match of a file's keys with a module's names, and the tensors to put in place."""
 
-    def __init__(self, module: nn.Module, content: QuantizedComponent, where: str, prefix: str | None) -> None:
+    def __init__(
+        self, module: nn.Module, content: QuantizedComponent, where: str, prefix: str | None, *, strict: bool
+    ) -> None:
         self.module, self.content, self.where = module, content, where
         self.modules = dict(module.named_modules(remove_duplicate=False))
         self.state = {name: value for name, value in module.state_dict(keep_vars=True).items() if value is not None}
         keys = [*content.found.plain, *(join_key(layer, "weight") for layer in content.layers)]
         self.prefix = _find_prefix(keys, self.state) if prefix is None else prefix
-        self.layers = {self._strip(name, layer=True): layer for name, layer in content.layers.items()}
-        self.plain = {self._strip(key): key for key in content.found.plain}
+        self.layers, self.plain, self.unexpected = self._by_name(strict=strict)
 
-    def _strip(self, key: str, *, layer: bool = False) -> str:
-        """A key of the file as a name of the module; a layer that is the prefix itself becomes the bare layer."""
-        if layer and key == self.prefix.removesuffix("."):
-            return ""
-        return key.removeprefix(self.prefix)
+    def _by_name(self, *, strict: bool) -> tuple[dict[str, StoredLayer], dict[str, str], list[str]]:
+        """The file's layers and plain keys by the module's names, and the keys that are not for this module."""
+        layers: dict[str, StoredLayer] = {}
+        plain: dict[str, str] = {}
+        others: list[str] = []
+        for key, layer in self.content.layers.items():
+            name = _strip(join_key(key, ""), self.prefix)
+            if name is None or (not strict and name.removesuffix(".") not in self.modules):
+                others.append(join_key(key, "weight"))
+            else:
+                layers[name.removesuffix(".")] = layer
+        new_biases = {join_key(name, "bias") for name, stored in layers.items() if stored.format.folds_bias}
+        for key in self.content.found.plain:
+            name = _strip(key, self.prefix)
+            if name is None or (name not in self.state and name not in new_biases):
+                others.append(key)
+            else:
+                plain[name] = key
+        return layers, plain, others
 
     def check(self, *, strict: bool) -> None:
         """Raise `CheckpointError` for the first thing that does not fit; change nothing."""
         for name, stored in self.layers.items():
             layer = self._target(name, stored)
             self.layers[name] = _fit_shape(stored, layer)
-        new_biases = {join_key(name, "bias") for name, stored in self.layers.items() if stored.format.folds_bias}
         covered = {join_key(name, "weight") for name in self.layers} | set(self.plain)
         tied = {id(self.state[name]) for name in covered if name in self.state}
         self.missing = [n for n, value in self.state.items() if n not in covered and id(value) not in tied]
-        self.unexpected = [name for name in self.plain if name not in self.state and name not in new_biases]
         if strict and self.missing:
             raise CheckpointError(
-                f"{self.where}: lacks {_some(self.missing)}; load the right file, or pass strict=False"
+                f"{self.where}: lacks {_some(self.missing)} (prefix {self.prefix!r}); load the right file, name the "
+                "prefix, or pass strict=False"
             )
         if strict and self.unexpected:
             raise CheckpointError(
@@ -128,15 +143,20 @@ class _Loader:
                 f"{self.where}: {key!r} has shape {list(spec.shape)}, the module's {name!r} has {list(have.shape)}; "
                 "load it into the right model"
             )
+        if spec.dtype.is_floating_point != have.is_floating_point():
+            found, wanted = (str(dtype).removeprefix("torch.") for dtype in (spec.dtype, have.dtype))
+            raise CheckpointError(
+                f"{self.where}: {key!r} is {found}, the module's {name!r} is {wanted}; load it into the right model"
+            )
 
     def apply(self) -> LoadReport:
         """Read everything, then put it in place."""
-        weights = {name: self._quantized(stored) for name, stored in self.layers.items()}
-        plain = {name: self._plain(name, key) for name, key in self.plain.items() if name not in self.unexpected}
+        weights = {name: self._quantized(name, stored) for name, stored in self.layers.items()}
+        plain = {name: self._plain(name, key) for name, key in self.plain.items()}
         for name, weight in weights.items():
             layer = self.modules[name]
             self._replace(join_key(name, "weight"), weight)
-            setattr(layer, OPTIONS, self.layers[name].options)
+            setattr(layer, OPTIONS, (weight.format.name, self.layers[name].options))
         for name, tensor in plain.items():
             self._replace(name, tensor)
         return LoadReport(
@@ -147,9 +167,9 @@ class _Loader:
             notes=[*self.content.found.notes, *(note for s in self.layers.values() for note in s.notes)],
         )
 
-    def _quantized(self, stored: StoredLayer) -> Tensor:
+    def _quantized(self, name: str, stored: StoredLayer) -> QuantizedTensor:
         parts = self.content.load(stored)
-        current = self.state[join_key(self._strip(stored.layer, layer=True), "weight")]
+        current = self.state[join_key(name, "weight")]
         if current.device.type not in ("cpu", "meta"):
             parts = {name: part.to(current.device) for name, part in parts.items()}
         return QuantizedTensor(parts, stored.format, stored.shape, current.dtype)
@@ -157,13 +177,16 @@ class _Loader:
     def _plain(self, name: str, key: str) -> Tensor:
         tensor, current = self.content.read(key), self.state.get(name)
         if current is None:  # a bias that a layer without one needs for the shift of its activations
-            return tensor
+            current = self.state[name.removesuffix("bias") + "weight"]
         device = torch.device("cpu") if current.device.type == "meta" else current.device
-        return tensor.to(device, current.dtype if current.is_floating_point() and tensor.is_floating_point() else None)
+        return tensor.to(device, current.dtype)
 
     def _replace(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in the place of every parameter or buffer that is the same object as the one of this name."""
+        """Copy into the parameter or buffer of this name, or replace it wherever the module has the same object."""
         old = self.state.get(name)
+        if old is not None and _can_be_written(old) and not isinstance(tensor, QuantizedTensor):
+            old.detach().copy_(tensor)
+            return
         trains = old is not None and old.requires_grad and not isinstance(tensor, QuantizedTensor)
         is_parameter = old is None or isinstance(old, nn.Parameter)
         new = nn.Parameter(tensor, requires_grad=trains) if is_parameter else tensor
@@ -182,6 +205,18 @@ def _fit_shape(stored: StoredLayer, layer: Layer) -> StoredLayer:
             "load it into the right model"
         )
     return replace(stored, shape=(n, k))
+
+
+def _strip(key: str, prefix: str) -> str | None:
+    """A key of the file as a name of the module, or None for one without the prefix."""
+    return key[len(prefix) :] if key.startswith(prefix) else None
+
+
+def _can_be_written(old: Tensor) -> bool:
+    """Whether a tensor can take values where it is, so that optimizers and others that hold it see them."""
+    if isinstance(old, QuantizedTensor) or old.is_meta or old.is_inference():
+        return False
+    return old.is_contiguous()  # not expanded: one memory location for several elements
 
 
 def _find_prefix(keys: Iterable[str], names: Mapping[str, object]) -> str:

@@ -72,7 +72,9 @@ def _whole_weight(name: str, weight: Tensor) -> QuantizedTensor:
 
 
 def _stored(name: str, layer: nn.Module, weight: QuantizedTensor) -> StoredLayer:
-    options = getattr(layer, OPTIONS, {})
+    loaded_as, options = getattr(layer, OPTIONS, ("", {}))
+    if loaded_as != weight.format.name:  # quantized anew since
+        options = {}
     dtypes = {key: part.dtype for key, part in weight.in_layout("").parts.items()}
     return StoredLayer(name, weight.format, weight.matrix, weight.dtype, options=options, dtypes=dtypes)
 
