@@ -89,3 +89,16 @@ def test_export_keeps_the_op():
     program = torch.export.export(model, (x,))
 
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["nvfp4", "svdquant_w4a4(rank=8)"])
+def test_rows_of_one_weight_are_joined_while_tracing(spec):
+    """Pieces that share their global parts by identity are joined without comparing values, which tracing has not."""
+    w, x = QuantizedTensor.quantize(gaussian(48, 64, seed=1), spec), torch.randn(3, 64)
+
+    found = torch.compile(lambda x, w: F.linear(x, torch.cat([w[:16], w[16:]])), fullgraph=True, backend="aot_eager")(
+        x, w
+    )
+
+    assert sqnr(F.linear(x, w), found) > 90
+    torch.compiler.reset()

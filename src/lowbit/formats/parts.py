@@ -119,7 +119,8 @@ def concat_rows(rules: Sequence[Part], weights: Sequence[Mapping[str, Tensor]], 
     for rule in rules:
         tensors, axis = [weight[rule.name] for weight in weights], rule.row_axis
         if axis is None:
-            if any(not torch.equal(raw_bytes(tensors[0]), raw_bytes(other)) for other in tensors[1:]):
+            others = [other for other in tensors[1:] if other is not tensors[0]]  # pieces of one weight need no look
+            if any(not torch.equal(raw_bytes(tensors[0]), raw_bytes(other)) for other in others):
                 raise UnsupportedError(f"weights with different {rule.name} cannot be joined into one")
             joined[rule.name] = tensors[0]
             continue
