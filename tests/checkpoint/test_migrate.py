@@ -13,8 +13,8 @@ from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.migrate import migrate
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
-from lowbit.errors import CheckpointError, UnsupportedError
-from tests.support.checkpoints import model_tensors, save_model
+from lowbit.errors import CheckpointError
+from tests.support.checkpoints import model_tensors, save_model, save_shards
 
 
 def legacy_file(path, full_precision=False, prefix=""):
@@ -97,7 +97,9 @@ def test_a_current_file_stays_as_it_is(tmp_path, spec):
 def test_what_legacy_cannot_say_is_refused(tmp_path, spec):
     """A layer that the legacy spelling has no words for is an error with its name; nothing is written."""
     path = converted(tmp_path, spec)
-    with pytest.raises(UnsupportedError, match=r"layer '.*': is .*; a legacy file holds only float8 with one scale"):
+    with pytest.raises(
+        CheckpointError, match=r"layer '.*': is .*, and a scaled_fp8 file holds only fp8 with one scale"
+    ):
         migrated(path, tmp_path / "old.safetensors", "legacy")
     assert not (tmp_path / "old.safetensors").exists()
 
@@ -107,7 +109,7 @@ def test_mixed_float8_dtypes_are_refused_for_legacy(tmp_path):
     with open_source(save_model(tmp_path / "in.safetensors")) as source:
         plan = make_plan(source, "fp8_e4m3", preset="none", layer_rules=[("up", "fp8_e5m2")])
         convert(source, tmp_path / "out.safetensors", plan)
-    with pytest.raises(UnsupportedError, match="both float8 dtypes, which a legacy file cannot say"):
+    with pytest.raises(CheckpointError, match=r"differ in format .*, which a scaled_fp8 file states once for all"):
         migrated(tmp_path / "out.safetensors", tmp_path / "old.safetensors", "legacy")
 
 
@@ -116,5 +118,45 @@ def test_a_plain_file_and_an_unknown_style_are_refused(tmp_path):
     path = save_model(tmp_path / "in.safetensors")
     with pytest.raises(CheckpointError, match="holds no quantized layer"):
         migrated(path, tmp_path / "out.safetensors", "current")
-    with pytest.raises(CheckpointError, match="unknown style 'newest'; it is one of current, legacy"):
+    with pytest.raises(CheckpointError, match="unknown convention 'newest' to migrate to; known are current, legacy"):
         migrated(path, tmp_path / "out.safetensors", "newest")
+
+
+def test_shards_stay_shards(tmp_path):
+    """Each shard describes its own layers, and the marker of a legacy set stands once; the way back is exact."""
+    with open_source(save_shards(tmp_path / "in")) as source:
+        convert(source, tmp_path / "new", make_plan(source, "fp8_e4m3", preset="none"))
+    migrated(tmp_path / "new", tmp_path / "old", "legacy")
+    report = migrated(tmp_path / "old", tmp_path / "back", "current")
+
+    def markers(folder):
+        found = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("_quantization_metadata", '{"layers": {}}'))
+                keys = list(file.keys())
+            marked = [key.removesuffix(".comfy_quant") for key in keys if key.endswith(".comfy_quant")]
+            found[path.name] = (sorted(header["layers"]), sorted(marked), keys.count("scaled_fp8"))
+        return found
+
+    assert sum(count for _, _, count in markers(tmp_path / "old").values()) == 1
+    assert all(header == marked == [] for header, marked, _ in markers(tmp_path / "old").values())
+    assert markers(tmp_path / "back") == markers(tmp_path / "new")
+    assert all(header == marked for header, marked, _ in markers(tmp_path / "back").values())
+    assert sum(len(header) for header, _, _ in markers(tmp_path / "back").values()) == len(report.layers) > 1
+    for path in (tmp_path / "new").glob("*.safetensors"):
+        before, after = load_file(path), load_file(tmp_path / "back" / path.name)
+        assert before.keys() == after.keys()
+        assert all(same_bits(before[key], after[key]) for key in before if not key.endswith(".comfy_quant"))
+
+
+def test_an_input_scale_of_one_is_not_lost(tmp_path):
+    """A legacy file takes an input scale of exactly 1 for none, so a layer that has one is refused."""
+    legacy_file(tmp_path / "old.safetensors")
+    migrated(tmp_path / "old.safetensors", tmp_path / "new.safetensors", "current")
+    tensors = load_file(tmp_path / "new.safetensors")
+    save_file({**tensors, "a.input_scale": torch.tensor(1.0)}, tmp_path / "one.safetensors")
+
+    with pytest.raises(CheckpointError, match="layer 'a': its input_scale does not come back"):
+        migrated(tmp_path / "one.safetensors", tmp_path / "back.safetensors", "legacy")
+    assert not (tmp_path / "back.safetensors").exists()

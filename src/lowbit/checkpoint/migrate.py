@@ -1,40 +1,31 @@
-"""Old and current spellings of quantized layers in ComfyUI files, exactly, in both directions; no code changes.
+"""Old and current conventions of quantized ComfyUI files, streamed from file to file; no code changes.
 
-- current: `<layer>.comfy_quant` markers, the header's description, canonical keys.
-- legacy: a tensor `scaled_fp8` marks the file; `<layer>.scale_weight` and `<layer>.scale_input` are the scales. It can
-  only say float8 with one scale a weight, one float8 dtype in a file, and full-precision products for all or none.
+What the conventions are, and which layers they can hold, `dialects/comfy_migrate.py` says.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lowbit.errors import CheckpointError, UnsupportedError
+from lowbit.errors import CheckpointError
 from lowbit.formats.parts import raw_bytes
 
-from .dialects import StoredLayer, TensorSpec, get_dialect
-from .dialects.base import Read, join_key
+from .dialects.base import Read, StoredLayer
+from .dialects.comfy import COMFY
+from .dialects.comfy_migrate import Migration, Step, describe, migrate as migrate_file
 from .output import Staging
 from .pipeline import Progress
 from .quantized_source import QuantizedComponent, look_for_layers
 from .rewrite import Copy, Made, Piece, Settings, batch_copies, rewrite
 from .source import Source
-
-DIALECT = "comfy"
-STYLES = ("current", "legacy")
-_MARKER = "scaled_fp8"
-_PREFIX = "model.diffusion_model."
-_LEGACY_KEYS = {"qdata": "weight", "scale": "scale_weight", "input_scale": "scale_input"}
-_FULL_PRECISION = "full_precision_matrix_mult"
 
 
 @dataclass(frozen=True)
@@ -54,158 +45,79 @@ class MigrateReport:
 def migrate(
     source: Source,
     target: str | Path,
-    style: str = "current",
+    to: str = "current",
     *,
     jobs: int | None = None,
     resume: bool = True,
     progress: Progress | None = None,
 ) -> MigrateReport:
-    """Write the same quantized layers in another spelling: `style` is "current" or "legacy".
+    """Write the same quantized layers in another convention: `to` is "current" or "legacy".
 
     Other options as in `convert`.
 
     Raises:
-        CheckpointError: nothing in the source is quantized, a layer is not sound, or writing failed.
-        UnsupportedError: the legacy spelling cannot say what a layer is.
+        CheckpointError: nothing in the source is quantized, a layer is not sound, the legacy convention cannot say what
+            a layer is, or reading or writing failed.
     """
-    if style not in STYLES:
-        raise CheckpointError(f"unknown style {style!r}; it is one of {', '.join(STYLES)}")
     staging = Staging(source, target)
     metadata = staging.metadata()
+    stored: dict[str, list[StoredLayer]] = {file: [] for file in metadata}
     pieces: list[Piece | Copy] = []
     layers: dict[str, str] = {}
     notes: list[str] = []
     for component in source.components:
         held = look_for_layers(source, component)
-        pieces += _current(held, staging, metadata) if style == "current" else _legacy(held, staging, metadata)
+        if held.dialect not in (None, COMFY):
+            raise CheckpointError(
+                f"{held.where}: is not a ComfyUI file, so it has no other convention; keep it as it is"
+            )
+        migration = migrate_file(held.found, held.specs, held.metadata, to, held.where)
+        pieces += _pieces(held, migration, staging)
         pieces += batch_copies(component, held.found.plain, partial(staging.file_of, component))
-        layers |= {held.full_name(name): stored.format.spec for name, stored in held.layers.items()}
-        notes += [*held.found.notes, *(f"{s.layer}: {note}" for s in held.layers.values() for note in s.notes)]
+        for name, layer in held.layers.items():
+            stored[staging.file_of(component, layer.keys["qdata"])].append(layer)
+            layers[held.full_name(name)] = layer.format.spec
+        notes += migration.notes
     if not layers:
         raise CheckpointError(f"{source.root}: holds no quantized layer; there is nothing to migrate")
-    fingerprint = hashlib.sha256(json.dumps(["migrate", style, source.fingerprint()]).encode()).hexdigest()
+    metadata = {file: describe(entries, stored[file], to) for file, entries in metadata.items()}
+    fingerprint = hashlib.sha256(json.dumps(["migrate", to, source.fingerprint()]).encode()).hexdigest()
     settings = Settings(jobs, resume, verify=True, progress=progress)
     done = rewrite(source, staging, pieces, metadata, fingerprint=fingerprint, settings=settings)
     return MigrateReport(str(target), layers, tuple(notes), done.resumed)
 
 
-Metadata = dict[str, dict[str, str]]
-
-
-def _current(held: QuantizedComponent, staging: Staging, metadata: Metadata) -> list[Piece | Copy]:
-    """One piece a layer in the dialect's canonical spelling; the description goes into the header."""
-    dialect = get_dialect(DIALECT)
-    pieces: list[Piece | Copy] = []
-    described: dict[str, list[StoredLayer]] = {}
-    for layer, stored in held.layers.items():
-        file = staging.file_of(held.component, stored.keys["qdata"])
-        described.setdefault(file, []).append(stored)
-        specs = dialect.stored_specs(
-            layer, stored.format, stored.shape, stored.dtype, stored.options, stored.layout, stored.dtypes
-        )
-        pieces.append(_piece(held, stored, file, specs, _Respell(held, stored, specs)))
-    for file, entries in metadata.items():
-        held.strip_description(entries)
-        if file in described:
-            entries.update(dialect.header_metadata(described[file]))
-    return pieces
-
-
-def _legacy(held: QuantizedComponent, staging: Staging, metadata: Metadata) -> list[Piece | Copy]:
-    """One piece a layer in the legacy spelling, and one for the marker of the file."""
-    pieces: list[Piece | Copy] = []
-    full, dtypes = set(), set()
-    for stored in held.layers.values():
-        _refuse_legacy(stored)
-        full.add(bool(stored.options.get(_FULL_PRECISION)))
-        dtypes.add(held.specs[stored.keys["qdata"]].dtype)
-        keys = {part: join_key(stored.layer, _LEGACY_KEYS[part]) for part in stored.format.part_names}
-        specs = {
-            key: TensorSpec(stored.format.part_dtypes(stored.dtype)[part], _shape(stored, part))
-            for part, key in keys.items()
-        }
-        file = staging.file_of(held.component, stored.keys["qdata"])
-        pieces.append(_piece(held, stored, file, specs, _RespellLegacy(held, stored, keys)))
-    if len(full) > 1 or len(dtypes) > 1:
-        what = "full-precision products for some layers only" if len(full) > 1 else "both float8 dtypes"
-        raise UnsupportedError(
-            f"{held.source.root}: has {what}, which a legacy file cannot say; keep the current spelling"
-        )
-    if pieces:
-        prefix = _PREFIX if all(layer.startswith(_PREFIX) for layer in held.layers) else ""
-        marker = torch.zeros(2 if full.pop() else 0).to(dtypes.pop())
-        specs = {prefix + _MARKER: TensorSpec.of(marker)}
-        pieces.append(Piece("marker", pieces[0].file, specs, 0, 0, _Constant({prefix + _MARKER: marker})))
-    for entries in metadata.values():
-        held.strip_description(entries)
-    return pieces
-
-
-def _shape(stored: StoredLayer, part: str) -> tuple[int, ...]:
-    return stored.format.part_shapes(*stored.shape)[part]
-
-
-def _refuse_legacy(stored: StoredLayer) -> None:
-    fmt = stored.format
-    plain = fmt.name in ("fp8_e4m3", "fp8_e5m2") and fmt.config()["granularity"] == "tensor" and not fmt.pre_quant_scale
-    if not plain:
-        raise UnsupportedError(
-            f"{stored.place}: is {fmt}; a legacy file holds only float8 with one scale a weight. Keep it as it is"
-        )
-    extra = sorted(set(stored.options) - {_FULL_PRECISION})
-    if extra:
-        raise UnsupportedError(
-            f"{stored.place}: its marker says {', '.join(extra)}, which a legacy file cannot; keep it as it is"
-        )
-
-
-def _piece(held: QuantizedComponent, stored: StoredLayer, file: str, specs: dict[str, TensorSpec], make: Any) -> Piece:
-    size = sum(held.specs[key].nbytes for key in stored.keys.values())
-    return Piece(held.full_name(stored.layer), file, specs, size, 6 * size, make)
+def _pieces(held: QuantizedComponent, migration: Migration, staging: Staging) -> Iterator[Piece]:
+    """One piece a layer, and one for what describes the whole: it stands with the first layer."""
+    first = next((layer.keys["qdata"] for layer in held.layers.values()), "")
+    for step in migration.steps:
+        if step.passes_on:
+            continue
+        key, name, size = first, next(iter(step.specs)), 0
+        if step.layer is not None:
+            key, name = step.layer.keys["qdata"], step.layer.layer
+            size = sum(held.specs[key].nbytes for key in step.layer.keys.values())
+        file = staging.file_of(held.component, key)
+        yield Piece(held.full_name(name), file, step.specs, size, 6 * size, _Respelled(held, step))
 
 
 @dataclass(frozen=True)
-class _Constant:
-    """Makes tensors that are there already."""
-
-    tensors: Mapping[str, Tensor]
-
-    def __call__(self) -> Made:
-        return Made(dict(self.tensors))
-
-
-@dataclass(frozen=True)
-class _Respell:
-    """Makes one layer in the dialect's own spelling, and checks that its parts come back with the same bits."""
+class _Respelled:
+    """Makes one layer in its new spelling, and checks that its parts come back with the same bits."""
 
     held: QuantizedComponent
-    stored: StoredLayer
-    specs: dict[str, TensorSpec] = field(default_factory=dict)
+    step: Step
 
     def __call__(self) -> Made:
-        s, dialect = self.stored, get_dialect(DIALECT)
-        parts = self.held.load(s)
-        tensors = dialect.store_parts(s.layer, s.format, parts, s.shape, s.dtype, s.options, s.layout)
-        return Made(tensors, check=lambda read: self._check(parts, read))
+        check = None if self.step.layer is None else partial(self._check, self.step.layer)
+        return Made(self.step.make(self.held.read), check=check)
 
-    def _check(self, parts: Mapping[str, Tensor], read: Read) -> dict[str, Any]:
-        dialect = get_dialect(DIALECT)
-        again = dialect.find_layers(self.specs, {}, read, self.stored.place).layers[self.stored.layer]
-        loaded = dialect.load_parts(again, read)
+    def _check(self, layer: StoredLayer, read: Read) -> dict[str, Any]:
+        again = COMFY.find_layers(self.step.specs, {}, read, layer.place).layers[layer.layer]
+        parts, back = self.held.load(layer), COMFY.load_parts(again, read)
         for name, part in parts.items():
-            if again.format != self.stored.format or not torch.equal(raw_bytes(loaded[name]), raw_bytes(part)):
-                raise CheckpointError(f"{self.stored.place}: {name} changed when it was written again; report this")
+            if name not in back or not torch.equal(raw_bytes(back[name]), raw_bytes(part)):
+                raise CheckpointError(
+                    f"{layer.place}: its {name} does not come back from the new spelling; keep the file as it is"
+                )
         return {}
-
-
-@dataclass(frozen=True)
-class _RespellLegacy:
-    """Makes one layer in the legacy spelling."""
-
-    held: QuantizedComponent
-    stored: StoredLayer
-    keys: dict[str, str]
-
-    def __call__(self) -> Made:
-        parts = self.held.load(self.stored)
-        return Made({key: parts[part] for part, key in self.keys.items()})

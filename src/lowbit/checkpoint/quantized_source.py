@@ -16,10 +16,11 @@ from .source import Component, Source
 
 @dataclass(frozen=True)
 class QuantizedComponent:
-    """One model of a source: its tensors' specs, its header metadata, the dialect (None: plain) and its layers."""
+    """One model of a source: its place in messages, tensors' specs, header metadata, dialect (None: plain), layers."""
 
     source: Source
     component: Component
+    where: str
     specs: dict[str, TensorSpec]
     metadata: dict[str, str]
     dialect: Dialect | None
@@ -76,4 +77,4 @@ def look_for_layers(source: Source, component: Component, *, strict: bool = True
     found = FoundLayers(plain=list(specs))
     if dialect is not None:
         found = dialect.find_layers(specs, metadata, lambda key: source.read(component, key), where, strict=strict)
-    return QuantizedComponent(source, component, specs, metadata, dialect, found)
+    return QuantizedComponent(source, component, where, specs, metadata, dialect, found)

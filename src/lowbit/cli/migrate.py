@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lowbit.checkpoint.migrate import STYLES, migrate as run
+from lowbit.checkpoint.dialects.comfy_migrate import CONVENTIONS
+from lowbit.checkpoint.migrate import migrate as run
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
 from lowbit.cli.output import asking, command, epilog, print_json, progress, say
@@ -23,16 +24,16 @@ def migrate(
     src: options.SourcePath,
     output: options.OutputPath,
     to: Annotated[
-        str, typer.Option(metavar="STYLE", help="current (a marker a layer) or legacy (scaled_fp8).")
+        str, typer.Option(metavar="CONVENTION", help="current (a marker a layer) or legacy (scaled_fp8).")
     ] = "current",
     jobs: options.Jobs = None,
     resume: options.Resume = True,
     as_json: options.AsJson = False,
 ) -> None:
-    """Rewrite a quantized ComfyUI file in its current spelling, or back; no code and no scale changes."""
-    if to not in STYLES:
+    """Rewrite a quantized ComfyUI file in its current convention, or back; no code and no scale changes."""
+    if to not in CONVENTIONS:
         with asking():
-            raise PlanError(f"--to {to!r} is unknown; choose one of {', '.join(STYLES)}")
+            raise PlanError(f"--to {to!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
     with open_source(src) as source, progress("rewriting") as update:
         done = run(source, output, to, jobs=jobs, resume=resume, progress=update)
     if as_json:
@@ -40,4 +41,4 @@ def migrate(
         return
     for note in done.notes:
         say(f"note: {note}", "yellow")
-    say(f"{done.target}: {len(done.layers)} layers in the {to} spelling", "bold")
+    say(f"{done.target}: {len(done.layers)} layers in the {to} convention", "bold")

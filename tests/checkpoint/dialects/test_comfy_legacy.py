@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.dialects import Migration, migrate
+from lowbit.checkpoint.dialects.comfy_migrate import Migration, migrate
 from lowbit.errors import CheckpointError, LowbitError, PartsError
 from lowbit.formats import parse_spec
 from tests.checkpoint.dialects.comfy_files import (
@@ -44,7 +44,7 @@ def legacy(elements: int = 0, prefix: str = "", dtype: torch.dtype = FP8, **tens
 
 def migrated(tensors: dict[str, Tensor], metadata: dict[str, str], to: str) -> tuple[Migration, dict[str, Tensor]]:
     """A migration and the tensors it gives, which must be those it promised, in that order."""
-    migration = migrate(specs_of(tensors), metadata, tensors.__getitem__, to, where=WHERE)
+    migration = migrate(find(tensors, metadata), specs_of(tensors), metadata, to, WHERE)
     made = dict(migration.tensors(tensors.__getitem__))
     assert list(migration.specs.items()) == list(specs_of(made).items())
     return migration, made
@@ -207,10 +207,16 @@ def test_what_legacy_cannot_hold(tensors, message):
         migrated(tensors, {}, "legacy")
 
 
-def test_nothing_to_migrate():
-    """A file without quantized layers, and a target that does not exist, are errors."""
-    with pytest.raises(CheckpointError, match=f"{WHERE}: holds no quantized layer"):
-        migrated({"a.weight": torch.ones(2, 2)}, {}, "current")
+@pytest.mark.parametrize("to", ["current", "legacy"])
+def test_a_plain_file_is_passed_on(to):
+    """Without a quantized layer nothing is added, whichever the convention."""
+    migration, made = migrated({"a.weight": torch.ones(2, 2)}, {"author": "someone"}, to)
+    assert list(made) == ["a.weight"]
+    assert migration.metadata == {"author": "someone"}
+
+
+def test_an_unknown_convention():
+    """The error names those there are."""
     with pytest.raises(CheckpointError, match="known are current, legacy"):
         migrated(stored("fp8_e4m3"), {}, "older")
 

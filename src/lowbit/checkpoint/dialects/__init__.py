@@ -13,21 +13,17 @@ from lowbit.checkpoint.dialects.base import (
     register_dialect,
     undescribed,
 )
-from lowbit.checkpoint.dialects.comfy_migrate import Migration, Step, migrate
 
 __all__ = [
     "Dialect",
     "FoundLayers",
-    "Migration",
     "Problem",
-    "Step",
     "StoredLayer",
     "TensorSpec",
     "comfy",
     "detect_dialect",
     "dialects",
     "get_dialect",
-    "migrate",
     "register_dialect",
     "undescribed",
 ]

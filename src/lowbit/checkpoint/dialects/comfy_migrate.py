@@ -6,7 +6,7 @@ first and then stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,18 +19,19 @@ from lowbit.checkpoint.dialects.comfy_legacy import FILE_MARKER, FILE_PREFIXES, 
 from lowbit.checkpoint.dialects.comfy_marker import HEADER
 from lowbit.errors import CheckpointError
 
-TARGETS = ("current", "legacy")
+CONVENTIONS = ("current", "legacy")
 _FULL_PRECISION = "full_precision_matrix_mult"
 _LEGACY_FORMATS = ("fp8_e4m3", "fp8_e5m2")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One layer of the new file, or one tensor that is passed on: what it will be, and the function that makes it."""
+    """One layer of the new file, one tensor that is passed on, or the marker of the file: specs, and what makes it."""
 
     specs: dict[str, TensorSpec]
     make: Callable[[Read], dict[str, Tensor]]
     layer: StoredLayer | None = None
+    passes_on: bool = False
 
 
 @dataclass
@@ -53,39 +54,31 @@ class Migration:
 
 
 def migrate(
-    tensors: Mapping[str, TensorSpec],
-    metadata: Mapping[str, str],
-    read: Read,
-    to: str = "current",
-    *,
-    where: str = "the file",
-    infer_act_unsigned: bool = True,
+    found: FoundLayers, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str], to: str, where: str
 ) -> Migration:
     """Plan the same weights in another convention: "current" (markers and header) or "legacy" (`scaled_fp8`).
 
-    Codes and scales keep their bits; only keys, descriptions and the arrangement change. Tensors that belong to no
-    quantized layer are passed on. `read` is called for small tensors only. Raises what `find_layers` raises, and
-    `CheckpointError` for a layer that the legacy convention cannot hold, and for a file without quantized layers.
+    `found`: what `find_layers` found in the old file, whose header says `tensors` and `metadata`. Codes and scales keep
+    their bits; only keys, descriptions and the arrangement change. Tensors that belong to no quantized layer are passed
+    on. Raises `CheckpointError` for a layer that the legacy convention cannot hold.
     """
-    if to not in TARGETS:
-        raise CheckpointError(f"unknown convention {to!r} to migrate to; known are {', '.join(TARGETS)}")
-    found = COMFY.find_layers(tensors, metadata, read, where, infer_act_unsigned=infer_act_unsigned)
-    if not found.layers:
-        raise CheckpointError(f"{where}: holds no quantized layer; there is nothing to migrate")
-    migration = Migration(
-        metadata={name: text for name, text in metadata.items() if name != HEADER}, notes=list(found.notes)
-    )
-    for layer in found.layers.values():
-        migration.notes += [f"{layer.layer}: {note}" for note in layer.notes]
-    if to == "current":
-        migration.metadata |= COMFY.header_metadata(found.layers.values())
-        migration.steps = list(_steps(found, tensors, _current))
-    else:
+    if to not in CONVENTIONS:
+        raise CheckpointError(f"unknown convention {to!r} to migrate to; known are {', '.join(CONVENTIONS)}")
+    notes = [*found.notes, *(f"{layer.layer}: {note}" for layer in found.layers.values() for note in layer.notes)]
+    migration = Migration(metadata=describe(metadata, found.layers.values(), to), notes=notes)
+    if to == "legacy" and found.layers:
         prefix, full_precision, dtype = _legacy_file(found, where)
         marker = {prefix + FILE_MARKER: torch.zeros(2 if full_precision else 0, dtype=dtype)}
-        file_marker = Step({key: TensorSpec.of(tensor) for key, tensor in marker.items()}, lambda _: marker)
-        migration.steps = [*_steps(found, tensors, _legacy), file_marker]
+        migration.steps.append(Step({key: TensorSpec.of(tensor) for key, tensor in marker.items()}, lambda _: marker))
+    migration.steps[:0] = _steps(found, tensors, _current if to == "current" else _legacy)
     return migration
+
+
+def describe(metadata: Mapping[str, str], layers: Iterable[StoredLayer], to: str) -> dict[str, str]:
+    """A file's header metadata with what the convention says there about these layers in place of what it said."""
+    kept = {name: text for name, text in metadata.items() if name != HEADER}
+    layers = list(layers)
+    return {**kept, **COMFY.header_metadata(layers)} if layers and to == "current" else kept
 
 
 def _steps(
@@ -96,7 +89,7 @@ def _steps(
     plain, done = set(found.plain), set()
     for key, spec in tensors.items():
         if key in plain:
-            yield Step({key: spec}, partial(_pass_on, key))
+            yield Step({key: spec}, partial(_pass_on, key), passes_on=True)
         elif key in owner and owner[key].layer not in done:
             done.add(owner[key].layer)
             yield rewrite(owner[key])
@@ -136,7 +129,7 @@ def _legacy_file(found: FoundLayers, where: str) -> tuple[str, bool, torch.dtype
         if layer.format.name not in _LEGACY_FORMATS or layer.format.config()["granularity"] != "tensor":
             raise CheckpointError(
                 f"{layer.place}: is {layer.format}, and a scaled_fp8 file holds only fp8 with one scale a weight; "
-                "convert the original to fp8_e4m3 instead"
+                "keep it as it is"
             )
         if layer.format.pre_quant_scale:
             raise CheckpointError(f"{layer.place}: has a pre_quant_scale, for which a scaled_fp8 file has no place")
@@ -153,8 +146,7 @@ def _legacy_file(found: FoundLayers, where: str) -> tuple[str, bool, torch.dtype
         if len(values) > 1:
             raise CheckpointError(
                 f"{where}: its layers differ in {what} ({', '.join(sorted(map(repr, values)))}), which a scaled_fp8 "
-                "file states "
-                "once for all; keep the current convention"
+                "file states once for all; keep the current convention"
             )
     dtype = torch.float8_e4m3fn if formats == ["fp8_e4m3"] else torch.float8_e5m2
     return prefixes.pop(), modes.pop(), dtype
