@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -286,3 +287,14 @@ def test_gathered_rows_keep_their_bytes():
     raw_bytes(picked.qdata).zero_()
 
     assert w[1:3].dequantize().any()
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS)
+def test_a_plain_pickle_survives(spec):
+    """pickle and copy.copy work as torch.save does, also for float8 parts, which PyTorch alone cannot unpickle."""
+    n, k = weight_shape(lowbit.parse_spec(spec))
+    w = QuantizedTensor.quantize(gaussian(n, k, seed=1), spec)
+
+    for made in (pickle.loads(pickle.dumps(w)), copy.copy(w)):
+        assert torch.equal(made, w)
+        assert made.qdata.dtype == w.qdata.dtype

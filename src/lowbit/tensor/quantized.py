@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.base import Format
-from lowbit.formats.parts import Parts
+from lowbit.formats.parts import Parts, raw_bytes
 from lowbit.formats.registry import as_format
 from lowbit.layouts.base import get_layout
 from lowbit.ops import generic
@@ -213,7 +213,9 @@ class QuantizedTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         flags = (bool(getattr(self, "_is_param", False)), self.requires_grad)
         state = (self.spec, tuple(self.shape), self.dtype, self.matrix, self.transposed, flags)
-        return rebuild_quantized_tensor, (self.parts, *state)
+        # One-byte parts go as uint8: PyTorch's float8 tensors survive torch.save but not a plain pickle.
+        stored = {name: (raw_bytes(part), part.dtype) for name, part in self.parts.items()}
+        return rebuild_quantized_tensor, (stored, *state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) in memo:
@@ -257,7 +259,7 @@ class QuantizedTensor(torch.Tensor):
 
 
 def rebuild_quantized_tensor(
-    parts: dict[str, Tensor],
+    stored: dict[str, tuple[Tensor, torch.dtype]],
     spec: str,
     shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -267,6 +269,7 @@ def rebuild_quantized_tensor(
 ) -> QuantizedTensor:
     """Unpickle a `QuantizedTensor`; takes plain values only, so that `torch.load(weights_only=True)` can run it."""
     fmt, layout = generic.split_spec(spec)
+    parts = {name: part.view(kind) for name, (part, kind) in stored.items()}
     made = QuantizedTensor(
         parts, fmt, tuple(shape), dtype, layout=layout, matrix=(matrix[0], matrix[1]), transposed=transposed
     )
