@@ -49,6 +49,19 @@ def test_parts_follow_their_rules(fmt, dtype):
     assert sum(part.numel() * part.element_size() for part in parts.values()) == fmt.nbytes(*w.shape, dtype)
 
 
+def test_preparing_rows_is_undone_and_keeps_squares(fmt):
+    """restore is the inverse of prepare, each row keeps its sum of squares, and the given rows are not written to."""
+    w = _weight(fmt)
+    before = w.clone()
+
+    prepared = fmt.prepare(w)
+    squares = prepared.square().sum(1)
+
+    assert torch.equal(w, before)
+    torch.testing.assert_close(squares, w.square().sum(1))
+    torch.testing.assert_close(fmt.restore(prepared), w)
+
+
 def test_a_share_of_the_bias_is_foretold(fmt):
     """folds_bias says, before there are parts, whether they give a share of the bias."""
     assert fmt.folds_bias is (fmt.bias_share(fmt.quantize(_weight(fmt))) is not None)

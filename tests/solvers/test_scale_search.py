@@ -100,7 +100,7 @@ def test_reaches_the_known_ratio(spec, known):
     assert sqnr(w, fmt.dequantize(parts, (1024, 1024), torch.float32)) >= known - 0.1
 
 
-@pytest.mark.parametrize("spec", ["nvfp4", "awq_w4a16", "int8", "int8(granularity=tensor)"])
+@pytest.mark.parametrize("spec", ["nvfp4", "awq_w4a16", "int8", "int8(granularity=tensor)", "int8(rotation=64)"])
 def test_statistics_move_the_error_away_from_columns_that_matter(spec):
     """With second moments the weighted error becomes smaller than that of a search without them."""
     fmt, w = parse_spec(spec), outlier_weight(64, 256, seed=3)

@@ -11,7 +11,7 @@ from lowbit.formats import Format, Parts
 
 
 def unit_errors(fmt: Format, w: Tensor, params: Parts) -> Tensor:
-    """Squared errors of every unit, summed in float64."""
+    """Squared errors of every unit of prepared rows, summed in float64."""
     return fmt.unit_errors((fmt.project(w, params) - w).double().square())
 
 
@@ -23,7 +23,7 @@ def searched(fmt: Format, w: Tensor, rows: int = 1 << 30) -> tuple[Tensor, int]:
     """
     found, most = [], 0
     shared = fmt.fit_shared(w)
-    for piece in w.split(rows):
+    for piece in fmt.prepare(w).split(rows):
         params = fmt.fit(piece, shared)
         best, evaluated = unit_errors(fmt, piece, params), 0
         for candidate in fmt.candidates(piece, params):
@@ -38,7 +38,8 @@ def searched(fmt: Format, w: Tensor, rows: int = 1 << 30) -> tuple[Tensor, int]:
 
 def swept(fmt: Format, w: Tensor, scales: Iterable[Tensor]) -> Tensor:
     """The least error of every unit over `scales`, each given to all units at once, and over the fitted ones."""
-    params = fmt.fit(w, fmt.fit_shared(w))
+    shared, w = fmt.fit_shared(w), fmt.prepare(w)
+    params = fmt.fit(w, shared)
     best = unit_errors(fmt, w, params)
     for scale in scales:
         best = torch.minimum(best, unit_errors(fmt, w, {**params, "scale": scale.expand_as(params["scale"])}))

@@ -8,6 +8,8 @@ A format is one frozen dataclass in one file. Its fields are its JSON config; it
 - `fit_shared(w)`: what the whole weight shares, found in one pass over it (a tensor-wide scale), and
   `fit(rows, shared)`: the other parameters of some rows;
 - `encode(rows, params)` -> codes, `decode(codes, params)` -> float32, `pack(codes)` -> qdata, `unpack(qdata)` -> codes;
+- where it rounds in another basis (a rotation): `prepare(rows)` and its inverse, `restore(rows)`. All other hooks that
+  take or give rows mean prepared ones;
 - `unit(shape)`: the tile (rows, columns) of weights that share one scale, and `candidates(rows, params)`: other
   scales worth trying. The solvers work on these two and on the hooks above, so each is written once for all formats;
 - `golden_sqnr`: the signal-to-noise ratio in dB on the shared Gaussian, by spec, which the tests hold to both sides.
@@ -69,6 +71,14 @@ class Format:
         """The rules of the parts this format itself stores, `qdata` first."""
         raise NotImplementedError
 
+    def prepare(self, rows: Tensor) -> Tensor:
+        """float32 rows in the basis in which they are rounded: a linear map along K that keeps the sum of squares."""
+        return rows
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """The inverse of `prepare`; it may work in place."""
+        return rows
+
     def fit_shared(self, w: Tensor) -> Parts:
         """Parameters that all rows share, from the whole weight [N, K] (any float dtype)."""
         return {}
@@ -107,6 +117,12 @@ class Format:
 
     # ---- quantize and dequantize ------------------------------------------------------------------------------------
 
+    def prepared(self, w: Tensor, start: int, stop: int, where: str) -> Tensor:
+        """Rows of a weight [N, K] for the hooks: float32, prepared. Raises `WeightError` on a NaN or an infinity."""
+        rows = w[start:stop].float()
+        check_finite(rows, where)
+        return self.prepare(rows)
+
     def fit_stored(self, rows: Tensor, shared: Parts, source: torch.dtype) -> Parts:
         """`fit`, with each parameter in the dtype in which a weight of dtype `source` stores it."""
         dtypes = self.part_dtypes(source)
@@ -139,8 +155,7 @@ class Format:
         shared = self.fit_shared(w) if params is None else {}
         out: Parts = {}
         for start, stop in self.row_ranges(w.shape[0], w.shape[1]):
-            rows = w[start:stop].float()
-            check_finite(rows, where)
+            rows = self.prepared(w, start, stop, where)
             if params is None:
                 chosen = self.fit_stored(rows, shared, w.dtype)
             else:
@@ -159,7 +174,7 @@ class Format:
         out = torch.empty((stop - start, k), dtype=dtype, device=parts["qdata"].device)
         for first, last in self.row_ranges(stop - start, k):
             cut = narrow_rows(self.rules, parts, start + first, start + last)
-            rows = self.decode(self.unpack(cut["qdata"], k), cut)[:, :k]
+            rows = self.restore(self.decode(self.unpack(cut["qdata"], k), cut)[:, :k])
             out[first:last] = rows * cut["pre_quant_scale"].float() if self.pre_quant_scale else rows
         return out
 

@@ -9,9 +9,8 @@ block         [ceil(N / rows), ceil(K / columns)]    a tile of `block_size`, sma
 
 rotation      a power of four that divides K, with granularity row only: the codes are of the weight whose groups
               along K are rotated by the regular Hadamard matrix (ConvRot, arXiv 2512.03673), which spreads outliers
-              over their group. `fit` and `encode` take rows in the original basis and rotate them; `decode` and
-              `project` return to it. The rotation is orthonormal, so the squared error of a row, the unit of scale,
-              is the same in both.
+              over their group. The rotation is orthonormal, so the squared error of a row, the unit of scale, is the
+              same in both bases.
 activations   "int8": a linear quantizes each row of its (rotated) input on the fly, by absmax / 127 (with granularity
               block, each block of columns of each row), and multiplies integers exactly. "none": it decodes the weight.
 
@@ -91,6 +90,12 @@ class Int8(Format):
             return f"has {k} columns, not a multiple of the rotation group {self.rotation}"
         return None
 
+    def prepare(self, rows: Tensor) -> Tensor:
+        return rotate_groups(rows, self.rotation) if self.rotation else rows
+
+    def restore(self, rows: Tensor) -> Tensor:
+        return self.prepare(rows)  # the rotation is its own inverse
+
     def fit_shared(self, w: Tensor) -> Parts:
         return {"scale": _scale(whole_amax(w))} if self.granularity == "tensor" else {}
 
@@ -99,7 +104,7 @@ class Int8(Format):
             return shared
         if self.granularity == "block":
             return {"scale": _scale(reduce_tiles(rows.abs(), self.block_size, "amax"))}
-        amax = self._rotate(rows).abs().amax(dim=1, keepdim=True)
+        amax = rows.abs().amax(dim=1, keepdim=True)
         if self.rotation and not bool(torch.isfinite(amax).all()):
             raise WeightError("weight: its rotated values exceed float32; repair the source or keep this layer")
         return {"scale": _scale(amax)}
@@ -108,10 +113,10 @@ class Int8(Format):
         return self._steps(rows, params, noise).to(torch.int8)
 
     def decode(self, codes: Tensor, params: Parts) -> Tensor:
-        return self._rotate(codes.float().mul_(self._spread(params["scale"], codes.shape)))
+        return codes.float().mul_(self._spread(params["scale"], codes.shape))
 
     def project(self, rows: Tensor, params: Parts) -> Tensor:
-        return self._rotate(self._steps(rows, params).mul_(self._spread(params["scale"], rows.shape)))
+        return self._steps(rows, params).mul_(self._spread(params["scale"], rows.shape))
 
     def unit(self, shape: tuple[int, int]) -> tuple[int, int]:
         return {"tensor": shape, "row": (1, shape[1]), "block": self.block_size}[self.granularity]
@@ -132,13 +137,9 @@ class Int8(Format):
             return int8_linear_blocks(x, qdata, scale, self.block_size, bias, x.dtype)
         return int8_linear(x, qdata, scale, bias, x.dtype, self.rotation)
 
-    def _rotate(self, rows: Tensor) -> Tensor:
-        """Rows in the other basis (the rotation is its own inverse); the rows themselves when there is none."""
-        return rotate_groups(rows, self.rotation) if self.rotation else rows
-
     def _steps(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:
         """The codes of rows as float32."""
-        scaled = self._rotate(rows) / self._spread(params["scale"], rows.shape)
+        scaled = rows / self._spread(params["scale"], rows.shape)
         return round_clamp_(scaled, -INT8_MAX, INT8_MAX, noise)
 
     def _spread(self, scale: Tensor, shape: torch.Size) -> Tensor:

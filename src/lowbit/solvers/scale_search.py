@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SolverError
-from lowbit.formats.base import Format, check_finite
+from lowbit.formats.base import Format
 from lowbit.formats.parts import Part, Parts
 from lowbit.solvers.base import Statistics, register_solver
 
@@ -43,18 +43,16 @@ def best_params(w: Tensor, fmt: Format, weights: Tensor | None, where: str) -> P
         return _search_whole(w, fmt, shared, weights, where)
     found: Parts = {}
     for start, stop in fmt.row_ranges(*shape):
-        rows = w[start:stop].float()
-        check_finite(rows, where)
+        rows = fmt.prepared(w, start, stop, where)
         fmt.store_rows(found, _search_rows(rows, fmt, fmt.fit_stored(rows, shared, w.dtype), weights), shape, start)
     return found
 
 
 def _search_rows(rows: Tensor, fmt: Format, params: Parts, weights: Tensor | None) -> Parts:
-    """The best parameters of some rows (float32 [n, K]) that hold whole units."""
+    """The best parameters of some prepared rows (float32 [n, K]) that hold whole units."""
     best = _errors(rows, fmt, params, weights)
-    lightest = (
-        1.0 if weights is None else float(weights.min())
-    )  # a bound on plain squares holds for weighted ones times this
+    # A bound on plain squares holds for weighted ones times this.
+    lightest = 1.0 if weights is None else float(weights.min())
     chosen = dict(params)
     for candidate in fmt.candidates(rows, params):
         if candidate.bound is not None and not bool((candidate.bound * lightest < best).any()):
@@ -72,8 +70,7 @@ def _search_whole(w: Tensor, fmt: Format, shared: Parts, weights: Tensor | None,
     options: list[Parts] = []
     totals = torch.zeros(0, dtype=torch.float64)
     for start, stop in fmt.row_ranges(w.shape[0], w.shape[1]):
-        rows = w[start:stop].float()
-        check_finite(rows, where)
+        rows = fmt.prepared(w, start, stop, where)
         params = fmt.fit_stored(rows, shared, w.dtype)
         options = [params, *(candidate.params for candidate in fmt.candidates(rows, params))]
         sums = torch.stack([_errors(rows, fmt, option, weights).sum(dtype=torch.float64).cpu() for option in options])
@@ -83,8 +80,12 @@ def _search_whole(w: Tensor, fmt: Format, shared: Parts, weights: Tensor | None,
 
 def _errors(rows: Tensor, fmt: Format, params: Parts, weights: Tensor | None) -> Tensor:
     """The squared error of each unit: [units along N, units along K]."""
-    squared = fmt.project(rows, params).sub_(rows).square_()
-    return fmt.unit_errors(squared if weights is None else squared.mul_(weights.to(rows.device)))
+    error = fmt.project(rows, params).sub_(rows)
+    if weights is None:
+        return fmt.unit_errors(error.square_())
+    return fmt.unit_errors(
+        fmt.restore(error).square_().mul_(weights.to(rows.device))
+    )  # the weights are of true columns
 
 
 def _take(fmt: Format, chosen: Parts, other: Parts, better: Tensor) -> None:
