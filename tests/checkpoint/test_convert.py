@@ -297,3 +297,24 @@ def test_the_output_has_the_permissions_of_any_new_file(source, tmp_path):
     (tmp_path / "plain").touch()
 
     assert (tmp_path / "out.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("rule", [True, False])
+@pytest.mark.parametrize("unsigned", [True, False])
+def test_the_arrangement_in_the_file_can_be_chosen(tmp_path, rule, unsigned):
+    """A spec with a layout writes tiles, in a plan file too; a loader gets what it gets from the plain arrangement."""
+    tensors = {"a.weight": outlier_weight(256, 192, seed=1), "b.weight": outlier_weight(96, 128, seed=2)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    fields = f"svdquant_w4a4(rank=8,act_unsigned={unsigned})"
+    tiled = f"{fields}@kitchen_tile_packed_w4a4"
+    with open_source(tmp_path / "in.safetensors") as source:
+        options = {"layer_rules": [("a", tiled)]} if rule else {"only": ["a"]}
+        planned(source, "int8" if rule else tiled, **options).save(tmp_path / "plan.json")
+        report = convert(source, tmp_path / "tiles.safetensors", Plan.load(tmp_path / "plan.json"))
+        convert(source, tmp_path / "plain.safetensors", planned(source, fields, only=["a"]))
+    (stored, parts), (plain, expected) = (layers_of(tmp_path / f"{n}.safetensors")["a"] for n in ("tiles", "plain"))
+
+    assert load_file(tmp_path / "tiles.safetensors")["a.weight"].shape == (2, 3, 32, 128)
+    assert (stored.layout, plain.layout, stored.format) == ("kitchen_tile_packed_w4a4", "", plain.format)
+    assert all(torch.equal(parts[name], expected[name]) for name in expected)
+    assert report.layers[0].format == parse_spec(fields).spec + "@kitchen_tile_packed_w4a4"

@@ -350,3 +350,28 @@ def test_what_a_family_can_do_without_is_dropped_only_when_asked(tmp_path):
     assert plans[True][decoder].action == "drop"
     assert plans[False][decoder].action != "drop"
     assert plans[True][layer.format(1)].action == "quantize"
+
+
+def test_rows_that_fill_no_tile_are_kept_and_said_so(tmp_path):
+    """A weight that the layout cannot hold stays, with the layout's reason; an order to pack it is refused."""
+    save_file({"a.weight": torch.ones(256, 128), "b.weight": torch.ones(96, 128)}, tmp_path / "in.safetensors")
+    with open_source(tmp_path / "in.safetensors") as source:
+        plan = make_plan(source, "svdquant_w4a4@kitchen_tile_packed_w4a4", preset="none")
+    kept = plan.components[0].tensors[1]
+
+    assert (kept.key, kept.action, kept.why) == ("b.weight", "keep", "has 96 rows, not a multiple of 128")
+    data = plan.to_json()
+    data["components"][""]["tensors"]["b.weight"] |= {
+        k: data["components"][""]["tensors"]["a.weight"][k] for k in ("action", "format", "solver")
+    }
+    with pytest.raises(PlanError, match=r"'b.weight' cannot become .*96 rows, not a multiple of 128; set its action"):
+        Plan.from_json(data)
+
+
+@pytest.mark.parametrize("spec", ["nvfp4@kitchen_tile_packed_w4a4", "svdquant_w4a4@tiles", "svdquant_w4a4@"])
+def test_an_unknown_layout_is_refused(tmp_path, spec):
+    """A layout that the format does not have is an error that lists the ones it has."""
+    save_file({"a.weight": torch.ones(256, 128)}, tmp_path / "in.safetensors")
+    unknown = pytest.raises(FormatError, match=r"has no layout .*it has")
+    with open_source(tmp_path / "in.safetensors") as source, unknown:
+        make_plan(source, spec, preset="none")

@@ -109,6 +109,7 @@ def test_progress_is_silent_when_stderr_is_no_terminal(monkeypatch):
         ("mlp=int8", ("mlp", "int8")),
         ("a=b.*=int8(granularity=block,block_size=64x64)", ("a=b.*", "int8(granularity=block,block_size=64x64)")),
         (r"blocks\.\d+\.(q|k)=fp8_e4m3(granularity=row)", (r"blocks\.\d+\.(q|k)", "fp8_e4m3(granularity=row)")),
+        ("mlp=svdquant_w4a4(rank=8)@tiles", ("mlp", "svdquant_w4a4(rank=8)@tiles")),
     ],
 )
 def test_a_layer_rule_is_split_before_its_format(text, rule):

@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lowbit.checkpoint import source
 from lowbit.cli import convert as convert_command
+from tests.cli.conftest import tiny_model
 
 SPEC = "fp8_e4m3(granularity=row)"
 
@@ -192,3 +194,18 @@ def test_wrong_options_end_with_2_and_name_the_choices(lowbit, model, tmp_path, 
     assert done.err.startswith("error: ")
     assert done.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_layout_is_written_behind_an_at_sign(lowbit, tmp_path):
+    """Format option and layer rule take it, and inspect shows what the file holds; verify and dequantize read it."""
+    model = tiny_model(tmp_path / "m.safetensors", big__weight=torch.ones(128, 128, dtype=torch.bfloat16))
+    out, spec = tmp_path / "out.safetensors", "svdquant_w4a4(rank=8)@kitchen_tile_packed_w4a4"
+
+    done = lowbit("convert", model, "-o", out, "--format", "int8", "--layer", f"up|big={spec}", "--json")
+
+    assert done.code == 0, done.err
+    assert load_file(out)["blocks.0.mlp.up.weight"].shape == (1, 1, 32, 128)
+    groups = {group["format"] for group in lowbit("inspect", out, "--json").json["groups"]}
+    assert spec in groups
+    assert lowbit("verify", model, out, "--min-sqnr", "15").code == 0
+    assert lowbit("dequantize", out, "-o", tmp_path / "plain.safetensors").code == 0

@@ -181,6 +181,10 @@ def test_formats_lists_every_registered_format(lowbit):
     assert [entry["name"] for entry in data["formats"]] == list(formats())
     assert all(name in text.out for name in formats())
     assert all(entry["about"] and entry["variants"] for entry in data["formats"])
+    assert {entry["name"]: entry["layouts"] for entry in data["formats"] if entry["layouts"]} == {
+        "svdquant_w4a4": ["kitchen_tile_packed_w4a4"]
+    }
+    assert "svdquant_w4a4@kitchen_tile_packed_w4a4" in text.out
 
 
 def test_doctor_shows_versions_and_why_a_backend_is_missing(lowbit):
@@ -201,6 +205,16 @@ def test_doctor_says_which_kernel_would_run_and_why_the_others_would_not(lowbit)
     assert choice["reasons"][choice["runs"]] == "runs"
     assert "does not run on cpu tensors" in choice["reasons"]["cuda"]
     assert f"runs: {choice['runs']}" in text.out
+
+
+def test_doctor_knows_the_layout_of_a_format(lowbit):
+    """Behind "@" stands the arrangement whose kernels are asked; a weight that it cannot hold has none."""
+    spec = "svdquant_w4a4(rank=8)@kitchen_tile_packed_w4a4"
+    fits, not_so = (lowbit("doctor", "--format", spec, "--shape", shape, "--json") for shape in ("256x128", "96x128"))
+
+    assert (fits.code, fits.json["choice"]["format"], fits.json["choice"]["runs"]) == (0, spec, "eager:linear_tiles")
+    assert (not_so.code, not_so.json["choice"]["runs"]) == (1, None)
+    assert "96 rows, not a multiple of 128" in not_so.json["choice"]["reasons"]["the format"]
 
 
 def test_doctor_ends_with_1_when_the_format_cannot_hold_the_shape(lowbit):

@@ -134,7 +134,7 @@ class _Layer:
         seed: int | None,
     ) -> None:
         self.plan, self.component, self.dialect, self._held = plan, component, dialect, held
-        self.layer, self.fmt = plan.layer, plan.fmt
+        self.layer, self.fmt, self.layout = plan.layer, plan.fmt, plan.stored.layout
         self.shape, self.dtype = (plan.shape[0], plan.shape[1]), plan.spec.dtype
         self.name = held.full_name(plan.key)
         self.place = name_place(str(held.component.tensors[plan.key].path), self.layer)
@@ -145,7 +145,7 @@ class _Layer:
         self.bias_key = join_key(self.layer, "bias") if folds else None
         if self.bias_key is not None and self.bias_key in held.specs:
             self.specs[self.bias_key] = held.specs[self.bias_key]
-        self.stored = StoredLayer(self.layer, self.fmt, self.shape, self.dtype)
+        self.stored = StoredLayer(self.layer, self.fmt, self.shape, self.dtype, layout=self.layout)
         self.size = plan.bytes_before
         self.bytes_after = sum(spec.nbytes for spec in self.specs.values())
         self.memory = plan.spec.nbytes + 3 * self.bytes_after + _WORKSPACE
@@ -169,7 +169,7 @@ class _Layer:
         else:
             w, share = self._held.dequantized(self._was, self.dtype)
         parts = solver(self.plan.solver)(w, self.fmt, None, where=self.place, seed=self._seed)
-        tensors = self.dialect.store_parts(self.layer, self.fmt, parts, self.shape, self.dtype, {})
+        tensors = self.dialect.store_parts(self.layer, self.fmt, parts, self.shape, self.dtype, {}, self.layout)
         if self.bias_key is not None:
             tensors[self.bias_key] = self._bias(parts, share)
         record = {"seconds": time.perf_counter() - began}
@@ -192,10 +192,10 @@ class _Layer:
         own = [key for key in self.specs if key != self.bias_key]
         specs = {key: self.specs[key] for key in own}
         stored = self.dialect.find_layers(specs, {}, read, self.place).layers.get(self.layer)
-        if stored is None or (stored.format, stored.shape) != (self.fmt, self.shape):
-            found = "nothing" if stored is None else f"{stored.format} {list(stored.shape)}"
+        if stored is None or (stored.format, stored.shape, stored.layout) != (self.fmt, self.shape, self.layout):
+            found = "nothing" if stored is None else f"{stored.format} {list(stored.shape)} {stored.layout}".rstrip()
             raise CheckpointError(
-                f"{self.place}: written as {self.fmt} {list(self.shape)}, read back as {found}; report this"
+                f"{self.place}: written as {self.plan.format} {list(self.shape)}, read back as {found}; report this"
             )
         accuracy = compare_weight(self.fmt, self.dialect.load_parts(stored, read), w)
         if math.isnan(accuracy.sqnr):
@@ -245,7 +245,7 @@ def _layer_reports(layers: list[_Layer], done: Rewritten) -> Iterator[LayerRepor
         yield LayerReport(
             component=layer.component,
             layer=layer.layer,
-            format=layer.fmt.spec,
+            format=layer.plan.stored.spec,
             solver=layer.plan.solver,
             shape=layer.shape,
             seconds=record["seconds"],

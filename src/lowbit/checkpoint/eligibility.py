@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from lowbit.checkpoint.dialects.base import TensorSpec, layer_of
-from lowbit.formats.base import Format
+from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.formats.parts import FLOATS
 
 MIN_WEIGHTS = 4096  # below this a layer's markers and scales eat what its codes save
@@ -39,11 +39,11 @@ def cannot_hold(key: str, spec: TensorSpec) -> str | None:
     return None if layer_of(key) is not None else "its name does not end in .weight"
 
 
-def cannot_store(fmt: Format, shape: tuple[int, ...], *, embedding: bool) -> str | None:
+def cannot_store(stored: StoredFormat, shape: tuple[int, ...], *, embedding: bool) -> str | None:
     """Why this format cannot store a 2-D weight, or None."""
-    if embedding and not fmt.supports_embedding:
-        return f"embedding table, and {fmt.name} has no lookup"
-    return fmt.check_shape(shape[0], shape[1])
+    if embedding and not stored.format.supports_embedding:
+        return f"embedding table, and {stored.format.name} has no lookup"
+    return stored.refuses(shape[0], shape[1])
 
 
 def better_left(shape: tuple[int, ...]) -> str | None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 from lowbit.errors import PlanError
 from lowbit.formats.base import Format
-from lowbit.formats.registry import as_format
 from lowbit.solvers import AUTO, pick_solver
 
 from .dialects import StoredLayer, TensorSpec, get_dialect
@@ -24,6 +23,7 @@ from .plan_data import ComponentPlan, Plan, TensorPlan
 from .presets import GENERIC, BoundPreset, Preset, detect_preset, get_preset
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source
+from .stored_format import StoredFormat
 
 __all__ = ["ComponentPlan", "Plan", "TensorPlan", "make_plan"]
 
@@ -45,20 +45,21 @@ def make_plan(
 ) -> Plan:
     """Decide what becomes of every tensor of `source`; reads headers and markers only.
 
-    `format`: a format or spec for all weights that nothing below excepts. `solver`: a solver's name, or "auto".
-    `preset`: a model family's name, "auto" to detect it by the names of the tensors, "none" for no exceptions by name.
-    `drop`: leave out what the preset says is not needed (a text encoder's decoder), instead of keeping or converting
-    it. `keep`, `only`: patterns of layers to leave alone, and of the only ones to consider. `layer_rules`: (pattern,
-    format) pairs, the first match wins. `requantize`: convert quantized layers again, with the loss of both.
+    `format`: a format or spec for all weights that nothing below excepts; behind the spec may stand "@" and a layout.
+    `solver`: a solver's name, or "auto". `preset`: a model family's name, "auto" to detect it by the names of the
+    tensors, "none" for no exceptions by name. `drop`: leave out what the preset says is not needed (a text encoder's
+    decoder), instead of keeping or converting it. `keep`, `only`: patterns of layers to leave alone, and of the only
+    ones to consider. `layer_rules`: (pattern, format) pairs, the first match wins. `requantize`: convert quantized
+    layers again, with the loss of both.
 
     Raises:
         PlanError: a pattern is wrong or matches nothing, the source is quantized already, the preset is unknown.
         FormatError, SolverError: the format, a rule's format or the solver is wrong.
     """
     get_dialect(dialect)
-    by_layer = [(_Pattern("layer", text), as_format(spec)) for text, spec in layer_rules]
+    by_layer = [(_Pattern("layer", text), StoredFormat.parse(spec)) for text, spec in layer_rules]
     kept, chosen = [_Pattern("keep", text) for text in keep], [_Pattern("only", text) for text in only]
-    rules = _Rules(as_format(format), solver, kept, chosen, by_layer)
+    rules = _Rules(StoredFormat.parse(format), solver, kept, chosen, by_layer)
     rules.check()
     components = []
     for component in source.components:
@@ -97,25 +98,25 @@ class _Pattern:
 class _Rules:
     """What the user asked for."""
 
-    fmt: Format
+    stored: StoredFormat
     solver: str
     keep: list[_Pattern]
     only: list[_Pattern]
-    by_layer: list[tuple[_Pattern, Format]]
+    by_layer: list[tuple[_Pattern, StoredFormat]]
     picked: dict[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise for a format that needs calibration, and for an unknown solver."""
-        for fmt in (self.fmt, *(fmt for _, fmt in self.by_layer)):
+        for fmt in (self.stored.format, *(stored.format for _, stored in self.by_layer)):
             pick_solver(self.solver, fmt)
             if fmt.plain != fmt:
                 raise PlanError(f"{fmt}: has a pre_quant_scale or input_scale, which needs calibration; leave it out")
 
-    def match(self, name: str) -> tuple[_Pattern | None, _Pattern | None, tuple[_Pattern, Format] | None]:
+    def match(self, name: str) -> tuple[_Pattern | None, _Pattern | None, tuple[_Pattern, StoredFormat] | None]:
         """The keep and only patterns and the layer rule that hold for a name; all are tried, to learn which match."""
         kept = [pattern for pattern in self.keep if pattern.matches(name)]
         only = [pattern for pattern in self.only if pattern.matches(name)]
-        rules = [(pattern, fmt) for pattern, fmt in self.by_layer if pattern.matches(name)]
+        rules = [(pattern, stored) for pattern, stored in self.by_layer if pattern.matches(name)]
         return kept[0] if kept else None, only[0] if only else None, rules[0] if rules else None
 
     def pick(self, fmt: Format) -> str:
@@ -143,7 +144,8 @@ def _refuse_quantized(held: QuantizedComponent) -> None:
     layer = next(iter(held.layers.values()))
     raise PlanError(
         f"{layer.place}: is quantized already ({layer.format}), with {len(held.layers) - 1} more layers of this file; "
-        "converting it again would add a second loss. Start from the 16-bit file, or ask for it with requantize"
+        "converting it again would add a second loss. Start from the 16-bit file, or ask for it with "
+        "requantize (--requantize)"
     )
 
 
@@ -220,13 +222,13 @@ def _decide(key: str, spec: TensorSpec, names: _Naming, rules: _Rules, was: str 
             why = opinion.why
         else:
             why = better_left(spec.shape)
-    fmt = rules.fmt if rule is None else rule[1]
+    stored = rules.stored if rule is None else rule[1]
     if why is None:
-        why = cannot_store(fmt, spec.shape, embedding=names.preset.is_embedding(layer or ""))
+        why = cannot_store(stored, spec.shape, embedding=names.preset.is_embedding(layer or ""))
     if why is not None:
         return _tensor(key, spec, "keep", why)
     because = "the format for all weights" if rule is None else f"matches --layer {rule[0].text!r}"
-    return _tensor(key, spec, "quantize", because, format=fmt.spec, solver=rules.pick(fmt), was=was)
+    return _tensor(key, spec, "quantize", because, format=stored.spec, solver=rules.pick(stored.format), was=was)
 
 
 def _tensor(key: str, spec: TensorSpec, action: str, why: str, **more: str) -> TensorPlan:

@@ -24,6 +24,7 @@ from .dialects.base import Dialect, TensorSpec, get_dialect, join_key, layer_of
 from .eligibility import cannot_hold, cannot_store, dtype_name
 from .safetensors_header import DTYPES
 from .source import Component, Source
+from .stored_format import StoredFormat
 from .strict_json import parse_object
 
 ACTIONS = ("quantize", "keep", "drop")
@@ -35,8 +36,9 @@ _DTYPE_OF = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 class TensorPlan:
     """What becomes of one tensor. `shape` and `dtype` are those of the source; a quantized source's are logical.
 
-    `action`: "quantize" stores it in `format` (a spec) with codes chosen by `solver`; "keep" copies it; "drop" leaves
-    it out. `why` is for readers. `was`: the format in which the source stores it, when it is quantized already.
+    `action`: "quantize" stores it in `format` (a spec, with "@" and a layout behind it or without) with codes chosen by
+    `solver`; "keep" copies it; "drop" leaves it out. `why` is for readers. `was`: the format in which the source stores
+    it, when it is quantized already.
     """
 
     key: str
@@ -62,7 +64,12 @@ class TensorPlan:
     @cached_property
     def fmt(self) -> Format:
         """The format to store it in. Raises `FormatError` for an empty or wrong spec."""
-        return parse_spec(self.format)
+        return self.stored.format
+
+    @cached_property
+    def stored(self) -> StoredFormat:
+        """The format and its arrangement in the file. Raises `FormatError` for an empty or wrong spec."""
+        return StoredFormat.parse(self.format)
 
     @property
     def bytes_before(self) -> int:
@@ -232,7 +239,7 @@ def _made_of(tensor: TensorPlan, dialect: Dialect) -> dict[str, TensorSpec]:
     if tensor.action == "keep":
         return {tensor.key: tensor.spec}
     shape = (tensor.shape[0], tensor.shape[1])
-    return dialect.stored_specs(tensor.layer, tensor.fmt, shape, tensor.spec.dtype, {})
+    return dialect.stored_specs(tensor.layer, tensor.fmt, shape, tensor.spec.dtype, {}, tensor.stored.layout)
 
 
 def _validate(tensor: TensorPlan) -> None:
@@ -248,7 +255,7 @@ def _validate(tensor: TensorPlan) -> None:
         solver(tensor.solver)
     except LowbitError as error:
         raise PlanError(f"{place}: {error}") from error
-    why = cannot_hold(tensor.key, tensor.spec) or cannot_store(fmt, tensor.shape, embedding=False)
+    why = cannot_hold(tensor.key, tensor.spec) or cannot_store(tensor.stored, tensor.shape, embedding=False)
     if why is None and fmt.plain != fmt:
         why = "has a pre_quant_scale or input_scale, which needs calibration"
     if why:

@@ -13,12 +13,13 @@ import typer
 
 from lowbit import __version__
 from lowbit.checkpoint.eligibility import dtype_name
+from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.cli import options
 from lowbit.cli.output import Exit, asking, command, epilog, parse_shape, print_json, say, show, table
 from lowbit.dispatch import BACKENDS, explain, load, table as kernels
 from lowbit.errors import PlanError
-from lowbit.formats import Format, parse_spec
 from lowbit.formats.parts import FLOATS
+from lowbit.layouts.base import get_layout
 
 EPILOG = epilog(
     "lowbit doctor",
@@ -118,14 +119,14 @@ def _processor() -> dict[str, Any]:
 def _choose(spec: str, shape: str, tokens: int, device: str, dtype: str) -> dict[str, Any]:
     """What every backend says to the linear of one layer, and which runs."""
     with asking():
-        fmt, (n, k) = parse_spec(spec), parse_shape(shape)
+        stored, (n, k) = StoredFormat.parse(spec), parse_shape(shape)
         if dtype not in _DTYPES:
             raise PlanError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(_DTYPES)}")
         x_device = _device(device)
-    asked = {"format": fmt.spec, "shape": [n, k], "tokens": tokens, "device": device, "dtype": dtype}
-    if why := fmt.check_shape(n, k):
+    asked = {"format": stored.spec, "shape": [n, k], "tokens": tokens, "device": device, "dtype": dtype}
+    if why := stored.refuses(n, k):
         return {**asked, "runs": None, "reasons": {"the format": f"a weight of {n}x{k} {why}"}}
-    reasons = _reasons(fmt, (n, k), torch.zeros((tokens, k), dtype=_DTYPES[dtype], device=x_device))
+    reasons = _reasons(stored, (n, k), torch.zeros((tokens, k), dtype=_DTYPES[dtype], device=x_device))
     runs = next((name for name, why in reasons.items() if why == "runs"), None)
     return {**asked, "runs": runs, "reasons": reasons}
 
@@ -139,9 +140,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _reasons(fmt: Format, shape: tuple[int, int], x: torch.Tensor) -> dict[str, str]:
-    parts = fmt.plain.empty_parts(shape, x.device, x.dtype)
-    return explain("linear", fmt.name, "", x.device.type, (fmt.plain, x, parts, None))
+def _reasons(stored: StoredFormat, shape: tuple[int, int], x: torch.Tensor) -> dict[str, str]:
+    fmt = stored.format.plain
+    parts = fmt.empty_parts(shape, x.device, x.dtype)
+    if stored.layout:
+        parts = get_layout(stored.layout, fmt).pack(fmt, parts)
+    return explain("linear", fmt.name, stored.layout, x.device.type, (fmt, x, parts, None))
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from lowbit.cli import options
 from lowbit.cli.output import command, epilog, print_json, say, show, table
 from lowbit.formats import Format, formats as registered, parse_spec
+from lowbit.layouts.base import layouts
 
 EPILOG = epilog("lowbit formats", "lowbit convert m.safetensors -o out.safetensors --format 'int8(rotation=256)'")
 _SHAPE = (3072, 3072)  # bits per weight are told for a layer of this shape
@@ -35,6 +36,8 @@ def formats(as_json: options.AsJson = False) -> None:
         fields = ", ".join(f"{field}={value}" for field, value in entry["fields"].items()) or "no fields"
         say(f"{entry['name']} ({fields})", "bold")
         say(f"  {entry['about']}")
+        for layout in entry["layouts"]:
+            say(f"  also stored as {entry['name']}@{layout}")
     say("")
     say(
         f"SQNR: signal to noise of Gaussian weights, 6 dB are one bit. Bits for a layer of {_SHAPE[0]}x{_SHAPE[1]}.",
@@ -58,6 +61,7 @@ def _describe(cls: type[Format]) -> dict[str, Any]:
         "default_solver": cls.data_free_solver,
         "stochastic_rounding": cls.stochastic,
         "embedding": cls.supports_embedding,
+        "layouts": [name for name, layout in layouts().items() if cls.name in layout.formats],
         "variants": variants,
     }
 

@@ -215,7 +215,7 @@ def progress(what: str) -> Iterator[Update | None]:
 
 def split_rule(text: str) -> tuple[str, str]:
     """`REGEX=FORMAT` at the last "=" outside of the format's parentheses. Raises `PlanError`."""
-    found = re.fullmatch(r"(.+?)=([A-Za-z0-9_]+\s*(?:\([^()]*\))?)", text.strip(), re.DOTALL)
+    found = re.fullmatch(r"(.+?)=([A-Za-z0-9_]+\s*(?:\([^()]*\))?(?:\s*@\s*\w+)?)", text.strip(), re.DOTALL)
     if not found:
         raise PlanError(f"--layer {text!r}: write it as REGEX=FORMAT, such as 'mlp=int8(granularity=row)'")
     return found[1], found[2]

@@ -11,9 +11,9 @@ from lowbit.checkpoint.dialects import get_dialect
 from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.plan import Plan, TensorPlan, make_plan
 from lowbit.checkpoint.source import Source
+from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.cli.output import asking, say, show, size, split_rule, table
 from lowbit.errors import PlanError
-from lowbit.formats import parse_spec
 from lowbit.solvers import AUTO, solver
 
 
@@ -38,9 +38,9 @@ class Wishes:
                     "say what to convert to with --format SPEC, or give a plan with --plan FILE; "
                     "`lowbit formats` lists the formats"
                 )
-            parse_spec(self.format)
+            StoredFormat.parse(self.format)
             for rule in self.layer:
-                parse_spec(split_rule(rule)[1])
+                StoredFormat.parse(split_rule(rule)[1])
             if self.solver != AUTO:
                 solver(self.solver)
             get_dialect(self.dialect)
