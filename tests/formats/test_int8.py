@@ -161,7 +161,7 @@ def test_a_rotation_needs_whole_groups():
     [
         ("int8(rotation=32)", "rotation is 32, expected one of 0, 16, 64, 256, 1024"),
         ("int8(rotation=16,granularity=tensor)", "rotation goes with granularity=row"),
-        ("int8(granularity=group)", "granularity is 'group', expected one of row, tensor, block"),
+        ("int8(granularity=group)", "granularity is 'group', expected one of tensor, row, block"),
         ("int8(activations=fp8)", "activations is 'fp8', expected one of int8, none"),
         ("int8(block_size=128)", "block_size is 128, expected rows x columns"),
         ("int8(block_size=0x8)", "block_size is .* expected rows x columns"),

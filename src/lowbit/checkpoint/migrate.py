@@ -25,7 +25,7 @@ from .output import Staging
 from .pipeline import Progress
 from .quantized_source import QuantizedComponent, look_for_layers
 from .rewrite import Copy, Made, Piece, Settings, batch_copies, rewrite
-from .source import Source
+from .source import Component, Source
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,7 @@ def migrate(
     layers: dict[str, str] = {}
     notes: list[str] = []
     for component in source.components:
-        held = look_for_layers(source, component)
-        if held.dialect not in (None, COMFY):
-            raise CheckpointError(
-                f"{held.where}: is not a ComfyUI file, so it has no other convention; keep it as it is"
-            )
+        held = _look(source, component)
         migration = migrate_file(held.found, held.specs, held.metadata, to, held.where)
         pieces += _pieces(held, migration, staging)
         pieces += batch_copies(component, held.found.plain, partial(staging.file_of, component))
@@ -85,6 +81,13 @@ def migrate(
     settings = Settings(jobs, resume, verify=True, progress=progress)
     done = rewrite(source, staging, pieces, metadata, fingerprint=fingerprint, settings=settings)
     return MigrateReport(str(target), layers, tuple(notes), done.resumed)
+
+
+def _look(source: Source, component: Component) -> QuantizedComponent:
+    held = look_for_layers(source, component)
+    if held.dialect not in (None, COMFY):
+        raise CheckpointError(f"{held.where}: is not a ComfyUI file, so it has no other convention; keep it as it is")
+    return held
 
 
 def _pieces(held: QuantizedComponent, migration: Migration, staging: Staging) -> Iterator[Piece]:

@@ -20,57 +20,25 @@ torch.Size([2, 1])
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lowbit.errors import FormatError
-from lowbit.formats.base import MIN_SCALE, Candidate, Format, whole_amax
-from lowbit.formats.parts import Dim, K, N, Part, Parts
-from lowbit.formats.registry import one_of, register
+from lowbit.formats.granular import Granular
+from lowbit.formats.parts import Parts
+from lowbit.formats.registry import register
 from lowbit.numerics.floats import fp8_max, from_fp8, stochastic_to_fp8, to_fp8
-from lowbit.numerics.groups import expand_tiles, is_tile, reduce_tiles
 
-GRANULARITIES = ("tensor", "row", "block")
 # Scales below amax / max trade a clipped peak for finer steps; above it, the exponent grid shifts against the weights.
 # Powers of two leave a floating-point grid as it is, so one octave is enough.
 _FACTORS = tuple(2.0 ** (i / 8) for i in range(-4, 5) if i)
 
 
 @dataclass(frozen=True)
-class _Fp8(Format):
-    granularity: str = "tensor"
-    block_size: tuple[int, int] = (128, 128)
-
-    dtype: ClassVar[torch.dtype]
-    stochastic: ClassVar[bool] = True
-    keys: ClassVar = {"comfy": {"qdata": "weight", "scale": "weight_scale"}}
-
-    def __post_init__(self) -> None:
-        one_of(self, "granularity", GRANULARITIES)
-        if not is_tile(self.block_size):
-            raise FormatError(
-                f"{self.name}: block_size is {self.block_size!r}, expected rows x columns such as 128x128"
-            )
-
-    def part_rules(self) -> tuple[Part, ...]:
-        rows, columns = self.block_size
-        dims = {"tensor": (), "row": (N, 1), "block": (Dim("N", rows), Dim("K", columns))}[self.granularity]
-        return Part("qdata", (N, K), (self.dtype,)), Part("scale", dims, (torch.float32,))
-
-    def fit_shared(self, w: Tensor) -> Parts:
-        return {"scale": self._scale(whole_amax(w))} if self.granularity == "tensor" else {}
-
-    def fit(self, rows: Tensor, shared: Parts) -> Parts:
-        if shared:
-            return shared
-        magnitude = rows.abs()
-        if self.granularity == "row":
-            return {"scale": self._scale(magnitude.amax(dim=1, keepdim=True))}
-        return {"scale": self._scale(reduce_tiles(magnitude, self.block_size, "amax"))}
+class _Fp8(Granular):
+    factors: ClassVar[tuple[float, ...]] = _FACTORS
 
     def encode(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:
         scaled = rows / self._spread(params["scale"], rows.shape)
@@ -78,26 +46,6 @@ class _Fp8(Format):
 
     def decode(self, codes: Tensor, params: Parts) -> Tensor:
         return from_fp8(codes).mul_(self._spread(params["scale"], codes.shape))
-
-    def unit(self, shape: tuple[int, int]) -> tuple[int, int]:
-        return {"tensor": shape, "row": (1, shape[1]), "block": self.block_size}[self.granularity]
-
-    def candidates(self, rows: Tensor, params: Parts) -> Iterator[Candidate]:
-        for factor in _FACTORS:
-            yield Candidate({"scale": (params["scale"] * factor).clamp_min(MIN_SCALE)})
-
-    @property
-    def single_rows(self) -> Format:
-        return replace(self, block_size=(1, self.block_size[1])) if self.granularity == "block" else self
-
-    def _scale(self, amax: Tensor) -> Tensor:
-        return (amax / fp8_max(self.dtype)).clamp_min(MIN_SCALE)
-
-    def _spread(self, scale: Tensor, shape: torch.Size) -> Tensor:
-        """The scale so that it broadcasts over [n, K]."""
-        if self.granularity != "block":
-            return scale
-        return expand_tiles(scale, self.block_size, (shape[0], shape[1]))
 
 
 @register
@@ -107,6 +55,7 @@ class Fp8E4M3(_Fp8):
 
     name: ClassVar[str] = "fp8_e4m3"
     dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
+    largest: ClassVar[float] = fp8_max(torch.float8_e4m3fn)
     golden_sqnr: ClassVar = {
         "fp8_e4m3": 31.55,
         "fp8_e4m3(granularity=row)": 31.56,
@@ -121,6 +70,7 @@ class Fp8E5M2(_Fp8):
 
     name: ClassVar[str] = "fp8_e5m2"
     dtype: ClassVar[torch.dtype] = torch.float8_e5m2
+    largest: ClassVar[float] = fp8_max(torch.float8_e5m2)
     golden_sqnr: ClassVar = {
         "fp8_e5m2": 25.58,
         "fp8_e5m2(granularity=row)": 25.58,

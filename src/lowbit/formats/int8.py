@@ -23,23 +23,21 @@ activations   "int8": a linear quantizes each row of its (rotated) input on the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError, WeightError
-from lowbit.formats.base import MIN_SCALE, Candidate, Format, whole_amax
-from lowbit.formats.parts import Dim, K, N, Part, Parts
+from lowbit.formats.granular import Granular
+from lowbit.formats.parts import Parts
 from lowbit.formats.registry import one_of, register
-from lowbit.numerics.groups import expand_tiles, is_tile, reduce_tiles
 from lowbit.numerics.int8_matmul import INT8_MAX, int8_linear, int8_linear_blocks
 from lowbit.numerics.integers import round_clamp_
 from lowbit.numerics.rotations import REGULAR_SIZES, rotate_groups
 
-GRANULARITIES = ("row", "tensor", "block")
 # A smaller scale clips the peak and gives all other values finer steps: a few percent help a row, half a tensor.
 # Close to 1 the gain is in how the grid falls on the few largest weights, so small units want fine steps (+0.2 dB).
 _FACTORS = (1.004, 0.996, 0.992, 0.988, 0.984, 0.98, 0.97, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7, 0.6, 0.5)
@@ -47,17 +45,17 @@ _FACTORS = (1.004, 0.996, 0.992, 0.988, 0.984, 0.98, 0.97, 0.96, 0.94, 0.92, 0.9
 
 @register
 @dataclass(frozen=True)
-class Int8(Format):
+class Int8(Granular):
     """int8 codes times a scale per row, tensor or block; optionally of the rotated weight (see the module)."""
 
     granularity: str = "row"
-    block_size: tuple[int, int] = (128, 128)
     rotation: int = 0
     activations: str = "int8"
 
     name: ClassVar[str] = "int8"
-    stochastic: ClassVar[bool] = True
-    keys: ClassVar = {"comfy": {"qdata": "weight", "scale": "weight_scale"}}
+    dtype: ClassVar[torch.dtype] = torch.int8
+    largest: ClassVar[float] = INT8_MAX
+    factors: ClassVar[tuple[float, ...]] = _FACTORS
     golden_sqnr: ClassVar = {
         "int8": 42.07,
         "int8(activations=none)": 42.07,
@@ -70,20 +68,11 @@ class Int8(Format):
     }
 
     def __post_init__(self) -> None:
-        one_of(self, "granularity", GRANULARITIES)
+        super().__post_init__()
         one_of(self, "rotation", (0, *REGULAR_SIZES))
         one_of(self, "activations", ("int8", "none"))
-        if not is_tile(self.block_size):
-            raise FormatError(
-                f"{self.name}: block_size is {self.block_size!r}, expected rows x columns such as 128x128"
-            )
         if self.rotation and self.granularity != "row":
             raise FormatError(f"{self.name}: rotation goes with granularity=row, not with {self.granularity}")
-
-    def part_rules(self) -> tuple[Part, ...]:
-        rows, columns = self.block_size
-        dims = {"tensor": (), "row": (N, 1), "block": (Dim("N", rows), Dim("K", columns))}[self.granularity]
-        return Part("qdata", (N, K), (torch.int8,)), Part("scale", dims, (torch.float32,))
 
     def check_shape(self, n: int, k: int) -> str | None:
         if self.rotation and k % self.rotation:
@@ -96,18 +85,11 @@ class Int8(Format):
     def restore(self, rows: Tensor) -> Tensor:
         return self.prepare(rows)  # the rotation is its own inverse
 
-    def fit_shared(self, w: Tensor) -> Parts:
-        return {"scale": _scale(whole_amax(w))} if self.granularity == "tensor" else {}
-
     def fit(self, rows: Tensor, shared: Parts) -> Parts:
-        if shared:
-            return shared
-        if self.granularity == "block":
-            return {"scale": _scale(reduce_tiles(rows.abs(), self.block_size, "amax"))}
-        amax = rows.abs().amax(dim=1, keepdim=True)
-        if self.rotation and not bool(torch.isfinite(amax).all()):
+        params = super().fit(rows, shared)
+        if self.rotation and not bool(torch.isfinite(params["scale"]).all()):
             raise WeightError("weight: its rotated values exceed float32; repair the source or keep this layer")
-        return {"scale": _scale(amax)}
+        return params
 
     def encode(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:
         return self._steps(rows, params, noise).to(torch.int8)
@@ -117,17 +99,6 @@ class Int8(Format):
 
     def project(self, rows: Tensor, params: Parts) -> Tensor:
         return self._steps(rows, params).mul_(self._spread(params["scale"], rows.shape))
-
-    def unit(self, shape: tuple[int, int]) -> tuple[int, int]:
-        return {"tensor": shape, "row": (1, shape[1]), "block": self.block_size}[self.granularity]
-
-    def candidates(self, rows: Tensor, params: Parts) -> Iterator[Candidate]:
-        for factor in _FACTORS:
-            yield Candidate({"scale": (params["scale"] * factor).clamp_min(MIN_SCALE)})
-
-    @property
-    def single_rows(self) -> Format:
-        return replace(self, block_size=(1, self.block_size[1])) if self.granularity == "block" else self
 
     def linear(self, x: Tensor, parts: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         if self.activations == "none":
@@ -141,13 +112,3 @@ class Int8(Format):
         """The codes of rows as float32."""
         scaled = rows / self._spread(params["scale"], rows.shape)
         return round_clamp_(scaled, -INT8_MAX, INT8_MAX, noise)
-
-    def _spread(self, scale: Tensor, shape: torch.Size) -> Tensor:
-        """The scale so that it broadcasts over [n, K]."""
-        if self.granularity != "block":
-            return scale
-        return expand_tiles(scale, self.block_size, (shape[0], shape[1]))
-
-
-def _scale(amax: Tensor) -> Tensor:
-    return (amax / INT8_MAX).clamp_min(MIN_SCALE)
