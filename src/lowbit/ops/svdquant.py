@@ -134,32 +134,16 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _mm(
-    act: Tensor,
-    wgt: Tensor,
-    ascales: Tensor,
-    wscales: Tensor,
-    low: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    unsigned: bool,
-) -> Tensor:
-    _check_mm(act, wgt, ascales, wscales, low, up, bias)
-    return run("scaled_mm_svdquant_w4a4", act.device, act, wgt, ascales, wscales, low, up, bias, unsigned)
+def _mm(*args: Any) -> Any:
+    _check_mm(*args[:7])
+    return run("scaled_mm_svdquant_w4a4", args[0].device, *args)
 
 
-def _mm_fake(
-    act: Tensor,
-    wgt: Tensor,
-    ascales: Tensor,
-    wscales: Tensor,
-    low: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    unsigned: bool,
-) -> Tensor:
-    _check_mm(act, wgt, ascales, wscales, low, up, bias)
-    return up.new_empty((act.shape[0], _rows(wgt)))
+def _mm_fake(*args: Any) -> Tensor:
+    _check_mm(*args[:7])
+    act, wgt, up = args[0], args[1], args[5]
+    out: Tensor = up.new_empty((act.shape[0], _rows(wgt)))
+    return out
 
 
 def _no_gradient(ctx: Any, *grads: Tensor) -> NoReturn:

@@ -210,8 +210,7 @@ def detect_dialect(
     if foreign := undescribed(tensors, tensors):
         raise CheckpointError(
             f"{where}: {foreign[0]!r} and {len(foreign) - 1} more look like quantized weights, but no marker says how "
-            "they "
-            f"are stored, and shapes cannot tell; known dialects: {', '.join(sorted(_REGISTRY))}. "
+            f"they are stored, and shapes cannot tell; known dialects: {', '.join(sorted(_REGISTRY))}. "
             "Use the original 16-bit file, or convert it with the program that wrote it"
         )
     return None

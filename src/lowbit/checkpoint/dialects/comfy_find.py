@@ -128,8 +128,7 @@ def _find_keys(
     if stray:
         raise description.error(
             f"has tensors that {name} does not know: {', '.join(stray)}; they would be lost. Get a lowbit that knows "
-            "this "
-            "variant, or convert the original again"
+            "this variant, or convert the original again"
         )
     return keys
 

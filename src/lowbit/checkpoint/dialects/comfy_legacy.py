@@ -84,8 +84,7 @@ def repair_fields(description: Description, weight: TensorSpec) -> None:
         if not isinstance(fields["format"], str):
             raise CheckpointError(
                 f"{name_place(description.where, description.layer)}: format is {fields['format']!r} in the marker, "
-                "expected "
-                "a string; convert the file again"
+                "expected a string; convert the file again"
             )
         return
     if weight.dtype == torch.int8 and any(name in fields for name in _INT8_FAST_FIELDS):

@@ -142,8 +142,7 @@ def read_marker(spec: TensorSpec, read: Read, key: str, where: str) -> dict[str,
     if spec.dtype != torch.uint8 or len(spec.shape) != 1:
         raise CheckpointError(
             f"{place}: the marker {key!r} is {spec}, expected a 1-D uint8 tensor of JSON bytes; a program has cast or "
-            "reshaped "
-            "it (a marker must never follow the model's dtype). Get the original file, or convert again"
+            "reshaped it (a marker must never follow the model's dtype). Get the original file, or convert again"
         )
     try:
         return parse_object(read(key).numpy().tobytes())

@@ -64,8 +64,7 @@ def check_stored(layer: StoredLayer, found: Mapping[str, TensorSpec]) -> dict[st
         if got.shape != spec.shape and (role == "qdata" or _squeezed(got.shape) != _squeezed(spec.shape)):
             raise PartsError(
                 f"{layer.place}: {key!r} has shape {list(got.shape)}, expected {list(spec.shape)} for {fmt} of a "
-                "weight "
-                f"{[n, k]}; the file does not fit this layer or is in another layout"
+                f"weight {[n, k]}; the file does not fit this layer or is in another layout"
             )
     return wanted
 
