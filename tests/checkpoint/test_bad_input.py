@@ -244,9 +244,19 @@ def test_nothing_that_can_be_quantized(tmp_path, out):
     refused(
         tmp_path / "in.safetensors",
         out,
-        r"quantizes nothing; the reasons are: 1-D; 4-D weight \(convolution\)",
+        r"in.safetensors: the plan quantizes nothing; the reasons are: 1-D; 4-D weight \(convolution\)",
         PlanError,
     )
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [(b"GGUF\x03", "GGUF"), (b"PK\x03\x04", "pickle"), (b"\x80\x02}", "pickle"), (b"version ", "LFS")],
+)
+def test_another_kind_of_file_under_our_name(tmp_path, out, start, kind):
+    """A file that begins as a GGUF file, a pickle or a Git LFS pointer is named as that, not called truncated."""
+    (tmp_path / "in.safetensors").write_bytes(start + bytes(range(100)))
+    refused(tmp_path / "in.safetensors", out, f"in.safetensors: is an? .*{kind}.* no safetensors file", CheckpointError)
 
 
 def test_pickle(tmp_path, out):

@@ -100,3 +100,10 @@ def test_a_dtype_for_codes_is_refused(tmp_path):
         pytest.raises(CheckpointError, match=r"cannot decode to int8; .* bfloat16, float16, float32"),
     ):
         dequantize(source, tmp_path / "plain.safetensors", dtype=torch.int8)
+
+
+def test_a_plain_file_is_named(tmp_path):
+    """There is nothing to decode in it, and the message names the file and not its folder."""
+    unfit = pytest.raises(CheckpointError, match=r"in\.safetensors: holds no quantized layer")
+    with open_source(save_model(tmp_path / "in.safetensors")) as source, unfit:
+        dequantize(source, tmp_path / "out.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lowbit.checkpoint.convert import convert
+from lowbit.checkpoint.dequantize import dequantize
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.verify import VerifyResult, verify
@@ -170,3 +172,16 @@ def test_other_models_are_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match="holds the models"):
         verified(path, tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_a_decoded_weight_differs_by_what_was_lost(tmp_path, dtype):
+    """Of plain weights that differ the problem says how far; for a dequantized file that is the conversion's SQNR."""
+    path, out, report = converted(tmp_path, "int8", only=["blocks.0.up"])
+    with open_source(out) as source:
+        dequantize(source, tmp_path / "plain.safetensors", dtype=dtype)
+    (problem,) = verified(path, tmp_path / "plain.safetensors").problems
+    (number,) = re.findall(r"\(SQNR ([\d.]+) dB\)$", problem)
+
+    assert problem.startswith("blocks.0.up.weight: ")
+    assert float(number) == pytest.approx(report.layers[0].accuracy.sqnr, abs=0.6)

@@ -62,7 +62,7 @@ def convert(
     began = time.perf_counter()
     plan.validate()
     plan.check_against(source)
-    _refuse_pointless(plan, seed)
+    _refuse_pointless(plan, str(source.place), seed)
     staging = Staging(source, target)
     work = _Work(source, staging, get_dialect(plan.dialect), seed)
     for component in plan.components:
@@ -72,10 +72,11 @@ def convert(
     return _report(target, plan, work.layers, done, time.perf_counter() - began)
 
 
-def _refuse_pointless(plan: Plan, seed: int | None) -> None:
+def _refuse_pointless(plan: Plan, where: str, seed: int | None) -> None:
     if not plan.count("quantize"):
         reasons = sorted({tensor.why for tensor in plan.tensors()})
-        raise PlanError(f"the plan quantizes nothing; the reasons are: {'; '.join(reasons) or 'there are no tensors'}")
+        why = "; ".join(reasons) or "there are no tensors"
+        raise PlanError(f"{where}: the plan quantizes nothing; the reasons are: {why}. Choose another format or source")
     for tensor in plan.tensors() if seed is not None else ():
         if tensor.action == "quantize" and not tensor.fmt.stochastic:
             raise PlanError(f"{tensor.key!r}: {tensor.format} has no stochastic rounding; leave the seed out")

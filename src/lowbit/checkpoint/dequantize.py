@@ -73,7 +73,7 @@ def dequantize(
         for entries in metadata.values():
             held.strip_description(entries)
     if not layers:
-        raise CheckpointError(f"{source.root}: holds no quantized layer; there is nothing to decode")
+        raise CheckpointError(f"{source.place}: holds no quantized layer; there is nothing to decode")
     facts = ["dequantize", source.fingerprint(), str(dtype), torch.__version__]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     settings = Settings(jobs, resume, verify=True, progress=progress)

@@ -93,7 +93,7 @@ def inspect(source: Source) -> Inspection:
             *_plain_groups(component, {key: component.tensors[key] for key in _others(held)}),
         ]
     total = sum(info.nbytes for component in source.components for info in component.tensors.values())
-    path = source.components[0].shards[0].path if source.kind == "file" else source.root
+    path = source.place
     return Inspection(str(path), dialects, tuple(groups), tuple(problems), tuple(notes), total)
 
 

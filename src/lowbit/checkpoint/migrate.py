@@ -75,7 +75,7 @@ def migrate(
             layers[held.full_name(name)] = layer.format.spec
         notes += migration.notes
     if not layers:
-        raise CheckpointError(f"{source.root}: holds no quantized layer; there is nothing to migrate")
+        raise CheckpointError(f"{source.place}: holds no quantized layer; there is nothing to migrate")
     metadata = {file: describe(entries, stored[file], to) for file, entries in metadata.items()}
     fingerprint = hashlib.sha256(json.dumps(["migrate", to, source.fingerprint()]).encode()).hexdigest()
     settings = Settings(jobs, resume, verify=True, progress=progress)

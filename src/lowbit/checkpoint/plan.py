@@ -68,7 +68,7 @@ def make_plan(
             _refuse_quantized(held)
         components.append(_plan_component(component, held, rules, preset, drop=drop))
     rules.refuse_unused(components)
-    place = source.components[0].shards[0].path if source.kind == "file" else source.root
+    place = source.place
     plan = Plan(tuple(components), dialect, str(place), tuple(rules.notes()))
     plan.validate()
     return plan

@@ -175,7 +175,7 @@ class Plan:
         mine, theirs = {c.name for c in self.components}, {c.name for c in source.components}
         if mine != theirs:
             raise PlanError(
-                f"the plan is about the models {sorted(mine)}, {source.root} holds {sorted(theirs)}; plan anew"
+                f"the plan is about the models {sorted(mine)}, {source.place} holds {sorted(theirs)}; plan anew"
             )
         for component in self.components:
             _check_component(component, source.component(component.name), source)
@@ -265,9 +265,9 @@ def _validate(tensor: TensorPlan) -> None:
 def _check_component(plan: ComponentPlan, component: Component, source: Source) -> None:
     planned = {tensor.key: tensor for tensor in plan.tensors}
     if strange := next((key for key in planned if key not in component.tensors), None):
-        raise PlanError(f"the plan names tensor {strange!r}, which {source.root} does not have; plan anew")
+        raise PlanError(f"the plan names tensor {strange!r}, which {source.place} does not have; plan anew")
     if missing := next((key for key in component.tensors if key not in planned), None):
-        raise PlanError(f"the plan says nothing about tensor {missing!r} of {source.root}; plan anew")
+        raise PlanError(f"the plan says nothing about tensor {missing!r} of {source.place}; plan anew")
     for key, tensor in planned.items():
         info = component.tensors[key]
         if not tensor.was and (info.shape, dtype_name(info.dtype)) != (tensor.shape, tensor.dtype):

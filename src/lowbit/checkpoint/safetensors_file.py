@@ -17,6 +17,16 @@ from .safetensors_header import DTYPES, MAX_HEADER, TensorInfo, encode_header, p
 
 __all__ = ["DTYPES", "SafetensorsFile", "TensorInfo", "encode_header"]
 
+_MAGICS = {
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a zip archive, such as a pickle checkpoint of torch.save,",
+    b"\x80\x02": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "a gzip archive",
+    b"version ": "a Git LFS pointer, which stands for the file (run git lfs pull),",
+}
+
 
 class SafetensorsFile:
     """One open safetensors file, checked on construction. A context manager; threads may read at the same time.
@@ -57,6 +67,7 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: {what}, so it is no safetensors file; download or write it again")
         length = int.from_bytes(self._read_range(0, 8), "little")
         if length > self.size - 8:
+            self._refuse_other_kinds()
             raise CheckpointError(
                 f"{self.path}: the header should have {length} bytes, but only {self.size - 8} follow; "
                 "the file is truncated or is no safetensors file (lowbit reads only safetensors); download it again"
@@ -67,6 +78,16 @@ class SafetensorsFile:
                 "Write the file again with less metadata or fewer tensors"
             )
         return self._read_range(8, 8 + length)
+
+    def _refuse_other_kinds(self) -> None:
+        """Name the kind of a file that begins as another one does, whatever its name; none of them is opened."""
+        start = self._read_range(0, 8)
+        for magic, kind in _MAGICS.items():
+            if start.startswith(magic):
+                raise CheckpointError(
+                    f"{self.path}: is {kind} and no safetensors file, which is all that lowbit reads; "
+                    "take the model's safetensors files"
+                )
 
     def _fill(self, view: memoryview, start: int, what: str) -> None:
         try:

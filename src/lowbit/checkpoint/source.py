@@ -83,6 +83,11 @@ class Source:
         self.skipped_files = contents.skipped_files
         self._by_path = {file.path: file for file in self.files.values()}
 
+    @property
+    def place(self) -> Path:
+        """What messages call it: the file, where there is but one, or the folder."""
+        return self.components[0].shards[0].path if self.kind == "file" else self.root
+
     def component(self, name: str) -> Component:
         """Return the component of a name. Raises CheckpointError if there is none."""
         for component in self.components:

@@ -16,7 +16,7 @@ from lowbit.numerics.groups import row_chunks
 
 from .accuracy import Accuracy, AccuracyMeter
 from .dialects import StoredLayer
-from .dialects.base import join_key
+from .dialects.base import join_key, layer_of
 from .pipeline import Progress, Unit, run_units
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source
@@ -217,11 +217,24 @@ class _Task:
     def _compare_bytes(self) -> None:
         before, after = self.held.specs[self.key], self.made.specs[self.key]
         if before != after:
-            self.problem = f"{self.name}: is {after} here and {before} in the source"
+            self.problem = f"{self.name}: is {after} here and {before} in the source{self._distance()}"
         elif self._bytes_equal(after.shape, after.nbytes):
             self.same = 1
         else:
-            self.problem = f"{self.name}: differs from the source"
+            self.problem = f"{self.name}: differs from the source{self._distance()}"
+
+    def _distance(self) -> str:
+        """How far a plain weight is from the source's, in words; of a dequantized file that is what one asks."""
+        before, after = self.held.specs[self.key], self.made.specs[self.key]
+        floats = before.dtype.is_floating_point and after.dtype.is_floating_point
+        coded = layer_of(self.key) in self.held.layers
+        if coded or not floats or before.shape != after.shape or len(after.shape) != 2:
+            return ""
+        meter = AccuracyMeter()
+        for start, stop in row_chunks(after.shape[0], after.shape[1]):
+            w, a = (x.source.read_rows(x.component, self.key, start, stop).float() for x in (self.held, self.made))
+            meter.add(w, a)
+        return f" (SQNR {meter.result().sqnr:.2f} dB)"
 
     def _bytes_equal(self, shape: tuple[int, ...], size: int) -> bool:
         if size <= _PIECE or not shape:
