@@ -284,3 +284,16 @@ def test_a_module_without_values_is_not_saved(tmp_path):
         lowbit.save(nn.Linear(4, 4, device="meta"), tmp_path / "x.safetensors")
 
     assert not list(tmp_path.iterdir())
+
+
+def test_a_buffer_that_the_module_makes_by_itself_is_left_out(model, tmp_path):
+    """A file with an old persistent buffer loads into a module where it is not stored any more, and that is noted."""
+    tensors = {key: value.clone() for key, value in model.state_dict().items()}
+    save_file({**tensors, "steps": torch.arange(7)}, tmp_path / "old.safetensors")
+    fresh = Block()
+    fresh.register_buffer("steps", torch.arange(4), persistent=False)
+
+    report = lowbit.load(fresh, tmp_path / "old.safetensors")
+
+    assert report.notes == ["steps: left out, the module makes it by itself"]
+    assert torch.equal(fresh.steps, torch.arange(4))

@@ -69,6 +69,19 @@ def test_inspect_ends_with_1_and_names_the_layer_with_a_problem(lowbit, quantize
     assert "blocks.*.mlp.up" in text.out
 
 
+def test_inspect_says_what_floats_of_8_bits_without_a_scale_are(lowbit, tmp_path):
+    """They are plain values, which is no problem, but nobody should take them for quantized ones."""
+    path = tmp_path / "bare.safetensors"
+    save_file({f"{name}.weight": torch.ones(64, 64).to(torch.float8_e4m3fn) for name in "ab"}, path)
+
+    done = lowbit("inspect", path, "--json")
+
+    assert done.code == 0
+    assert done.json["notes"] == [
+        "'a.weight' and 1 more: 8-bit floats without a scale; they are read as plain values, whatever made them"
+    ]
+
+
 def test_inspect_finds_quantized_weights_that_nothing_describes(lowbit, tmp_path):
     """Codes beside a scale without a marker are a problem, not a plain file."""
     path = tmp_path / "strange.safetensors"

@@ -277,6 +277,12 @@ def test_bad_specs_are_refused(spec):
         parse_spec(spec)
 
 
+def test_a_layout_is_not_part_of_a_format():
+    """A spec with an arrangement behind @ is refused where only values count, with where it belongs."""
+    with pytest.raises(FormatError, match="is the arrangement in a file or for a kernel"):
+        parse_spec("svdquant_w4a4@kitchen_tile_packed_w4a4")
+
+
 def test_an_unknown_format_is_both_a_key_error_and_a_value_error():
     """Integrations assert either; the message names the place and the sorted known formats."""
     for kind in (KeyError, ValueError):

@@ -218,7 +218,8 @@ def test_opcheck(rows):
     """Schema, autograd registration, fake tensors and AOT dispatch are sound, gradients included."""
     x, q, scale = torch.randn(rows, 32), torch.randint(-127, 128, (8, 32), dtype=torch.int8), torch.rand(8, 1)
     ops = torch.ops.lowbit
-    opcheck(ops.quantize_int8_rowwise.default, (x, 16, 0))
+    opcheck(ops.quantize_int8_rowwise.default, (x, 0))
+    opcheck(ops.quantize_int8_convrot_weight.default, (x, 16, 3))
     opcheck(ops.quantize_int8_tensorwise.default, (x, None, 7))
     opcheck(ops.quantize_int8_tensorwise.default, (x, torch.tensor(0.1), 0))
     opcheck(ops.dequantize_int8.default, (q, scale, torch.bfloat16))

@@ -88,6 +88,7 @@ def inspect(source: Source) -> Inspection:
         problems += [problem.message for problem in held.found.problems]
         problems += [problem for stored in held.layers.values() for problem in _bad_values(held, stored)]
         notes += [*held.found.notes, *(f"{s.layer}: {note}" for s in held.layers.values() for note in s.notes)]
+        notes += _bare_codes(held)
         groups += [
             *_layer_groups(held),
             *_plain_groups(component, {key: component.tensors[key] for key in _others(held)}),
@@ -100,6 +101,15 @@ def inspect(source: Source) -> Inspection:
 def _others(held: QuantizedComponent) -> list[str]:
     owned = {key for stored in held.layers.values() for key in stored.keys.values()}
     return [key for key in held.component.tensors if key not in owned]
+
+
+def _bare_codes(held: QuantizedComponent) -> Iterator[str]:
+    """A note on 8-bit floats that are stored without a scale and a marker: plain values to every reader."""
+    others = held.component.tensors
+    bare = [key for key in _others(held) if others[key].dtype_name.startswith("F8_E") and len(others[key].shape) > 1]
+    if bare:
+        more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
+        yield f"{bare[0]!r}{more}: 8-bit floats without a scale; they are read as plain values, whatever made them"
 
 
 def _prefixed(component: Component, name: str) -> str:

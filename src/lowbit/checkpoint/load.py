@@ -74,6 +74,7 @@ class _Loader:
         self.state = {name: value for name, value in module.state_dict(keep_vars=True).items() if value is not None}
         keys = [*content.found.plain, *(join_key(layer, "weight") for layer in content.layers)]
         self.prefix = _find_prefix(keys, self.state) if prefix is None else prefix
+        self.notes: list[str] = []
         self.layers, self.plain, self.unexpected = self._by_name(strict=strict)
 
     def _by_name(self, *, strict: bool) -> tuple[dict[str, StoredLayer], dict[str, str], list[str]]:
@@ -81,6 +82,8 @@ class _Loader:
         layers: dict[str, StoredLayer] = {}
         plain: dict[str, str] = {}
         others: list[str] = []
+        # A buffer that the module makes by itself (positions 0, 1, 2 ...) is not taken from a file with an old one.
+        self_made = {name for name, _ in self.module.named_buffers()} - self.state.keys()
         for key, layer in self.content.layers.items():
             name = _strip(join_key(key, ""), self.prefix)
             if name is None or (not strict and name.removesuffix(".") not in self.modules):
@@ -90,7 +93,9 @@ class _Loader:
         new_biases = {join_key(name, "bias") for name, stored in layers.items() if stored.format.folds_bias}
         for key in self.content.found.plain:
             name = _strip(key, self.prefix)
-            if name is None or (name not in self.state and name not in new_biases):
+            if name in self_made:
+                self.notes.append(f"{key}: left out, the module makes it by itself")
+            elif name is None or (name not in self.state and name not in new_biases):
                 others.append(key)
             else:
                 plain[name] = key
@@ -164,7 +169,7 @@ class _Loader:
             plain=list(plain),
             missing=self.missing,
             unexpected=self.unexpected,
-            notes=[*self.content.found.notes, *(note for s in self.layers.values() for note in s.notes)],
+            notes=[*self.notes, *self.content.found.notes, *(note for s in self.layers.values() for note in s.notes)],
         )
 
     def _quantized(self, name: str, stored: StoredLayer) -> QuantizedTensor:

@@ -23,7 +23,8 @@ OutputPath = Annotated[
         "-o",
         "--output",
         metavar="OUT",
-        help="File or folder to write; it appears when it is complete.",
+        help="File or folder to write. It appears when it is complete: a file then replaces an old one, a folder must "
+        "not exist or be empty.",
         show_default=False,
     ),
 ]

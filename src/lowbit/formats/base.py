@@ -22,6 +22,7 @@ once, at the end.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,7 +50,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Format:
+class Format(ABC):
     """A way to store a weight [N, K] in few bits. See the module's docstring for what a subclass states."""
 
     pre_quant_scale: bool = False
@@ -67,9 +68,9 @@ class Format:
 
     # ---- what a subclass states -------------------------------------------------------------------------------------
 
+    @abstractmethod
     def part_rules(self) -> tuple[Part, ...]:
         """The rules of the parts this format itself stores, `qdata` first."""
-        raise NotImplementedError
 
     def prepare(self, rows: Tensor) -> Tensor:
         """float32 rows in the basis in which they are rounded: a linear map along K that keeps the sum of squares."""
@@ -83,17 +84,17 @@ class Format:
         """Parameters that all rows share, from the whole weight [N, K] (any float dtype)."""
         return {}
 
+    @abstractmethod
     def fit(self, rows: Tensor, shared: Parts) -> Parts:
         """All parameters of some rows (float32 [n, K]), the shared ones included, in float32 or as stored."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:
         """Codes of float32 rows; with uniform `noise` in [0, 1) rounded stochastically."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, codes: Tensor, params: Parts) -> Tensor:
         """float32 rows of codes."""
-        raise NotImplementedError
 
     def pack(self, codes: Tensor) -> Tensor:
         """Codes as they are stored."""
@@ -103,9 +104,9 @@ class Format:
         """The codes [n, columns] (or padded further) of stored rows."""
         return qdata
 
+    @abstractmethod
     def unit(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The tile (rows, columns) of a weight of this shape that shares one scale."""
-        raise NotImplementedError
 
     def candidates(self, rows: Tensor, params: Parts) -> Iterator[Candidate]:
         """Other parameters worth trying for these rows, most promising first."""

@@ -52,6 +52,11 @@ def from_config(config: Mapping[str, Any], where: str = "") -> Format:
 @lru_cache(maxsize=4096)
 def parse_spec(spec: str) -> Format:
     """The format that a spec string names, such as `int8(granularity=block,block_size=128x128)`."""
+    if "@" in spec:
+        raise FormatError(
+            f"{spec!r}: what stands behind @ is the arrangement in a file or for a kernel, not part of the format; "
+            "name it to `lowbit convert`, or use QuantizedTensor.in_layout"
+        )
     match = _SPEC.match(spec)
     if not match:
         raise FormatError(f"{spec!r} is not a format spec; write it like fp8_e4m3(granularity=row)")

@@ -19,7 +19,7 @@ from lowbit.ops.library import declare, run
 
 def quantize_int8_rowwise(x: Tensor, stochastic_rounding: int | None = 0) -> tuple[Tensor, Tensor]:
     """x [..., K] float -> int8 codes [..., K] and float32 scales [..., 1] = absmax / 127, at least 1e-30."""
-    return _rowwise_op(x.detach(), 0, stochastic_rounding or 0)
+    return _rowwise_op(x.detach(), stochastic_rounding or 0)
 
 
 def quantize_int8_tensorwise(
@@ -44,7 +44,7 @@ def quantize_int8_convrot_weight(w: Tensor, group: int, stochastic_rounding: int
 
     Raises `FormatError` when `group` is no power of four or does not divide K.
     """
-    return _rowwise_op(w.detach(), group, stochastic_rounding or 0)
+    return _convrot_op(w.detach(), group, stochastic_rounding or 0)
 
 
 def dequantize_int8(q: Tensor, scale: Tensor, output_type: torch.dtype = torch.float32) -> Tensor:
@@ -79,15 +79,23 @@ def _check_rotation(k: int, group: int) -> None:
         raise FormatError(f"K = {k} is not a multiple of the rotation group {group}")
 
 
-def _rowwise(x: Tensor, rotation: int, seed: int) -> tuple[Tensor, Tensor]:
-    _check_rows(x, rotation)
-    return run("quantize_int8_rowwise", x.device, x, rotation, seed)
+def _rowwise(x: Tensor, stochastic_rounding: int) -> tuple[Tensor, Tensor]:
+    return _convrot(x, 0, stochastic_rounding)
 
 
-def _rowwise_fake(x: Tensor, rotation: int, seed: int) -> tuple[Tensor, Tensor]:
-    _check_rows(x, rotation)
-    scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.int8), scales
+def _rowwise_fake(x: Tensor, stochastic_rounding: int) -> tuple[Tensor, Tensor]:
+    return _convrot_fake(x, 0, stochastic_rounding)
+
+
+def _convrot(w: Tensor, group: int, stochastic_rounding: int) -> tuple[Tensor, Tensor]:
+    _check_rows(w, group)
+    return run("quantize_int8_rowwise", w.device, w, group, stochastic_rounding)
+
+
+def _convrot_fake(w: Tensor, group: int, stochastic_rounding: int) -> tuple[Tensor, Tensor]:
+    _check_rows(w, group)
+    scales = w.new_empty((*w.shape[:-1], 1), dtype=torch.float32)
+    return w.new_empty(w.shape, dtype=torch.int8), scales
 
 
 def _check_rows(x: Tensor, rotation: int) -> None:
@@ -181,7 +189,12 @@ def _gradient_fake(grad: Tensor, weight: Tensor, scale: Tensor, rotation: int) -
 
 
 _rowwise_op = declare(
-    "quantize_int8_rowwise(Tensor x, int rotation, int seed) -> (Tensor, Tensor)", _rowwise, _rowwise_fake
+    "quantize_int8_rowwise(Tensor x, int stochastic_rounding) -> (Tensor, Tensor)", _rowwise, _rowwise_fake
+)
+_convrot_op = declare(
+    "quantize_int8_convrot_weight(Tensor w, int group, int stochastic_rounding) -> (Tensor, Tensor)",
+    _convrot,
+    _convrot_fake,
 )
 _tensorwise_op = declare(
     "quantize_int8_tensorwise(Tensor x, Tensor? scale, int seed) -> (Tensor, Tensor)", _tensorwise, _tensorwise_fake

@@ -153,6 +153,15 @@ def test_a_scale_a_row_whatever_the_label(spec, fields, noted, shape):
     assert any("labelled" in note for note in layer.notes) == noted
 
 
+def test_blocks_that_convert_to_quant_labels_tensorwise():
+    """Its all-zero int8 layers carry a scale a block of 128 under the label of another granularity: read, and noted."""
+    fields = {"format": "int8_tensorwise", "per_row": True}
+    layer, parts = load({**stored("int8(granularity=block)", (256, 256)), MARKER: marker(fields)})
+    assert layer.format == parse_spec("int8(granularity=block)")
+    assert parts["scale"].shape == (2, 2)
+    assert any("labelled int8_tensorwise" in note for note in layer.notes)
+
+
 @pytest.mark.parametrize(
     "fields", [{"format": "float8_e4m3fn_rowwise"}, {"format": "float8_e4m3fn_blockwise", "group_size": 48}]
 )

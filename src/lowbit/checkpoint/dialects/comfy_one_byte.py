@@ -3,12 +3,11 @@
 granularity   fp8 e4m3                  scale                int8                               scale
 tensor        float8_e4m3fn             []                   int8_tensorwise                    []
 row           float8_e4m3fn_rowwise     [N]                  int8_tensorwise, per_row true      [N, 1]
-block         float8_e4m3fn_blockwise   [N / r, K / c]       int8_blockwise                     [N / r, K / c], rounded
-up
+block         float8_e4m3fn_blockwise   [N / r, K / c]       int8_blockwise                     [N / r, K / c]
 
-A square block is `group_size`, another one `block_size: [rows, columns]`. e5m2 is named alike. Where label and scale
-disagree (convert_to_quant labels some wrongly) the scale decides and it is noted; a scale that fits no granularity is
-refused.
+Numbers of blocks are rounded up. A square block is `group_size`, another one `block_size: [rows, columns]`. e5m2 is
+named alike. Where label and scale disagree (convert_to_quant labels some wrongly) the scale decides and it is noted; a
+scale that fits no granularity is refused.
 """
 
 # ruff: noqa: D102  (the methods are documented in `Storage`)
@@ -95,23 +94,27 @@ class OneByte(Storage):
             actual = "tensor"
         elif count == n and scale in ((), (n,), (n, 1)):
             actual = "row"
-        elif block and label == "" and _grid_shape(scale) == grid and (found.legacy or self._tells_block(found)):
+        elif block and _grid_shape(scale) == grid and self._may_be_blocks(found, label, block):
             found.note(f"labelled {name}, but weight_scale {list(scale)} is one value a block: read as that")
             return "block", block
         else:
             blocks = f" or {list(grid)} (blocks of {block[0]}x{block[1]})" if block and grid else ""
             raise found.error(
                 f"weight_scale has shape {list(scale)}, expected [], [{n}], [{n}, 1]{blocks} for {name} of a weight "
-                f"{[n, k]}; "
-                "the file does not fit its description, convert it again"
+                f"{[n, k]}; the file does not fit its description, convert it again"
             )
         expected = "block" if label == "blockwise" else "row" if by_row else "tensor"
         if actual != expected and not (self.base == "int8" and expected == "tensor"):
             found.note(f"labelled {name}, but weight_scale {list(scale)} is one value {_WORDS[actual]}: read as that")
         return actual, (128, 128)
 
-    def _tells_block(self, found: Description) -> bool:
-        return any(found.fields.get(name) is not None for name in ("block_size", "group_size"))
+    def _may_be_blocks(self, found: Description, label: str, block: tuple[int, int]) -> bool:
+        """Whether a grid of scales under another label is to be believed.
+
+        convert_to_quant writes one of its default size for an all-zero layer that it labels int8_tensorwise.
+        """
+        tells = any(found.fields.get(name) is not None for name in ("block_size", "group_size"))
+        return block == (128, 128) if label == "tensorwise" else label == "" and (found.legacy or tells)
 
     def _block(self, found: Description, shape: Shape, scale: tuple[int, ...]) -> tuple[int, int] | None:
         """The block size from the fields, else from the shape of the scale where that leaves no doubt."""
