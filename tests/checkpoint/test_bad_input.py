@@ -194,11 +194,12 @@ def test_no_space_left_in_mid_run(tmp_path, out, monkeypatch):
     assert out.read_bytes() == OLD
 
 
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_folder(tmp_path, out):
     """A folder without write permission is refused before work starts."""
     path = save_model(tmp_path / "in.safetensors")
     out.parent.chmod(0o500)
+    if os.access(out.parent, os.W_OK):
+        pytest.skip("this user may write anywhere")
     try:
         with pytest.raises(WriteError, match="check its permissions"):
             run(path, out)

@@ -176,10 +176,11 @@ def test_an_unwritable_folder_is_refused(tmp_path, monkeypatch):
         begin(tmp_path / "out.safetensors")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_write_permission_is_refused(tmp_path):
     """The same with a real folder and its real permissions."""
     tmp_path.chmod(0o500)
+    if os.access(tmp_path, os.W_OK):
+        pytest.skip("this user may write anywhere")
     with pytest.raises(WriteError, match=r"cannot create .*: Permission denied"):
         begin(tmp_path / "out.safetensors")
     tmp_path.chmod(0o700)
