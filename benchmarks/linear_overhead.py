@@ -22,7 +22,12 @@ from torch.nn import functional as F
 import lowbit
 from lowbit import QuantizedTensor, dispatch
 
-MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+MODES = {
+    "grad": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "training": torch.enable_grad,  # with an input that takes a gradient, which autograd has to record
+}
 CALLS = 2000
 ROUNDS = 15
 N, K = 64, 256
@@ -66,8 +71,9 @@ def measure(weight: QuantizedTensor) -> list[dict[str, object]]:
     try:
         for mode, context in MODES.items():
             for bias in (None, torch.randn(N)):
+                given = x.clone().requires_grad_(mode == "training")
                 with context():
-                    quantized = _microseconds(partial(F.linear, x, weight, bias))
+                    quantized = _microseconds(partial(F.linear, given, weight, bias))
                     kernel = _microseconds(partial(empty.run, *arguments))
                     plain = _microseconds(partial(F.linear, one, one, None if bias is None else one[0]))
                 results.append(

@@ -95,21 +95,23 @@ def _linear_fake(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, spec: 
     return x.new_empty((*x.shape[:-1], fmt.rows_of(named(fmt, parts))))
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def remember_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
+    """Keep what the gradients of a linear need: the parts, never a decoded weight."""
     x, parts, bias, spec = inputs
     ctx.save_for_backward(*parts)
     ctx.k, ctx.spec, ctx.has_bias = x.shape[-1], spec, bias is not None
 
 
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def linear_gradients(ctx: Any, grad: Tensor, *, needs_x: bool, needs_bias: bool) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and bias; the weight is frozen. Quantized activations are passed straight through."""
-    parts = list(ctx.saved_tensors)
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = linear_input_gradient(grad, parts, ctx.k, ctx.spec)
-    if ctx.has_bias and ctx.needs_input_grad[2]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, [None] * len(parts), grad_bias, None
+    grad_x = linear_input_gradient(grad, list(ctx.saved_tensors), ctx.k, ctx.spec) if needs_x else None
+    return grad_x, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and needs_bias else None
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needs_x, _, needs_bias, _ = ctx.needs_input_grad
+    grad_x, grad_bias = linear_gradients(ctx, grad, needs_x=needs_x, needs_bias=needs_bias)
+    return grad_x, [None] * len(ctx.saved_tensors), grad_bias, None
 
 
 def _input_gradient(grad: Tensor, parts: Sequence[Tensor], k: int, spec: str) -> Tensor:
@@ -147,7 +149,7 @@ linear = declare(
     run_linear,
     _linear_fake,
     _linear_backward,
-    _linear_setup,
+    remember_linear,
 )
 embedding = declare(
     "embedding(Tensor indices, Tensor[] parts, SymInt k, str spec, ScalarType dtype) -> Tensor",
