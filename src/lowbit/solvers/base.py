@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from lowbit.errors import SolverError
@@ -19,17 +20,37 @@ from lowbit.formats.parts import Parts
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration saw of one layer's input x [tokens, K]. Every field may be missing.
+    """What calibration saw of one layer's input x [tokens, K]. Every field may be missing (None or 0).
 
-    `hessian`: E[x x^T] as [K, K], or only its diagonal as [K], float32. `absmax`, `mean`, `minimum`: by channel, [K]
-    float32. `tokens`: how many rows they were taken from.
+    `hessian`: E[x x^T] over the first half of the samples as float32 [K, K], or only its diagonal as [K]; `tokens`: how
+    many rows it was taken from. `held_out`, `held_out_tokens`: the same of the other half, on which results are judged.
+    By channel over all samples, float32 [K]: `absmax`, `mean`, `minimum`, `maximum`. `samples`: some rows of x itself,
+    [S, K]. `magnitudes`: int64 [4096], how many |x| there were by the upper 12 of their 31 float32 bits.
     """
 
     hessian: Tensor | None = None
+    tokens: int = 0
+    held_out: Tensor | None = None
+    held_out_tokens: int = 0
     absmax: Tensor | None = None
     mean: Tensor | None = None
     minimum: Tensor | None = None
-    tokens: int = 0
+    maximum: Tensor | None = None
+    samples: Tensor | None = None
+    magnitudes: Tensor | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        """Rows of both halves."""
+        return self.tokens + self.held_out_tokens
+
+    @property
+    def combined(self) -> Tensor | None:
+        """E[x x^T] over all samples: the mean of both halves, each by its tokens; [K, K] or [K]."""
+        if self.hessian is None or self.held_out is None or not self.held_out_tokens:
+            return self.hessian
+        share = self.tokens / self.total_tokens
+        return torch.lerp(self.held_out, self.hessian, share)
 
     @property
     def diagonal(self) -> Tensor | None:
