@@ -25,8 +25,8 @@ FLOORS = {
     "tensor": 4,
     "tensor_ops": 4,
     "nn": 4,
-    "calibration": 4,
     "checkpoint": 5,
+    "calibration": 5,
     "report": 5,
     "integrations": 6,
     "cli": 6,
@@ -39,6 +39,7 @@ BESIDE = {  # who may import a neighbour on the same floor; never both ways
     "ops": {"dispatch"},  # an op's body asks for its kernel
     "tensor_ops": {"tensor"},  # the handlers of QuantizedTensor's operations
     "nn": {"tensor"},  # a module's weight is replaced by a quantized one
+    "calibration": {"checkpoint"},  # the statistics file is written and resumed as checkpoints are
     "cli": {"integrations"},  # a subcommand that shows an integration
     "__main__": {"cli"},  # `python -m lowbit` is the command
 }

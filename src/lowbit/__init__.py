@@ -1,6 +1,7 @@
 """lowbit: convert model weights from 16 bits to 8 and 4, prove what was lost, load them and multiply with them."""
 
 from lowbit import ops, tensor_ops
+from lowbit.calibration import calibrate
 from lowbit.checkpoint.load import load
 from lowbit.checkpoint.save import save
 from lowbit.dispatch import use_backend
@@ -15,6 +16,7 @@ __all__ = [
     "Format",
     "LowbitError",
     "QuantizedTensor",
+    "calibrate",
     "fallbacks",
     "load",
     "ops",

@@ -59,3 +59,7 @@ class WriteError(CheckpointError):
 
 class SolverError(LowbitError, ValueError):
     """A solver is unknown, or cannot work on the format or without the statistics it needs."""
+
+
+class StatisticsError(LowbitError, ValueError):
+    """Calibration cannot be done on what was given, or its statistics are damaged or those of another model."""

@@ -1,0 +1,367 @@
+"""`calibrate`: run a model over batches and keep the statistics of the inputs of its linears."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.errors import LowbitError, PlanError, StatisticsError
+
+from .batches import Batch, TokenMask, as_batch
+from .collected import Collected
+from .collection import Contents, InputFacts, LayerInput, StatisticsCollection, some
+from .observe import Observer
+from .progress_file import ProgressFile, fingerprint
+from .statistics_file import StatisticsFile
+from .target_file import TargetFile
+
+_log = logging.getLogger("lowbit")
+
+MEMORY = 4 * 2**30  # bytes: room for a full second moment, in both halves, of up to 21,000 channels
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+Progress = Callable[[int, int | None, str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How statistics are taken; what of it shapes the result is part of the file. Fields as `calibrate`'s arguments."""
+
+    layers: tuple[str, ...] = ()
+    memory: int | None = MEMORY
+    full_up_to: int | None = None
+    token_mask: TokenMask | None = None
+    share: bool = True
+    seed: int = 0
+    snapshot_every: float = 60.0
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    path: str | Path | None = None,
+    layers: Sequence[str] | None = None,
+    memory: int | str | None = MEMORY,
+    full_up_to: int | None = None,
+    token_mask: TokenMask | None = None,
+    share: bool = True,
+    names: Mapping[str, str] | None = None,
+    description: str | None = None,
+    progress: Progress | None = None,
+    resume: bool = True,
+    snapshot_every: float = 60.0,
+    seed: int = 0,
+) -> StatisticsCollection:
+    """Run `model` on `batches` and return the statistics of every linear's input, by the linear's name.
+
+    A batch is a tensor, a tuple of arguments, a dict of keyword arguments, or a pair of both. Its samples (rows of its
+    first tensor) go to the two halves in turn, the second one being held out. Rows that a keyword argument
+    `...mask` [samples, tokens] marks by 0 are padding and do not count; `token_mask(args, kwargs)` may give the mask
+    (True where a token counts) instead. The model runs as it is, where it is, in eval mode and without gradients.
+
+    With `path`, the statistics are written there and returned as an open `StatisticsFile`. Inputs that do not fit into
+    `memory` (bytes, or text such as "8GiB"; None: no bound) then take further passes over the batches, which therefore
+    must be a sequence or another re-iterable; an interrupted run goes on where it stopped, at most `snapshot_every`
+    seconds back, when it is called again with the same arguments. Without `path` all is kept in memory.
+    An input whose full H alone exceeds `memory`, or with more than `full_up_to` channels, keeps only its diagonal.
+
+    `layers`: regular expressions, of which one must match a linear's name. `share`: linears with the same input share
+    an entry. `names`: other names for linears, by their names. `progress(done, total or None, what)` is called after
+    every batch.
+
+    Raises `StatisticsError` (an empty iterable, a batch that cannot be passed, a model that raises, values that are
+    not finite, too little memory), `PlanError` (`layers` matches nothing) and `WriteError`.
+
+    >>> import torch, lowbit
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    >>> statistics = lowbit.calibrate(model, [torch.randn(8, 16) for _ in range(4)])
+    >>> statistics["2"].hessian.shape, statistics["2"].tokens, statistics["2"].held_out_tokens
+    (torch.Size([32, 32]), 16, 16)
+    """
+    options = Options(tuple(layers or ()), as_bytes(memory), full_up_to, token_mask, share, seed, snapshot_every)
+    what = description or type(model).__name__
+
+    def run() -> Run:
+        return Run(model, batches, options, what, dict(names or {}), progress)
+
+    if path is None:
+        return run().in_memory()
+    try:
+        return run().to_file(Path(path), resume=resume)
+    except OtherBatchesError as error:
+        if iter(batches) is batches:
+            raise
+        _log.warning("%s; starting afresh", error)
+        return run().to_file(Path(path), resume=False)
+
+
+def as_bytes(memory: int | str | None) -> int | None:
+    """A number of bytes from "4GiB", "500 MB" or a number. Raises `PlanError`."""
+    if memory is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(memory).lower())
+    if not found or found[2] not in _UNITS or not float(found[1]):
+        raise PlanError(f"memory {memory!r}: give a number of bytes, or text such as '8GiB' or '500MB'")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def select_linears(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linears of a module whose name matches one of the patterns (all without any); one under two names once.
+
+    Raises `StatisticsError` without any linear, `PlanError` for patterns that match none or are wrong.
+    """
+    linears = {name or "weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not linears:
+        raise StatisticsError(f"{type(model).__name__} has no nn.Linear inside; pass a module that has")
+    if not patterns:
+        return linears
+    try:
+        chosen = {name: linears[name] for name in linears if any(re.search(pattern, name) for pattern in patterns)}
+    except re.error as error:
+        raise PlanError(f"layers: {error.pattern!r} is no regular expression: {error}; correct it") from error
+    if not chosen:
+        raise PlanError(f"layers: no linear matches {some(patterns)}; there are {some(linears)}")
+    return chosen
+
+
+class OtherBatchesError(StatisticsError):
+    """The batches are not those of the run that was to go on."""
+
+
+class Run:
+    """One call of `calibrate`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        options: Options,
+        description: str,
+        names: dict[str, str],
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.batches, self.options, self.description = model, batches, options, description
+        self.linears = select_linears(model, options.layers)
+        self.aliases = _aliases(model, self.linears, names)
+        self.progress = progress
+        self.total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+        self.number = 0  # of the pass
+        self.batch_count = self.sample_count = 0  # of the first pass, when it is over
+        self.samples = 0  # so far in this pass
+        self.seen = hashlib.sha256()  # the batches so far in this pass
+        self.observer = Observer(
+            self.linears,
+            memory=options.memory,
+            full_up_to=options.full_up_to,
+            share=options.share,
+            seed=options.seed,
+        )
+
+    def in_memory(self) -> Collected:
+        """Take everything in one pass and keep it."""
+        self.one_pass()
+        if waiting := [name for name, group in self.observer.groups.items() if group.accumulator is None]:
+            raise StatisticsError(
+                f"{self.description}: the second moments do not fit into the memory ({self.options.memory} bytes), or "
+                f"their layers do not always have one input ({some(waiting)}); give a path, so that they are taken in "
+                "several passes, give more memory, or restrict full_up_to"
+            )
+        contents = self.contents()
+        keys = self.keys()
+        return Collected(contents, {keys[name]: made.finish() for name, made in self.observer.finished()})
+
+    def to_file(self, path: Path, *, resume: bool) -> StatisticsFile:
+        """Take as many inputs in a pass as memory has room for, write them, and go on with the rest."""
+        target = TargetFile(path)
+        key = fingerprint(self.linears, {**self.facts(), "description": self.description, "names": self.aliases})
+        snapshots = ProgressFile(path, self.observer, key, self.options.snapshot_every)
+        record = snapshots.restore(self._devices()) if resume else None
+        if record is not None:
+            self.number, self.batch_count, self.sample_count = record["pass"], record["batches"], record["samples"]
+        try:
+            if self.number:
+                target.begin(self.contents(), key, resume=resume)
+                self.observer.done &= {name for name, number in self.keys().items() if number in target.done}
+            while self.observer.surveying or self.observer.waiting():
+                self.one_pass(record, snapshots)
+                record = None
+                if not target.is_open:
+                    target.begin(self.contents(), key, resume=resume)
+                for name, made in self.observer.finished():
+                    target.write(self.keys()[name], made.finish())
+                self.next_pass()
+                if self.observer.waiting():
+                    snapshots.save(self.record(0))
+            target.finish()
+        except BaseException:
+            target.abort(keep=snapshots.path.exists())
+            raise
+        snapshots.remove()
+        return StatisticsFile(path)
+
+    def _devices(self) -> dict[str, torch.device]:
+        return {name: linear.weight.device for name, linear in self.linears.items()}
+
+    def record(self, done: int) -> dict[str, Any]:
+        """Where the run is, for a snapshot after `done` batches of this pass."""
+        counts = {"batches": self.batch_count, "samples": self.sample_count}
+        return {"pass": self.number, **counts, "done": done, "seen": self.seen.hexdigest()}
+
+    def next_pass(self) -> None:
+        """Prepare for another pass over the batches."""
+        self.number += 1
+        self.samples = 0
+        self.seen = hashlib.sha256()
+        self.observer.begin_pass(surveying=False)
+
+    def one_pass(self, record: Mapping[str, Any] | None = None, snapshots: ProgressFile | None = None) -> None:
+        """Run the model on every batch; those before `record` were seen by an earlier run and are only compared."""
+        if self.number and iter(self.batches) is self.batches:
+            raise StatisticsError(
+                f"{self.description}: another pass over the batches is needed, for {len(self.observer.waiting())} "
+                "inputs; pass a list or another re-iterable instead of an iterator, or give more memory"
+            )
+        skip = record["done"] if record else 0
+        count = 0
+        with self.observer.hooked(), running(self.model):
+            for index, batch in enumerate(self._items()):
+                if index == skip:
+                    self._compare(record)
+                if index >= skip:
+                    self._forward(batch, index)
+                count += 1
+                self.samples += batch.samples
+                if snapshots is not None:
+                    self.seen.update(batch.digest().encode())
+                if snapshots is not None and index >= skip and snapshots.due():
+                    snapshots.save(self.record(count))
+                if self.progress is not None:
+                    self.progress(count, self.total or self.batch_count or None, f"pass {self.number + 1}")
+        if count <= skip:
+            self._compare(record)
+        self._check_count(count)
+
+    def _compare(self, record: Mapping[str, Any] | None) -> None:
+        if record is not None and self.seen.hexdigest() != record["seen"]:
+            raise OtherBatchesError(
+                f"{self.description}: the batches are not those of the interrupted run; give the same ones, or do not "
+                "resume"
+            )
+
+    def _items(self) -> Iterator[Batch]:
+        try:
+            iterator = iter(self.batches)
+        except TypeError as error:
+            raise StatisticsError(f"batches: {error}; give a list or another iterable of batches") from error
+        index = 0
+        while True:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            except LowbitError:
+                raise
+            except Exception as error:
+                raise StatisticsError(
+                    f"batch {index}: the iterable raised {type(error).__name__}: {error}; correct its source"
+                ) from error
+            yield as_batch(item, index, self.options.token_mask)
+            index += 1
+
+    def _forward(self, batch: Batch, index: int) -> None:
+        self.observer.begin(batch, index, self.samples)
+        try:
+            self.model(*batch.args, **batch.kwargs)
+        except LowbitError:
+            raise
+        except Exception as error:
+            last = self.observer.last
+            where = f"after the linear {last}" if last else "before its first linear"
+            raise StatisticsError(
+                f"batch {index}: the model raised {type(error).__name__} {where}: {error}; see that it takes the batch "
+                "as it is given (model(*args, **kwargs)), on the same device"
+            ) from error
+        self.observer.end()
+
+    def _check_count(self, count: int) -> None:
+        if not count:
+            raise StatisticsError("there are no batches (the iterable is empty); give at least two samples")
+        if self.number and count != self.batch_count:
+            raise StatisticsError(
+                f"the first pass had {self.batch_count} batches, this one has {count}; the iterable must give the same "
+                "batches every time"
+            )
+        if not self.number:
+            self.batch_count, self.sample_count = count, self.samples
+        if not self.observer.groups:
+            raise StatisticsError(f"{self.description}: no batch reached any of its {len(self.linears)} linears")
+
+    def keys(self) -> dict[str, str]:
+        """Keys of the inputs in the file by the group: numbers in the order of the first calls."""
+        return {name: str(number) for number, name in enumerate(self.observer.groups)}
+
+    def contents(self) -> Contents:
+        """What the finished file will hold; known after the first pass."""
+        keys, watched = self.keys(), self.observer.watched
+        inputs = {}
+        for name, key in keys.items():
+            seen = watched[name]
+            kind = "full" if self.observer.is_full(seen.k) else "diagonal"
+            inputs[key] = InputFacts(seen.k, seen.tokens[0], seen.tokens[1], kind)
+        layers = {
+            alias: LayerInput(keys[seen.group], (seen.n, seen.k))
+            for name, seen in watched.items()
+            if seen.group
+            for alias in self.aliases[name]
+        }
+        never = tuple(alias for name, seen in watched.items() if not seen.group for alias in self.aliases[name])
+        counts = {"batches": self.batch_count, "samples": self.sample_count}
+        return Contents(self.description, layers, inputs, never, {**self.facts(), **counts})
+
+    def facts(self) -> dict[str, Any]:
+        """The options that shape the result, as JSON data."""
+        chosen = self.options
+        return {
+            "layers": list(chosen.layers),
+            "memory": chosen.memory,
+            "full_up_to": chosen.full_up_to,
+            "share": chosen.share,
+            "seed": chosen.seed,
+        }
+
+
+def _aliases(
+    model: nn.Module, linears: Mapping[str, nn.Linear], names: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """The names that each linear has in the result: all those of the module, renamed."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            found.setdefault(id(module), []).append(names.get(name, name or "weight"))
+    return {name: tuple(found[id(linear)]) for name, linear in linears.items()}
+
+
+@contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; each module's mode comes back at the end.
+
+    Not `inference_mode`: a buffer that the model caches in it could never be used with gradients again.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,169 @@
+"""Statistics of many layers by name, of which those that share an input share one entry."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowbit.errors import StatisticsError
+from lowbit.solvers.base import Statistics
+
+_SHOWN = 10
+FEW = 1.0  # T/N below which a full second moment is singular and warned about
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """Which input a layer has, by its key, and the shape [N, K] of the layer's weight."""
+
+    input: str
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """What is known of an input without its tensors: K, the tokens of both halves, and "full" or "diagonal"."""
+
+    k: int
+    tokens: int
+    held_out_tokens: int
+    kind: str
+
+    @property
+    def tokens_per_channel(self) -> float:
+        """T/N: tokens that H was taken from, by its order."""
+        return self.tokens / self.k
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The directory of a set of statistics.
+
+    `model`: what they are of, in words. `layers`: the layers by name; `inputs`: the inputs by key. `never_called`:
+    linears that no batch reached, which have no statistics. `options`: how they were taken.
+    """
+
+    model: str
+    layers: dict[str, LayerInput]
+    inputs: dict[str, InputFacts]
+    never_called: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def sharing(self, key: str) -> tuple[str, ...]:
+        """The layers that have this input."""
+        return tuple(name for name, layer in self.layers.items() if layer.input == key)
+
+
+class StatisticsCollection(Mapping[str, Statistics]):
+    """Statistics by the layer's name: `collection.get(name)` is None for a layer without."""
+
+    contents: Contents
+
+    @abstractmethod
+    def load_input(self, key: str) -> Statistics:
+        """The statistics of an input."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of all layers that have statistics."""
+        return tuple(self.contents.layers)
+
+    @property
+    def never_called(self) -> tuple[str, ...]:
+        """Linears of the model that no batch reached."""
+        return self.contents.never_called
+
+    def shape(self, layer: str) -> tuple[int, int]:
+        """The shape (N, K) of a layer's weight. Raises `StatisticsError` for a layer without statistics."""
+        if layer not in self.contents.layers:
+            raise StatisticsError(f"{self.place}: has no layer {layer!r}; it has {some(self.layers)}")
+        return self.contents.layers[layer].shape
+
+    def __getitem__(self, layer: str) -> Statistics:
+        return self.load_input(self.contents.layers[layer].input)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.contents.layers)
+
+    def __len__(self) -> int:
+        return len(self.contents.layers)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.contents.layers
+
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+        return f"the statistics of {self.contents.model}"
+
+    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise `StatisticsError`, with a list, unless every layer here is among `shapes`, with its shape."""
+        layers = self.contents.layers
+        unknown = [name for name in layers if name not in shapes]
+        wrong = [
+            f"{name} is {list(shapes[name])}, the statistics are of {list(layer.shape)}"
+            for name, layer in layers.items()
+            if name in shapes and tuple(shapes[name]) != layer.shape
+        ]
+        if not unknown and not wrong:
+            return
+        lines = [f"not in the model: {some(unknown, _SHOWN)}"] if unknown else []
+        lines += [f"other shape: {some(wrong, _SHOWN, '; ')}"] if wrong else []
+        raise StatisticsError(
+            f"{self.place}: are of another model, {len(unknown) + len(wrong)} of {len(layers)} layers do not fit; "
+            f"{'; '.join(lines)}; calibrate this model"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON data: the model, options, layers never called, and of every input its tokens, T/N and layers."""
+        contents = self.contents
+        inputs = {
+            key: {
+                "k": facts.k,
+                "kind": facts.kind,
+                "tokens": facts.tokens,
+                "held_out_tokens": facts.held_out_tokens,
+                "tokens_per_channel": facts.tokens_per_channel,
+                "layers": list(contents.sharing(key)),
+            }
+            for key, facts in contents.inputs.items()
+        }
+        return {
+            "model": contents.model,
+            "layers": len(contents.layers),
+            "never_called": list(contents.never_called),
+            "options": contents.options,
+            "inputs": inputs,
+        }
+
+    def warnings(self) -> list[str]:
+        """What a user should know before relying on these, one line each."""
+        inputs = self.contents.inputs
+        found = []
+        thin = [key for key, facts in inputs.items() if facts.kind == "full" and facts.tokens_per_channel < FEW]
+        if thin:
+            lowest = min(thin, key=lambda key: inputs[key].tokens_per_channel)
+            facts = inputs[lowest]
+            found.append(
+                f"few tokens: {len(thin)} of {len(inputs)} inputs have fewer tokens than channels, the lowest "
+                f"{self.contents.sharing(lowest)[0]} with T/N = {facts.tokens}/{facts.k} = "
+                f"{facts.tokens_per_channel:.2f}; give several times as much data, T/N of 4 and more"
+            )
+        one_sided = [key for key, facts in inputs.items() if not facts.held_out_tokens or not facts.tokens]
+        if one_sided:
+            found.append(
+                f"nothing held out: {len(one_sided)} inputs were seen in one half of the samples only, "
+                "so results cannot be judged on the other; give at least two samples"
+            )
+        if self.never_called:
+            found.append(f"never called, so without statistics: {some(self.never_called)}")
+        return found
+
+
+def some(names: Iterable[str], count: int = 3, mark: str = ", ") -> str:
+    """The first few of a list, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return mark.join(names[:count]) + more

@@ -1,0 +1,167 @@
+"""The statistics file: one safetensors file with the tensors of every input and, in its header, which layers have it.
+
+Tensors are named `<input>.<field>`, with the fields of `Statistics` and their dtypes. The header's `lowbit.statistics`
+is JSON: version, model, layers, inputs, never_called, options.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.safetensors_file import SafetensorsFile
+from lowbit.checkpoint.writer import CheckpointWriter
+from lowbit.errors import StatisticsError
+from lowbit.solvers.base import Statistics
+
+from .accumulate import BINS, ROWS_KEPT
+from .collection import Contents, InputFacts, LayerInput, StatisticsCollection
+
+KEY = "lowbit.statistics"
+VERSION = 1
+_CACHED = 2  # inputs kept in memory: layers that share one are mostly asked for one after another
+_CHANNELS = ("absmax", "mean", "minimum", "maximum")
+
+Entry = tuple[str, torch.dtype, tuple[int, ...]]
+
+
+class StatisticsFile(StatisticsCollection):
+    """A statistics file, open; tensors are read when a layer is asked for. A context manager.
+
+    A mapping: `file.get(layer)` is a `Statistics`, or None for a layer without. Raises `CheckpointError` when the file
+    cannot be read, `StatisticsError` when it holds no statistics of this version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file = SafetensorsFile(self.path)
+        try:
+            self.contents = _parse(self._file)
+        except BaseException:
+            self._file.close()
+            raise
+        self._cache: OrderedDict[str, Statistics] = OrderedDict()
+
+    @classmethod
+    def open(cls, path: str | Path) -> StatisticsFile:
+        """Open a file; the same as the constructor."""
+        return cls(path)
+
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+        return str(self.path)
+
+    def load_input(self, key: str) -> Statistics:
+        """The statistics of an input, from the file or among the last ones read."""
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        facts = self.contents.inputs[key]
+        start = f"{key}."
+        tensors = {
+            name.removeprefix(start): self._file.read(name) for name in self._file.tensors if name.startswith(start)
+        }
+        found = Statistics(tokens=facts.tokens, held_out_tokens=facts.held_out_tokens, **tensors)
+        self._cache[key] = found
+        while len(self._cache) > _CACHED:
+            self._cache.popitem(last=False)
+        return found
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> StatisticsFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def save_statistics(collection: StatisticsCollection, path: str | Path) -> Path:
+    """Write a collection as a statistics file; it appears when it is complete. Raises `WriteError`."""
+    stored = {key: stored_fields(collection.load_input(key)) for key in collection.contents.inputs}
+    entries = [
+        (f"{key}.{name}", tensor.dtype, tuple(tensor.shape))
+        for key, fields in stored.items()
+        for name, tensor in fields.items()
+    ]
+    writer = CheckpointWriter(path, entries, header(collection.contents), fingerprint="statistics", resume=False)
+    try:
+        for key, fields in stored.items():
+            for name, tensor in fields.items():
+                writer.write(f"{key}.{name}", tensor)
+        return writer.finish()
+    except BaseException:
+        writer.abort(keep=False)
+        raise
+
+
+def stored_fields(statistics: Statistics) -> dict[str, Tensor]:
+    """The tensors of `statistics` by field."""
+    names = ("hessian", "held_out", *_CHANNELS, "samples", "magnitudes")
+    return {name: tensor for name in names if (tensor := getattr(statistics, name)) is not None}
+
+
+def header(contents: Contents) -> dict[str, str]:
+    """The metadata of a statistics file."""
+    return {KEY: json.dumps({"version": VERSION, **asdict(contents)}, separators=(",", ":"))}
+
+
+def _parse(file: SafetensorsFile) -> Contents:
+    text = file.metadata.get(KEY)
+    if text is None:
+        raise StatisticsError(
+            f"{file.path}: is no statistics file ({KEY!r} is missing); write one by `lowbit calibrate`"
+        )
+    try:
+        contents = parse_contents(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StatisticsError(f"{file.path}: its header cannot be read ({error!r}); calibrate again") from error
+    for key, facts in contents.inputs.items():
+        for name, shape in _expected(facts).items():
+            info = file.tensors.get(f"{key}.{name}")
+            if info is not None and info.shape != shape:
+                raise StatisticsError(
+                    f"{file.path}: {info.name} has shape {list(info.shape)}, expected {list(shape)}; calibrate again"
+                )
+    return contents
+
+
+def parse_contents(data: Mapping[str, Any]) -> Contents:
+    """The directory from JSON data. Raises `ValueError`, `KeyError` or `TypeError` for other data."""
+    if data["version"] != VERSION:
+        raise ValueError(f"version {data['version']!r}, this lowbit reads {VERSION}")
+    inputs = {str(key): InputFacts(**facts) for key, facts in data["inputs"].items()}
+    layers = {}
+    for name, layer in data["layers"].items():
+        n, k = layer["shape"]
+        if inputs[layer["input"]].k != k:
+            raise ValueError(f"{name}: K = {k}, its input has {inputs[layer['input']].k}")
+        layers[name] = LayerInput(layer["input"], (n, k))
+    return Contents(data["model"], layers, inputs, tuple(data["never_called"]), dict(data["options"]))
+
+
+def _expected(facts: InputFacts) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of an input, apart from its samples."""
+    moment = (facts.k, facts.k) if facts.kind == "full" else (facts.k,)
+    return {"hessian": moment, "held_out": moment, **dict.fromkeys(_CHANNELS, (facts.k,)), "magnitudes": (BINS,)}
+
+
+def entries_of(key: str, facts: InputFacts) -> list[Entry]:
+    """The tensors that an input of a calibration run will have, known before it is finished."""
+    shapes = {**_expected(facts), "samples": (min(facts.tokens, ROWS_KEPT), facts.k)}
+    absent = {"hessian": not facts.tokens, "held_out": not facts.held_out_tokens}
+    return [
+        (f"{key}.{name}", torch.int64 if name == "magnitudes" else torch.float32, shape)
+        for name, shape in shapes.items()
+        if not absent.get(name)
+    ]

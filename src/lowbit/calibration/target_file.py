@@ -1,0 +1,65 @@
+"""The statistics file while it is being made: inputs are added pass by pass, and it appears when all are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lowbit.checkpoint.target import check_file_target
+from lowbit.checkpoint.writer import CheckpointWriter
+from lowbit.errors import StatisticsError
+from lowbit.solvers.base import Statistics
+
+from .collection import Contents
+from .statistics_file import entries_of, header, stored_fields
+
+
+class TargetFile:
+    """Writes statistics to `path` when they come. Raises `WriteError` at once where no file can be put there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer: CheckpointWriter | None = None
+        self._contents: Contents | None = None
+        check_file_target(path)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `begin` was called."""
+        return self._writer is not None
+
+    @property
+    def done(self) -> set[str]:
+        """The keys of the inputs that are in it; at the beginning, those that an interrupted run has written."""
+        return set() if self._writer is None else set(self._writer.done)
+
+    def begin(self, contents: Contents, fingerprint: str, *, resume: bool) -> None:
+        """Take the disk space for these contents."""
+        entries = [entry for key, facts in contents.inputs.items() for entry in entries_of(key, facts)]
+        self._contents = contents
+        self._writer = CheckpointWriter(self.path, entries, header(contents), fingerprint=fingerprint, resume=resume)
+
+    def write(self, key: str, statistics: Statistics) -> None:
+        """Add an input. Raises `StatisticsError` when it has not the tokens that the first pass counted."""
+        assert self._writer is not None
+        assert self._contents is not None
+        facts = self._contents.inputs[key]
+        if (statistics.tokens, statistics.held_out_tokens) != (facts.tokens, facts.held_out_tokens):
+            raise StatisticsError(
+                f"{self._contents.sharing(key)[0]}: had {facts.tokens} + {facts.held_out_tokens} tokens in the first "
+                f"pass and {statistics.tokens} + {statistics.held_out_tokens} in this one; the iterable must give the "
+                "same batches every time, and the model must treat them alike"
+            )
+        fields = stored_fields(statistics)
+        for name, tensor in fields.items():
+            self._writer.write(f"{key}.{name}", tensor)
+        self._writer.commit(key, {"tensors": [f"{key}.{name}" for name in fields]})
+
+    def finish(self) -> None:
+        """Put the complete file in its place."""
+        assert self._writer is not None
+        self._writer.finish()
+
+    def abort(self, *, keep: bool) -> None:
+        """Stop; with `keep`, what was written stays for a later run to go on."""
+        if self._writer is not None:
+            self._writer.abort(keep)
