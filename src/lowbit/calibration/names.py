@@ -1,0 +1,49 @@
+"""Which tensor of a checkpoint is the weight of which linear of a module, where the two name them differently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+
+def checkpoint_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The checkpoint's layer name of each linear, by the module's name, where they differ and the match is certain.
+
+    `shapes` are those of the checkpoint's weights, by layer name. A linear that has not the name of a weight of its
+    shape takes the one of its shape with the most trailing components in common, if there is but one such.
+    """
+    linears = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear)
+    }
+    exact = {name for name, shape in linears.items() if tuple(shapes.get(name, ())) == shape}
+    by_end: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for key, shape in shapes.items():
+        if key not in exact:
+            by_end.setdefault((key.rpartition(".")[2], tuple(shape)), []).append(key)
+    found = {}
+    for name, shape in linears.items():
+        candidates = by_end.get((name.rpartition(".")[2], shape), [])
+        closest = None if name in exact else _closest(name, candidates)
+        if closest is not None:
+            found[name] = closest
+    return found
+
+
+def _closest(name: str, keys: Iterable[str]) -> str | None:
+    ranked = sorted(((_common(name, key), key) for key in keys), reverse=True)
+    if not ranked or (len(ranked) > 1 and ranked[0][0] == ranked[1][0]):
+        return None
+    return ranked[0][1]
+
+
+def _common(a: str, b: str) -> int:
+    """How many trailing components two dotted names share."""
+    count = 0
+    for x, y in zip(reversed(a.split(".")), reversed(b.split(".")), strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
