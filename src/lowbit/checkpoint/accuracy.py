@@ -54,9 +54,11 @@ class AccuracyMeter:
             self._worst = max(self._worst, float(ratio.nan_to_num_(nan=0.0, posinf=math.inf).max()))
 
     def result(self) -> Accuracy:
-        """The measures over all rows added; NaN when a NaN was among them."""
+        """The measures over all rows added; NaN when a NaN was among them, the worst when an infinity was."""
         if math.isnan(self._noise):
             return Accuracy(math.nan, math.nan, math.nan)
+        if math.isinf(self._noise):  # an infinite scale
+            return Accuracy(-math.inf, math.nan, math.inf)
         if self._noise == 0:
             sqnr = math.inf
         else:
