@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lowbit.solvers.base import Statistics
 
-from .collection import Contents, StatisticsCollection
-from .statistics_file import save_statistics
+from .collection import Contents, Field, StatisticsCollection
+from .statistics_file import save_statistics, stored_fields
 
 
 class Collected(StatisticsCollection):
@@ -21,6 +21,10 @@ class Collected(StatisticsCollection):
     def load_input(self, key: str) -> Statistics:
         """The statistics of an input."""
         return self._inputs[key]
+
+    def fields(self, key: str) -> dict[str, Field]:
+        """The tensors of an input: dtype and shape by field."""
+        return {name: (t.dtype, tuple(t.shape)) for name, t in stored_fields(self._inputs[key]).items()}
 
     def save(self, path: str | Path) -> Path:
         """Write them as a statistics file. Raises `WriteError`."""

@@ -7,9 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from lowbit.errors import StatisticsError
 from lowbit.solvers.base import Statistics
 
+Field = tuple[torch.dtype, tuple[int, ...]]
 _SHOWN = 10
 FEW = 1.0  # T/N below which a full second moment is singular and warned about
 
@@ -64,6 +67,10 @@ class StatisticsCollection(Mapping[str, Statistics]):
     @abstractmethod
     def load_input(self, key: str) -> Statistics:
         """The statistics of an input."""
+
+    @abstractmethod
+    def fields(self, key: str) -> dict[str, Field]:
+        """The tensors of an input: dtype and shape by the field of `Statistics`."""
 
     @property
     def layers(self) -> tuple[str, ...]:

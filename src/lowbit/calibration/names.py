@@ -6,6 +6,17 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from lowbit.checkpoint.source import Source
+
+
+def layer_shapes(source: Source) -> dict[str, tuple[int, int]]:
+    """The shapes [N, K] of a checkpoint's two-dimensional weights, by the layer's name."""
+    return {
+        name.removesuffix(".weight"): (info.shape[0], info.shape[1])
+        for name, info in source.tensors.items()
+        if name.endswith(".weight") and len(info.shape) == 2
+    }
+
 
 def checkpoint_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """The checkpoint's layer name of each linear, by the module's name, where they differ and the match is certain.

@@ -22,12 +22,13 @@ from lowbit.errors import StatisticsError
 from lowbit.solvers.base import Statistics
 
 from .accumulate import BINS, ROWS_KEPT
-from .collection import Contents, InputFacts, LayerInput, StatisticsCollection
+from .collection import Contents, Field, InputFacts, LayerInput, StatisticsCollection
 
 KEY = "lowbit.statistics"
 VERSION = 1
 _CACHED = 2  # inputs kept in memory: layers that share one are mostly asked for one after another
 _CHANNELS = ("absmax", "mean", "minimum", "maximum")
+FIELDS = ("hessian", "held_out", *_CHANNELS, "samples", "magnitudes")
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 
@@ -65,15 +66,17 @@ class StatisticsFile(StatisticsCollection):
             self._cache.move_to_end(key)
             return self._cache[key]
         facts = self.contents.inputs[key]
-        start = f"{key}."
-        tensors = {
-            name.removeprefix(start): self._file.read(name) for name in self._file.tensors if name.startswith(start)
-        }
+        tensors = {name: self._file.read(f"{key}.{name}") for name in self.fields(key)}
         found = Statistics(tokens=facts.tokens, held_out_tokens=facts.held_out_tokens, **tensors)
         self._cache[key] = found
         while len(self._cache) > _CACHED:
             self._cache.popitem(last=False)
         return found
+
+    def fields(self, key: str) -> dict[str, Field]:
+        """The tensors of an input: dtype and shape by field."""
+        infos = {name: self._file.tensors.get(f"{key}.{name}") for name in FIELDS}
+        return {name: (info.dtype, info.shape) for name, info in infos.items() if info is not None}
 
     def close(self) -> None:
         """Close the file."""
@@ -87,17 +90,16 @@ class StatisticsFile(StatisticsCollection):
 
 
 def save_statistics(collection: StatisticsCollection, path: str | Path) -> Path:
-    """Write a collection as a statistics file; it appears when it is complete. Raises `WriteError`."""
-    stored = {key: stored_fields(collection.load_input(key)) for key in collection.contents.inputs}
-    entries = [
-        (f"{key}.{name}", tensor.dtype, tuple(tensor.shape))
-        for key, fields in stored.items()
-        for name, tensor in fields.items()
-    ]
+    """Write a collection as a statistics file, one input after the other; it appears when it is complete.
+
+    Raises `WriteError`.
+    """
+    fields = {key: collection.fields(key) for key in collection.contents.inputs}
+    entries = [(f"{key}.{name}", *field) for key, found in fields.items() for name, field in found.items()]
     writer = CheckpointWriter(path, entries, header(collection.contents), fingerprint="statistics", resume=False)
     try:
-        for key, fields in stored.items():
-            for name, tensor in fields.items():
+        for key in fields:
+            for name, tensor in stored_fields(collection.load_input(key)).items():
                 writer.write(f"{key}.{name}", tensor)
         return writer.finish()
     except BaseException:
@@ -107,8 +109,7 @@ def save_statistics(collection: StatisticsCollection, path: str | Path) -> Path:
 
 def stored_fields(statistics: Statistics) -> dict[str, Tensor]:
     """The tensors of `statistics` by field."""
-    names = ("hessian", "held_out", *_CHANNELS, "samples", "magnitudes")
-    return {name: tensor for name in names if (tensor := getattr(statistics, name)) is not None}
+    return {name: tensor for name in FIELDS if (tensor := getattr(statistics, name)) is not None}
 
 
 def header(contents: Contents) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lowbit import __version__
-from lowbit.cli import compare, convert, demo, dequantize, doctor, formats, inspect, migrate, plan, verify
+from lowbit.cli import calibrate, compare, convert, demo, dequantize, doctor, formats, inspect, migrate, plan, verify
 from lowbit.cli.output import epilog
 
 app = typer.Typer(
@@ -51,6 +51,7 @@ for _module, _command in (
     (plan, plan.plan),
     (inspect, inspect.inspect),
     (verify, verify.verify),
+    (calibrate, calibrate.calibrate),
     (compare, compare.compare),
     (dequantize, dequantize.dequantize),
     (migrate, migrate.migrate),

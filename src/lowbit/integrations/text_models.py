@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.calibration.names import checkpoint_names
+from lowbit.calibration.names import checkpoint_names, layer_shapes
 from lowbit.checkpoint.source import open_source
 from lowbit.errors import CheckpointError, PlanError, StatisticsError
 
@@ -38,13 +38,7 @@ class TextModel:
     def names(self) -> dict[str, str]:
         """The name of each linear in the folder's safetensors files, by the module's name."""
         with open_source(self.folder) as source:
-            shapes = {
-                key.removesuffix(".weight"): info.shape
-                for component in source.components[:1]
-                for key, info in component.tensors.items()
-                if key.endswith(".weight")
-            }
-        return checkpoint_names(self.model, shapes)
+            return checkpoint_names(self.model, layer_shapes(source))
 
 
 def load_text_model(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> TextModel:
@@ -61,6 +55,7 @@ def load_text_model(folder: str | Path, *, device: str = "cpu", dtype: torch.dty
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # a report of unused weights, table and all
     wanted: torch.dtype | str = dtype or (torch.float32 if device == "cpu" else "auto")
     maker = getattr(transformers, architecture, None) or transformers.AutoModel
     try:

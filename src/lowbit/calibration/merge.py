@@ -1,0 +1,163 @@
+"""Several sets of statistics of one model as one, each weighted by its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import StatisticsError
+from lowbit.solvers.base import Statistics
+
+from .accumulate import ROWS_KEPT
+from .collection import Contents, Field, InputFacts, LayerInput, StatisticsCollection
+
+_MOMENTS = {"hessian": "tokens", "held_out": "held_out_tokens"}
+
+
+class Merged(StatisticsCollection):
+    """The statistics of several collections together; an input is merged when it is asked for.
+
+    Second moments and means are averaged by tokens, ranges and histograms joined, and of the kept rows of each as many
+    are taken as its tokens are worth. A layer that some lack is taken from the others. Where one has only the diagonal,
+    so has the result. What not all have of an input (the ranges, say, when one is an importance matrix) is left out.
+
+    Raises `StatisticsError` when a layer's shape differs between them.
+    """
+
+    def __init__(self, collections: Sequence[StatisticsCollection]) -> None:
+        if not collections:
+            raise StatisticsError("there is nothing to merge; name two statistics files")
+        self._collections = list(collections)
+        layers: dict[str, LayerInput] = {}
+        keys: dict[tuple[str | None, ...], str] = {}
+        for name in dict.fromkeys(name for collection in collections for name in collection.layers):
+            parts = tuple(self._input_in(collection, name) for collection in collections)
+            key = keys.setdefault(parts, str(len(keys)))
+            layers[name] = LayerInput(key, self._shape_in_all(name))
+        self._sources = {key: parts for parts, key in keys.items()}
+        first = self._collections[0].contents
+        never = [name for collection in collections for name in collection.never_called if name not in layers]
+        self.contents = Contents(
+            first.model,
+            layers,
+            {key: self._facts(key) for key in self._sources},
+            tuple(dict.fromkeys(never)),
+            {"merged": [collection.contents.options for collection in collections]},
+        )
+
+    @staticmethod
+    def _input_in(collection: StatisticsCollection, name: str) -> str | None:
+        layer = collection.contents.layers.get(name)
+        return None if layer is None else layer.input
+
+    def _shape_in_all(self, name: str) -> tuple[int, int]:
+        shapes = {other.shape(name): other.place for other in self._collections if name in other}
+        if len(shapes) > 1:
+            said = ", ".join(f"{list(shape)} in {place}" for shape, place in shapes.items())
+            raise StatisticsError(f"{name}: has the shapes {said}; merge statistics of one model")
+        return next(iter(shapes))
+
+    def _parts(self, key: str) -> list[tuple[StatisticsCollection, str]]:
+        """The collections that have an input, with its key there."""
+        pairs = zip(self._collections, self._sources[key], strict=True)
+        return [(collection, other) for collection, other in pairs if other is not None]
+
+    def _facts(self, key: str) -> InputFacts:
+        facts = [collection.contents.inputs[other] for collection, other in self._parts(key)]
+        kind = "full" if all(fact.kind == "full" for fact in facts) else "diagonal"
+        return InputFacts(
+            facts[0].k, sum(fact.tokens for fact in facts), sum(fact.held_out_tokens for fact in facts), kind
+        )
+
+    def fields(self, key: str) -> dict[str, Field]:
+        """The tensors of an input: dtype and shape by field."""
+        facts = self.contents.inputs[key]
+        parts = [
+            (collection.fields(other), collection.contents.inputs[other]) for collection, other in self._parts(key)
+        ]
+        found: dict[str, Field] = {}
+        for name, (dtype, shape) in parts[0][0].items() if len(parts) == 1 else _union(parts).items():
+            found[name] = dtype, shape
+            if name in _MOMENTS:
+                found[name] = dtype, (facts.k, facts.k) if facts.kind == "full" else (facts.k,)
+        if "samples" in found:
+            rows = [fields["samples"][1][0] for fields, _ in parts]
+            found["samples"] = torch.float32, (sum(quotas(rows, [fact.tokens for _, fact in parts])), facts.k)
+        return found
+
+    def load_input(self, key: str) -> Statistics:
+        """The statistics of an input."""
+        facts, names = self.contents.inputs[key], self.fields(key)
+        parts = [collection.load_input(other) for collection, other in self._parts(key)]
+        tensors = {name: _JOIN[name](parts, name, facts) for name in names}
+        return Statistics(tokens=facts.tokens, held_out_tokens=facts.held_out_tokens, **tensors)
+
+
+def _union(parts: Sequence[tuple[dict[str, Field], InputFacts]]) -> dict[str, Field]:
+    """Moments that any of the parts has, and what else all of them have."""
+    every = set.intersection(*(set(fields) for fields, _ in parts))
+    return {name: field for fields, _ in parts for name, field in fields.items() if name in _MOMENTS or name in every}
+
+
+def quotas(rows: Sequence[int], tokens: Sequence[int]) -> list[int]:
+    """How many of the rows that each part has kept of its `tokens` go into a set of at most `ROWS_KEPT`."""
+    if sum(rows) <= ROWS_KEPT:
+        return list(rows)
+    total = max(sum(tokens), 1)
+    return [min(count, ROWS_KEPT * share // total) for count, share in zip(rows, tokens, strict=True)]
+
+
+def _joined_moment(parts: Sequence[Statistics], name: str, facts: InputFacts) -> Tensor:
+    total = getattr(facts, _MOMENTS[name])
+    found: Tensor | None = None
+    for part in parts:
+        value, share = getattr(part, name), getattr(part, _MOMENTS[name]) / total
+        if value is None:
+            continue
+        if facts.kind == "diagonal" and value.dim() == 2:
+            value = value.diagonal()
+        found = value * share if found is None else found.add_(value, alpha=share)
+    assert found is not None
+    return found
+
+
+def _joined_mean(parts: Sequence[Statistics], name: str, facts: InputFacts) -> Tensor:
+    shares = torch.tensor([part.total_tokens for part in parts], dtype=torch.float64)
+    return (_stacked(parts, name).double() * (shares / shares.sum())[:, None]).sum(0).float()
+
+
+def _joined_samples(parts: Sequence[Statistics], name: str, facts: InputFacts) -> Tensor:
+    rows = [part.samples for part in parts if part.samples is not None]
+    random = torch.Generator().manual_seed(0)
+    chosen = zip(rows, quotas([len(x) for x in rows], [part.tokens for part in parts]), strict=True)
+    return torch.cat([x[torch.randperm(len(x), generator=random)[:count].sort().values] for x, count in chosen])
+
+
+def _joined_largest(parts: Sequence[Statistics], name: str, facts: InputFacts) -> Tensor:
+    return _stacked(parts, name).amax(0)
+
+
+def _joined_least(parts: Sequence[Statistics], name: str, facts: InputFacts) -> Tensor:
+    return _stacked(parts, name).amin(0)
+
+
+def _joined_counts(parts: Sequence[Statistics], name: str, facts: InputFacts) -> Tensor:
+    return _stacked(parts, name).sum(0)
+
+
+def _stacked(parts: Sequence[Statistics], name: str) -> Tensor:
+    return torch.stack([getattr(part, name) for part in parts])
+
+
+_JOIN: dict[str, Callable[[Sequence[Statistics], str, InputFacts], Tensor]] = {
+    "hessian": _joined_moment,
+    "held_out": _joined_moment,
+    "mean": _joined_mean,
+    "samples": _joined_samples,
+    "absmax": _joined_largest,
+    "maximum": _joined_largest,
+    "minimum": _joined_least,
+    "magnitudes": _joined_counts,
+}

@@ -1,0 +1,230 @@
+"""`lowbit calibrate`: the statistics that calibrated solvers work with, in one file."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lowbit.calibration import StatisticsCollection, StatisticsFile, calibrate as run, save_statistics
+from lowbit.calibration.collect import as_bytes
+from lowbit.calibration.imatrix import import_imatrix
+from lowbit.calibration.merge import Merged
+from lowbit.calibration.names import checkpoint_names, layer_shapes
+from lowbit.checkpoint.source import open_source
+from lowbit.cli import options
+from lowbit.cli.output import asking, command, epilog, print_json, say, show, size, stderr, table
+from lowbit.errors import PlanError
+from lowbit.integrations.factories import call_factory
+from lowbit.integrations.text_models import BATCH_SIZE, MAX_TOKENS, SAMPLES, load_text_model, read_text, text_batches
+
+EPILOG = epilog(
+    "lowbit calibrate llama/ --text prompts.txt -o stats.safetensors",
+    "lowbit calibrate qwen-image.safetensors --module my_package:make -o stats.safetensors",
+    "lowbit calibrate --merge monday.safetensors tuesday.safetensors -o both.safetensors",
+    "lowbit calibrate llama/ --imatrix llama.imatrix -o stats.safetensors",
+)
+_SHOWN = 12  # inputs in the table, those with the fewest tokens a channel
+_WHAT = "--text FILE, --module PACKAGE:FACTORY, --merge or --imatrix FILE"
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    """What was asked for, apart from what to do it on."""
+
+    output: Path
+    samples: int
+    max_tokens: int
+    batch_size: int
+    device: str
+    options: dict[str, Any]  # of lowbit.calibrate
+
+
+@command
+def calibrate(
+    output: options.OutputPath,
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A model folder (--text), the checkpoint that gives the names (--module, --imatrix), files (--merge).",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Run the model folder on this text.", show_default=False)
+    ] = None,
+    module: Annotated[
+        str,
+        typer.Option(
+            metavar="PACKAGE:FACTORY",
+            help="Run what this function (or FILE.py:FUNCTION) returns: a module, and an iterable of its inputs.",
+            show_default=False,
+        ),
+    ] = "",
+    merge: Annotated[bool, typer.Option("--merge", help="Join statistics files of one model into one.")] = False,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Import an importance matrix of llama.cpp.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, metavar="N", help="Lines or windows of the text to run.")] = SAMPLES,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="L", help="Tokens of one of them.")] = MAX_TOKENS,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="How many at once.")] = BATCH_SIZE,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where the model folder runs.")] = "cpu",
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("--layers", metavar="REGEX", help="Only these linears; may be repeated.", show_default=False),
+    ] = None,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory for second moments; what does not fit takes more passes.")
+    ] = "4GiB",
+    full_up_to: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="K", help="Keep only the diagonal of wider inputs.", show_default=False),
+    ] = None,
+    resume: options.Resume = True,
+    as_json: options.AsJson = False,
+) -> None:
+    """Run a model on data and keep what the inputs of its layers look like, for the solvers of `lowbit convert`.
+
+    Per input: the second moment H of one half of the samples and of the other, ranges, means and some rows. The file
+    appears when it is complete. An interrupted run goes on where it stopped when the same command is given again.
+    """
+    with asking():
+        how = {"layers": layers, "memory": as_bytes(memory), "full_up_to": full_up_to, "resume": resume}
+        chosen = _refuse_several(text, module, imatrix, merge=merge)
+        given = _paths(paths or [], chosen)
+    wishes = _Wishes(output, samples, max_tokens, batch_size, device, how)
+    if text is not None:
+        found: StatisticsCollection = _from_text(given[0], text, wishes)
+    elif module:
+        found = _from_factory(given[0] if given else None, module, wishes)
+    elif imatrix is not None:
+        found = _imported(given[0], imatrix, output)
+    else:
+        found = _merged(given, output)
+    _tell(found, output, as_json=as_json)
+
+
+def _refuse_several(text: Path | None, module: str, imatrix: Path | None, *, merge: bool) -> str:
+    given = {"text": text is not None, "module": bool(module), "merge": merge, "imatrix": imatrix is not None}
+    chosen = [name for name, there in given.items() if there]
+    if len(chosen) != 1:
+        raise PlanError(f"say what to do by one of {_WHAT}" + (f", not {len(chosen)} of them" if chosen else ""))
+    return chosen[0]
+
+
+def _paths(paths: list[Path], chosen: str) -> list[Path]:
+    least, most, what = {
+        "text": (1, 1, "the model folder"),
+        "module": (0, 1, "at most the checkpoint whose names count"),
+        "imatrix": (1, 1, "the checkpoint that it is of"),
+        "merge": (2, sys.maxsize, "two or more statistics files"),
+    }[chosen]
+    if not least <= len(paths) <= most:
+        raise PlanError(f"--{chosen}: name {what} before the options; {len(paths)} paths were given")
+    return paths
+
+
+def _from_text(folder: Path, text_file: Path, wishes: _Wishes) -> StatisticsFile:
+    text = read_text(text_file)
+    model = load_text_model(folder, device=wishes.device)
+    batches = text_batches(
+        model, text, samples=wishes.samples, max_tokens=wishes.max_tokens, batch_size=wishes.batch_size
+    )
+    with _counting() as update:
+        found = run(
+            model.model,
+            batches,
+            path=wishes.output,
+            names=model.names(),
+            description=f"{folder.resolve().name} on {text_file.name}",
+            progress=update,
+            **wishes.options,
+        )
+    assert isinstance(found, StatisticsFile)
+    return found
+
+
+def _from_factory(checkpoint: Path | None, spec: str, wishes: _Wishes) -> StatisticsFile:
+    model, batches = call_factory(spec)
+    names: dict[str, str] = {}
+    if checkpoint is not None:
+        with open_source(checkpoint) as source:
+            names = checkpoint_names(model, layer_shapes(source))
+    with _counting() as update:
+        found = run(
+            model, batches, path=wishes.output, names=names, description=spec, progress=update, **wishes.options
+        )
+    assert isinstance(found, StatisticsFile)
+    return found
+
+
+def _imported(checkpoint: Path, imatrix: Path, output: Path) -> StatisticsFile:
+    with open_source(checkpoint) as source:
+        found = import_imatrix(imatrix, layer_shapes(source), f"{checkpoint.name} by {imatrix.name}")
+    return StatisticsFile(save_statistics(found, output))
+
+
+def _merged(paths: list[Path], output: Path) -> StatisticsFile:
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(StatisticsFile(path)) for path in paths]
+        return StatisticsFile(save_statistics(Merged(files), output))
+
+
+@contextlib.contextmanager
+def _counting() -> Iterator[Callable[[int, int | None, str], None] | None]:
+    """A line with the batches done and the time left on stderr, gone at the end; none where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (
+        TextColumn("calibrating, {task.description}"),
+        BarColumn(None),
+        MofNCompleteColumn(),
+        TextColumn("batches"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr(), transient=True, expand=True) as line:
+        task = line.add_task("pass 1", total=None)
+
+        def update(done: int, total: int | None, what: str) -> None:
+            line.update(task, completed=done, total=total, description=what)
+
+        yield update
+
+
+def _tell(found: StatisticsCollection, output: Path, *, as_json: bool) -> None:
+    for line in found.warnings():
+        stderr().print(f"warning: {line}", soft_wrap=True, markup=False)
+    if as_json:
+        print_json({"target": str(output), "bytes": output.stat().st_size, **found.describe()})
+        return
+    contents = found.contents
+    numbers = ("K", "tokens", "held out", "T/N")
+    rows = table("input of", *numbers, "H", title="inputs, those with the fewest tokens a channel first", right=numbers)
+    ranked = sorted(contents.inputs.items(), key=lambda item: item[1].tokens_per_channel)
+    for key, facts in ranked[:_SHOWN]:
+        first, *others = contents.sharing(key)
+        rows.add_row(
+            f"{first} and {len(others)} more" if others else first,
+            str(facts.k),
+            str(facts.tokens),
+            str(facts.held_out_tokens),
+            f"{facts.tokens_per_channel:.2f}",
+            facts.kind,
+        )
+    show(rows)
+    if len(ranked) > _SHOWN:
+        say(f"and {len(ranked) - _SHOWN} inputs more")
+    say(
+        f"{output}: statistics of {len(contents.layers)} layers with {len(contents.inputs)} inputs, "
+        f"{size(output.stat().st_size)}",
+        "bold",
+    )
