@@ -1,6 +1,6 @@
 """Sample a small diffusion transformer in every configuration from the same noise: PSNR against full precision.
 
-    python -m benchmarks.digits_dit [--model DIR] [--images 200] [--steps 20] [--only NAME...]
+    python -m benchmarks.digits_dit [--model DIR] [--images 100] [--steps 20] [--only NAME...]
 
 Trains the model of lowbit.integrations.digits_dit (minutes), or takes the one in DIR; converts it with the public
 `make_plan` and `convert`, loads the result with `load` and samples it. Against what it is held up: plain W4A4, every
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from benchmarks.convert_qwen_image import machine
 from benchmarks.digits_dit_train import classify, train_to
 from lowbit.checkpoint.convert import convert
+from lowbit.checkpoint.dequantize import dequantize
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
 from lowbit.integrations.digits_dit import PRESET, DigitsDiT, load_model, psnr, sample
@@ -47,12 +48,16 @@ ALL = r""
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a row of the table converts: a format, and (pattern, format) rules that come before it."""
+    """What a row of the table converts: a format, and (pattern, format) rules that come before it.
+
+    Without `inputs` the result is dequantized again before it runs: only the weights are rounded then.
+    """
 
     name: str
     format: str
     rules: tuple[tuple[str, str], ...] = ()
     solver: str = "auto"
+    inputs: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ ROWS = (
     Configuration("awq modulation + svdquant r16", "svdquant_w4a4(rank=16)", (_AWQ,)),
     Configuration("awq modulation + svdquant r32, signed", "svdquant_w4a4", (_AWQ,)),
     Configuration(HEADLINE, "svdquant_w4a4", (_AWQ, _UNSIGNED)),
+    Configuration(f"{HEADLINE}, weights", "svdquant_w4a4", (_AWQ, _UNSIGNED), inputs=False),
 )
 
 
@@ -147,7 +153,10 @@ class Judge:
         seconds = time.perf_counter() - began
         clipped, reference = images.clamp(-1, 1), self.images.clamp(-1, 1)
         each = [psnr(a, b) for a, b in zip(reference, clipped, strict=True)]
-        errors = {str(t[0].item())[:3]: ((model(x, t, labels) - v).norm() / v.norm()).item() for x, t, v in self.noisy}
+        errors = {
+            str(at): ((model(x, t, labels) - v).norm() / v.norm()).item()
+            for at, (x, t, v) in zip(TIMES, self.noisy, strict=True)
+        }
         return {
             "psnr": psnr(self.images, images),
             "psnr_clipped": psnr(reference, clipped),
@@ -169,6 +178,10 @@ def converted(folder: Path, target: Path, row: Configuration) -> tuple[DigitsDiT
     with open_source(folder) as source:
         plan = make_plan(source, row.format, solver=row.solver, preset=PRESET, layer_rules=row.rules)
         report = convert(source, target, plan, resume=False)
+    if not row.inputs:
+        with open_source(target) as source:
+            dequantize(source, target.with_name(f"{target.name}-plain"))
+        target = target.with_name(f"{target.name}-plain")
     weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
     about = {
         "spec": row.format,
@@ -221,7 +234,7 @@ def gains(rows: list[dict]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a folder that digits_dit_train made; without it, trains one")
-    parser.add_argument("--images", type=int, default=200, help="how many a seed")
+    parser.add_argument("--images", type=int, default=100, help="how many a seed")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only the rows whose names contain one of these")
     args = parser.parse_args()

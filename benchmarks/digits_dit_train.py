@@ -29,7 +29,7 @@ from torch import Tensor
 from lowbit.integrations.digits_dit import Config, DigitsDiT, load_model, sample, save_model
 
 BATCH = 64
-RATE = 1e-3
+RATE = 1.5e-3
 WARMUP = 100
 EMA = 0.995
 

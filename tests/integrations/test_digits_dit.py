@@ -12,7 +12,17 @@ from lowbit.checkpoint.presets import get_preset
 from lowbit.checkpoint.source import open_source
 from lowbit.errors import CheckpointError
 from lowbit.integrations import digits_dit
-from lowbit.integrations.digits_dit import Config, DigitsDiT, calibration, load_model, psnr, sample, save_model
+from lowbit.integrations.digits_dit import (
+    Config,
+    DigitsDiT,
+    calibration,
+    compare_sample,
+    evaluation,
+    load_model,
+    psnr,
+    sample,
+    save_model,
+)
 from lowbit.nn import quantized_layers
 
 SMALL = Config(width=64, heads=2, blocks=2)
@@ -116,6 +126,16 @@ def test_factory_gives_the_model_and_what_it_meets(model, tmp_path, monkeypatch)
     assert set(labels.tolist()) == set(range(10))
     assert times.unique().tolist() == pytest.approx([step / 20 for step in range(1, 21)])
     assert len(inputs[0]["timestep"].unique()) > 10
+
+
+def test_evaluation_meets_other_noise(model, tmp_path):
+    """What conversions are compared on is not what they were calibrated on, and images are compared by seed."""
+    loaded, inputs = evaluation(save_model(model, tmp_path / "dit"))
+    seen = {row.numpy().tobytes() for batch in calibration(tmp_path / "dit")[1] for row in batch["x"]}
+    assert not any(row.numpy().tobytes() in seen for batch in inputs for row in batch["x"])
+    images = compare_sample(loaded, 5)
+    assert images.shape == (20, 8, 8)
+    assert torch.equal(images, compare_sample(loaded, 5))
 
 
 def test_missing_or_foreign_folder_is_named(tmp_path):

@@ -38,7 +38,7 @@ PRESET = "qwen_image"
 DATA_RANGE = 2.0  # of images, from -1 to 1: what a PSNR relates to
 FOLDER_VARIABLE = "LOWBIT_DIGITS_DIT"  # environment variable naming the folder that `calibration` loads
 DEFAULT_FOLDER = "digits-dit"
-CALIBRATION_SEED = 1_000_000  # tests sample with small seeds
+CALIBRATION_SEED, EVALUATION_SEED = 1_000_000, 2_000_000  # images are sampled and compared with small seeds
 _FREQUENCIES = 256  # channels of the timestep's sines and cosines, as in diffusers
 _EPS = 1e-6
 
@@ -182,8 +182,11 @@ class DigitsDiT(nn.Module):
         self.proj_out = nn.Linear(config.width, values)
         self.register_buffer("positions", _positions(config), persistent=False)
         for name, value in self.named_parameters():
-            if ".img_mod." in name or name.startswith(("norm_out.", "proj_out.")):
+            zeroed = ".img_mod." in name or name.startswith(("norm_out.", "proj_out."))
+            if zeroed or name.endswith(".bias"):
                 nn.init.zeros_(value)
+            elif value.dim() == 2:
+                nn.init.normal_(value, std=(3 * value.shape[1]) ** -0.5)  # as large as torch's, but not uniform
 
     def forward(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         """Noisy images [B, 8, 8], timesteps [B] in [0, 1] and classes [B] -> velocities [B, 8, 8]."""
@@ -291,3 +294,14 @@ def calibration(folder: str | Path | None = None) -> tuple[DigitsDiT, list[dict[
     """
     model = load_model(folder or os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER)
     return model, calibration_inputs(model)
+
+
+def evaluation(folder: str | Path | None = None) -> tuple[DigitsDiT, list[dict[str, Tensor]]]:
+    """As `calibration`, with fewer inputs, from noise that calibration does not use: for `lowbit compare --module`."""
+    model = load_model(folder or os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER)
+    return model, calibration_inputs(model, images=40, seed=EVALUATION_SEED)
+
+
+def compare_sample(model: nn.Module, seed: int) -> Tensor:
+    """Two images of every class: what `lowbit compare --module` takes the same-seed PSNR of."""
+    return sample(model, torch.arange(2 * Config.classes) % Config.classes, seed)
