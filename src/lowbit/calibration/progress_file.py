@@ -46,8 +46,8 @@ class ProgressFile:
         self._saved_at, self._took = time.monotonic(), 0.0
 
     def due(self) -> bool:
-        """Whether it is time for a snapshot."""
-        return time.monotonic() - self._saved_at >= max(self._every, _SHARE * self._took)
+        """Whether it is time for a snapshot; with `every` 0 it always is."""
+        return not self._every or time.monotonic() - self._saved_at >= max(self._every, _SHARE * self._took)
 
     def save(self, record: Mapping[str, Any]) -> None:
         """Write a snapshot over the last one. Raises `WriteError`."""

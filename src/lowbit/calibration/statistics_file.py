@@ -82,6 +82,10 @@ class StatisticsFile(StatisticsCollection):
         """Close the file."""
         self._file.close()
 
+    def __del__(self) -> None:  # `calibrate` returns an open file, which its caller may simply drop
+        if hasattr(self, "_file"):
+            self._file.close()
+
     def __enter__(self) -> StatisticsFile:
         return self
 
