@@ -55,7 +55,7 @@ def test_a_token_mask_can_be_given():
     """`token_mask` says which rows count, in place of a keyword argument."""
     data = batches(2)
 
-    found = lowbit.calibrate(Attention(), data, token_mask=lambda args, kwargs: args[0][..., 0] > 0)
+    found = lowbit.calibrate(Attention(), data, token_mask=lambda args, _: args[0][..., 0] > 0)
 
     assert found["q"].total_tokens == sum(int((x[..., 0] > 0).sum()) for x in data)
     assert found["o"].total_tokens == found["q"].total_tokens
@@ -95,7 +95,7 @@ class Switching(nn.Module):
 
 
 def test_a_layer_that_shares_only_at_first_gets_its_own(tmp_path):
-    """Sharing is checked at every call; b and c are split off and taken in a second pass, right from the first batch."""
+    """Sharing is checked at every call; b and c are split off and taken in a second pass, from the first batch on."""
     data = batches(4, width=8)
 
     found = lowbit.calibrate(Switching(), data, path=tmp_path / "s.safetensors")

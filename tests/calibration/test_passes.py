@@ -49,7 +49,11 @@ def test_the_result_does_not_depend_on_the_number_of_passes(model, tmp_path, mem
     passes = []
 
     found = lowbit.calibrate(
-        model, DATA, path=tmp_path / "s.safetensors", memory=memory, progress=lambda *args: passes.append(args[2])
+        model,
+        DATA,
+        path=tmp_path / "s.safetensors",
+        memory=memory,
+        progress=lambda _done, _total, what: passes.append(what),
     )
 
     assert same(found, lowbit.calibrate(model, DATA))

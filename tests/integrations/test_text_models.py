@@ -1,0 +1,155 @@
+"""Text as batches for a model of transformers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lowbit.errors import CheckpointError, StatisticsError
+from lowbit.integrations.text_models import load_text_model, read_text, text_batches
+
+pytest.importorskip("transformers")
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "one", "two", "three", "four", "five"]
+
+
+def write_tokenizer(folder, *, start=None):
+    """A tokenizer of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, "[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    if start is None:
+        made.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", bos_token=start
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A tiny BERT for masked tokens: its keys begin with "bert."."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("bert")
+    config = BertConfig(
+        vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    """A tiny Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder, start="[CLS]")
+    return folder
+
+
+TEXT = "one two three\n\nfour\nfive five five five\n  \none one\n"
+
+
+def test_lines_are_the_samples_of_an_encoder(encoder):
+    """Each line that is not empty is a sample with its special tokens; the mask is 0 on padding only."""
+    model = load_text_model(encoder)
+
+    found = text_batches(model, TEXT, batch_size=3)
+
+    assert not model.causal
+    assert [tuple(batch["input_ids"].shape) for batch in found] == [(3, 5), (1, 6)]
+    assert found[0]["input_ids"].tolist() == [[2, 7, 3, 0, 0], [2, 4, 4, 3, 0], [2, 4, 5, 6, 3]]
+    assert found[0]["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert model.model(**found[0]).logits.shape == (3, 5, 9)
+
+
+def test_windows_are_the_samples_of_a_causal_model(causal):
+    """All text is cut into windows, each with the token that begins a text."""
+    model = load_text_model(causal)
+
+    found = text_batches(model, TEXT, max_tokens=5)
+
+    assert model.causal
+    rows = sorted(row[: sum(mask)] for b in found for row, mask in zip(
+        b["input_ids"].tolist(), b["attention_mask"].tolist(), strict=True))  # fmt: skip
+    assert rows == sorted([[2, 4, 5, 6, 7], [2, 8, 8, 8, 8], [2, 4, 4]])
+
+
+def test_limits_are_kept(encoder, caplog):
+    """No sample is longer than the model takes, and of many lines some at even distances are taken."""
+    model = load_text_model(encoder)
+    text = "\n".join("one " * 40 if index % 2 else "two" for index in range(100))
+
+    found = text_batches(model, text, samples=10, max_tokens=99)
+
+    assert "no more than 16 tokens" in caplog.text
+    assert max(batch["input_ids"].shape[1] for batch in found) <= 16
+    assert sum(len(batch["input_ids"]) for batch in found) == 10
+
+
+def test_names_are_those_of_the_file(encoder):
+    """A model loaded without its head has other names than the file; they are translated."""
+    from transformers import BertModel
+
+    model = load_text_model(encoder)
+    assert model.names() == {}
+
+    model.model = BertModel.from_pretrained(encoder, add_pooling_layer=False)
+    assert model.names()["encoder.layer.0.intermediate.dense"] == "bert.encoder.layer.0.intermediate.dense"
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"", "has no text"),
+        (b" \n\t\n", "has no text"),
+        (b"\xff\xfe\x00\x01", "is no UTF-8 text"),
+        (b"PK\x03\x04\x00\x00", "NUL bytes"),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path, raw, said):
+    """An empty or binary file is one clear error that names it."""
+    path = tmp_path / "text.txt"
+    path.write_bytes(raw)
+
+    with pytest.raises(StatisticsError, match=said) as caught:
+        read_text(path)
+    assert "text.txt" in str(caught.value)
+
+
+def test_a_missing_text_is_refused(tmp_path):
+    """A path that is not there, or is a folder, is said to be unreadable."""
+    for path in (tmp_path / "no.txt", tmp_path):
+        with pytest.raises(StatisticsError, match="cannot be read"):
+            read_text(path)
+
+
+def test_what_is_no_model_folder_is_refused(tmp_path):
+    """No config.json, one without a class, and one without weights are errors that name the folder."""
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load_text_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="does not name the model's class"):
+        load_text_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"], "model_type": "bert"}))
+    with pytest.raises(CheckpointError, match="transformers cannot load it as BertModel"):
+        load_text_model(tmp_path)
+
+
+def test_the_dtype_is_float32_on_a_cpu(encoder):
+    """Weights are widened by default, since statistics of half precision on a CPU are slow; another can be chosen."""
+    assert next(load_text_model(encoder).model.parameters()).dtype == torch.float32
+    assert next(load_text_model(encoder, dtype=torch.bfloat16).model.parameters()).dtype == torch.bfloat16
