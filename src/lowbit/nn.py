@@ -18,14 +18,14 @@ from lowbit.formats.base import Format, check_finite
 from lowbit.formats.parts import FLOATS
 from lowbit.formats.registry import as_format
 from lowbit.numerics.groups import row_chunks
-from lowbit.solvers import AUTO, pick_solver, solver
+from lowbit.solvers import AUTO, Solution, solve
 from lowbit.solvers.base import Statistics
 from lowbit.tensor import QuantizedTensor
 
 Policy = Format | str | Mapping[str, Format | str | None]
 Layer = nn.Linear | nn.Embedding
 # Weights met before, by identity and spec; the original is held so that its identity is not given to another.
-Shared = dict[tuple[int, str], tuple[Tensor, nn.Parameter]]
+Shared = dict[tuple[int, str], tuple[Tensor, nn.Parameter, Solution]]
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,13 @@ def quantize_(
         if change.format is not None:
             _check_values(layer.weight, change.name)
     shared: Shared = {}
-    made: list[tuple[Layer, nn.Parameter]] = []
+    made: list[tuple[Layer, nn.Parameter, Solution]] = []
     for layer, change in decided:
         if change.format is not None:
             known = (statistics or {}).get(change.name)
-            made.append((layer, _quantized(layer, change.format, solver, known, change.name, shared)))
-    for layer, weight in made:
-        layer.weight = weight
-        fold_bias_(layer)
+            made.append((layer, *_quantized(layer, change.format, solver, known, change.name, shared)))
+    for layer, weight, solution in made:
+        _put(layer, weight, solution)
     return [change for _, change in decided]
 
 
@@ -111,24 +110,34 @@ def quantize_layer_(
 
     `shared` remembers weights by identity so that tied layers get the same parameter.
     """
-    layer.weight = _quantized(layer, fmt, solver_name, statistics, where, {} if shared is None else shared)
-    fold_bias_(layer)
+    _put(layer, *_quantized(layer, fmt, solver_name, statistics, where, {} if shared is None else shared))
 
 
 def _quantized(
     layer: Layer, fmt: Format, solver_name: str, statistics: Statistics | None, where: str, shared: Shared
-) -> nn.Parameter:
+) -> tuple[nn.Parameter, Solution]:
     """The quantized form of a layer's weight, made once for all layers that share it."""
     weight, key = layer.weight, (id(layer.weight), fmt.spec)
     if key not in shared:
-        chosen, _ = pick_solver(solver_name, fmt)
+        has_bias = getattr(layer, "bias", None) is not None
         try:
-            parts = solver(chosen)(weight.detach(), fmt, statistics, where=where)
+            solution = solve(weight.detach(), fmt, solver_name, statistics, where=where, has_bias=has_bias)
         except WeightError as error:
             raise error if str(error).startswith(where) else WeightError(f"{where}: {error}") from error
-        quantized = QuantizedTensor(parts, fmt, tuple(weight.shape), weight.dtype)
-        shared[key] = weight, nn.Parameter(quantized, requires_grad=False)
-    return shared[key][1]
+        quantized = QuantizedTensor(solution.parts, fmt, tuple(weight.shape), weight.dtype)
+        shared[key] = weight, nn.Parameter(quantized, requires_grad=False), solution
+    return shared[key][1:]
+
+
+def _put(layer: Layer, weight: nn.Parameter, solution: Solution) -> None:
+    """Give a layer its quantized weight, and its bias what the solver and the format move into it."""
+    layer.weight = weight
+    bias = getattr(layer, "bias", None)
+    if solution.bias is not None and bias is not None:
+        with torch.no_grad():
+            moved = (bias.detach().float() + solution.bias).to(bias.dtype)
+        layer.bias = nn.Parameter(moved, requires_grad=bias.requires_grad)
+    fold_bias_(layer)
 
 
 def fold_bias_(layer: Layer) -> None:

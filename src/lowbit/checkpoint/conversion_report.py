@@ -11,7 +11,11 @@ from .accuracy import Accuracy
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized layer. `seconds`: reading, solving and storing, on one core. `accuracy`: None without verifying."""
+    """One quantized layer. `seconds`: reading, solving and storing, on one core. `accuracy`: None without verifying.
+
+    `solver`: what made it, which is less than the plan's where that lost; `note`: why. `error`, `rtn_error`: relative
+    errors of its output on the samples held out, its own and that of rounding to nearest; None without statistics.
+    """
 
     component: str
     layer: str
@@ -22,6 +26,9 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     accuracy: Accuracy | None
+    note: str = ""
+    error: float | None = None
+    rtn_error: float | None = None
 
     @property
     def name(self) -> str:

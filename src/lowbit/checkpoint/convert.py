@@ -20,12 +20,13 @@ from lowbit.errors import CheckpointError, PlanError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 from lowbit.numerics.groups import row_chunks
-from lowbit.solvers import solver
+from lowbit.solvers import DRAFT_ELEMENTS, Solution, solve
 
 from .accuracy import Accuracy, AccuracyMeter
 from .conversion_report import ConversionReport, LayerReport
 from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
 from .dialects.base import Read, join_key, name_place
+from .layer_statistics import LayerStatistics, knowledge
 from .output import Staging
 from .pipeline import Progress
 from .plan_data import ComponentPlan, Plan, TensorPlan
@@ -46,13 +47,14 @@ def convert(
     verify: bool = True,
     progress: Progress | None = None,
     seed: int | None = None,
+    statistics: LayerStatistics | None = None,
 ) -> ConversionReport:
     """Write `source` to `target` as the plan says. The target appears when all of it is written and checked.
 
     `jobs`: worker threads, by default one a core. `resume`: go on with the work of an interrupted run of the same
     source, plan and options. `verify`: read every tensor back; decode every quantized layer as a loader would and
     compare it with its source. `progress(done bytes, total bytes, layer)` is called after each piece. `seed`: round
-    stochastically.
+    stochastically. `statistics`: what calibration saw of the layers' inputs, for solvers that need it.
 
     Raises:
         PlanError: the plan quantizes nothing, is about another checkpoint, or asks for what cannot be done.
@@ -63,11 +65,13 @@ def convert(
     plan.validate()
     plan.check_against(source)
     _refuse_pointless(plan, str(source.place), seed)
+    _refuse_unknown(plan, statistics)
     staging = Staging(source, target)
-    work = _Work(source, staging, get_dialect(plan.dialect), seed)
+    work = _Work(source, staging, get_dialect(plan.dialect), seed, statistics)
     for component in plan.components:
         work.add(component)
-    fingerprint, settings = _fingerprint(source, plan, seed, verify=verify), Settings(jobs, resume, verify, progress)
+    fingerprint = _fingerprint(source, plan, seed, statistics, verify=verify)
+    settings = Settings(jobs, resume, verify, progress)
     done = rewrite(source, staging, work.pieces, work.metadata, fingerprint=fingerprint, settings=settings)
     return _report(target, plan, work.layers, done, time.perf_counter() - began)
 
@@ -82,11 +86,28 @@ def _refuse_pointless(plan: Plan, where: str, seed: int | None) -> None:
             raise PlanError(f"{tensor.key!r}: {tensor.format} has no stochastic rounding; leave the seed out")
 
 
+def _refuse_unknown(plan: Plan, statistics: LayerStatistics | None) -> None:
+    """Refuse solvers that need what is not known, before anything is read."""
+    for component in plan.components:
+        for tensor in component.tensors:
+            if tensor.action == "quantize" and tensor.pipeline.steps:
+                name = f"{component.name}/{tensor.layer}" if component.name else tensor.layer
+                if knowledge(statistics, name) != "full":
+                    found = "are no statistics of it" if statistics is not None else "are no statistics"
+                    raise PlanError(
+                        f"{name!r}: {tensor.solver} needs second moments [K, K] of its input, and there {found}; "
+                        "calibrate (lowbit calibrate) and give the file with --stats, or choose another solver"
+                    )
+
+
 class _Work:
     """What there is to do for all models of a source: pieces, the layers among them, each file's header metadata."""
 
-    def __init__(self, source: Source, staging: Staging, dialect: Dialect, seed: int | None) -> None:
+    def __init__(
+        self, source: Source, staging: Staging, dialect: Dialect, seed: int | None, statistics: LayerStatistics | None
+    ) -> None:
         self._source, self._staging, self._dialect, self._seed = source, staging, dialect, seed
+        self._statistics = statistics
         self.pieces: list[Piece | Copy] = []
         self.layers: list[_Layer] = []
         self.metadata = staging.metadata()
@@ -101,7 +122,7 @@ class _Work:
         for tensor in plan.tensors:
             if tensor.action != "quantize":
                 continue
-            layer = _Layer(tensor, plan.name, self._dialect, held, outputs[tensor.key], self._seed)
+            layer = _Layer(tensor, plan.name, self._dialect, held, outputs[tensor.key], self._seed, self._statistics)
             file = self._staging.file_of(component, tensor.key)
             self.layers.append(layer)
             self.pieces.append(Piece(layer.name, file, layer.specs, layer.size, layer.memory, layer.make))
@@ -133,6 +154,7 @@ class _Layer:
         held: QuantizedComponent,
         outputs: dict[str, TensorSpec],
         seed: int | None,
+        statistics: LayerStatistics | None,
     ) -> None:
         self.plan, self.component, self.dialect, self._held = plan, component, dialect, held
         self.layer, self.fmt, self.layout = plan.layer, plan.fmt, plan.stored.layout
@@ -142,14 +164,20 @@ class _Layer:
         self._seed = None if seed is None else seed + zlib.crc32(self.name.encode())
         self._was = self._stored_before()
         self.specs = dict(outputs)
+        self._statistics = statistics
         folds = self.fmt.folds_bias or (self._was is not None and self._was.format.folds_bias)
-        self.bias_key = join_key(self.layer, "bias") if folds else None
+        bias_key = join_key(self.layer, "bias")
+        self.has_bias = bias_key in held.specs
+        corrects = plan.pipeline.bias and self.has_bias
+        self.bias_key = bias_key if folds or corrects else None
         if self.bias_key is not None and self.bias_key in held.specs:
             self.specs[self.bias_key] = held.specs[self.bias_key]
         self.stored = StoredLayer(self.layer, self.fmt, self.shape, self.dtype, layout=self.layout)
         self.size = plan.bytes_before
         self.bytes_after = sum(spec.nbytes for spec in self.specs.values())
         self.memory = plan.spec.nbytes + 3 * self.bytes_after + _WORKSPACE
+        if plan.pipeline.steps:  # H of both halves and of one basis, its factor; the pieces of a draft
+            self.memory += 4 * (6 * self.shape[1] ** 2 + 5 * min(self.shape[0] * self.shape[1], DRAFT_ELEMENTS))
 
     def _stored_before(self) -> StoredLayer | None:
         """The layer as the source holds it quantized, when the plan converts it again."""
@@ -169,15 +197,30 @@ class _Layer:
             w = self._held.read(self.plan.key)
         else:
             w, share = self._held.dequantized(self._was, self.dtype)
-        parts = solver(self.plan.solver)(w, self.fmt, None, where=self.place, seed=self._seed)
-        tensors = self.dialect.store_parts(self.layer, self.fmt, parts, self.shape, self.dtype, {}, self.layout)
+        known = None if self._statistics is None else self._statistics.get(self._full_name)
+        solution = solve(
+            w, self.fmt, self.plan.solver, known, where=self.place, seed=self._seed, has_bias=self.has_bias
+        )
+        tensors = self.dialect.store_parts(
+            self.layer, self.fmt, solution.parts, self.shape, self.dtype, {}, self.layout
+        )
         if self.bias_key is not None:
-            tensors[self.bias_key] = self._bias(parts, share)
-        record = {"seconds": time.perf_counter() - began}
+            tensors[self.bias_key] = self._bias(solution, share)
+        record = {
+            "seconds": time.perf_counter() - began,
+            "solver": solution.solver,
+            "note": solution.note,
+            "error": solution.error,
+            "rtn_error": solution.rtn_error,
+        }
         return Made(tensors, record, lambda read: self._check(w, read))
 
-    def _bias(self, parts: Parts, share_before: Tensor | None) -> Tensor:
-        """The bias to store, [N]: the true one without the share that the format puts into it."""
+    @property
+    def _full_name(self) -> str:
+        return f"{self.component}/{self.layer}" if self.component else self.layer
+
+    def _bias(self, solution: Solution, share_before: Tensor | None) -> Tensor:
+        """The bias to store, [N]: the true one and the solver's correction, without the share that the format adds."""
         assert self.bias_key is not None
         spec = self.specs[self.bias_key]
         true = torch.zeros(self.shape[0])
@@ -185,7 +228,9 @@ class _Layer:
             true = self._held.read(self.bias_key).float()
         if share_before is not None:
             true = true + share_before
-        share = self.fmt.bias_share(parts)
+        if solution.bias is not None:
+            true = true + solution.bias
+        share = self.fmt.bias_share(solution.parts)
         return (true if share is None else true - share).to(spec.dtype)
 
     def _check(self, w: Tensor, read: Read) -> dict[str, Any]:
@@ -214,7 +259,9 @@ def compare_weight(fmt: Format, parts: Parts, w: Tensor) -> Accuracy:
     return meter.result()
 
 
-def _fingerprint(source: Source, plan: Plan, seed: int | None, *, verify: bool) -> str:
+def _fingerprint(
+    source: Source, plan: Plan, seed: int | None, statistics: LayerStatistics | None, *, verify: bool
+) -> str:
     """Names everything that the bytes of the result depend on, and whether they are checked."""
     data = plan.to_json()
     del data["source"]  # a path, for readers
@@ -222,7 +269,8 @@ def _fingerprint(source: Source, plan: Plan, seed: int | None, *, verify: bool) 
         version = importlib.metadata.version("lowbit")
     except importlib.metadata.PackageNotFoundError:  # run from the source folder
         version = "uninstalled"
-    facts = [source.fingerprint(), data, version, torch.__version__, seed, verify]
+    known = None if statistics is None else statistics.fingerprint()
+    facts = [source.fingerprint(), data, version, torch.__version__, seed, verify, known]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -247,10 +295,13 @@ def _layer_reports(layers: list[_Layer], done: Rewritten) -> Iterator[LayerRepor
             component=layer.component,
             layer=layer.layer,
             format=layer.plan.stored.spec,
-            solver=layer.plan.solver,
+            solver=record["solver"],
             shape=layer.shape,
             seconds=record["seconds"],
             bytes_before=layer.size,
             bytes_after=layer.bytes_after,
             accuracy=None if accuracy is None else Accuracy.from_json(accuracy),
+            note=record["note"],
+            error=record["error"],
+            rtn_error=record["rtn_error"],
         )

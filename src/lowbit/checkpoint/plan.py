@@ -17,8 +17,9 @@ from lowbit.formats.base import Format
 from lowbit.solvers import AUTO, pick_solver
 
 from .dialects import StoredLayer, TensorSpec, get_dialect
-from .dialects.base import layer_of
+from .dialects.base import join_key, layer_of
 from .eligibility import better_left, cannot_hold, cannot_store, dtype_name
+from .layer_statistics import LayerStatistics, knowledge
 from .plan_data import ComponentPlan, Plan, TensorPlan
 from .presets import GENERIC, BoundPreset, Preset, detect_preset, get_preset
 from .quantized_source import QuantizedComponent, look_for_layers
@@ -42,6 +43,7 @@ def make_plan(
     layer_rules: Sequence[LayerRule] = (),
     dialect: str = "comfy",
     requantize: bool = False,
+    statistics: LayerStatistics | None = None,
 ) -> Plan:
     """Decide what becomes of every tensor of `source`; reads headers and markers only.
 
@@ -50,7 +52,7 @@ def make_plan(
     tensors, "none" for no exceptions by name. `drop`: leave out what the preset says is not needed (a text encoder's
     decoder), instead of keeping or converting it. `keep`, `only`: patterns of layers to leave alone, and of the only
     ones to consider. `layer_rules`: (pattern, format) pairs, the first match wins. `requantize`: convert quantized
-    layers again, with the loss of both.
+    layers again, with the loss of both. `statistics`: what calibration saw; "auto" then takes calibrated solvers.
 
     Raises:
         PlanError: a pattern is wrong or matches nothing, the source is quantized already, the preset is unknown.
@@ -59,7 +61,7 @@ def make_plan(
     get_dialect(dialect)
     by_layer = [(_Pattern("layer", text), StoredFormat.parse(spec)) for text, spec in layer_rules]
     kept, chosen = [_Pattern("keep", text) for text in keep], [_Pattern("only", text) for text in only]
-    rules = _Rules(StoredFormat.parse(format), solver, kept, chosen, by_layer)
+    rules = _Rules(StoredFormat.parse(format), solver, kept, chosen, by_layer, statistics)
     rules.check()
     components = []
     for component in source.components:
@@ -103,7 +105,8 @@ class _Rules:
     keep: list[_Pattern]
     only: list[_Pattern]
     by_layer: list[tuple[_Pattern, StoredFormat]]
-    picked: dict[str, str] = field(default_factory=dict)
+    statistics: LayerStatistics | None = None
+    picked: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise for a format that needs calibration, and for an unknown solver."""
@@ -119,10 +122,10 @@ class _Rules:
         rules = [(pattern, stored) for pattern, stored in self.by_layer if pattern.matches(name)]
         return kept[0] if kept else None, only[0] if only else None, rules[0] if rules else None
 
-    def pick(self, fmt: Format) -> str:
-        """The solver for a format, noted for the plan."""
-        name, why = pick_solver(self.solver, fmt)
-        self.picked[fmt.spec] = f"{fmt}: solver {name} ({why})"
+    def pick(self, fmt: Format, layer: str, *, has_bias: bool) -> str:
+        """The solver for a layer in a format, noted for the plan."""
+        name, why = pick_solver(self.solver, fmt, knowledge(self.statistics, layer), has_bias=has_bias)
+        self.picked[fmt.spec, name] = f"{fmt}: solver {name} ({why})"
         return name
 
     def notes(self) -> Iterable[str]:
@@ -156,7 +159,8 @@ def _plan_component(
     bound = chosen.bind(list(component.tensors), allow_drop=drop)
     owner = {key: stored for stored in held.layers.values() for key in stored.keys.values()}
     container = set(held.found.container)
-    names = _Naming(component.name, bound, by_name=preset != "none")
+    biases = frozenset(key for key, spec in held.specs.items() if key.endswith(".bias") and len(spec.shape) == 1)
+    names = _Naming(component.name, bound, biases, by_name=preset != "none")
     weights = {
         stored.layer: _decide(
             stored.keys["qdata"], TensorSpec(stored.dtype, stored.shape), names, rules, was=stored.format.spec
@@ -177,10 +181,11 @@ def _plan_component(
 
 @dataclass(frozen=True)
 class _Naming:
-    """What names say: the component, and the preset's opinion unless the user wants none."""
+    """What names say: the component, its biases, and the preset's opinion unless the user wants none."""
 
     component: str
     preset: BoundPreset
+    biases: frozenset[str]
     by_name: bool
 
 
@@ -228,7 +233,9 @@ def _decide(key: str, spec: TensorSpec, names: _Naming, rules: _Rules, was: str 
     if why is not None:
         return _tensor(key, spec, "keep", why)
     because = "the format for all weights" if rule is None else f"matches --layer {rule[0].text!r}"
-    return _tensor(key, spec, "quantize", because, format=stored.spec, solver=rules.pick(stored.format), was=was)
+    has_bias = join_key(layer or "", "bias") in names.biases
+    solver = rules.pick(stored.format, name, has_bias=has_bias)
+    return _tensor(key, spec, "quantize", because, format=stored.spec, solver=solver, was=was)
 
 
 def _tensor(key: str, spec: TensorSpec, action: str, why: str, **more: str) -> TensorPlan:

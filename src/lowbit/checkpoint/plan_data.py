@@ -18,7 +18,7 @@ from typing import Any
 from lowbit.errors import LowbitError, PlanError, WriteError
 from lowbit.formats.base import Format
 from lowbit.formats.registry import parse_spec
-from lowbit.solvers import solver
+from lowbit.solvers import Pipeline, parse_pipeline
 
 from .dialects.base import Dialect, TensorSpec, get_dialect, join_key, layer_of
 from .eligibility import cannot_hold, cannot_store, dtype_name
@@ -70,6 +70,11 @@ class TensorPlan:
     def stored(self) -> StoredFormat:
         """The format and its arrangement in the file. Raises `FormatError` for an empty or wrong spec."""
         return StoredFormat.parse(self.format)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The solver as it is run. Raises `SolverError` for a wrong name."""
+        return parse_pipeline(self.solver)
 
     @property
     def bytes_before(self) -> int:
@@ -252,7 +257,7 @@ def _validate(tensor: TensorPlan) -> None:
         return
     try:
         fmt = tensor.fmt
-        solver(tensor.solver)
+        parse_pipeline(tensor.solver)
     except LowbitError as error:
         raise PlanError(f"{place}: {error}") from error
     why = cannot_hold(tensor.key, tensor.spec) or cannot_store(tensor.stored, tensor.shape, embedding=False)

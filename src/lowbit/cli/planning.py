@@ -9,12 +9,13 @@ from typing import Any
 
 from lowbit.checkpoint.dialects import get_dialect
 from lowbit.checkpoint.layer_groups import grouped
+from lowbit.checkpoint.layer_statistics import LayerStatistics
 from lowbit.checkpoint.plan import Plan, TensorPlan, make_plan
 from lowbit.checkpoint.source import Source
 from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.cli.output import asking, say, show, size, split_rule, table
 from lowbit.errors import PlanError
-from lowbit.solvers import AUTO, solver
+from lowbit.solvers import AUTO, parse_pipeline
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Wishes:
             for rule in self.layer:
                 StoredFormat.parse(split_rule(rule)[1])
             if self.solver != AUTO:
-                solver(self.solver)
+                parse_pipeline(self.solver)
             get_dialect(self.dialect)
 
-    def plan(self, source: Source) -> Plan:
+    def plan(self, source: Source, statistics: LayerStatistics | None = None) -> Plan:
         """The plan for this source."""
         rules = [split_rule(rule) for rule in self.layer]
         return make_plan(
@@ -58,13 +59,14 @@ class Wishes:
             layer_rules=rules,
             dialect=self.dialect,
             requantize=self.requantize,
+            statistics=statistics,
         )
 
 
-def plan_for(source: Source, wishes: Wishes, file: Path | None) -> Plan:
+def plan_for(source: Source, wishes: Wishes, file: Path | None, statistics: LayerStatistics | None = None) -> Plan:
     """The plan in `file`, or the one that the options make."""
     if file is None:
-        return wishes.plan(source)
+        return wishes.plan(source, statistics)
     plan = Plan.load(file)
     plan.check_against(source)
     return plan

@@ -31,13 +31,16 @@ from torch import Tensor
 
 from lowbit.errors import FormatError
 from lowbit.formats.base import Candidate, Format
+from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import register
 from lowbit.numerics.integers import round_clamp_
+from lowbit.numerics.levels import IntegerLevels
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles
 
 LEVELS = 16
 MIDDLE = 8  # the code that decodes to `zero`
+_LEVELS = IntegerLevels(-MIDDLE, LEVELS - 1 - MIDDLE)
 MIN_STORED_SCALE = 2.0**-24  # the smallest positive float16: no stored dtype rounds it to zero
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Parts of the range to give up at the lower and the upper end, found greedily on Gaussian groups of 64: each in turn
@@ -103,6 +106,21 @@ class AwqW4A16(Format):
         for below, above in _TRIMS:
             trimmed = low + (high - low) * below, high - (high - low) * above
             yield Candidate(_grid(*trimmed, params["scale"].dtype))
+
+    def grid(self, rows: Tensor, params: Parts) -> Grid:
+        step, zero = params["scale"].float(), params["zero"].float()
+        dtypes = params["scale"].dtype, params["zero"].dtype
+
+        def snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            assert zero is not None
+            return step.clamp_min(MIN_STORED_SCALE).to(dtypes[0]).float(), zero.to(dtypes[1]).float()
+
+        columns, target = self.group_size, rows.t().contiguous()
+        return Grid(target, step.clone(), _LEVELS, columns=columns, zero=zero.clone(), snap=snap)
+
+    def with_steps(self, params: Parts, grid: Grid) -> Parts:
+        assert grid.zero is not None
+        return {"scale": grid.step.to(params["scale"].dtype), "zero": grid.zero.to(params["zero"].dtype)}
 
     def _groups(self, x: Tensor) -> Tensor:
         """[n, K] -> [n, K/g, g]."""

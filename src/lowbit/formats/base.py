@@ -11,7 +11,9 @@ A format is one frozen dataclass in one file. Its fields are its JSON config; it
 - where it rounds in another basis (a rotation): `prepare(rows)` and its inverse, `restore(rows)`. All other hooks that
   take or give rows mean prepared ones;
 - `unit(shape)`: the tile (rows, columns) of weights that share one scale, and `candidates(rows, params)`: other
-  scales worth trying. The solvers work on these two and on the hooks above, so each is written once for all formats;
+  scales worth trying; `grid(rows, params)`: the values that the rows may take (`grid.py`), with its inverses
+  `with_steps` and `from_grid`. The solvers work on these and on the hooks above, so each is written once for all
+  formats;
 - `golden_sqnr`: the signal-to-noise ratio in dB on the shared Gaussian, by spec, which the tests hold to both sides.
 
 `Format` supplies quantize and dequantize in bounded pieces, validation, byte counts, row operations, spec and JSON
@@ -33,6 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowbit.errors import FormatError, WeightError
+from lowbit.formats.grid import Grid
 from lowbit.formats.parts import FLOATS, HALVES, K, Part, Parts, check_parts, gather_rows, narrow_rows
 from lowbit.numerics.groups import reduce_tiles, row_chunks
 from lowbit.numerics.integers import uniform_noise
@@ -65,6 +68,8 @@ class Format(ABC):
     supports_embedding: ClassVar[bool] = True
     data_free_solver: ClassVar[str] = "rtn"
     """What `--solver auto` takes when nothing is known about the activations."""
+    calibrated_start: ClassVar[str] = "scale_search"
+    """What it starts from when their second moments are known."""
 
     # ---- what a subclass states -------------------------------------------------------------------------------------
 
@@ -111,6 +116,18 @@ class Format(ABC):
     def candidates(self, rows: Tensor, params: Parts) -> Iterator[Candidate]:
         """Other parameters worth trying for these rows, most promising first."""
         return iter(())
+
+    @abstractmethod
+    def grid(self, rows: Tensor, params: Parts) -> Grid:
+        """What the rows may become with these parameters: for solvers that choose codes column by column."""
+
+    @abstractmethod
+    def with_steps(self, params: Parts, grid: Grid) -> Parts:
+        """The parameters with the steps and zeros of a grid, which must be ones that can be stored."""
+
+    def from_grid(self, values: Tensor, params: Parts) -> Tensor:
+        """The rows [n, K] that grid values [K, n] stand for; `encode` finds the codes of these values in them."""
+        return values.t().contiguous()
 
     def check_shape(self, n: int, k: int) -> str | None:
         """Why a weight of this shape cannot be stored, in words that follow its shape, or None."""

@@ -30,6 +30,7 @@ from lowbit.formats.granular import Granular
 from lowbit.formats.parts import Parts
 from lowbit.formats.registry import register
 from lowbit.numerics.floats import fp8_max, from_fp8, stochastic_to_fp8, to_fp8
+from lowbit.numerics.levels import E4M3, E5M2
 
 # Scales below amax / max trade a clipped peak for finer steps; above it, the exponent grid shifts against the weights.
 # Powers of two leave a floating-point grid as it is, so one octave is enough.
@@ -56,6 +57,7 @@ class Fp8E4M3(_Fp8):
     name: ClassVar[str] = "fp8_e4m3"
     dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
     largest: ClassVar[float] = fp8_max(torch.float8_e4m3fn)
+    levels: ClassVar = E4M3
     golden_sqnr: ClassVar = {
         "fp8_e4m3": 31.55,
         "fp8_e4m3(granularity=row)": 31.56,
@@ -71,6 +73,7 @@ class Fp8E5M2(_Fp8):
     name: ClassVar[str] = "fp8_e5m2"
     dtype: ClassVar[torch.dtype] = torch.float8_e5m2
     largest: ClassVar[float] = fp8_max(torch.float8_e5m2)
+    levels: ClassVar = E5M2
     golden_sqnr: ClassVar = {
         "fp8_e5m2": 25.58,
         "fp8_e5m2(granularity=row)": 25.58,

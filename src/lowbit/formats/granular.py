@@ -19,16 +19,18 @@ from torch import Tensor
 
 from lowbit.errors import FormatError
 from lowbit.formats.base import MIN_SCALE, Candidate, Format, whole_amax
+from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, K, N, Part, Parts
 from lowbit.formats.registry import one_of
 from lowbit.numerics.groups import expand_tiles, is_tile, reduce_tiles
+from lowbit.numerics.levels import Levels
 
 GRANULARITIES = ("tensor", "row", "block")
 
 
 @dataclass(frozen=True)
 class Granular(Format):
-    """A subclass states `dtype` and `largest` of its codes, the `factors` worth trying, `encode` and `decode`."""
+    """A subclass states `dtype`, `largest` and `levels` of its codes, `factors` worth trying, `encode` and `decode`."""
 
     granularity: str = "tensor"
     block_size: tuple[int, int] = (128, 128)
@@ -36,6 +38,7 @@ class Granular(Format):
     dtype: ClassVar[torch.dtype]
     largest: ClassVar[float]
     """The largest code."""
+    levels: ClassVar[Levels]
     factors: ClassVar[tuple[float, ...]]
     """What the fitted scale may be multiplied by, most promising first."""
     stochastic: ClassVar[bool] = True
@@ -71,6 +74,17 @@ class Granular(Format):
         for factor in self.factors:
             yield Candidate({"scale": (params["scale"] * factor).clamp_min(MIN_SCALE)})
 
+    def grid(self, rows: Tensor, params: Parts) -> Grid:
+        n, k = rows.shape
+        tall, wide = self.unit((n, k))
+        by_row = params["scale"].reshape(-1, params["scale"].shape[-1] if self.granularity == "block" else 1)
+        step = by_row.t().repeat_interleave(tall, dim=1)[:, :n].contiguous()
+        return Grid(rows.t().contiguous(), step, self.levels, columns=wide, rows=tall, snap=_snap)
+
+    def with_steps(self, params: Parts, grid: Grid) -> Parts:
+        scale = grid.step[:, :: grid.rows].t().contiguous()
+        return {"scale": scale.reshape(()) if self.granularity == "tensor" else scale}
+
     @property
     def single_rows(self) -> Format:
         return replace(self, block_size=(1, self.block_size[1])) if self.granularity == "block" else self
@@ -83,3 +97,7 @@ class Granular(Format):
 
     def _scale(self, amax: Tensor) -> Tensor:
         return (amax / self.largest).clamp_min(MIN_SCALE)
+
+
+def _snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return step.clamp_min(MIN_SCALE), zero

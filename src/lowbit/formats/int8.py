@@ -36,6 +36,7 @@ from lowbit.formats.parts import Parts
 from lowbit.formats.registry import one_of, register
 from lowbit.numerics.int8_matmul import INT8_MAX, int8_linear, int8_linear_blocks
 from lowbit.numerics.integers import round_clamp_
+from lowbit.numerics.levels import IntegerLevels
 from lowbit.numerics.rotations import REGULAR_SIZES, rotate_groups
 
 # A smaller scale clips the peak and gives all other values finer steps: a few percent help a row, half a tensor.
@@ -55,6 +56,7 @@ class Int8(Granular):
     name: ClassVar[str] = "int8"
     dtype: ClassVar[torch.dtype] = torch.int8
     largest: ClassVar[float] = INT8_MAX
+    levels: ClassVar = IntegerLevels(-INT8_MAX, INT8_MAX)
     factors: ClassVar[tuple[float, ...]] = _FACTORS
     golden_sqnr: ClassVar = {
         "int8": 42.07,

@@ -28,12 +28,15 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.base import Candidate, Format
+from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import register
 from lowbit.numerics.floats import E4M3_MAX, e8m0_values, from_fp8, stochastic_to_fp8, to_fp8
 from lowbit.numerics.groups import ceil_div, group_amax, pad_to
+from lowbit.numerics.levels import E4M3
 
 GROUP = 32
+_SMALLEST_STEP, _LARGEST_STEP = 2.0**-126, 2.0**127
 _INF = float("inf")
 
 
@@ -101,6 +104,30 @@ class Mxfp8(Format):
         half = (first - 1).clamp_min_(0).to(torch.uint8)
         bound = (amax - e8m0_values(half) * E4M3_MAX).clamp_min_(0.0).square_()
         yield Candidate({"scale": half}, bound.masked_fill_((first == 0) | (start == first - 1), _INF))
+
+    def grid(self, rows: Tensor, params: Parts) -> Grid:
+        """A refitted scale is the nearest power of two."""
+        step = e8m0_values(params["scale"]).t().contiguous()
+        return Grid(rows.t().contiguous(), step, E4M3, columns=GROUP, snap=_snap)
+
+    def with_steps(self, params: Parts, grid: Grid) -> Parts:
+        """The codes of steps that are powers of two."""
+        return {"scale": _codes_of(grid.step.t().contiguous())}
+
+
+def _snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    below = _exponent(step.clamp(_SMALLEST_STEP, _LARGEST_STEP))
+    return torch.where(step > 1.5 * below, 2 * below, below).clamp_(max=_LARGEST_STEP), zero
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """The largest power of two that is not above x, which is normal and positive."""
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+
+
+def _codes_of(step: Tensor) -> Tensor:
+    """uint8 codes of powers of two from 2**-127, which is subnormal: no exponent bits are its code, too."""
+    return (step.view(torch.int32) >> 23).to(torch.uint8)
 
 
 def _round_up_codes(amax: Tensor) -> Tensor:

@@ -29,13 +29,16 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.base import Candidate, Format, whole_amax
+from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import register
 from lowbit.numerics.floats import E2M1_MAX, E4M3_MAX, e2m1_codes, e2m1_values, from_fp8, round_to_e2m1, to_fp8
 from lowbit.numerics.groups import ceil_div, group_amax, pad_to
+from lowbit.numerics.levels import E2M1
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles
 
 GROUP = 16
+SMALLEST_SCALE = 2.0**-9  # above zero
 # Times the smallest scale, 2**-9, this is still a normal float32, whose division loses nothing.
 MIN_GLOBAL_SCALE = 2.0**-117
 _LARGEST = 0x7E  # the code of 448; 0x7f is NaN. Codes of positive e4m3 values are ordered as their values are.
@@ -153,6 +156,21 @@ class Nvfp4(Format):
             if down == 1:
                 done |= at_first | (start == first - 1)
             yield Candidate(candidate.params, bound.masked_fill_(done, _INF))
+
+    def grid(self, rows: Tensor, params: Parts) -> Grid:
+        """A refitted scale is the nearest positive e4m3 value; the global scale stays."""
+        global_scale = params["global_scale"]
+
+        def snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            wanted = (step / global_scale).clamp_(SMALLEST_SCALE, E4M3_MAX)
+            return from_fp8(to_fp8(wanted, torch.float8_e4m3fn)).mul_(global_scale), zero
+
+        return Grid(rows.t().contiguous(), _steps(params).t().contiguous(), E2M1, columns=GROUP, snap=snap)
+
+    def with_steps(self, params: Parts, grid: Grid) -> Parts:
+        """The steps over the global scale, as e4m3: exactly the values that `grid` and its `snap` give."""
+        scale = to_fp8((grid.step.t() / params["global_scale"]).contiguous(), torch.float8_e4m3fn)
+        return {"scale": scale, "global_scale": params["global_scale"]}
 
 
 def _candidate(codes: Tensor, global_scale: Tensor, bound: Tensor | None = None) -> Candidate:

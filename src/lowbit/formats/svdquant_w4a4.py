@@ -31,6 +31,7 @@ from torch import Tensor
 
 from lowbit.errors import FormatError, WeightError
 from lowbit.formats.base import Candidate, Format
+from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, K, N, Part, Parts, R
 from lowbit.formats.registry import register
 from lowbit.numerics.groups import group_amax, row_chunks
@@ -45,11 +46,13 @@ from lowbit.numerics.int4_matmul import (
     unpack_codes,
 )
 from lowbit.numerics.integers import round_clamp_
+from lowbit.numerics.levels import IntegerLevels
 from lowbit.numerics.low_rank import leading_basis, refined_basis, refined_rows
 from lowbit.numerics.packing import pack_nibbles
 from lowbit.numerics.smoothing import choose_smoothing, column_amax
 
 LOWEST = -8
+_LEVELS = IntegerLevels(LOWEST, SIGNED_MAX)
 MIN_STORED_SCALE = 2.0**-24  # the smallest positive float16: no stored dtype rounds it to zero
 PASSES = 3  # of subspace iteration
 REFINEMENTS = 8  # of the basis: +1.5 to 2 dB on trained weights, of which the first three give three quarters
@@ -165,6 +168,30 @@ class SvdquantW4A4(Format):
             scale = to_lowest * factor
             scale = torch.where(scale.abs() < floor, floor, scale)
             yield Candidate({**params, "scale": scale.t().contiguous().to(params["scale"].dtype)})
+
+    def grid(self, rows: Tensor, params: Parts) -> Grid:
+        """Of the residual, in its smoothed units; the low rank and the smoothing factors stay."""
+        factor, dtype = params["smooth_factor"].float(), params["scale"].dtype
+
+        def snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            safe = torch.where(step.abs() < MIN_STORED_SCALE, MIN_STORED_SCALE, step)
+            return safe.to(dtype).float(), zero
+
+        return Grid(
+            self._residual(rows, params).t().contiguous(),
+            params["scale"].float().clone(),
+            _LEVELS,
+            columns=GROUP,
+            factor=smoothed(torch.ones_like(factor), factor),
+            snap=snap,
+        )
+
+    def with_steps(self, params: Parts, grid: Grid) -> Parts:
+        return {**params, "scale": grid.step.to(params["scale"].dtype)}
+
+    def from_grid(self, values: Tensor, params: Parts) -> Tensor:
+        rows = smoothed(values.t(), params["smooth_factor"])
+        return rows.addmm_(params["proj_up"].float(), params["proj_down"].float().t())
 
     # ---- codes ------------------------------------------------------------------------------------------------------
 

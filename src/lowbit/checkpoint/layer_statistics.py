@@ -1,0 +1,54 @@
+"""What planning and converting ask of a set of statistics; `lowbit.calibration` provides such sets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Protocol
+
+from lowbit.solvers import Statistics, what_is_known
+
+
+class LayerStatistics(Protocol):
+    """Statistics by the layer's name."""
+
+    def get(self, layer: str, /) -> Statistics | None:
+        """Those of a layer, read when asked for; None for a layer without."""
+        ...
+
+    def kind(self, layer: str, /) -> str:
+        """ "full", "diagonal" or "" for a layer without second moments; cheap."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Names their contents."""
+        ...
+
+
+class InMemory:
+    """Statistics in a dictionary as `LayerStatistics`."""
+
+    def __init__(self, by_layer: Mapping[str, Statistics]) -> None:
+        self._by_layer = by_layer
+
+    def get(self, layer: str, /) -> Statistics | None:
+        """See `LayerStatistics`."""
+        return self._by_layer.get(layer)
+
+    def kind(self, layer: str, /) -> str:
+        """See `LayerStatistics`."""
+        return what_is_known(self._by_layer.get(layer))
+
+    def fingerprint(self) -> str:
+        """See `LayerStatistics`."""
+        digest = hashlib.sha256()
+        for name, known in sorted(self._by_layer.items()):
+            digest.update(f"{name} {known.tokens} {known.held_out_tokens}".encode())
+            if known.hessian is not None:
+                digest.update(known.hessian.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def knowledge(statistics: LayerStatistics | None, layer: str) -> str:
+    """What is known of a layer: "full", "diagonal" or ""."""
+    return "" if statistics is None else statistics.kind(layer)

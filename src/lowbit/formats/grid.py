@@ -1,0 +1,85 @@
+"""The grid of a format: what each weight may become once the scales are fixed.
+
+    value = zero + step * level        level: one of a fixed set, the same for all weights of the format
+
+Solvers that choose codes one column after the other work on this and know nothing else of a format. Tensors are
+transposed, [K, n] for n rows of a weight, so that one column is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.numerics.levels import Levels
+
+Snap = Callable[[Tensor, "Tensor | None"], "tuple[Tensor, Tensor | None]"]
+
+
+def keep_as_they_are(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The `Snap` of steps that are stored in float32."""
+    return step, zero
+
+
+@dataclass
+class Grid:
+    """The grid of some rows, n of them, in the units in which their codes count.
+
+    target   [K, n]            what the codes are to express
+    step     [ceil(K/c), n]    what one level is worth; 0 where a unit holds nothing but zeros
+    zero     [ceil(K/c), n]    what level 0 stands for; None for 0
+    factor   [K]               an error of 1 in `target` is an error of this in the weight; None for 1
+
+    `columns` (c) share a step along K, and `rows` of them along N. `snap` gives the nearest steps and zeros that the
+    format can store.
+    """
+
+    target: Tensor
+    step: Tensor
+    levels: Levels
+    columns: int
+    rows: int = 1
+    zero: Tensor | None = None
+    factor: Tensor | None = None
+    snap: Snap = keep_as_they_are
+
+    def __post_init__(self) -> None:
+        self._divisor = self._divisors()
+
+    def _divisors(self) -> Tensor:
+        return self.step.masked_fill(self.step == 0, torch.inf)
+
+    def nearest(self, x: Tensor, column: int) -> Tensor:
+        """The grid value nearest to x [n], for one column."""
+        unit = column // self.columns
+        step = self.step[unit]
+        if self.zero is None:
+            return self.levels.round_(x / self._divisor[unit]).mul_(step)
+        zero = self.zero[unit]
+        return self.levels.round_((x - zero).div_(self._divisor[unit])).mul_(step).add_(zero)
+
+    def units(self, first: int, last: int) -> slice:
+        """The units of the columns from `first` to `last`, which must be whole ones or lie within one."""
+        return slice(first // self.columns, -(-last // self.columns))
+
+    def spread(self, by_unit: Tensor, first: int, last: int) -> Tensor:
+        """Rows of `by_unit` [U, n], one a column from `first` to `last`."""
+        cut = by_unit[self.units(first, last)]
+        if cut.shape[0] == 1:
+            return cut
+        return cut.repeat_interleave(self.columns, dim=0)[: last - first]
+
+    def levels_of(self, values: Tensor, first: int, last: int) -> Tensor:
+        """The levels of grid values [last - first, n] of some columns, float32."""
+        shifted = values if self.zero is None else values - self.spread(self.zero, first, last)
+        return self.levels.round_(shifted / self.spread(self._divisor, first, last))
+
+    def replace_steps(self, units: slice, step: Tensor, zero: Tensor | None) -> None:
+        """Take other steps and zeros for some units; they must be ones that can be stored."""
+        self.step[units] = step
+        self._divisor[units] = step.masked_fill(step == 0, torch.inf)
+        if self.zero is not None and zero is not None:
+            self.zero[units] = zero

@@ -1,0 +1,99 @@
+"""How much an error of the weight costs at the output: tr(E H E^T) with H = E[x x^T] of the layer's input.
+
+H is measured from T tokens. With T not far above K its small eigenvalues are noise, and a solver that trusts them fits
+the noise; so H is shrunk toward its diagonal first, H <- (1 - a) H + a diag(H). For rounding that beats damping with a
+multiple of the identity at every T / K: the diagonal is known well from few tokens.
+
+With H = L D L^T (L unit lower triangular) the error is the sum over columns j of D_j |E_j + sum over i > j of E_i
+L_ij|^2. Rounding from the last column to the first, each one corrected by the errors already made, leaves D_j Delta^2 /
+12 a weight (LDLQ, the same as GPTQ: arXiv 2210.17323, 2307.13304), against H_jj Delta^2 / 12 of rounding to nearest.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import SolverError
+from lowbit.formats.base import Format
+from lowbit.formats.parts import Parts
+from lowbit.numerics.groups import row_chunks
+
+_DEAD = 1e-6  # of the mean second moment: what a channel without any gets, so that H has an inverse
+_PIECE = 1 << 22  # elements of a temporary
+
+
+def shrinkage(tokens: int, k: int) -> float:
+    """How far to shrink H of K channels, measured from some tokens, toward its diagonal: measured on power-law H."""
+    ratio = tokens / k
+    return 0.2 if ratio < 2 else 0.1 if ratio < 8 else 0.05
+
+
+def prepared_hessian(hessian: Tensor, fmt: Format) -> Tensor:
+    """H [K, K] in the basis in which the format rounds (`Format.prepare`): R H R^T; the same tensor without one."""
+    once = fmt.prepare(hessian)
+    return hessian if once is hessian else fmt.prepare(once.t().contiguous())
+
+
+def second_moments(hessian: Tensor, amount: float, factor: Tensor | None) -> Tensor:
+    """H shrunk by `amount` toward its diagonal, in units in which an error counts `factor` [K]. A new tensor [K, K]."""
+    shrunk = hessian * (1 - amount)
+    diagonal = hessian.diagonal()
+    shrunk.diagonal().copy_(diagonal)
+    if factor is not None:
+        shrunk.mul_(factor.unsqueeze(0)).mul_(factor.unsqueeze(1))
+    live = shrunk.diagonal()
+    least = live.mean().clamp_min(torch.finfo(torch.float32).tiny) * _DEAD
+    live.clamp_(min=float(least))
+    return shrunk
+
+
+class Curvature:
+    """H [K, K] as solvers use it, with its triangular factor, made when first asked for."""
+
+    def __init__(self, hessian: Tensor, where: str) -> None:
+        self.hessian = hessian
+        self._where = where
+
+    @cached_property
+    def factor(self) -> tuple[Tensor, Tensor]:
+        """(order, lower): columns by rising H_kk, and the unit lower triangular L of H in that order, float32 [K, K].
+
+        The last column is rounded first, so channels with the largest input go first and all others make up for them.
+        Raises `SolverError` when H is not positive definite, in float64 either.
+        """
+        order = self.hessian.diagonal().argsort()
+        arranged = self.hessian[order][:, order]
+        lower, failed = torch.linalg.cholesky_ex(arranged)
+        if int(failed):
+            lower, failed = torch.linalg.cholesky_ex(arranged.double())
+        if int(failed):
+            raise SolverError(
+                f"{self._where}: the second moments of its input are no positive definite matrix; calibrate it again"
+            )
+        return order, (lower / lower.diagonal()).float()
+
+
+def output_error(w: Tensor, fmt: Format, parts: Parts, hessian: Tensor | None) -> tuple[float, float]:
+    """tr(E H E^T) and tr(W H W^T): what the parts lose of a weight [N, K], and the output they lose it from.
+
+    hessian: [K, K], its diagonal [K], or None for the identity. Sums are float64 over pieces of float32.
+    """
+    lost = total = 0.0
+    for start, stop in row_chunks(w.shape[0], w.shape[1], fmt.row_multiple, _PIECE):
+        rows = w[start:stop].float()
+        error = fmt.dequantize_rows(parts, w.shape[1], start, stop, torch.float32).sub_(rows)
+        lost += energy(error, hessian)
+        total += energy(rows, hessian)
+    return lost, total
+
+
+def energy(rows: Tensor, hessian: Tensor | None) -> float:
+    """tr(X H X^T) of float32 rows [n, K]."""
+    if hessian is None:
+        return float(torch.linalg.vector_norm(rows, dtype=torch.float64) ** 2)
+    if hessian.dim() == 1:
+        return float(rows.square().mul_(hessian).sum(dtype=torch.float64))
+    return float((rows @ hessian).mul_(rows).sum(dtype=torch.float64))

@@ -1,0 +1,35 @@
+"""gptq: round one column after the other, each made up for by those still to come (arXiv 2210.17323).
+
+From the last column in the order of `Curvature.factor` to the first: what is rounded is the weight plus the errors of
+the columns done, each times its entry of L. Scales stay as they are, so any order of columns gives the same file
+format (act-order with static groups). Errors reach columns outside the current block as one matrix product.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .refinement import Draft, register_refinement
+
+BLOCK = 64  # columns: longer blocks make the updates within them dominate
+
+
+@register_refinement("gptq")
+def gptq(draft: Draft) -> None:
+    """Choose all codes anew, at the draft's scales. See the module."""
+    grid = draft.grid
+    order, lower = draft.curvature.factor
+    columns: list[int] = order.tolist()
+    target = grid.target[order]
+    error = torch.empty_like(target)
+    for last in range(len(columns), 0, -BLOCK):
+        first = max(0, last - BLOCK)
+        wanted = target[first:last].addmm(lower[last:, first:last].t(), error[last:])
+        inner = lower[first:last, first:last]
+        for i in range(last - first - 1, -1, -1):
+            value = grid.nearest(wanted[i], columns[first + i])
+            draft.values[columns[first + i]] = value
+            missed = torch.sub(target[first + i], value, out=error[first + i])
+            if i:
+                wanted[:i].addr_(inner[i, :i], missed)
+    draft.forget_gradient()

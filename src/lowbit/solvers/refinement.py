@@ -1,0 +1,118 @@
+"""What refinements work on: the codes and scales of some rows, to be improved in place against H."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import SolverError
+from lowbit.formats.base import Format
+from lowbit.formats.grid import Grid
+from lowbit.formats.parts import Parts, narrow_rows
+from lowbit.numerics.groups import row_chunks
+
+from .curvature import Curvature, prepared_hessian, second_moments
+
+DRAFT_ELEMENTS = 1 << 23  # of a piece of rows: 32 MiB a tensor, of which a draft holds about five
+
+
+class Draft:
+    """n rows on their way: the grid, the values chosen on it [K, n], and H in the grid's units."""
+
+    def __init__(self, grid: Grid, values: Tensor, curvature: Curvature) -> None:
+        self.grid, self.values, self.curvature = grid, values, curvature
+        self._gradient: Tensor | None = None
+
+    @property
+    def gradient(self) -> Tensor:
+        """H (target - values) [K, n]: half the slope of the error. Whoever changes the values keeps it up to date."""
+        if self._gradient is None:
+            self._gradient = self.curvature.hessian @ (self.grid.target - self.values)
+        return self._gradient
+
+    def forget_gradient(self) -> None:
+        """Say that the values changed."""
+        self._gradient = None
+
+    def error(self) -> float:
+        """tr(E H E^T)."""
+        return float((self.grid.target - self.values).mul_(self.gradient).sum(dtype=torch.float64))
+
+
+class Refinement(Protocol):
+    """Improves a draft in place; registered under a name."""
+
+    def __call__(self, draft: Draft) -> None:
+        """Change `draft.values`, or the steps of `draft.grid` with them."""
+        ...
+
+
+_REGISTRY: dict[str, Refinement] = {}
+R = TypeVar("R", bound=Refinement)
+
+
+def register_refinement(name: str) -> Callable[[R], R]:
+    """Function decorator: make a refinement known by its name. A second one of that name is refused."""
+
+    def add(function: R) -> R:
+        if name in _REGISTRY:
+            raise SolverError(f"a refinement named {name!r} is registered already")
+        _REGISTRY[name] = function
+        return function
+
+    return add
+
+
+def refinements() -> dict[str, Refinement]:
+    """Every registered refinement by name, sorted."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def refine(
+    w: Tensor, fmt: Format, parts: Parts, steps: list[Refinement], hessian: Tensor, amount: float, where: str
+) -> Parts:
+    """The parts of a weight [N, K] after some refinements, a bounded piece of rows at a time.
+
+    hessian: H [K, K], shrunk here by `amount` toward its diagonal. Raises `SolverError`.
+    """
+    if fmt.pre_quant_scale:
+        return _refine_scaled(w, fmt, parts, steps, hessian, amount, where)
+    out: Parts = {}
+    curvature: Curvature | None = None
+    hessian = prepared_hessian(hessian.to(w.device), fmt)
+    shape = (w.shape[0], w.shape[1])
+    for start, stop in row_chunks(*shape, max(fmt.row_multiple, fmt.unit(shape)[0]), DRAFT_ELEMENTS):
+        rows = fmt.prepared(w, start, stop, where)
+        params = narrow_rows(fmt.param_rules, parts, start, stop)
+        grid = fmt.grid(rows, params)
+        if curvature is None:
+            curvature = Curvature(second_moments(hessian, amount, grid.factor), where)
+        draft = Draft(grid, _values(fmt, parts, start, stop, grid), curvature)
+        for step in steps:
+            step(draft)
+        params = fmt.with_steps(params, grid)
+        codes = fmt.encode(fmt.from_grid(draft.values, params), params)
+        fmt.store_rows(out, {"qdata": fmt.pack(codes), **params}, shape, start)
+    return out
+
+
+def _refine_scaled(
+    w: Tensor, fmt: Format, parts: Parts, steps: list[Refinement], hessian: Tensor, amount: float, where: str
+) -> Parts:
+    """`refine` where the input is multiplied by a stored vector first: of w / scale, for the input x * scale."""
+    scale = parts["pre_quant_scale"].float()
+    scaled = hessian.to(w.device) * scale.unsqueeze(0) * scale.unsqueeze(1)
+    plain = {name: value for name, value in parts.items() if name != "pre_quant_scale"}
+    refined = refine(w.float() / scale, fmt.plain, plain, steps, scaled, amount, where)
+    return {**refined, "pre_quant_scale": parts["pre_quant_scale"]}
+
+
+def _values(fmt: Format, parts: Parts, start: int, stop: int, grid: Grid) -> Tensor:
+    """The grid values [K, n] that the codes of some rows stand for."""
+    k = grid.target.shape[0]
+    cut = narrow_rows(fmt.plain.rules, parts, start, stop)
+    rows = fmt.decode(fmt.unpack(cut["qdata"], k), cut)[:, :k].contiguous()
+    return fmt.grid(rows, narrow_rows(fmt.param_rules, parts, start, stop)).target

@@ -1,0 +1,185 @@
+"""Solving a layer: a pipeline of one start and any number of refinements, judged on samples it has not seen.
+
+A pipeline is written `start+refinement+...`, as in `scale_search+gptq+descent+bias`. The start makes parts from a
+weight (`base.register_solver`); refinements improve them against H (`refinement.register_refinement`); `bias` makes up
+for the mean error in the layer's bias, after which only the covariance of the input counts.
+
+Statistics come in two halves. The first refinement is tried on some rows with H of one half and judged with H of the
+other. If it beats rounding to nearest there, all rows are solved with H of both halves, and the result is kept if it is
+no worse than rounding to nearest on the half held out. If not, a stronger shrinkage is tried, then the start alone, and
+at last nothing but rounding is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import SolverError
+from lowbit.formats.base import Format
+from lowbit.formats.parts import Parts, narrow_rows
+from lowbit.numerics.groups import round_up
+
+from .base import Statistics, solver
+from .curvature import output_error, shrinkage
+from .pipeline import AUTO, Pipeline, parse_pipeline, pick_solver, what_is_known
+from .refinement import refine
+
+_TRIAL_SHARE, _TRIAL_ROWS = 8, 64  # an eighth of the rows, but at least so many
+_STRONGER = 0.5  # the shrinkage of the second attempt
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a layer became.
+
+    `bias`: float32 [N] to add to the layer's true bias, or None. `solver`: the pipeline that made the parts; less than
+    was asked for where that lost. `note`: why, in words. `error`, `rtn_error`: tr(E H E^T) / tr(W H W^T) on the samples
+    held out, of the parts and of rounding to nearest; None without statistics.
+    """
+
+    parts: Parts
+    solver: str
+    bias: Tensor | None = None
+    note: str = ""
+    error: float | None = None
+    rtn_error: float | None = None
+
+
+def solve(
+    w: Tensor,
+    fmt: Format,
+    name: str = AUTO,
+    statistics: Statistics | None = None,
+    *,
+    where: str = "weight",
+    seed: int | None = None,
+    has_bias: bool = False,
+) -> Solution:
+    """Quantize a weight [N, K] (any float dtype).
+
+    name: a pipeline, or "auto" for the best one for the format and for what is known. `has_bias`: the layer has a bias
+    that can take a correction. `where` names the layer in errors. With a `seed`, codes are rounded stochastically, and
+    there is no refining.
+
+    Raises `WeightError` for a weight that cannot be stored; `SolverError` for an unknown solver, for one that needs
+    statistics where there are none, and for statistics of another layer or that are not finite.
+    """
+    fmt.check_weight(w, where)
+    known = what_is_known(statistics)
+    chosen = parse_pipeline(pick_solver(name, fmt, known, has_bias=has_bias)[0])
+    if seed is not None and (chosen.steps or chosen.bias):
+        raise SolverError(f"{where}: {chosen.name} does not round stochastically; leave the seed out or use rtn")
+    if chosen.steps and known != "full" and w.numel():
+        raise SolverError(
+            f"{where}: {chosen.name} needs second moments [K, K] of the layer's input, and "
+            f"{'only their diagonal is known' if known else 'there are none'}; calibrate, or use scale_search"
+        )
+    if chosen.bias and not has_bias:
+        chosen = Pipeline(chosen.start, chosen.steps)
+    if statistics is None or not known or not w.numel():
+        return Solution(solver(chosen.start)(w, fmt, statistics, where=where, seed=seed), chosen.start)
+    statistics.column_weights(w.shape[1], where)  # refuses those of another layer
+    return _Problem(w, fmt, chosen, statistics, where, seed).best()
+
+
+@dataclass(frozen=True)
+class _Problem:
+    w: Tensor
+    fmt: Format
+    pipeline: Pipeline
+    statistics: Statistics
+    where: str
+    seed: int | None
+
+    def best(self) -> Solution:
+        """The first attempt that is no worse than rounding to nearest on the samples held out."""
+        plain = self.fmt.quantize(self.w, where=self.where, seed=self.seed)
+        lost, signal = output_error(self.w, self.fmt, plain, self._judge)
+        rtn_error = _ratio(lost, signal)
+        notes = [] if self._held_out else ["judged on the samples it was made from: there are no others"]
+        if self.pipeline.name == "rtn":
+            return Solution(plain, "rtn", None, "", rtn_error, rtn_error)
+        for name, parts in self._attempts(plain, notes):
+            bias = self._bias(parts) if self.pipeline.bias else None
+            error = self._error(parts, bias)
+            if error <= rtn_error:
+                return Solution(parts, name, bias, "; ".join(notes), error, rtn_error)
+            notes.append(f"{name} was worse than rounding to nearest on the samples held out")
+        return Solution(plain, "rtn", None, "; ".join(notes), rtn_error, rtn_error)
+
+    # ---- attempts ---------------------------------------------------------------------------------------------------
+
+    def _attempts(self, plain: Parts, notes: list[str]) -> Iterator[tuple[str, Parts]]:
+        start = solver(self.pipeline.start)(self.w, self.fmt, self.statistics, where=self.where, seed=self.seed)
+        if self.pipeline.steps:
+            amount = self._amount(start, plain, notes)
+            if amount is not None:
+                yield self.pipeline.name, self._refined(self.w, start, self._target_hessian(), amount)
+        name = Pipeline(self.pipeline.start, bias=self.pipeline.bias).name
+        yield name, start
+
+    def _amount(self, start: Parts, plain: Parts, notes: list[str]) -> float | None:
+        """The shrinkage with which a trial on some rows beats rounding to nearest, or None."""
+        k = self.w.shape[1]
+        usual = shrinkage(self.statistics.total_tokens, k)
+        if not self._held_out:
+            return usual
+        rows = min(self.w.shape[0], round_up(max(_TRIAL_ROWS, self.w.shape[0] // _TRIAL_SHARE), self.fmt.row_multiple))
+        some, rules = self.w[:rows], self.fmt.rules
+        begun = narrow_rows(rules, start, 0, rows)
+        least, _ = output_error(some, self.fmt, narrow_rows(rules, plain, 0, rows), self._judge)
+        assert self.statistics.hessian is not None
+        for amount in (max(usual, shrinkage(self.statistics.tokens, k)), _STRONGER):
+            tried = self._refined(some, begun, self.statistics.hessian, amount, first_only=True)
+            if output_error(some, self.fmt, tried, self._judge)[0] <= least:
+                return usual if amount < _STRONGER else amount
+            notes.append(f"a trial with H shrunk by {amount:g} lost")
+        return None
+
+    def _refined(self, w: Tensor, start: Parts, hessian: Tensor, amount: float, *, first_only: bool = False) -> Parts:
+        steps = self.pipeline.refinements[: 1 if first_only else None]
+        return refine(w, self.fmt, start, steps, hessian, amount, self.where)
+
+    def _target_hessian(self) -> Tensor:
+        """H of all samples, or their covariance where the bias takes care of the mean."""
+        combined, mean = self.statistics.combined, self._mean
+        assert combined is not None
+        return combined if mean is None else combined - torch.outer(mean, mean)
+
+    # ---- judging ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _held_out(self) -> bool:
+        return self.statistics.held_out is not None and self.statistics.held_out_tokens > 0
+
+    @property
+    def _judge(self) -> Tensor | None:
+        return self.statistics.held_out if self._held_out else self.statistics.hessian
+
+    @cached_property
+    def _mean(self) -> Tensor | None:
+        return self.statistics.mean if self.pipeline.bias else None
+
+    def _bias(self, parts: Parts) -> Tensor | None:
+        """(W - Wq) E[x], float32 [N]: what the output lacks on average."""
+        if self._mean is None:
+            return None
+        mean = self._mean.to(self.w.device)
+        pieces = []
+        for start, stop in self.fmt.row_ranges(self.w.shape[0], self.w.shape[1]):
+            decoded = self.fmt.dequantize_rows(parts, self.w.shape[1], start, stop, torch.float32)
+            pieces.append((self.w[start:stop].float() - decoded) @ mean)
+        return torch.cat(pieces)
+
+    def _error(self, parts: Parts, bias: Tensor | None) -> float:
+        lost, signal = output_error(self.w, self.fmt, parts, self._judge)
+        return _ratio(lost if bias is None else lost - float(bias.double().square().sum()), signal)
+
+
+def _ratio(lost: float, signal: float) -> float:
+    return lost / signal if signal else float(lost > 0)
