@@ -69,7 +69,7 @@ def test_an_interrupted_run_goes_on(model, tmp_path, after):
         lowbit.calibrate(model, dying(DATA, after), **options)
     assert not path.exists()
     calls = []
-    model.register_forward_hook(lambda *args: calls.append(1))
+    model.register_forward_hook(lambda *_: calls.append(1))
 
     found = lowbit.calibrate(model, DATA, **options)
 
