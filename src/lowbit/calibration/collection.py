@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -105,6 +107,24 @@ class StatisticsCollection(Mapping[str, Statistics]):
         """What messages call it."""
         return f"the statistics of {self.contents.model}"
 
+    def kind(self, layer: str) -> str:
+        """ "full" or "diagonal" second moments of a layer, "" for one without; reads no tensor."""
+        found = self.contents.layers.get(layer)
+        if found is None or not self.contents.inputs[found.input].tokens:
+            return ""
+        return self.contents.inputs[found.input].kind
+
+    def fingerprint(self) -> str:
+        """Names the contents: the directory and what is small of each input, which differ when anything does."""
+        digest = hashlib.sha256(json.dumps(asdict(self.contents), sort_keys=True).encode())
+        for key in self.contents.inputs:
+            digest.update(self.digest(key))
+        return digest.hexdigest()
+
+    def digest(self, key: str) -> bytes:
+        """A digest of the vectors of an input."""
+        return digest_of(self.load_input(key))
+
     def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise `StatisticsError`, with a list, unless every layer here is among `shapes`, with its shape."""
         layers = self.contents.layers
@@ -174,3 +194,10 @@ def some(names: Iterable[str], count: int = 3, mark: str = ", ") -> str:
     names = list(names)
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return mark.join(names[:count]) + more
+
+
+def digest_of(statistics: Statistics) -> bytes:
+    """A digest of the diagonal of H and the other vectors, which change whenever the samples do."""
+    vectors = (statistics.diagonal, statistics.absmax, statistics.mean)
+    found = [vector.float().contiguous().numpy().tobytes() for vector in vectors if vector is not None]
+    return hashlib.sha256(b"".join(found)).digest()

@@ -22,7 +22,7 @@ from lowbit.errors import StatisticsError
 from lowbit.solvers.base import Statistics
 
 from .accumulate import BINS, ROWS_KEPT
-from .collection import Contents, Field, InputFacts, LayerInput, StatisticsCollection
+from .collection import Contents, Field, InputFacts, LayerInput, StatisticsCollection, digest_of
 
 KEY = "lowbit.statistics"
 VERSION = 1
@@ -77,6 +77,15 @@ class StatisticsFile(StatisticsCollection):
         """The tensors of an input: dtype and shape by field."""
         infos = {name: self._file.tensors.get(f"{key}.{name}") for name in FIELDS}
         return {name: (info.dtype, info.shape) for name, info in infos.items() if info is not None}
+
+    def digest(self, key: str) -> bytes:
+        """A digest of the vectors of an input, without reading its matrices."""
+        small = {
+            name: self._file.read(f"{key}.{name}")
+            for name, (_, shape) in self.fields(key).items()
+            if name in ("hessian", *_CHANNELS) and len(shape) == 1
+        }
+        return digest_of(Statistics(**small))
 
     def close(self) -> None:
         """Close the file."""

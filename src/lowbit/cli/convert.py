@@ -14,7 +14,7 @@ from lowbit.checkpoint.plan import Plan
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
 from lowbit.cli.output import command, decibels, epilog, print_json, progress, say, show, size, table
-from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, summarize
+from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, statistics_of, summarize
 from lowbit.report import ConversionPage, KeptGroup, LayerRow, write_conversion
 
 EPILOG = epilog(
@@ -22,6 +22,7 @@ EPILOG = epilog(
     "lowbit convert qwen-image/ -o qwen-image-nvfp4/ --format nvfp4 --report report.html",
     "lowbit convert m.safetensors -o out.safetensors --format awq_w4a16 --keep 'lm_head' --layer 'down_proj=int8'",
     "lowbit convert m.safetensors -o out.safetensors --plan plan.json",
+    "lowbit convert llama/ -o llama-int4/ --format awq_w4a16 --stats stats.safetensors",
 )
 
 
@@ -41,6 +42,7 @@ def convert(
     layer: options.LayerRules = None,
     dialect: options.Dialect = "comfy",
     requantize: options.Requantize = False,
+    stats: options.Stats = None,
     jobs: options.Jobs = None,
     resume: options.Resume = True,
     verify: Annotated[
@@ -65,12 +67,22 @@ def convert(
     """
     wishes = Wishes(format, solver, preset, keep or (), only or (), layer or (), dialect, requantize)
     refuse_both(wishes, plan)
-    with open_source(src) as source:
-        made = plan_for(source, wishes, plan)
+    with open_source(src) as source, statistics_of(source, stats) as known:
+        made = plan_for(source, wishes, plan, known)
         if not as_json:
             summarize(made)
         with progress("converting") as update:
-            done = run(source, output, made, jobs=jobs, resume=resume, verify=verify, seed=seed, progress=update)
+            done = run(
+                source,
+                output,
+                made,
+                jobs=jobs,
+                resume=resume,
+                verify=verify,
+                seed=seed,
+                progress=update,
+                statistics=known,
+            )
     if report is not None:
         write_conversion(report, _page(str(src), made, done))
     if as_json:

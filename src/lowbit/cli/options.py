@@ -75,6 +75,15 @@ LayerRules = Annotated[
 Dialect = Annotated[
     str, typer.Option(metavar="NAME", help=f"How quantized layers are written: {', '.join(dialects())}.")
 ]
+Stats = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="What calibration saw of the layers' inputs, by `lowbit calibrate`: solvers then minimize the error of "
+        "the output.",
+        show_default=False,
+    ),
+]
 Requantize = Annotated[
     bool, typer.Option("--requantize", help="Convert layers that are quantized already, with the loss of both.")
 ]
