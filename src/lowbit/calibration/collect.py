@@ -6,7 +6,6 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lowbit.errors import LowbitError, PlanError, StatisticsError
 from .batches import Batch, TokenMask, as_batch
 from .collected import Collected
 from .collection import Contents, InputFacts, LayerInput, StatisticsCollection, some
+from .linears import aliases, running, select_linears
 from .observe import Observer
 from .progress_file import ProgressFile, fingerprint
 from .statistics_file import StatisticsFile
@@ -115,25 +115,6 @@ def as_bytes(memory: int | str | None) -> int | None:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def select_linears(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linears of a module whose name matches one of the patterns (all without any); one under two names once.
-
-    Raises `StatisticsError` without any linear, `PlanError` for patterns that match none or are wrong.
-    """
-    linears = {name or "weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if not linears:
-        raise StatisticsError(f"{type(model).__name__} has no nn.Linear inside; pass a module that has")
-    if not patterns:
-        return linears
-    try:
-        chosen = {name: linears[name] for name in linears if any(re.search(pattern, name) for pattern in patterns)}
-    except re.error as error:
-        raise PlanError(f"layers: {error.pattern!r} is no regular expression: {error}; correct it") from error
-    if not chosen:
-        raise PlanError(f"layers: no linear matches {some(patterns)}; there are {some(linears)}")
-    return chosen
-
-
 class OtherBatchesError(StatisticsError):
     """The batches are not those of the run that was to go on."""
 
@@ -152,7 +133,7 @@ class Run:
     ) -> None:
         self.model, self.batches, self.options, self.description = model, batches, options, description
         self.linears = select_linears(model, options.layers)
-        self.aliases = _aliases(model, self.linears, names)
+        self.aliases = aliases(model, self.linears, names)
         self.progress = progress
         self.total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
         self.number = 0  # of the pass
@@ -338,30 +319,3 @@ class Run:
             "share": chosen.share,
             "seed": chosen.seed,
         }
-
-
-def _aliases(
-    model: nn.Module, linears: Mapping[str, nn.Linear], names: Mapping[str, str]
-) -> dict[str, tuple[str, ...]]:
-    """The names that each linear has in the result: all those of the module, renamed."""
-    found: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
-            found.setdefault(id(module), []).append(names.get(name, name or "weight"))
-    return {name: tuple(found[id(linear)]) for name, linear in linears.items()}
-
-
-@contextmanager
-def running(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's mode comes back at the end.
-
-    Not `inference_mode`: a buffer that the model caches in it could never be used with gradients again.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

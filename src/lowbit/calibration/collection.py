@@ -108,7 +108,7 @@ class StatisticsCollection(Mapping[str, Statistics]):
         return f"the statistics of {self.contents.model}"
 
     def kind(self, layer: str) -> str:
-        """ "full" or "diagonal" second moments of a layer, "" for one without; reads no tensor."""
+        """Whether a layer has "full" or "diagonal" second moments, "" for one without; reads no tensor."""
         found = self.contents.layers.get(layer)
         if found is None or not self.contents.inputs[found.input].tokens:
             return ""

@@ -80,7 +80,7 @@ class StatisticsFile(StatisticsCollection):
 
     def digest(self, key: str) -> bytes:
         """A digest of the vectors of an input, without reading its matrices."""
-        small = {
+        small: dict[str, Any] = {
             name: self._file.read(f"{key}.{name}")
             for name, (_, shape) in self.fields(key).items()
             if name in ("hessian", *_CHANNELS) and len(shape) == 1

@@ -17,6 +17,7 @@ from lowbit.calibration.collect import as_bytes
 from lowbit.calibration.imatrix import import_imatrix
 from lowbit.calibration.merge import Merged
 from lowbit.calibration.names import checkpoint_names, layer_shapes
+from lowbit.calibration.time_embedding import GUIDANCE, modulation_statistics
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
 from lowbit.cli.output import asking, command, epilog, print_json, say, show, size, stderr, table
@@ -27,11 +28,12 @@ from lowbit.integrations.text_models import BATCH_SIZE, MAX_TOKENS, SAMPLES, loa
 EPILOG = epilog(
     "lowbit calibrate llama/ --text prompts.txt -o stats.safetensors",
     "lowbit calibrate qwen-image.safetensors --module my_package:make -o stats.safetensors",
+    "lowbit calibrate qwen-image.safetensors --timesteps -o stats.safetensors",
     "lowbit calibrate --merge monday.safetensors tuesday.safetensors -o both.safetensors",
     "lowbit calibrate llama/ --imatrix llama.imatrix -o stats.safetensors",
 )
 _SHOWN = 12  # inputs in the table, those with the fewest tokens a channel
-_WHAT = "--text FILE, --module PACKAGE:FACTORY, --merge or --imatrix FILE"
+_WHAT = "--text FILE, --module PACKAGE:FACTORY, --timesteps, --merge or --imatrix FILE"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,16 @@ def calibrate(
             show_default=False,
         ),
     ] = "",
+    timesteps: Annotated[
+        bool,
+        typer.Option(
+            "--timesteps",
+            help="Compute the inputs of modulation layers from the checkpoint's own time MLP, without data.",
+        ),
+    ] = False,
+    guidance: Annotated[
+        float, typer.Option(metavar="G", help="With --timesteps: the guidance, for models that embed it.")
+    ] = GUIDANCE,
     merge: Annotated[bool, typer.Option("--merge", help="Join statistics files of one model into one.")] = False,
     imatrix: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Import an importance matrix of llama.cpp.", show_default=False)
@@ -97,13 +109,17 @@ def calibrate(
     """
     with asking():
         how = {"layers": layers, "memory": as_bytes(memory), "full_up_to": full_up_to, "resume": resume}
-        chosen = _refuse_several(text, module, imatrix, merge=merge)
+        chosen = _refuse_several(
+            text=text is not None, module=bool(module), timesteps=timesteps, merge=merge, imatrix=imatrix is not None
+        )
         given = _paths(paths or [], chosen)
     wishes = _Wishes(output, samples, max_tokens, batch_size, device, how)
     if text is not None:
         found: StatisticsCollection = _from_text(given[0], text, wishes)
     elif module:
         found = _from_factory(given[0] if given else None, module, wishes)
+    elif timesteps:
+        found = _modulation(given[0], output, guidance)
     elif imatrix is not None:
         found = _imported(given[0], imatrix, output)
     else:
@@ -111,8 +127,7 @@ def calibrate(
     _tell(found, output, as_json=as_json)
 
 
-def _refuse_several(text: Path | None, module: str, imatrix: Path | None, *, merge: bool) -> str:
-    given = {"text": text is not None, "module": bool(module), "merge": merge, "imatrix": imatrix is not None}
+def _refuse_several(**given: bool) -> str:
     chosen = [name for name, there in given.items() if there]
     if len(chosen) != 1:
         raise PlanError(f"say what to do by one of {_WHAT}" + (f", not {len(chosen)} of them" if chosen else ""))
@@ -123,6 +138,7 @@ def _paths(paths: list[Path], chosen: str) -> list[Path]:
     least, most, what = {
         "text": (1, 1, "the model folder"),
         "module": (0, 1, "at most the checkpoint whose names count"),
+        "timesteps": (1, 1, "the checkpoint"),
         "imatrix": (1, 1, "the checkpoint that it is of"),
         "merge": (2, sys.maxsize, "two or more statistics files"),
     }[chosen]
@@ -169,6 +185,11 @@ def _imported(checkpoint: Path, imatrix: Path, output: Path) -> StatisticsFile:
     with open_source(checkpoint) as source:
         found = import_imatrix(imatrix, layer_shapes(source), f"{checkpoint.name} by {imatrix.name}")
     return StatisticsFile(save_statistics(found, output))
+
+
+def _modulation(checkpoint: Path, output: Path, guidance: float) -> StatisticsFile:
+    with open_source(checkpoint) as source:
+        return StatisticsFile(save_statistics(modulation_statistics(source, guidance=guidance), output))
 
 
 def _merged(paths: list[Path], output: Path) -> StatisticsFile:
