@@ -13,8 +13,9 @@ from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.plan import Plan
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
+from lowbit.cli.known import statistics_of
 from lowbit.cli.output import command, decibels, epilog, print_json, progress, say, show, size, table
-from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, statistics_of, summarize
+from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, summarize
 from lowbit.report import ConversionPage, KeptGroup, LayerRow, write_conversion
 
 EPILOG = epilog(

@@ -1,0 +1,26 @@
+"""The option --stats: opening a statistics file for a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lowbit.calibration import StatisticsFile
+from lowbit.calibration.names import layer_shapes
+from lowbit.checkpoint.layer_statistics import LayerStatistics
+from lowbit.checkpoint.source import Source
+
+
+@contextmanager
+def statistics_of(source: Source, file: Path | None) -> Iterator[LayerStatistics | None]:
+    """The statistics in `file`, open, once they are found to be of this source; None without a file.
+
+    Raises `StatisticsError` for those of another model.
+    """
+    if file is None:
+        yield None
+        return
+    with StatisticsFile(file) as found:
+        found.check(layer_shapes(source))
+        yield found
