@@ -7,6 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lowbit.calibration.collect import calibrate
+from lowbit.calibration.statistics_file import save_statistics
+
 
 @pytest.fixture
 def four(lowbit, model, tmp_path):
@@ -81,3 +84,97 @@ def test_another_model_ends_with_3(lowbit, model, tmp_path):
     assert done.err.startswith("error: ")
     assert "lacks blocks.0.attn.q" in done.err
     assert done.out == ""
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        return x + self.down(self.up(torch.tanh(self.q(x))))
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+def make():
+    torch.manual_seed(0)
+    return Net().bfloat16(), [torch.randn(8, 64).bfloat16()]
+"""
+
+
+@pytest.fixture
+def net(lowbit, tmp_path, monkeypatch):
+    """A factory in the current folder, and its model as a checkpoint, plain and in int8."""
+    (tmp_path / "compared_net.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(FACTORY, scope)
+    save_file(scope["make"]()[0].state_dict(), "net.safetensors")
+    assert lowbit("convert", "net.safetensors", "-o", "eight.safetensors", "--format", "int8").code == 0
+    return tmp_path
+
+
+def test_a_model_is_run_and_shown_on_a_page(lowbit, net):
+    """--module adds the model's error and that of its blocks to table, JSON and page."""
+    command = ("compare", "net.safetensors", "eight.safetensors", "--module", "compared_net:make")
+    done = lowbit(*command, "--html", "page.html")
+    found = lowbit(*command, "--json").json["candidates"][0]["end_to_end"]
+
+    assert done.code == 0
+    assert "end to end: prediction, 1 compared" in done.out
+    assert "blocks.0" in done.out
+    assert 0 < found["measures"]["relative error"] < 0.1
+    assert [block["name"] for block in found["blocks"]] == ["blocks.0", "blocks.1"]
+    text = (net / "page.html").read_text(encoding="utf-8")
+    assert "relative error, end to end" in text
+    assert text.count("<tr data-name=") == 6
+
+
+def test_statistics_add_the_error_of_outputs(lowbit, net):
+    """--stats judges each layer by its inputs; a file that is no statistics file is an error."""
+    scope = {}
+    exec(FACTORY, scope)
+    model, batches = scope["make"]()
+    collected = calibrate(model.float(), [batch.float() for batch in batches])
+    save_statistics(collected, "net.stats")
+
+    found = lowbit("compare", "net.safetensors", "eight.safetensors", "--stats", "net.stats", "--json").json
+
+    assert found["with_statistics"] is True
+    assert found["unmeasured"] == []
+    layers = found["candidates"][0]["layers"]
+    assert all(layer["output_sqnr"] > 20 for layer in layers)
+    assert any(abs(layer["output_sqnr"] - layer["accuracy"]["sqnr"]) > 0.01 for layer in layers)
+    refused = lowbit("compare", "net.safetensors", "eight.safetensors", "--stats", "net.safetensors")
+    assert refused.code == 3
+    assert "is no statistics file" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--model", "."), "--model and --text belong together"),
+        (("--text", "text.txt"), "--model and --text belong together"),
+        (("--module", "a:b", "--model", "."), "leave --model and --text out"),
+        (("--module", "nothing"), "write it as PACKAGE.MODULE:FUNCTION"),
+        (("--module", "no_such_package:make"), "cannot be imported"),
+    ],
+)
+def test_options_that_do_not_go_together_end_with_2(lowbit, model, quantized, options, complaint):
+    """What cannot be run is told before anything is read."""
+    done = lowbit("compare", model, quantized, *options)
+
+    assert done.code == 2
+    assert complaint in done.err

@@ -31,7 +31,7 @@ _PIECE = 4 << 20  # elements compared at a time in plain tensors
 HISTOGRAMS = 6  # how many of each candidate's worst layers get one
 
 
-class LayerStatistics(Protocol):
+class StatisticsByLayer(Protocol):
     """What gives the statistics of a layer's input by the layer's name; a mapping does."""
 
     def get(self, layer: str, /) -> Statistics | None:
@@ -44,7 +44,7 @@ def compare(
     candidates: Sequence[Source],
     *,
     names: Sequence[str] | None = None,
-    statistics: LayerStatistics | None = None,
+    statistics: StatisticsByLayer | None = None,
     rtn: bool = True,
     histograms: int = HISTOGRAMS,
     jobs: int | None = None,
@@ -85,7 +85,7 @@ def compare(
 class _Statistics:
     """The caller's statistics, asked by one thread at a time; remembers which layers they had."""
 
-    def __init__(self, source: LayerStatistics | None) -> None:
+    def __init__(self, source: StatisticsByLayer | None) -> None:
         self._source, self._lock = source, threading.Lock()
         self.found: set[str] = set()
         self.unknown: set[str] = set()

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.status import Status
 
 from lowbit.calibration.statistics_file import StatisticsFile
 from lowbit.checkpoint.compare import compare as compare_layers
 from lowbit.checkpoint.compare_sources import layer_shapes
-from lowbit.checkpoint.comparison import CandidateComparison, Comparison, LayerComparison
+from lowbit.checkpoint.comparison import CandidateComparison, Comparison
 from lowbit.checkpoint.source import Source, open_source
 from lowbit.cli import options
-from lowbit.cli.output import Exit, command, decibels, epilog, print_json, progress, say, show, size, table
+from lowbit.cli.compare_page import compare_page
+from lowbit.cli.compare_tables import show_layers, show_rest, show_runs
+from lowbit.cli.output import Exit, asking, command, decibels, epilog, print_json, progress, stderr
+from lowbit.errors import PlanError
+from lowbit.integrations.compare_models import SAMPLES, Step, evaluate_folder, evaluate_module
+from lowbit.integrations.factories import find_factory
+from lowbit.report.compare import write_compare
+from lowbit.report.end_to_end import EndToEnd
 
 EPILOG = epilog(
     "lowbit compare model.safetensors model-fp8.safetensors model-nvfp4.safetensors",
     "lowbit compare flux.safetensors flux-nvfp4.safetensors --stats flux.stats --html flux.html",
+    "lowbit compare minilm/ minilm-int8.safetensors --model minilm/ --text sentences.txt --json",
+    "lowbit compare dit.safetensors dit-w4a4.safetensors --module my_package.dit:make",
 )
-_SHOWN = 5
 
 
 @command
@@ -40,10 +51,32 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Also run the model of this Hugging Face folder with each one's weights.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What --model runs on: UTF-8 text.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Lines or windows of the text.")] = SAMPLES,
+    module: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE:FACTORY", help="Also run the model that this function returns, on the inputs it returns.",
+            show_default=False,
+        ),
+    ] = None,
     rtn: Annotated[
         bool, typer.Option("--rtn/--no-rtn", help="Also round REF plainly in every layer's format, to compare with.")
     ] = True,
     worst: Annotated[int, typer.Option(min=0, metavar="N", help="Show this many layers, the worst first.")] = 10,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write all of it as a page to look at.", show_default=False),
+    ] = None,
     jobs: options.Jobs = None,
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
@@ -51,9 +84,14 @@ def compare(
 
     SQNR: signal over noise in dB, 6 dB are one bit; of the weights, and with --stats of the layers' outputs,
     tr(W H W^T) / tr(E H E^T). Gain: over plain rounding in the same format. Flips: weights that decode to another value
-    than after plain rounding. At ends: codes at the ends of their range. Ends with 1 when a tensor that was kept
-    differs from REF's, or a scale is not finite.
+    than after plain rounding. At ends: codes at the ends of their range.
+
+    --model with --text runs a text model: embeddings are compared by their cosines, language models by KL divergence
+    and top-1 agreement. --module runs any other: a function that returns (model, inputs), the inputs dicts of keyword
+    arguments. Ends with 1 when a tensor that was kept differs from REF's, or a scale is not finite.
     """
+    with asking():
+        run = _runner(model, text, samples, module)
     with contextlib.ExitStack() as stack:
         reference = stack.enter_context(open_source(ref))
         sources = [stack.enter_context(open_source(path)) for path in candidates]
@@ -68,11 +106,17 @@ def compare(
                 jobs=jobs,
                 progress=update,
             )
+    runs = _run(run, ref, candidates)
     problems = [problem for candidate in found.candidates for problem in _problems(candidate)]
+    if html is not None:
+        write_compare(html, compare_page(found, runs, problems, " ".join(["lowbit", *map(shlex.quote, sys.argv[1:])])))
     if as_json:
-        print_json({**found.to_json(), "problems": problems})
+        print_json(_json(found, runs, problems))
     else:
-        _show(found, worst, problems)
+        show_layers(found, worst)
+        if runs:
+            show_runs(found, runs)
+        show_rest(found, problems)
     if problems:
         raise typer.Exit(Exit.FOUND)
 
@@ -84,6 +128,39 @@ def _statistics(stack: contextlib.ExitStack, path: Path | None, reference: Sourc
     file = stack.enter_context(StatisticsFile.open(path))
     file.check(layer_shapes(reference))
     return file
+
+
+Runner = Callable[[Path, Sequence[Path], Step], list[EndToEnd]]
+
+
+def _runner(model: Path | None, text: Path | None, samples: int, module: str | None) -> Runner | None:
+    """What runs the model end to end, if anything does. Raises `PlanError` for options that do not go together."""
+    if module is not None:
+        if model is not None or text is not None:
+            raise PlanError("--module brings its own inputs; leave --model and --text out")
+        factory = find_factory(module)
+        return lambda ref, candidates, step: evaluate_module(module, ref, candidates, factory=factory, step=step)
+    if (model is None) != (text is None):
+        raise PlanError("--model and --text belong together: the folder of the model, and the text to run it on")
+    if model is None or text is None:
+        return None
+    return lambda ref, candidates, step: evaluate_folder(model, text, ref, candidates, samples=samples, step=step)
+
+
+def _run(run: Runner | None, ref: Path, candidates: Sequence[Path]) -> list[EndToEnd]:
+    if run is None:
+        return []
+    with Status("loading the model", console=stderr()) as status:
+        if not sys.stderr.isatty():
+            status.stop()
+        return run(ref, candidates, lambda name, done, count: status.update(f"running {name} ({done + 1} of {count})"))
+
+
+def _json(found: Comparison, runs: Sequence[EndToEnd], problems: Sequence[str]) -> dict[str, Any]:
+    data = found.to_json()
+    for index, candidate in enumerate(data["candidates"]):
+        candidate["end_to_end"] = runs[index].to_json() if runs else None
+    return {**data, "problems": list(problems)}
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -104,76 +181,3 @@ def _problems(candidate: CandidateComparison) -> list[str]:
         if layer.measure is not None and layer.measure.scales.not_finite
     ]
     return [f"{candidate.name}: {text}" for text in found]
-
-
-def _show(found: Comparison, worst: int, problems: Sequence[str]) -> None:
-    _show_totals(found)
-    layers = [(candidate, layer) for candidate in found.candidates for layer in candidate.worst(worst)]
-    layers.sort(key=lambda entry: entry[1].sqnr if entry[1].sqnr == entry[1].sqnr else float("-inf"))
-    if worst and layers:
-        _show_layers(found, layers[:worst])
-    if found.unmeasured:
-        more = f" and {len(found.unmeasured) - _SHOWN} more" if len(found.unmeasured) > _SHOWN else ""
-        say(f"no statistics for {', '.join(found.unmeasured[:_SHOWN])}{more}", "yellow")
-    for candidate in found.candidates:
-        kept = sum(layer.status == "kept" for layer in candidate.layers)
-        biases = f", {len(candidate.biases)} biases corrected" if candidate.biases else ""
-        say(
-            f"{candidate.name}: {len(candidate.quantized)} layers quantized, {kept} kept exactly, "
-            f"{candidate.identical} other tensors identical{biases}"
-        )
-    for problem in problems:
-        say(f"problem: {problem}", "red")
-
-
-def _show_totals(found: Comparison) -> None:
-    output = ("output SQNR",) if found.with_statistics else ()
-    numbers = ("size", "of REF", "weight SQNR", *output, "gain", "flips", "at ends", "saturated")
-    rows = table("candidate", *numbers, title=f"{found.reference}, {size(found.reference_bytes)}", right=numbers)
-    for candidate in found.candidates:
-        total = found.totals(candidate)
-        rows.add_row(
-            candidate.name,
-            size(candidate.bytes),
-            _share(candidate.bytes / max(found.reference_bytes, 1)),
-            decibels(total.sqnr),
-            *([decibels(total.output_sqnr)] if output else []),
-            _gain(total.gain),
-            _share(total.flips),
-            _share(total.at_ends),
-            _share(total.saturated),
-        )
-    show(rows)
-
-
-def _show_layers(found: Comparison, layers: Sequence[tuple[CandidateComparison, LayerComparison]]) -> None:
-    several = ("candidate",) if len(found.candidates) > 1 else ()
-    output = ("output SQNR",) if found.with_statistics else ()
-    numbers = ("weight SQNR", *output, "gain", "cosine", "worst row", "flips", "at ends", "saturated")
-    rows = table("layer", *several, "format", "shape", *numbers, title="worst layers", right=numbers)
-    for candidate, layer in layers:
-        measured = layer.measure
-        rows.add_row(
-            layer.name,
-            *([candidate.name] if several else []),
-            layer.format,
-            "x".join(map(str, layer.shape)),
-            decibels(layer.accuracy.sqnr),
-            *([decibels(layer.output_sqnr)] if output else []),
-            _gain(layer.gain),
-            f"{layer.accuracy.cosine:.6f}",
-            f"{layer.accuracy.max_row_error:.4f}",
-            _share(None if measured is None else measured.flips),
-            _share(None if measured is None else measured.at_ends),
-            _share(None if measured is None else measured.scales.saturated),
-            style="red" if layer.status == "changed" else "",
-        )
-    show(rows)
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.3g} %"
-
-
-def _gain(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.2f} dB"

@@ -14,18 +14,14 @@ from torch import nn
 from lowbit.errors import LowbitError, PlanError, StatisticsError
 
 
-def call_factory(spec: str) -> tuple[nn.Module, Iterable[Any]]:
+def call_factory(spec: str, factory: Callable[[], Any] | None = None) -> tuple[nn.Module, Iterable[Any]]:
     """The module and the iterable of inputs that the function `PACKAGE.MODULE:FUNCTION` or `FILE.py:FUNCTION` returns.
 
-    Packages are also looked for in the working directory. Raises `PlanError` when there is no such function,
+    `factory`: the function, where it has been found already. Raises `PlanError` when there is no such function,
     `StatisticsError` when it raises or returns something else.
     """
-    place, _, name = spec.rpartition(":")
-    if not place or not name:
-        raise PlanError(f"--module {spec!r}: write it as PACKAGE.MODULE:FUNCTION or FILE.py:FUNCTION")
-    factory = _find(spec, place, name)
-    if not callable(factory):
-        raise PlanError(f"--module {spec!r}: {name} is a {type(factory).__name__}, not a function")
+    if factory is None:
+        factory = find_factory(spec)
     try:
         made = factory()
     except LowbitError:
@@ -39,7 +35,21 @@ def call_factory(spec: str) -> tuple[nn.Module, Iterable[Any]]:
     return made
 
 
-def _find(spec: str, place: str, name: str) -> Callable[[], Any] | Any:
+def find_factory(spec: str) -> Callable[[], Any]:
+    """The function that `PACKAGE.MODULE:FUNCTION` or `FILE.py:FUNCTION` names. Raises `PlanError`.
+
+    Packages are also looked for in the working directory.
+    """
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise PlanError(f"--module {spec!r}: write it as PACKAGE.MODULE:FUNCTION or FILE.py:FUNCTION")
+    factory = _find(spec, place, name)
+    if not callable(factory):
+        raise PlanError(f"--module {spec!r}: {name} is a {type(factory).__name__}, not a function")
+    return factory
+
+
+def _find(spec: str, place: str, name: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)

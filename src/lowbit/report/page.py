@@ -48,6 +48,8 @@ def db(value: float | None) -> str:
     """An SQNR in words."""
     if value is None:
         return "not measured"
+    if math.isnan(value):
+        return "NaN"
     return f"{value:.1f} dB" if math.isfinite(value) else "exact" if value > 0 else "no signal"
 
 
@@ -58,7 +60,7 @@ def breakable(name: str) -> Markup:
 
 def cosine(value: float | None) -> str:
     """A cosine with the digits that matter: 0.98, 0.99931, 0.9999987."""
-    if value is None:
+    if value is None or math.isnan(value):
         return "-"
     gap = max(1.0 - value, 1e-7)
     return f"{value:.{min(7, max(3, 2 - math.floor(math.log10(gap))))}f}"
