@@ -156,6 +156,17 @@ def test_layers_are_chosen_and_renamed():
     assert set(found) == {"model.block.q", "o"}
 
 
+def test_linears_without_a_name_are_left_out(caplog):
+    """A linear renamed to None is not watched, and said; without any left there is nothing to do."""
+    found = lowbit.calibrate(Attention(), batches(), names={"q": None, "unused": None})
+
+    assert set(found) == {"k", "v", "o"}
+    assert found.never_called == ()
+    assert "q, unused" in caplog.text
+    with pytest.raises(StatisticsError, match="is a layer of the checkpoint"):
+        lowbit.calibrate(nn.Linear(8, 4), [torch.randn(6, 8)], names={"": None})
+
+
 def test_a_bare_linear_is_called_weight():
     """As in `quantize_`, a linear by itself goes by the name "weight"."""
     assert set(lowbit.calibrate(nn.Linear(8, 4), [torch.randn(6, 8)])) == {"weight"}

@@ -30,6 +30,7 @@ def test_a_prefix_of_the_module_is_found():
     assert checkpoint_names(model(), shapes) == {
         "encoder.layers.0.proj": "layers.0.proj",
         "encoder.layers.1.proj": "layers.1.proj",
+        "head": None,
     }
 
 
@@ -37,5 +38,13 @@ def test_what_is_not_certain_is_left():
     """Two keys that fit equally well, or one of another shape, are not taken."""
     shapes = {"a.encoder.layers.0.proj": (8, 8), "b.encoder.layers.0.proj": (8, 8), "x.head": (4, 8)}
 
-    assert "encoder.layers.0.proj" not in checkpoint_names(model(), shapes)
-    assert "head" not in checkpoint_names(model(), shapes)
+    assert checkpoint_names(model(), shapes) == {
+        "encoder.layers.0.proj": None,
+        "encoder.layers.1.proj": None,
+        "head": None,
+    }
+
+
+def test_one_weight_is_not_taken_twice():
+    """A key that two linears would take goes to none of them."""
+    assert set(checkpoint_names(model(), {"layers.proj": (8, 8), "head": (3, 8)}).values()) == {None}

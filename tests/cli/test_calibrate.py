@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lowbit.calibration import StatisticsFile
 from tests.calibration.models import same
@@ -213,3 +214,21 @@ def test_a_real_sentence_model(lowbit, tmp_path):
     assert done.json["layers"] == 37
     assert len(done.json["inputs"]) == 25
     assert sum(len(facts["layers"]) == 3 for facts in done.json["inputs"].values()) == 6
+
+
+def test_modulation_needs_no_data(lowbit, tmp_path):
+    """--timesteps computes the inputs of modulation layers from the checkpoint; one without a time MLP is refused."""
+    shapes = {"time_embedding.0": (16, 256), "time_embedding.2": (16, 16), "time_projection.1": (96, 16)}
+    save_file(
+        {f"{name}.weight": torch.randn(shape) / 16 for name, shape in shapes.items()}, tmp_path / "wan.safetensors"
+    )
+    save_file({"a.weight": torch.ones(4, 4)}, tmp_path / "other.safetensors")
+
+    done = lowbit("calibrate", tmp_path / "wan.safetensors", "--timesteps", "-o", tmp_path / "s.safetensors", "--json")
+    refused = lowbit("calibrate", tmp_path / "other.safetensors", "--timesteps", "-o", tmp_path / "t.safetensors")
+
+    assert done.code == 0
+    assert [facts["layers"] for facts in done.json["inputs"].values()] == [[name] for name in shapes]
+    assert refused.code == 3
+    assert "no time MLP that lowbit knows" in refused.err
+    assert not (tmp_path / "t.safetensors").exists()

@@ -100,12 +100,26 @@ def test_limits_are_kept(encoder, caplog):
     assert sum(len(batch["input_ids"]) for batch in found) == 10
 
 
+def test_a_tied_head_has_no_statistics(tmp_path):
+    """A head that is the embedding has no weight in the file, so it gets no name."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+
+    assert load_text_model(tmp_path).names() == {"lm_head": None}
+
+
 def test_names_are_those_of_the_file(encoder):
     """A model loaded without its head has other names than the file; they are translated."""
     from transformers import BertModel
 
     model = load_text_model(encoder)
-    assert model.names() == {}
+    assert model.names() == {"cls.predictions.decoder": None}  # tied to the embedding
 
     model.model = BertModel.from_pretrained(encoder, add_pooling_layer=False)
     assert model.names()["encoder.layer.0.intermediate.dense"] == "bert.encoder.layer.0.intermediate.dense"

@@ -55,7 +55,7 @@ def calibrate(
     full_up_to: int | None = None,
     token_mask: TokenMask | None = None,
     share: bool = True,
-    names: Mapping[str, str] | None = None,
+    names: Mapping[str, str | None] | None = None,
     description: str | None = None,
     progress: Progress | None = None,
     resume: bool = True,
@@ -76,8 +76,8 @@ def calibrate(
     An input whose full H alone exceeds `memory`, or with more than `full_up_to` channels, keeps only its diagonal.
 
     `layers`: regular expressions, of which one must match a linear's name. `share`: linears with the same input share
-    an entry. `names`: other names for linears, by their names. `progress(done, total or None, what)` is called after
-    every batch.
+    an entry. `names`: other names for linears, by their names, None to leave one out.
+    `progress(done, total or None, what)` is called after every batch.
 
     Raises `StatisticsError` (an empty iterable, a batch that cannot be passed, a model that raises, values that are
     not finite, too little memory), `PlanError` (`layers` matches nothing) and `WriteError`.
@@ -128,12 +128,13 @@ class Run:
         batches: Iterable[Any],
         options: Options,
         description: str,
-        names: dict[str, str],
+        names: dict[str, str | None],
         progress: Progress | None,
     ) -> None:
         self.model, self.batches, self.options, self.description = model, batches, options, description
-        self.linears = select_linears(model, options.layers)
-        self.aliases = aliases(model, self.linears, names)
+        chosen = select_linears(model, options.layers)
+        self.aliases = aliases(model, chosen, names)
+        self.linears = {name: chosen[name] for name in self.aliases}
         self.progress = progress
         self.total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
         self.number = 0  # of the pass

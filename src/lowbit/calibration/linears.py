@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from torch import nn
 from lowbit.errors import PlanError, StatisticsError
 
 from .collection import some
+
+_log = logging.getLogger("lowbit")
 
 
 def select_linears(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
@@ -33,13 +36,27 @@ def select_linears(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Li
     return chosen
 
 
-def aliases(model: nn.Module, linears: Mapping[str, nn.Linear], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """The names that each linear has in the result: all those of the module, renamed."""
+def aliases(
+    model: nn.Module, linears: Mapping[str, nn.Linear], names: Mapping[str, str | None]
+) -> dict[str, tuple[str, ...]]:
+    """The names that each linear has in the result: all those of the module, renamed; without those renamed to None.
+
+    Linears without any name are left out. Raises `StatisticsError` when none is left.
+    """
     found: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
-            found.setdefault(id(module), []).append(names.get(name, name or "weight"))
-    return {name: tuple(found[id(linear)]) for name, linear in linears.items()}
+            alias = names.get(name, name or "weight")
+            found.setdefault(id(module), []).extend([] if alias is None else [alias])
+    named = {name: tuple(found[id(linear)]) for name, linear in linears.items() if found[id(linear)]}
+    if not named:
+        raise StatisticsError(
+            f"none of the {len(linears)} linears of {type(model).__name__} ({some(linears)}) is a layer of the "
+            "checkpoint; name the checkpoint of this model"
+        )
+    if left_out := [name for name in linears if name not in named]:
+        _log.warning("left out, the checkpoint has no weight for them: %s", some(left_out))
+    return named
 
 
 @contextmanager

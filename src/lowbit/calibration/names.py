@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from torch import nn
@@ -18,11 +19,12 @@ def layer_shapes(source: Source) -> dict[str, tuple[int, int]]:
     }
 
 
-def checkpoint_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """The checkpoint's layer name of each linear, by the module's name, where they differ and the match is certain.
+def checkpoint_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str | None]:
+    """The checkpoint's layer name of each linear, by the module's name, where they differ; None where it has none.
 
     `shapes` are those of the checkpoint's weights, by layer name. A linear that has not the name of a weight of its
-    shape takes the one of its shape with the most trailing components in common, if there is but one such.
+    shape takes the one of its shape with the most trailing components in common, if there is but one such and no other
+    linear takes it too. A head tied to the embedding, for instance, has no weight of its own in the file.
     """
     linears = {
         name: (module.out_features, module.in_features)
@@ -34,13 +36,13 @@ def checkpoint_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) ->
     for key, shape in shapes.items():
         if key not in exact:
             by_end.setdefault((key.rpartition(".")[2], tuple(shape)), []).append(key)
-    found = {}
+    found: dict[str, str | None] = {}
     for name, shape in linears.items():
         candidates = by_end.get((name.rpartition(".")[2], shape), [])
-        closest = None if name in exact else _closest(name, candidates)
-        if closest is not None:
-            found[name] = closest
-    return found
+        if name not in exact:
+            found[name] = _closest(name, candidates)
+    claims = Counter(key for key in found.values() if key is not None)
+    return {name: key if key is not None and claims[key] == 1 else None for name, key in found.items()}
 
 
 def _closest(name: str, keys: Iterable[str]) -> str | None:

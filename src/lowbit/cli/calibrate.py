@@ -169,7 +169,7 @@ def _from_text(folder: Path, text_file: Path, wishes: _Wishes) -> StatisticsFile
 
 def _from_factory(checkpoint: Path | None, spec: str, wishes: _Wishes) -> StatisticsFile:
     model, batches = call_factory(spec)
-    names: dict[str, str] = {}
+    names: dict[str, str | None] = {}
     if checkpoint is not None:
         with open_source(checkpoint) as source:
             names = checkpoint_names(model, layer_shapes(source))

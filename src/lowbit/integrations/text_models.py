@@ -35,8 +35,8 @@ class TextModel:
     tokenizer: Any
     causal: bool
 
-    def names(self) -> dict[str, str]:
-        """The name of each linear in the folder's safetensors files, by the module's name."""
+    def names(self) -> dict[str, str | None]:
+        """The name of each linear in the folder's safetensors files, where it is another; None where it has none."""
         with open_source(self.folder) as source:
             return checkpoint_names(self.model, layer_shapes(source))
 
