@@ -98,6 +98,17 @@ def test_a_real_model_sees_the_same(tmp_path):
         assert computed[name].total_tokens == seen[name].total_tokens == 1010
 
 
+def test_few_timesteps_are_no_small_sample(tmp_path):
+    """However wide the input is, 8 tokens a channel are stated, for H is of all timesteps there are."""
+    path, _ = checkpoint(tmp_path / "q.safetensors", QWEN)
+
+    found = taken(path, steps=10)
+
+    assert found["norm_out.linear"].tokens >= 8 * WIDTH
+    assert found["norm_out.linear"].held_out_tokens >= 8 * WIDTH
+    assert found.warnings() == []
+
+
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_wan(tmp_path, prefix):
     """Wan's projection reads SiLU(e); the names keep the checkpoint's prefix."""

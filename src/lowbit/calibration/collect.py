@@ -42,7 +42,7 @@ class Options:
     token_mask: TokenMask | None = None
     share: bool = True
     seed: int = 0
-    snapshot_every: float = 60.0
+    snapshot_every: float = 30.0
 
 
 def calibrate(
@@ -59,7 +59,7 @@ def calibrate(
     description: str | None = None,
     progress: Progress | None = None,
     resume: bool = True,
-    snapshot_every: float = 60.0,
+    snapshot_every: float = 30.0,
     seed: int = 0,
 ) -> StatisticsCollection:
     """Run `model` on `batches` and return the statistics of every linear's input, by the linear's name.

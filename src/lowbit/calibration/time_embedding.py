@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from .collection import Contents, InputFacts, LayerInput
 
 STEPS = 1000
 GUIDANCE = 4.0  # FLUX.2's default
+WORTH = 8  # tokens a channel that are stated at least; as if every timestep had come in that many more samples
 _TOP = 1000.0  # the largest t
 _MOST_ROWS = 200_000
 
@@ -113,8 +114,10 @@ FAMILIES = (
 def modulation_statistics(source: Source, *, steps: int = STEPS, guidance: float = GUIDANCE) -> Collected:
     """The statistics of a diffusion checkpoint's modulation layers, over `steps` + 1 timesteps from 0 to 1000.
 
-    Every second timestep is held out. The layers of the time MLP itself are among them. `guidance` is what models see
-    that embed it; with classes every pair of timestep and class counts. Computed in float32, whatever the weights are.
+    Every second timestep is held out. `tokens` is at least `WORTH` times K: what is known of the input is everything,
+    however wide it is, so no solver should distrust it as it would a small sample. The layers of the time MLP itself
+    are among those that have statistics. `guidance` is what models see that embed it; with classes every pair of
+    timestep and class counts. Computed in float32, whatever the weights are.
 
     Raises `StatisticsError` when the checkpoint has no time MLP of a known family, or one whose result is mixed with
     other things before the modulation layers see it.
@@ -161,10 +164,19 @@ def _collect(
         made = Accumulator(x.shape[1], full=True, device=x.device)
         for half in range(2):
             made.add(x[half::2], half)
-        found[key] = made.finish()
+        found[key] = _counted(made.finish())
         facts[key] = InputFacts(x.shape[1], found[key].tokens, found[key].held_out_tokens, "full")
     model = f"{source.place.name}, modulation over all timesteps"
     return Collected(Contents(model, layers, facts, (), options), found)
+
+
+def _counted(statistics: Statistics) -> Statistics:
+    """With the tokens that H is worth: it is of all timesteps, not of some, so it needs no more of them than it has."""
+    assert statistics.absmax is not None
+    times = -(-WORTH * len(statistics.absmax) // max(statistics.held_out_tokens, 1))
+    if times <= 1:
+        return statistics
+    return replace(statistics, tokens=times * statistics.tokens, held_out_tokens=times * statistics.held_out_tokens)
 
 
 def _find(source: Source) -> tuple[Component, str, TimeFamily]:
