@@ -7,9 +7,11 @@ Trains the model of lowbit.integrations.digits_dit (minutes), or takes the one i
 weight and every input rounded to 4 bits in groups of 64 by absmax / 7, without smoothing or low rank, once for the
 linears of the blocks (the same ones that the headline converts) and once for all that have 64 columns or more.
 
-Test noise comes from seeds that calibration does not use. PSNR is over all pixels of all images as sampled, not
-clipped, with a data range of 2 (-1 to 1); `clipped` the same after clipping to that range, as an image file would;
-`mean` the mean over the images of each one's PSNR when clipped. The result goes to benchmarks/results/ as JSON.
+Calibrated rows use statistics of the inputs that the model meets while it samples from other noise than the one tested
+with. PSNR is over all pixels of all images as sampled, not clipped, with a data range of 2 (-1 to 1); `clip.` the same
+after clipping to that range, as an image file would; `mean` the mean over the images of each one's PSNR when clipped.
+t=.1 .. t=.9: relative error of one prediction there, on full precision's images with fresh noise. read: the share of
+images that a classifier reads as the class asked for. The result goes to benchmarks/results/ as JSON.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ from torch.nn import functional as F
 
 from benchmarks.convert_qwen_image import machine
 from benchmarks.digits_dit_train import classify, train_to
+from lowbit.calibration import StatisticsCollection, calibrate
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.dequantize import dequantize
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
-from lowbit.integrations.digits_dit import PRESET, DigitsDiT, load_model, psnr, sample
+from lowbit.integrations.digits_dit import PRESET, DigitsDiT, calibration_inputs, load_model, psnr, sample
 from lowbit.numerics.int4_matmul import GROUP, round_groups
 
 SEEDS = (1, 2)  # of the noise that is sampled from; calibration starts at CALIBRATION_SEED
@@ -50,7 +53,8 @@ ALL = r""
 class Configuration:
     """What a row of the table converts: a format, and (pattern, format) rules that come before it.
 
-    Without `inputs` the result is dequantized again before it runs: only the weights are rounded then.
+    `calibrated`: solvers know the statistics of the inputs. Without `inputs` the result is dequantized again before it
+    runs: only the weights are rounded then.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Configuration:
     rules: tuple[tuple[str, str], ...] = ()
     solver: str = "auto"
     inputs: bool = True
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,18 @@ ROWS = (
     Configuration("awq modulation + svdquant r32, signed", "svdquant_w4a4", (_AWQ,)),
     Configuration(HEADLINE, "svdquant_w4a4", (_AWQ, _UNSIGNED)),
     Configuration(f"{HEADLINE}, weights", "svdquant_w4a4", (_AWQ, _UNSIGNED), inputs=False),
+    *(
+        Configuration(f"{name}, calibrated", spec, rules, calibrated=True)
+        for name, spec, rules in (
+            ("int8 row", "int8", ()),
+            ("fp8_e4m3 tensor", "fp8_e4m3", ()),
+            ("nvfp4", "nvfp4", ()),
+            ("awq_w4a16", "awq_w4a16", ()),
+            ("svdquant r32", "svdquant_w4a4", ()),
+            ("awq modulation + svdquant r16", "svdquant_w4a4(rank=16)", (_AWQ,)),
+            (HEADLINE, "svdquant_w4a4", (_AWQ, _UNSIGNED)),
+        )
+    ),
 )
 
 
@@ -173,11 +190,14 @@ def draw(model: nn.Module, label: Tensor, steps: int) -> Tensor:
     return torch.cat([sample(model, label, seed, steps) for seed in SEEDS])
 
 
-def converted(folder: Path, target: Path, row: Configuration) -> tuple[DigitsDiT, dict]:
+def converted(
+    folder: Path, target: Path, row: Configuration, statistics: StatisticsCollection
+) -> tuple[DigitsDiT, dict]:
     """The model converted as the row says, and what that took."""
+    known = statistics if row.calibrated else None
     with open_source(folder) as source:
-        plan = make_plan(source, row.format, solver=row.solver, preset=PRESET, layer_rules=row.rules)
-        report = convert(source, target, plan, resume=False)
+        plan = make_plan(source, row.format, solver=row.solver, preset=PRESET, layer_rules=row.rules, statistics=known)
+        report = convert(source, target, plan, resume=False, statistics=known)
     if not row.inputs:
         with open_source(target) as source:
             dequantize(source, target.with_name(f"{target.name}-plain"))
@@ -186,7 +206,8 @@ def converted(folder: Path, target: Path, row: Configuration) -> tuple[DigitsDiT
     about = {
         "spec": row.format,
         "rules": row.rules,
-        "solver": row.solver,
+        "calibrated": row.calibrated,
+        "solvers": sorted({layer.solver for layer in report.layers}),
         "layers": len(report.layers),
         "bits_per_weight": 8 * sum(layer.bytes_after for layer in report.layers) / weights,
         "convert_seconds": report.seconds,
@@ -198,7 +219,10 @@ def run(folder: Path, rows: tuple[Configuration | Plain, ...], count: int, steps
     """Measure every row; prints each as it is done."""
     model = load_model(folder)
     judge = Judge.of(model, count, steps)
-    print(f"{'configuration':38} {'bits':>5} {'PSNR':>6} {'clip.':>6} {'mean':>6} {'t=.1':>6} {'t=.5':>6} {'t=.9':>6} "
+    began = time.perf_counter()
+    statistics = calibrate(model, calibration_inputs(model))
+    print(f"sampling and calibrating: {time.perf_counter() - began:.1f} s")
+    print(f"{'configuration':44} {'bits':>5} {'PSNR':>6} {'clip.':>6} {'mean':>6} {'t=.1':>6} {'t=.5':>6} {'t=.9':>6} "
           f"{'read':>6} {'s':>5}")  # fmt: skip
     found = []
     with tempfile.TemporaryDirectory() as name:
@@ -206,7 +230,7 @@ def run(folder: Path, rows: tuple[Configuration | Plain, ...], count: int, steps
             if isinstance(row, Plain):
                 other, about = plain_model(model, row), {}
             else:
-                other, about = converted(folder, Path(name) / str(index), row)
+                other, about = converted(folder, Path(name) / str(index), row, statistics)
             result = {"name": row.name, **about, **judge.score(other)}
             found.append(result)
             print_row(result)
@@ -217,18 +241,21 @@ def print_row(row: dict) -> None:
     errors = " ".join(f"{100 * error:5.2f}%" for error in row["one_step_error"].values())
     bits, seconds = row.get("bits_per_weight", math.nan), row.get("convert_seconds", math.nan)
     print(
-        f"{row['name']:38} {bits:5.2f} {row['psnr']:6.2f} {row['psnr_clipped']:6.2f} {row['psnr_mean']:6.2f} {errors} "
+        f"{row['name']:44} {bits:5.2f} {row['psnr']:6.2f} {row['psnr_clipped']:6.2f} {row['psnr_mean']:6.2f} {errors} "
         f"{100 * row['accuracy']:5.1f}% {seconds:5.1f}",
         flush=True,
     )
 
 
 def gains(rows: list[dict]) -> dict[str, float]:
-    """By how many dB the headline beats each plain row, where both were measured."""
+    """By how many dB the headline, data-free and calibrated, beats each plain row, where they were measured."""
     by_name = {row["name"]: row["psnr"] for row in rows}
-    if HEADLINE not in by_name:
-        return {}
-    return {name: by_name[HEADLINE] - value for name, value in by_name.items() if name.startswith("plain W4A4")}
+    return {
+        f"{name} over {plain}": by_name[name] - by_name[plain]
+        for name in (HEADLINE, f"{HEADLINE}, calibrated")
+        for plain in by_name
+        if name in by_name and plain.startswith("plain W4A4")
+    }
 
 
 def main() -> None:
