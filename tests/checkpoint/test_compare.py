@@ -275,6 +275,13 @@ def test_totals_count_layers_by_their_weights(tmp_path):
     assert found.totals(found.candidates[1]).sqnr > found.totals(found.candidates[0]).sqnr
     assert found.totals(found.candidates[0]).output_sqnr is None
 
+    h, _ = second_moments(192)
+    found = compared(path, full, statistics={"blocks.1.down": Statistics(hessian=h, tokens=4)})
+    layer, total = by_name(found)["blocks.1.down"], found.totals(found.candidates[0])
+    assert total.output_sqnr == pytest.approx(layer.output_sqnr)
+    assert total.gain == pytest.approx(layer.gain)
+    assert "blocks.0.up" in found.unmeasured
+
 
 def test_the_result_is_json(tmp_path):
     """The JSON form holds every layer with its numbers and survives a strict encoder."""

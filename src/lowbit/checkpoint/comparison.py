@@ -68,8 +68,9 @@ class Totals:
     """Over the layers that any candidate quantizes, one that is kept exactly counting as free of noise.
 
     `sqnr`, `output_sqnr`, `rtn_sqnr`, `rtn_output_sqnr`: -10 log10 of the mean noise-to-signal ratio, each layer
-    counting as much as it has weights, in dB. None where not every layer has the measure. `flips`, `at_ends`,
-    `saturated`: shares of the weights, codes and scales of the quantized layers.
+    counting as much as it has weights, in dB. Those of outputs are over the layers that there are statistics for,
+    which are the same ones for all candidates; None where there are none. `flips`, `at_ends`, `saturated`: shares of
+    the weights, codes and scales of the quantized layers.
     """
 
     sqnr: float
@@ -160,17 +161,18 @@ class Comparison:
         """What a candidate lost over all judged layers."""
         names = self.judged
         layers = [layer for layer in candidate.layers if layer.name in names]
+        known = [layer for layer in layers if layer.output_sqnr is not None]
         measured = [layer.measure for layer in candidate.quantized if layer.measure is not None]
         quantized = max(sum(layer.weights for layer in candidate.quantized), 1)
         flips = [(x.weights, x.measure.flips) for x in candidate.quantized if x.measure is not None]
-        known = bool(flips) and all(share is not None for _, share in flips)
+        flipped = bool(flips) and all(share is not None for _, share in flips)
         scales = max(sum(m.scales.count for m in measured), 1)
         return Totals(
             sqnr=_mean_sqnr((x.weights, x.accuracy.sqnr) for x in layers) or 0.0,
-            output_sqnr=_mean_sqnr((x.weights, x.output_sqnr) for x in layers),
+            output_sqnr=_mean_sqnr((x.weights, x.output_sqnr) for x in known),
             rtn_sqnr=_mean_sqnr(_plain(layers, output=False)),
-            rtn_output_sqnr=_mean_sqnr(_plain(layers, output=True)),
-            flips=sum(n * (share or 0.0) for n, share in flips) / quantized if known else None,
+            rtn_output_sqnr=_mean_sqnr(_plain(known, output=True)),
+            flips=sum(n * (share or 0.0) for n, share in flips) / quantized if flipped else None,
             at_ends=sum(x.weights * x.measure.at_ends for x in candidate.quantized if x.measure) / quantized,
             saturated=sum(m.scales.at_top + m.scales.zero for m in measured) / scales,
             not_finite=sum(m.scales.not_finite for m in measured),

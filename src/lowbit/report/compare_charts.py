@@ -74,7 +74,7 @@ def _log_axis(values: Sequence[float]) -> Axis:
     logs = [math.log10(value) for value in values] or [-1.0, 0.0]
     low, high = min(logs) - 0.1, max(logs) + 0.1
     ticks = [float(tick) for tick in range(math.ceil(low), math.floor(high) + 1)]
-    if len(ticks) < 2:  # within one power of ten: also at 2 and 5
+    if len(ticks) < 3:  # few powers of ten: also at 2 and 5
         ticks = [
             math.log10(f * 10.0**p)
             for p in range(math.floor(low), math.ceil(high) + 1)
