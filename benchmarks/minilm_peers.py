@@ -1,0 +1,250 @@
+"""MiniLM by other quantizers: llm-compressor (plain and GPTQ), AutoRound and HQQ, beside lowbit's plain rounding.
+
+    python -m benchmarks.minilm_peers [--only NAME...] [--runs 2] [--output FILE]
+
+Each method quantizes the 36 linears of all-MiniLM-L6-v2's encoder, calibrated with 256 sentences of one genre, and is
+judged on sentences of another (`minilm_model`), in both directions. Weights only: the model runs in float32 with
+the weights that the method chose, except in the row that says w4a4. Seconds are calibration and quantization together,
+the smallest of --runs, without imports and without loading the model.
+
+The peers pin other versions of transformers and compressed-tensors than lowbit's own tests use, so they need an
+environment of their own; see benchmarks/README.md or `NEEDS`. What is measured is written after every method, and a
+second run keeps the rows that it does not measure itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.minilm_model import (
+    DIRECTIONS,
+    Batch,
+    calibration_batches,
+    embedding_error,
+    embeddings,
+    linears,
+    load_model,
+    machine,
+    sentences,
+    tokens_in,
+    unseen_batches,
+    with_weights,
+)
+from lowbit import QuantizedTensor, parse_spec
+
+RESULT = Path(__file__).parent / "results" / "minilm_peers.json"
+NEEDS = "python3.11 -m venv peers && peers/bin/pip install -e '.[peers]' 'torch==2.13.0'"
+GROUP = 64
+FORMATS: dict[str, dict[str, Any]] = {  # the arguments of compressed-tensors
+    "fp8_e4m3 tensor": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"},
+    "int8 row": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+    "int4 g64 asymmetric": {
+        "num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP,
+    },
+    "nvfp4": {
+        "num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16,
+        "scale_dtype": torch.float8_e4m3fn, "zp_dtype": torch.float8_e4m3fn,
+    },
+}  # fmt: skip
+OURS = {
+    "fp8_e4m3 tensor": "fp8_e4m3",
+    "int8 row": "int8(activations=none)",
+    "int4 g64 asymmetric": "awq_w4a16",
+    "nvfp4": "nvfp4",
+    "w4, low rank 32": "svdquant_w4a4",
+}
+# What every method is compared with: llm-compressor's plain rounding has whole zero points, ours has float ones.
+BASELINE = "lowbit rtn"
+Method = Callable[[nn.Module, Any, str], nn.Module]
+"""Takes the float32 model (which it may change), the tokenizer and the genre to calibrate on."""
+
+
+def main() -> None:
+    """Measure, print and write."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--only", nargs="+", metavar="NAME", help="methods whose row contains one of these words")
+    arguments.add_argument("--runs", type=int, default=2, help="repetitions of methods that take less than 20 s")
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--output", type=Path, default=RESULT)
+    options = arguments.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(options.threads)
+    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    for fmt, name, method, data_free in methods():
+        if options.only and not any(word in f"{name} {fmt}" for word in options.only):
+            continue
+        for calibrate, test in DIRECTIONS:
+            row = measure(method, calibrate, test, 1 if data_free else options.runs)
+            row = {"format": fmt, "method": name, "calibrated_on": None if data_free else calibrate, **row}
+            rows = [old for old in rows if _key(old) != _key(row)] + [row]
+            print(json.dumps(row), flush=True)
+            write(options.output, rows)
+    table(json.loads(options.output.read_text())["rows"])
+
+
+def methods() -> Iterator[tuple[str, str, Method, bool]]:
+    """The format, the name, the method, and whether it looks at no data."""
+    for fmt, spec in OURS.items():
+        yield fmt, BASELINE, lowbit_rtn(spec), True
+    yield "w4a4, low rank 32", BASELINE, lowbit_w4a4, True
+    for fmt in FORMATS:
+        yield fmt, "llm-compressor rtn", llm_compressor(fmt, gptq=False), True
+    yield "int4 g64 asymmetric", "hqq", hqq, True
+    for fmt in FORMATS:
+        yield fmt, "llm-compressor gptq, act-order", llm_compressor(fmt, actorder="static"), False
+        yield fmt, "llm-compressor gptq", llm_compressor(fmt, actorder=None), False
+    yield "int4 g64 asymmetric", "auto-round 200", auto_round, False
+
+
+def measure(method: Method, calibrate: str, test: str, runs: int) -> dict[str, Any]:
+    """Seconds and error of one method in one direction; a slow one runs once."""
+    model, tokenizer = load_model()
+    batches = unseen_batches(tokenizer, test)
+    reference = embeddings(model, batches)
+    seconds: list[float] = []
+    load = os.getloadavg()[0]
+    while not seconds or (len(seconds) < runs and seconds[0] < 20):
+        candidate = load_model()[0]
+        began, cpu = time.perf_counter(), time.process_time()
+        candidate = method(candidate, tokenizer, calibrate)
+        seconds.append(time.perf_counter() - began)
+        cpu_seconds = time.process_time() - cpu
+    return {
+        "tested_on": test,
+        "error": embedding_error(reference, embeddings(candidate, batches)),
+        "seconds": min(seconds),
+        "cpu_seconds": cpu_seconds,
+        "load_before": load,
+    }
+
+
+def lowbit_rtn(spec: str) -> Method:
+    """The weights of lowbit's plain rounding, decoded."""
+    fmt = parse_spec(spec)
+
+    def run(model: nn.Module, tokenizer: Any, genre: str) -> nn.Module:
+        weights = {}
+        for name, linear in linears(model).items():
+            w = linear.weight.detach()
+            weights[name] = fmt.dequantize(fmt.quantize(w), (w.shape[0], w.shape[1]), torch.float32)
+        return with_weights(model, weights)
+
+    return run
+
+
+def lowbit_w4a4(model: nn.Module, tokenizer: Any, genre: str) -> nn.Module:
+    """Plain svdquant_w4a4, its activations rounded to four bits too."""
+    for linear in linears(model).values():
+        linear.weight = nn.Parameter(QuantizedTensor.quantize(linear.weight, "svdquant_w4a4"), requires_grad=False)
+    return model
+
+
+def llm_compressor(fmt: str, *, gptq: bool = True, actorder: str | None = None) -> Method:
+    """llm-compressor's own model: its forward rounds the weights to its scales."""
+
+    def run(model: nn.Module, tokenizer: Any, genre: str) -> nn.Module:
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers.gptq import GPTQModifier
+        from llmcompressor.modifiers.quantization import QuantizationModifier
+        from torch.utils.data import DataLoader
+
+        weights = QuantizationArgs(**FORMATS[fmt])
+        groups = {"encoder": QuantizationScheme(targets=["re:encoder[.]layer[.].*"], weights=weights)}
+        if not gptq:
+            oneshot(model=model, recipe=QuantizationModifier(config_groups=groups))
+            return model
+        loader = DataLoader(_Batches(calibration_batches(tokenizer, genre)), batch_size=None)
+        recipe = GPTQModifier(config_groups=groups, actorder=actorder)
+        oneshot(model=model, dataset=loader, recipe=recipe, pipeline="sequential", sequential_targets=["BertLayer"])
+        return model
+
+    return run
+
+
+def auto_round(model: nn.Module, tokenizer: Any, genre: str) -> nn.Module:
+    """AutoRound with 200 iterations; it wants sentences of one length, and its loss leaves out what the mask hides."""
+    from auto_round import AutoRound
+
+    lines = sentences(genre)[:256]
+    length = max(len(ids) for ids in tokenizer(lines, truncation=True)["input_ids"]) + 1
+    batch = tokenizer(lines, padding="max_length", max_length=length, return_tensors="pt")
+    data = [{key: value[i : i + 8] for key, value in batch.items()} for i in range(0, len(lines), 8)]
+    found = AutoRound(
+        model, tokenizer, bits=4, group_size=GROUP, sym=False, iters=200, dataset=data, seqlen=length,
+        nsamples=len(lines), batch_size=8, device_map="cpu", enable_torch_compile=False,
+    ).quantize()  # fmt: skip
+    return found[0] if isinstance(found, tuple) else found
+
+
+def hqq(model: nn.Module, tokenizer: Any, genre: str) -> nn.Module:
+    """HQQ in groups along the input (axis 1, as kernels want it), zero points in float."""
+    from hqq.core.quantize import Quantizer
+
+    weights: dict[str, Tensor] = {}
+    for name, linear in linears(model).items():
+        codes, meta = Quantizer.quantize(
+            linear.weight, nbits=4, group_size=GROUP, axis=1, bitpack=False, device="cpu", compute_dtype=torch.float32
+        )
+        weights[name] = Quantizer.dequantize(codes, {**meta, "compute_dtype": torch.float32})
+    return with_weights(model, weights)
+
+
+class _Batches(torch.utils.data.Dataset):
+    """Batches as a data set, for a loader that shall not batch again."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.batches[index]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All rows with their ratio to the baseline of their format, and what they were measured on."""
+    base = {(row["format"], row["tested_on"]): row["error"] for row in rows if row["method"] == BASELINE}
+    for row in rows:
+        plain = base.get((row["format"], row["tested_on"]))
+        row["of_plain"] = row["error"] / plain if plain else None
+    tokenizer = load_model()[1]
+    tokens = {genre: tokens_in(calibration_batches(tokenizer, genre)) for genre, _ in DIRECTIONS}
+    about = machine("llmcompressor", "compressed-tensors", "auto-round", "hqq")
+    order = sorted(rows, key=lambda row: (row["tested_on"], list(OURS).index(row["format"].replace("w4a4", "w4"))))
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps({"machine": about, "calibration_tokens": tokens, "rows": order}, indent=2)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    """Print the rows."""
+    print(f"{'tested on':<11}{'format':<22}{'method':<32}{'error':>9}{'of plain':>10}{'seconds':>9}{'load':>6}")
+    for row in rows:
+        share = f"{row['of_plain']:.3f}" if row["of_plain"] else "-"
+        print(
+            f"{row['tested_on']:<11}{row['format']:<22}{row['method']:<32}{row['error']:>9.5f}{share:>10}"
+            f"{row['seconds']:>9.1f}{row['load_before']:>6.1f}"
+        )
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["format"], row["method"], row["tested_on"]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error}; the peers have an environment of their own: {NEEDS}")
