@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from lowbit.errors import CheckpointError, StatisticsError
+from lowbit.errors import CheckpointError, PlanError, StatisticsError
 from lowbit.integrations.text_models import load_text_model, read_text, text_batches
 
 pytest.importorskip("transformers")
@@ -161,6 +161,12 @@ def test_what_is_no_model_folder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"], "model_type": "bert"}))
     with pytest.raises(CheckpointError, match="transformers cannot load it as BertModel"):
         load_text_model(tmp_path)
+
+
+def test_a_wrong_device_is_named(encoder):
+    """A device that is misspelled or not there is the user's choice to correct, not a fault of the folder."""
+    with pytest.raises(PlanError, match="device 'gpu': cannot be used"):
+        load_text_model(encoder, device="gpu")
 
 
 def test_the_dtype_is_float32_on_a_cpu(encoder):

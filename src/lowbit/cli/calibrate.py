@@ -216,6 +216,8 @@ def _counting() -> Iterator[Callable[[int, int | None, str], None] | None]:
         task = line.add_task("pass 1", total=None)
 
         def update(done: int, total: int | None, what: str) -> None:
+            if done == 1:  # of another pass: the clock and the estimate begin anew
+                line.reset(task)
             line.update(task, completed=done, total=total, description=what)
 
         yield update

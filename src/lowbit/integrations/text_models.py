@@ -51,6 +51,7 @@ def load_text_model(folder: str | Path, *, device: str = "cpu", dtype: torch.dty
     folder = Path(folder)
     if missing := [name for name in NEEDED if util.find_spec(name) is None]:
         raise PlanError(f"calibrating on text needs {' and '.join(missing)}: pip install 'lowbit[calibrate]'")
+    _check_device(device)
     architecture = _architecture(folder)
     import transformers
 
@@ -71,6 +72,14 @@ def load_text_model(folder: str | Path, *, device: str = "cpu", dtype: torch.dty
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False
     return TextModel(folder, model, tokenizer, architecture.endswith(("ForCausalLM", "LMHeadModel")))
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise PlanError(f"device {device!r}: cannot be used: {said}; name another, such as cpu or cuda") from error
 
 
 def _architecture(folder: Path) -> str:
