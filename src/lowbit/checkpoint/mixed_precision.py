@@ -1,0 +1,251 @@
+"""Mixed precision by measurement: each layer gets the format in which the whole checkpoint loses least for its size.
+
+Every rule of `make_plan` holds: presets, `keep`, `only`, layer rules. What they leave open is chosen among the formats
+given and staying as it is. A layer's loss is its relative output error, tr(E H E^T) / tr(W H W^T); the loss of the
+checkpoint is the mean of them over all layers that could be quantized, so that a layer counts by what it does to its
+own output and not by how large that is. Its SQNR is that mean in dB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lowbit.errors import PlanError
+
+from .budget import Assignment, Option, assign
+from .dialects.base import join_key
+from .layer_statistics import LayerStatistics
+from .plan import LayerRule, make_plan
+from .plan_data import Plan, TensorPlan
+from .sensitivity import Candidate, Sensitivities, solver_for
+from .source import Source
+
+FORMATS = ("nvfp4", "awq_w4a16", "fp8_e4m3(granularity=row)", "int8(activations=none)")
+"""The formats to choose from by default."""
+_KEPT = "as it is"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a layer may become, its bytes, and its relative output error."""
+
+    plan: TensorPlan
+    nbytes: int
+    error: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The format's spec, or that it stays."""
+        return self.plan.format if self.plan.action == "quantize" else _KEPT
+
+    @property
+    def option(self) -> Option:
+        """Bytes and error."""
+        return float(self.nbytes), self.error
+
+
+@dataclass(frozen=True)
+class LayerChoices:
+    """A layer and what it may become."""
+
+    component: str
+    name: str
+    has_bias: bool
+    choices: tuple[Choice, ...]
+
+    @property
+    def candidate(self) -> Candidate:
+        """What there is to measure of it."""
+        plans = tuple(choice.plan for choice in self.choices if choice.plan.action == "quantize")
+        return Candidate(self.component, self.name, plans, self.has_bias)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers of a source that have a choice, and the plan of everything else."""
+
+    base: Plan
+    layers: tuple[LayerChoices, ...]
+    fixed_bytes: int
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """What there is to measure."""
+        return [layer.candidate for layer in self.layers]
+
+    def with_errors(self, found: Sensitivities, measure_with: str) -> Selection:
+        """The same with measured errors."""
+
+        def measured(layer: LayerChoices, choice: Choice) -> Choice:
+            if choice.plan.action != "quantize":
+                return choice
+            error = found.get(layer.name, choice.plan.format, solver_for(choice.plan, measure_with))
+            if error is None:
+                raise PlanError(f"{layer.name!r} has not been measured as {choice.plan.format}; measure it first")
+            return dataclasses.replace(choice, error=error)
+
+        layers = tuple(
+            dataclasses.replace(layer, choices=tuple(measured(layer, choice) for choice in layer.choices))
+            for layer in self.layers
+        )
+        return dataclasses.replace(self, layers=layers)
+
+
+def find_choices(
+    source: Source,
+    formats: Sequence[str] = FORMATS,
+    *,
+    layer_rules: Sequence[LayerRule] = (),
+    statistics: LayerStatistics | None = None,
+    **options: Any,
+) -> Selection:
+    """What each layer of `source` may become; reads headers only. `options`: those of `make_plan`.
+
+    A layer that a rule names has that format and no other. Raises what `make_plan` raises, and `PlanError` when no
+    layer can be quantized or a format is given twice.
+    """
+    if not formats:
+        raise PlanError("there are no formats to choose from; give one or more")
+    plans = [make_plan(source, spec, layer_rules=layer_rules, statistics=statistics, **options) for spec in formats]
+    rules = [re.compile(pattern) for pattern, _ in layer_rules]
+    layers, fixed = [], 0
+    for index, component in enumerate(plans[0].components):
+        keys = {tensor.key for tensor in component.tensors}
+        for position, tensor in enumerate(component.tensors):
+            found: dict[str, Choice] = {}
+            for plan in plans:
+                other = plan.components[index].tensors[position]
+                if other.action == "quantize":
+                    found.setdefault(other.format, Choice(other, plan.sizes_after[component.name][other.key]))
+            if not found:
+                fixed += plans[0].sizes_after[component.name][tensor.key]
+                continue
+            name = f"{component.name}/{tensor.layer}" if component.name else tensor.layer
+            choices = list(found.values())
+            if not any(rule.search(name) for rule in rules):
+                kept = TensorPlan(tensor.key, "keep", "", tensor.shape, tensor.dtype)
+                choices.append(Choice(kept, kept.bytes_before))
+            layers.append(LayerChoices(component.name, name, join_key(tensor.layer, "bias") in keys, tuple(choices)))
+    if not layers:
+        reasons = sorted({tensor.why for tensor in plans[0].tensors()})
+        raise PlanError(f"{source.place}: no layer can be quantized; the reasons are: {'; '.join(reasons)}")
+    return Selection(plans[0], tuple(layers), fixed)
+
+
+@dataclass(frozen=True)
+class MixedPlan:
+    """The choice for every layer that had one, and the limits between which it was made."""
+
+    selection: Selection
+    chosen: tuple[int, ...]
+    bound: float
+    """No choice of that size has a smaller mean error (with `for_sqnr`: none of that error fewer bytes)."""
+
+    @cached_property
+    def picked(self) -> list[tuple[LayerChoices, Choice]]:
+        """Each layer with what it becomes."""
+        return [(layer, layer.choices[index]) for layer, index in zip(self.selection.layers, self.chosen, strict=True)]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors of the checkpoint."""
+        return self.selection.fixed_bytes + sum(choice.nbytes for _, choice in self.picked)
+
+    @property
+    def error(self) -> float:
+        """The mean relative output error."""
+        return sum(choice.error for _, choice in self.picked) / len(self.picked)
+
+    @property
+    def sqnr(self) -> float:
+        """The same in dB."""
+        return decibels_of(self.error)
+
+    def plan(self, *notes: str) -> Plan:
+        """The plan that `convert` runs; each layer's reason is what its choice costs and what another would."""
+        chosen = {
+            (layer.component, choice.plan.key): dataclasses.replace(choice.plan, why=_why(layer, choice))
+            for layer, choice in self.picked
+        }
+        base = self.selection.base
+        components = tuple(
+            dataclasses.replace(
+                component,
+                tensors=tuple(chosen.get((component.name, tensor.key), tensor) for tensor in component.tensors),
+            )
+            for component in base.components
+        )
+        solvers = {f"{c.plan.format}: solver {c.plan.solver}" for _, c in self.picked if c.plan.action == "quantize"}
+        made = dataclasses.replace(base, components=components, notes=(*notes, *sorted(solvers)))
+        made.validate()
+        return made
+
+
+def for_size(selection: Selection, nbytes: int) -> MixedPlan:
+    """The choice with the least error among those of at most `nbytes` bytes in all tensors together.
+
+    Raises `PlanError`, with the smallest size, when there is none.
+    """
+    smallest = selection.fixed_bytes + sum(min(c.nbytes for c in layer.choices) for layer in selection.layers)
+    if smallest > nbytes:
+        raise PlanError(
+            f"a size of {nbytes} bytes cannot be reached: with these formats the smallest is {smallest} bytes, "
+            f"of which {selection.fixed_bytes} are tensors that stay; allow smaller formats (--formats), more layers "
+            "(--preset) or more bytes"
+        )
+    found = _assign(selection, nbytes - selection.fixed_bytes, lambda choice: choice.option)
+    return MixedPlan(selection, found.chosen, found.bound / len(selection.layers))
+
+
+def for_sqnr(selection: Selection, sqnr: float) -> MixedPlan:
+    """The smallest choice whose mean relative output error is at least `sqnr` dB below the output.
+
+    Raises `PlanError`, with the best that can be reached, when there is none.
+    """
+    count = len(selection.layers)
+    least = sum(min(c.error for c in layer.choices) for layer in selection.layers)
+    allowed = 10 ** (-sqnr / 10) * count
+    if least > allowed:
+        raise PlanError(
+            f"{sqnr:g} dB cannot be reached: with these formats and rules the best is "
+            f"{decibels_of(least / count):.2f} dB; take rules away (--layer) or ask for less"
+        )
+    found = _assign(selection, allowed, lambda choice: choice.option[::-1])
+    return MixedPlan(selection, found.chosen, found.bound + selection.fixed_bytes)
+
+
+def _assign(selection: Selection, budget: float, option: Callable[[Choice], Option]) -> Assignment:
+    return assign([[option(choice) for choice in layer.choices] for layer in selection.layers], budget)
+
+
+def decibels_of(error: float) -> float:
+    """A relative error as an SQNR."""
+    return -10 * math.log10(error) if error > 0 else math.inf
+
+
+def _why(layer: LayerChoices, chosen: Choice) -> str:
+    """What the choice loses, and what the next better one would cost or, for the best, what the next smaller saves."""
+    words = f"output SQNR {_level(chosen)}"
+    better = [c for c in layer.choices if c.error < chosen.error and c.nbytes > chosen.nbytes]
+    if better:
+        best = max(better, key=lambda c: (chosen.error - c.error) / (c.nbytes - chosen.nbytes))
+        return f"{words}; {best.name} would be {_level(best)} for {_size(best.nbytes - chosen.nbytes)} more"
+    smaller = [c for c in layer.choices if c.nbytes < chosen.nbytes]
+    if smaller:
+        near = min(smaller, key=lambda c: (c.error - chosen.error) / (chosen.nbytes - c.nbytes))
+        return f"{words}; {near.name} would be {_level(near)} and save {_size(chosen.nbytes - near.nbytes)}"
+    return words
+
+
+def _level(choice: Choice) -> str:
+    return "exact" if choice.error == 0 else f"{decibels_of(choice.error):.1f} dB"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 10_000 else f"{nbytes / 1e3:.2f} kB"

@@ -1,0 +1,274 @@
+"""How much of its output each layer loses in each format: tr(E H E^T) / tr(W H W^T), measured.
+
+H is the second moment of the layer's input on the samples held out, or on all there are; without statistics it is the
+identity, and the ratio is that of the weight. The codes come from a solver, by default the start of the pipeline that
+will convert the layer. Rows of a weight are alike, so by default some of them, spread evenly, stand for all; formats
+whose low-rank part depends on all rows get all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import PlanError, WriteError
+from lowbit.formats.base import Format
+from lowbit.formats.parts import Dim
+from lowbit.numerics.groups import row_chunks
+from lowbit.solvers import DRAFT_ELEMENTS, Pipeline, Solution, Statistics, parse_pipeline, solve
+from lowbit.solvers.curvature import output_error
+
+from .dialects.base import name_place
+from .layer_statistics import LayerStatistics
+from .pipeline import Progress, Unit, run_units
+from .plan_data import TensorPlan
+from .source import Source
+from .strict_json import parse_object
+
+START, PLANNED = "start", "planned"
+"""What to measure with, besides the names of solvers: the start of each layer's own pipeline, or all of it."""
+ROWS = 512
+_VERSION = 1
+_SPREAD = 16  # rows of a piece of a sample
+_WORKSPACE = 24 << 20  # bytes of temporaries of a worker
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The relative error of a layer's output in one format, and the solver that gave it."""
+
+    solver: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer to measure: its name with its component's, and what it may become (action "quantize", different formats).
+
+    `has_bias`: it has a bias that can take a correction.
+    """
+
+    component: str
+    name: str
+    plans: tuple[TensorPlan, ...]
+    has_bias: bool
+
+
+@dataclass
+class Sensitivities:
+    """Measured errors by layer and format spec, with what they hold for: source, statistics (fingerprints), rows."""
+
+    source: str
+    statistics: str = ""
+    rows: int = ROWS
+    layers: dict[str, dict[str, Measured]] = field(default_factory=dict)
+
+    def get(self, layer: str, spec: str, solver: str) -> float | None:
+        """The relative error of a layer in a format by a solver, if it was measured."""
+        found = self.layers.get(layer, {}).get(spec)
+        return None if found is None or found.solver != solver else found.error
+
+    def save(self, path: str | Path) -> None:
+        """Write as a JSON file, one line a layer. Raises `WriteError`."""
+        rows = ",\n".join(
+            f"    {json.dumps(name)}: {json.dumps({spec: [m.solver, m.error] for spec, m in found.items()})}"
+            for name, found in self.layers.items()
+        )
+        head = {"lowbit_sensitivities": _VERSION, "source": self.source, "statistics": self.statistics}
+        text = json.dumps({**head, "rows": self.rows}, indent=2).removesuffix("\n}")
+        try:
+            Path(path).write_text(f'{text},\n  "layers": {{\n{rows}\n  }}\n}}\n', encoding="utf-8")
+        except OSError as error:
+            raise WriteError(f"{path}: cannot be written: {error.strerror}; check the path") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sensitivities:
+        """Read a file of `save`. Raises `PlanError` for one that cannot be read or is none."""
+        try:
+            data = parse_object(Path(path).read_bytes())
+        except OSError as error:
+            raise PlanError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+        except ValueError as error:
+            raise PlanError(f"{path}: {error}; delete it to measure anew") from error
+        if data.get("lowbit_sensitivities") != _VERSION:
+            raise PlanError(f"{path}: holds no sensitivities of version {_VERSION}; give another file or none")
+        try:
+            return cls(str(data["source"]), str(data["statistics"]), int(data["rows"]), _layers(data["layers"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"{path}: is damaged ({error!r}); delete it to measure anew") from error
+
+
+def _layers(data: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
+    layers: dict[str, dict[str, Measured]] = {}
+    for name, found in data.items():
+        layers[name] = {spec: Measured(str(solver), float(error)) for spec, (solver, error) in found.items()}
+        if bad := [spec for spec, m in layers[name].items() if not (math.isfinite(m.error) and m.error >= 0)]:
+            raise ValueError(f"the error of {name} as {bad[0]}")
+    return layers
+
+
+def measure(
+    source: Source,
+    candidates: Sequence[Candidate],
+    statistics: LayerStatistics | None = None,
+    *,
+    measure_with: str = START,
+    rows: int = ROWS,
+    known: Sensitivities | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Sensitivities:
+    """Measure every candidate in every format; `known` errors are taken over and not measured again.
+
+    `measure_with`: `START`, `PLANNED`, or a solver. `rows`: how many rows of each weight to look at, 0 for all.
+    `progress(done bytes, total bytes, layer)` is called after each layer.
+
+    Raises:
+        PlanError: `known` is of another source, of other statistics or of another number of rows.
+        SolverError: an unknown solver, or one that needs what is not known.
+        WeightError: a weight is not finite.
+    """
+    found = Sensitivities(source.fingerprint(), "" if statistics is None else statistics.fingerprint(), rows)
+    if known is not None:
+        _refuse_other(known, found)
+        found.layers.update({name: dict(errors) for name, errors in known.layers.items()})
+    reader = _Reader(statistics)
+    units = []
+    for candidate in candidates:
+        missing = [
+            (plan, solver)
+            for plan in candidate.plans
+            if found.get(candidate.name, plan.format, solver := solver_for(plan, measure_with)) is None
+        ]
+        if missing:
+            units.append(_Layer(source, candidate, missing, reader, rows, found).unit)
+    run_units(units, jobs=jobs, progress=progress)
+    return found
+
+
+def solver_for(plan: TensorPlan, measure_with: str) -> str:
+    """The pipeline with which a layer is measured."""
+    if measure_with == START:
+        return Pipeline(plan.pipeline.start).name
+    return plan.solver if measure_with == PLANNED else parse_pipeline(measure_with).name
+
+
+def _refuse_other(known: Sensitivities, wanted: Sensitivities) -> None:
+    for what, one, other in (
+        ("another checkpoint", known.source, wanted.source),
+        ("other statistics", known.statistics, wanted.statistics),
+        (f"{known.rows or 'all'} rows a layer", known.rows, wanted.rows),
+    ):
+        if one != other:
+            raise PlanError(f"the sensitivities are those of {what}; write the new ones to another file")
+
+
+class _Reader:
+    """Reads statistics for one thread at a time: a file keeps the last ones it has read."""
+
+    def __init__(self, statistics: LayerStatistics | None) -> None:
+        self._statistics = statistics
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> Statistics | None:
+        if self._statistics is None:
+            return None
+        with self._lock:
+            return self._statistics.get(name)
+
+    def full(self, name: str) -> bool:
+        return self._statistics is not None and self._statistics.kind(name) == "full"
+
+
+class _Layer:
+    """One layer to measure in the formats that are missing."""
+
+    def __init__(
+        self,
+        source: Source,
+        candidate: Candidate,
+        missing: Sequence[tuple[TensorPlan, str]],
+        reader: _Reader,
+        rows: int,
+        found: Sensitivities,
+    ) -> None:
+        self.source, self.candidate, self.missing, self.reader = source, candidate, missing, reader
+        self.plan = candidate.plans[0]
+        self.shape = (self.plan.shape[0], self.plan.shape[1])
+        self.rows, self.found = rows, found
+
+    @property
+    def unit(self) -> Unit:
+        return Unit(self.candidate.name, self.plan.bytes_before, self._memory(), self.run)
+
+    def _memory(self) -> int:
+        n, k = self.shape
+        whole = not self.rows or any(_needs_all_rows(plan.fmt) for plan, _ in self.missing)
+        looked_at = n if whole else min(n, self.rows + 2 * _step([plan.fmt for plan, _ in self.missing], self.shape))
+        square = 2 * k * k if self.reader.full(self.candidate.name) else 0
+        if any(parse_pipeline(solver).steps for _, solver in self.missing):
+            square = 6 * k * k + 5 * min(looked_at * k, DRAFT_ELEMENTS)
+        return self.plan.spec.nbytes + 3 * looked_at * k * self.plan.spec.dtype.itemsize + 4 * square + _WORKSPACE
+
+    def run(self) -> None:
+        component = self.source.component(self.candidate.component)
+        w = self.source.read(component, self.plan.key)
+        statistics = self.reader.get(self.candidate.name)
+        formats = [plan.fmt for plan, _ in self.missing]
+        some = sample_rows(w, self.rows, _step(formats, self.shape)) if self.rows else w
+        where = name_place(str(component.tensors[self.plan.key].path), self.plan.layer)
+        errors = self.found.layers.setdefault(self.candidate.name, {})
+        for plan, solver in self.missing:
+            looked_at = w if _needs_all_rows(plan.fmt) else some
+            solution = solve(looked_at, plan.fmt, solver, statistics, where=where, has_bias=self.candidate.has_bias)
+            errors[plan.format] = Measured(solver, _error(looked_at, plan.fmt, solution))
+
+
+def _error(w: Tensor, fmt: Format, solution: Solution) -> float:
+    """The relative error of the output, or of the weight where nothing is known of the input."""
+    if solution.error is not None:
+        return max(solution.error, 0.0)
+    lost, signal = output_error(w, fmt, solution.parts, None)
+    return lost / signal if signal else float(lost > 0)
+
+
+def _needs_all_rows(fmt: Format) -> bool:
+    """Whether a factor of low rank ties the rows together."""
+    return any(isinstance(dim, Dim) and dim.axis == "R" for rule in fmt.rules for dim in rule.dims)
+
+
+def _step(formats: Sequence[Format], shape: tuple[int, int]) -> int:
+    """Rows can be sampled in pieces of so many: all formats cut there, and no scale covers rows of two pieces."""
+    tall = [fmt.unit(shape)[0] for fmt in formats]
+    return math.lcm(_SPREAD, *(fmt.row_multiple for fmt in formats), *(rows for rows in tall if rows < shape[0]))
+
+
+def sample_rows(w: Tensor, rows: int, step: int) -> Tensor:
+    """About `rows` rows of a weight [N, K] in pieces of `step`, spread evenly.
+
+    The row with the largest magnitude is among them: a scale that the whole weight shares is then the true one.
+    """
+    pieces = -(-w.shape[0] // step)
+    count = -(-rows // step)
+    if count >= pieces:
+        return w
+    chosen = {round(index) for index in torch.linspace(0, pieces - 1, count, dtype=torch.float64).tolist()}
+    chosen.add(_largest_row(w) // step)
+    return torch.cat([w[piece * step : (piece + 1) * step] for piece in sorted(chosen)])
+
+
+def _largest_row(w: Tensor) -> int:
+    best, row = -1.0, 0
+    for start, stop in row_chunks(w.shape[0], w.shape[1]):
+        amax, index = w[start:stop].abs().amax(dim=1).max(dim=0)
+        if float(amax) > best:
+            best, row = float(amax), start + int(index)
+    return row
