@@ -106,6 +106,16 @@ def test_other_data_or_options_start_afresh(model, tmp_path, caplog):
         assert "starting afresh" in caplog.text
 
 
+def test_a_quantized_model_can_be_calibrated(model, tmp_path):
+    """Its weights are told from others' without being dequantized, and its inputs are taken like any other's."""
+    lowbit.quantize_(model, "int8")
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        lowbit.calibrate(model, dying(DATA, 3), path=path, snapshot_every=0.0)
+
+    assert same(lowbit.calibrate(model, DATA, path=path), lowbit.calibrate(model, DATA))
+
+
 def test_a_damaged_snapshot_is_not_used(model, tmp_path, caplog):
     """A cut snapshot is passed over with a warning."""
     path = tmp_path / "s.safetensors"

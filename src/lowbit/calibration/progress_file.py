@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.checkpoint.writer import CheckpointWriter
 from lowbit.errors import CheckpointError
+from lowbit.tensor import QuantizedTensor
 
 from .observe import Observer
 
 _log = logging.getLogger("lowbit")
 
 KEY = "lowbit.calibration"
+_LOOKED_AT = 16  # elements of a weight that tell it from another model's
 _SHARE = 20  # a snapshot is not taken before this many times the seconds that the last one took
 
 
@@ -31,9 +33,12 @@ def fingerprint(linears: Mapping[str, nn.Linear], facts: Mapping[str, Any]) -> s
     for name, linear in linears.items():
         shape = (linear.out_features, linear.in_features)
         found.update(repr((name, shape, str(linear.weight.dtype))).encode())
-        rows = linear.weight[:: max(shape[0] // 4, 1), :4].detach()
-        if not rows.is_meta:
-            found.update(rows.float().cpu().numpy().tobytes())
+        weight = linear.weight.detach()
+        stored = list(weight.parts.values()) if isinstance(weight, QuantizedTensor) else [weight]
+        for tensor in stored:
+            some = tensor.flatten()[:: max(tensor.numel() // _LOOKED_AT, 1)]
+            if not some.is_meta:
+                found.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
