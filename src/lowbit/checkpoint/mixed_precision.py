@@ -29,6 +29,7 @@ from .source import Source
 FORMATS = ("nvfp4", "awq_w4a16", "fp8_e4m3(granularity=row)", "int8(activations=none)")
 """The formats to choose from by default."""
 _KEPT = "as it is"
+_SPARE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,10 @@ def find_choices(
 
 @dataclass(frozen=True)
 class MixedPlan:
-    """The choice for every layer that had one, and the limits between which it was made."""
+    """The choice for every layer that had one."""
 
     selection: Selection
     chosen: tuple[int, ...]
-    bound: float
-    """No choice of that size has a smaller mean error (with `for_sqnr`: none of that error fewer bytes)."""
 
     @cached_property
     def picked(self) -> list[tuple[LayerChoices, Choice]]:
@@ -194,17 +193,21 @@ def for_size(selection: Selection, nbytes: int) -> MixedPlan:
     """
     smallest = selection.fixed_bytes + sum(min(c.nbytes for c in layer.choices) for layer in selection.layers)
     if smallest > nbytes:
+        whole = max(selection.base.bytes_before, 1)
         raise PlanError(
-            f"a size of {nbytes} bytes cannot be reached: with these formats the smallest is {smallest} bytes, "
-            f"of which {selection.fixed_bytes} are tensors that stay; allow smaller formats (--formats), more layers "
-            "(--preset) or more bytes"
+            f"{_size(nbytes)} ({nbytes / whole:.3f}x) cannot be reached: with these formats the smallest size is "
+            f"{smallest} bytes, {smallest / whole:.3f}x, of which {selection.fixed_bytes} are tensors that stay; allow "
+            "smaller formats (--formats), more layers (--preset) or more bytes"
         )
     found = _assign(selection, nbytes - selection.fixed_bytes, lambda choice: choice.option)
-    return MixedPlan(selection, found.chosen, found.bound / len(selection.layers))
+    return MixedPlan(selection, found.chosen)
 
 
 def for_sqnr(selection: Selection, sqnr: float) -> MixedPlan:
     """The smallest choice whose mean relative output error is at least `sqnr` dB below the output.
+
+    It may be larger by `_SPARE` of its size where that lessens the error: the smallest one takes a worse format for the
+    sake of single bytes, such as those of a shorter marker.
 
     Raises `PlanError`, with the best that can be reached, when there is none.
     """
@@ -217,7 +220,9 @@ def for_sqnr(selection: Selection, sqnr: float) -> MixedPlan:
             f"{decibels_of(least / count):.2f} dB; take rules away (--layer) or ask for less"
         )
     found = _assign(selection, allowed, lambda choice: choice.option[::-1])
-    return MixedPlan(selection, found.chosen, found.bound + selection.fixed_bytes)
+    made = MixedPlan(selection, found.chosen)
+    roomier = for_size(selection, int(made.nbytes * (1 + _SPARE)))
+    return roomier if roomier.error < made.error else made
 
 
 def _assign(selection: Selection, budget: float, option: Callable[[Choice], Option]) -> Assignment:

@@ -149,6 +149,7 @@ def measure(
             if found.get(candidate.name, plan.format, solver := solver_for(plan, measure_with)) is None
         ]
         if missing:
+            found.layers.setdefault(candidate.name, {})  # in the order of the candidates, whoever is measured first
             units.append(_Layer(source, candidate, missing, reader, rows, found).unit)
     run_units(units, jobs=jobs, progress=progress)
     return found
@@ -225,7 +226,7 @@ class _Layer:
         formats = [plan.fmt for plan, _ in self.missing]
         some = sample_rows(w, self.rows, _step(formats, self.shape)) if self.rows else w
         where = name_place(str(component.tensors[self.plan.key].path), self.plan.layer)
-        errors = self.found.layers.setdefault(self.candidate.name, {})
+        errors = self.found.layers[self.candidate.name]
         for plan, solver in self.missing:
             looked_at = w if _needs_all_rows(plan.fmt) else some
             solution = solve(looked_at, plan.fmt, solver, statistics, where=where, has_bias=self.candidate.has_bias)

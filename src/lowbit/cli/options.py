@@ -84,6 +84,32 @@ Stats = Annotated[
         show_default=False,
     ),
 ]
+TargetSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Choose formats layer by layer for the least error in this size: 0.3x of the source, 1.2GB, or bytes.",
+        show_default=False,
+    ),
+]
+TargetSqnr = Annotated[
+    float | None,
+    typer.Option(
+        metavar="DB",
+        help="Choose formats layer by layer for the least size with this output SQNR: the mean of the layers' relative "
+        "errors, in dB.",
+        show_default=False,
+    ),
+]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SPECS",
+        help="The formats that a target chooses from, with ';' between them or by repeating the option; staying as it "
+        "is always is one more choice.",
+        show_default=False,
+    ),
+]
 Requantize = Annotated[
     bool, typer.Option("--requantize", help="Convert layers that are quantized already, with the loss of both.")
 ]

@@ -1,4 +1,4 @@
-"""`lowbit plan`: what a conversion would do, without doing it."""
+"""`lowbit plan`: what a conversion would do, without doing it; and which formats serve a size or a quality best."""
 
 from __future__ import annotations
 
@@ -7,28 +7,37 @@ from typing import Annotated
 
 import typer
 
+from lowbit.checkpoint.sensitivity import PLANNED, ROWS, START
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
-from lowbit.cli.output import command, epilog, print_json, say
+from lowbit.cli.budgeting import Target, mixed_data, show_mixed
+from lowbit.cli.known import statistics_of
+from lowbit.cli.output import asking, command, epilog, print_json, say
 from lowbit.cli.planning import Wishes, plan_totals, show_plan
+from lowbit.errors import PlanError
 
 EPILOG = epilog(
     "lowbit plan flux.safetensors --format nvfp4",
     "lowbit plan flux.safetensors --format nvfp4 --layer 'img_mod=fp8_e4m3' -o plan.json",
-    "lowbit convert flux.safetensors -o flux-nvfp4.safetensors --plan plan.json",
+    "lowbit plan flux.safetensors --target-size 0.3x --stats flux.stats -o plan.json",
+    "lowbit plan flux.safetensors --target-sqnr 30 --formats 'nvfp4; fp8_e4m3(granularity=row)' -o plan.json",
+    "lowbit convert flux.safetensors -o flux-mixed.safetensors --plan plan.json --stats flux.stats",
 )
 
 
 @command
 def plan(
     src: options.SourcePath,
-    format: options.FormatSpec,
+    format: options.FormatSpec = "",
     output: Annotated[
         Path | None,
         typer.Option(
             "-o", "--output", metavar="FILE.json", help="Write the plan here, to be edited.", show_default=False
         ),
     ] = None,
+    target_size: options.TargetSize = None,
+    target_sqnr: options.TargetSqnr = None,
+    formats: options.Formats = None,
     solver: options.Solver = "auto",
     preset: options.Preset = "auto",
     keep: options.Keep = None,
@@ -36,18 +45,72 @@ def plan(
     layer: options.LayerRules = None,
     dialect: options.Dialect = "comfy",
     requantize: options.Requantize = False,
+    stats: options.Stats = None,
+    measure_with: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"Measure layers with a solver, with the {START} of the pipeline that will convert them, or with all "
+            f"of it ({PLANNED}: slow).",
+        ),
+    ] = START,
+    rows: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Measure so many rows of each weight, spread evenly; 0 for all.")
+    ] = ROWS,
+    sensitivities: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Keep what is measured here; what it holds is not measured again.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: options.Jobs = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what a conversion would do: what becomes of each layer and why, and the final size."""
+    """Show what a conversion would do: what becomes of each layer and why, and the final size.
+
+    With --target-size or --target-sqnr, measure what each layer's output loses in each of some formats, and choose for
+    every layer so that all of them together lose least in that size, or take least for that quality.
+    """
     wishes = Wishes(format, solver, preset, keep or (), only or (), layer or (), dialect, requantize)
-    wishes.check()
-    with open_source(src) as source:
-        made = wishes.plan(source)
+    target = Target(target_size, target_sqnr, formats or (), measure_with, rows, sensitivities, jobs)
+    mixed = None
+    if target_size is None and target_sqnr is None:
+        _refuse_targets_options(target)
+        wishes.check()
+    else:
+        target.check(wishes)
+        wishes.check_rules()
+    with open_source(src) as source, statistics_of(source, stats) as known:
+        if target_size is None and target_sqnr is None:
+            made = wishes.plan(source, known)
+        else:
+            mixed = target.reach(source, wishes, known)
+            made = mixed.plan(target.note(mixed))
     if output is not None:
         made.save(output)
     if as_json:
-        print_json({**made.to_json(), "totals": plan_totals(made)})
+        more = {} if mixed is None else {"mixed": mixed_data(mixed, target.note(mixed))}
+        print_json({**made.to_json(), "totals": plan_totals(made), **more})
         return
-    show_plan(made)
+    if mixed is None:
+        show_plan(made)
+    else:
+        show_mixed(mixed, made, target.note(mixed))
     if output is not None:
-        say(f"written to {output}; edit it, then: lowbit convert {src} -o OUT --plan {output}")
+        again = "" if stats is None else f" --stats {stats}"
+        say(f"written to {output}; edit it, then: lowbit convert {src} -o OUT --plan {output}{again}")
+
+
+def _refuse_targets_options(target: Target) -> None:
+    """Options that mean something only with a target."""
+    given = {
+        "--formats": bool(target.formats),
+        "--sensitivities": target.sensitivities is not None,
+        "--measure-with": target.measure_with != START,
+        "--rows": target.rows != ROWS,
+    }
+    if names := [name for name, wrong in given.items() if wrong]:
+        with asking():
+            raise PlanError(f"{', '.join(names)}: give --target-size or --target-sqnr with it, or --format alone")

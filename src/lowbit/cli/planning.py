@@ -40,6 +40,11 @@ class Wishes:
                     "`lowbit formats` lists the formats"
                 )
             StoredFormat.parse(self.format)
+        self.check_rules()
+
+    def check_rules(self) -> None:
+        """The same of everything but the format for all weights."""
+        with asking():
             for rule in self.layer:
                 StoredFormat.parse(split_rule(rule)[1])
             if self.solver != AUTO:

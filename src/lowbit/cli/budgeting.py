@@ -1,0 +1,208 @@
+"""From --target-size or --target-sqnr to a plan: measuring, choosing, and showing what was chosen."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint.layer_groups import grouped
+from lowbit.checkpoint.layer_statistics import LayerStatistics
+from lowbit.checkpoint.mixed_precision import (
+    FORMATS,
+    Choice,
+    LayerChoices,
+    MixedPlan,
+    decibels_of,
+    find_choices,
+    for_size,
+    for_sqnr,
+)
+from lowbit.checkpoint.plan import Plan
+from lowbit.checkpoint.sensitivity import PLANNED, START, Sensitivities, measure
+from lowbit.checkpoint.source import Source
+from lowbit.checkpoint.stored_format import StoredFormat
+from lowbit.cli.output import asking, decibels, progress, say, show, size, split_rule, table
+from lowbit.cli.planning import Wishes, becomes
+from lowbit.errors import PlanError
+from lowbit.solvers import parse_pipeline
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a mixed plan has to reach, and how layers are measured for it."""
+
+    size: str | None
+    sqnr: float | None
+    formats: Sequence[str]
+    measure_with: str
+    rows: int
+    sensitivities: Path | None
+    jobs: int | None
+
+    @property
+    def specs(self) -> list[str]:
+        """The formats to choose from."""
+        return [spec.strip() for text in self.formats for spec in text.split(";") if spec.strip()] or list(FORMATS)
+
+    def check(self, wishes: Wishes) -> None:
+        """Refuse what no source could make right, before any file is opened. Raises `Failure`."""
+        with asking():
+            if self.size is not None and self.sqnr is not None:
+                raise PlanError("--target-size and --target-sqnr: give one of them; the other is what comes of it")
+            if wishes.format:
+                raise PlanError("--format is one format for all weights; to choose among some, give --formats")
+            if wishes.requantize:
+                raise PlanError("--requantize does not go with a target: the formats are chosen for the 16-bit weights")
+            for spec in self.specs:
+                StoredFormat.parse(spec)
+            if self.size is not None:
+                parse_size(self.size, 1 << 40)
+            if self.sqnr is not None and not math.isfinite(self.sqnr):
+                raise PlanError(f"--target-sqnr {self.sqnr}: write a number of dB, such as 30")
+            if self.measure_with not in (START, PLANNED):
+                parse_pipeline(self.measure_with)
+
+    def reach(self, source: Source, wishes: Wishes, statistics: LayerStatistics | None) -> MixedPlan:
+        """Measure what is not measured yet, save it where asked to, and choose."""
+        selection = find_choices(
+            source,
+            self.specs,
+            solver=wishes.solver,
+            preset=wishes.preset,
+            keep=wishes.keep,
+            only=wishes.only,
+            layer_rules=[split_rule(rule) for rule in wishes.layer],
+            dialect=wishes.dialect,
+            statistics=statistics,
+        )
+        file = self.sensitivities
+        known = Sensitivities.load(file) if file is not None and file.exists() else None
+        with progress("measuring") as update:
+            found = measure(
+                source,
+                selection.candidates,
+                statistics,
+                measure_with=self.measure_with,
+                rows=self.rows,
+                known=known,
+                jobs=self.jobs,
+                progress=update,
+            )
+        if file is not None:
+            found.save(file)
+        selection = selection.with_errors(found, self.measure_with)
+        if self.sqnr is not None:
+            return for_sqnr(selection, self.sqnr)
+        assert self.size is not None
+        return for_size(selection, parse_size(self.size, selection.base.bytes_before))
+
+    def note(self, mixed: MixedPlan) -> str:
+        """What the plan was made for, for its readers."""
+        wanted = f"--target-size {self.size}" if self.sqnr is None else f"--target-sqnr {self.sqnr:g}"
+        rows = f"{self.rows} rows" if self.rows else "all rows"
+        return (
+            f"mixed precision: {wanted} among {'; '.join(self.specs)}, measured with {self.measure_with} on {rows} a "
+            f"layer: output SQNR {decibels(mixed.sqnr)} in {size(mixed.nbytes)}"
+        )
+
+
+def parse_size(text: str, whole: int) -> int:
+    """Bytes of a size such as 0.3x (of `whole`), 1.2GB, 800MiB or 123456. Raises `PlanError`."""
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(x|[KMG]?I?B)?", text.strip(), re.IGNORECASE)
+    number, unit = (float(found[1]), (found[2] or "").upper()) if found else (0.0, "")
+    if number * (whole if unit == "X" else _UNITS[unit]) < 1:
+        raise PlanError(
+            f"--target-size {text!r}: write it as a share of the source such as 0.3x, or as bytes such as 1.2GB"
+        )
+    return int(number * (whole if unit == "X" else _UNITS[unit]))
+
+
+def show_mixed(mixed: MixedPlan, made: Plan, note: str) -> None:
+    """Print which layers got which format, the formats with their shares, and what was reached."""
+    layers = table(
+        "layers",
+        "x",
+        "shape",
+        "becomes",
+        "before",
+        "after",
+        "output SQNR",
+        right=("x", "before", "after", "output SQNR"),
+    )
+    for name, found in grouped(mixed.picked, lambda pair: pair[0].name, lambda pair: _kind(pair[1])):
+        first = found[0][1].plan
+        layers.add_row(
+            name,
+            str(len(found)),
+            "x".join(map(str, first.shape)),
+            becomes(first),
+            size(sum(choice.plan.bytes_before for _, choice in found)),
+            size(sum(choice.nbytes for _, choice in found)),
+            decibels(_mean(found)),
+        )
+    show(layers)
+    formats = table(
+        "format", "layers", "before", "after", "output SQNR", right=("layers", "before", "after", "output SQNR")
+    )
+    for row in by_format(mixed):
+        formats.add_row(
+            row["format"], str(row["layers"]), size(row["bytes_before"]), size(row["bytes"]), decibels(row["sqnr"])
+        )
+    fixed = mixed.selection.fixed_bytes
+    formats.add_row("other tensors", "", "", size(fixed), "exact")
+    show(formats)
+    say(note)
+    say(
+        f"{size(made.bytes_before)} -> {size(made.bytes_after)} ({made.bytes_after / max(made.bytes_before, 1):.3f}x)",
+        "bold",
+    )
+
+
+def by_format(mixed: MixedPlan) -> list[dict[str, Any]]:
+    """Layers, bytes and mean error of each format in use, as JSON data, the largest first."""
+    groups: dict[str, list[tuple[LayerChoices, Choice]]] = {}
+    for layer, choice in mixed.picked:
+        groups.setdefault(choice.name, []).append((layer, choice))
+    rows = [
+        {
+            "format": name,
+            "layers": len(found),
+            "bytes_before": sum(choice.plan.bytes_before for _, choice in found),
+            "bytes": sum(choice.nbytes for _, choice in found),
+            "sqnr": _mean(found),
+        }
+        for name, found in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def mixed_data(mixed: MixedPlan, note: str) -> dict[str, Any]:
+    """What was chosen and what was measured, as JSON data."""
+    return {
+        "note": note,
+        "sqnr": mixed.sqnr,
+        "bytes": mixed.nbytes,
+        "fixed_bytes": mixed.selection.fixed_bytes,
+        "formats": by_format(mixed),
+        "layers": {
+            layer.name: {
+                "chosen": chosen.name,
+                "choices": {c.name: {"bytes": c.nbytes, "error": c.error} for c in layer.choices},
+            }
+            for layer, chosen in mixed.picked
+        },
+    }
+
+
+def _kind(choice: Choice) -> tuple[object, ...]:
+    return choice.plan.action, choice.plan.format, choice.plan.solver, choice.plan.shape, choice.plan.dtype
+
+
+def _mean(found: Sequence[tuple[LayerChoices, Choice]]) -> float:
+    return decibels_of(sum(choice.error for _, choice in found) / len(found))

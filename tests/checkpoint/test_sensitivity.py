@@ -1,0 +1,332 @@
+"""Layers are measured by what their outputs lose, and the plan for a target is the best that its measurements allow."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowbit.checkpoint.convert import convert
+from lowbit.checkpoint.layer_statistics import InMemory
+from lowbit.checkpoint.mixed_precision import FORMATS, find_choices, for_size, for_sqnr
+from lowbit.checkpoint.plan import Plan
+from lowbit.checkpoint.sensitivity import PLANNED, Measured, Sensitivities, measure, sample_rows
+from lowbit.checkpoint.source import open_source
+from lowbit.errors import PlanError, SolverError, WeightError
+from lowbit.formats import get_format, parse_spec
+from lowbit.solvers import Statistics, solve
+from lowbit.solvers.curvature import output_error
+from tests.support.checkpoints import save_model
+
+HEAD = '{"lowbit_sensitivities": 1, "source": "", "statistics": "", "rows": 1'
+SPECS = ("nvfp4", "awq_w4a16", "int8(activations=none)")
+
+
+@pytest.fixture
+def source(tmp_path):
+    """An open small model in one file."""
+    with open_source(save_model(tmp_path / "in.safetensors")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def selection(source):
+    """Its measured choices."""
+    return measured(source)
+
+
+def measured(source, specs=SPECS, statistics=None, **options):
+    """The choices of a source with their errors."""
+    found = find_choices(source, specs, preset="none", statistics=statistics, **options)
+    errors = measure(source, found.candidates, statistics, measure_with="rtn", rows=0)
+    return found.with_errors(errors, "rtn")
+
+
+def statistics_of(k: int, seed: int = 0) -> Statistics:
+    """Inputs of two very different strengths, in two halves."""
+    generator = torch.Generator().manual_seed(seed)
+    halves = [torch.randn((512, k), generator=generator) * torch.logspace(-1, 1, k) for _ in range(2)]
+    first, second = (x.t() @ x / len(x) for x in halves)
+    return Statistics(hessian=first, tokens=512, held_out=second, held_out_tokens=512)
+
+
+def errors_of(selection, layer: str) -> dict[str, float]:
+    """The errors of a layer by format."""
+    found = next(each for each in selection.layers if each.name == layer)
+    return {choice.name: choice.error for choice in found.choices}
+
+
+def test_the_error_is_that_of_the_weight_without_statistics(source, selection):
+    """Each error is the squared error of the rounded weight over its squares; staying costs nothing."""
+    w = source.read("", "blocks.1.up.weight")
+
+    found = errors_of(selection, "blocks.1.up")
+
+    assert found.keys() == {*SPECS, "as it is"}
+    assert found["as it is"] == 0
+    for spec in SPECS:
+        fmt = parse_spec(spec)
+        error = fmt.dequantize(fmt.quantize(w), tuple(w.shape), torch.float32) - w.float()
+        assert found[spec] == pytest.approx(float(error.square().sum() / w.float().square().sum()), rel=1e-4)
+
+
+def test_with_statistics_it_is_that_of_the_output_on_the_half_held_out(source):
+    """tr(E H E^T) / tr(W H W^T) with H of the half that solvers do not see."""
+    known = statistics_of(128)
+    w = source.read("", "blocks.0.up.weight")
+    fmt = get_format("nvfp4")()
+
+    found = errors_of(measured(source, ("nvfp4",), InMemory({"blocks.0.up": known})), "blocks.0.up")
+
+    lost, signal = output_error(w, fmt, fmt.quantize(w), known.held_out)
+    assert found["nvfp4"] == pytest.approx(lost / signal, rel=1e-5)
+    plain, plain_signal = output_error(w, fmt, fmt.quantize(w), None)
+    assert lost / signal != pytest.approx(plain / plain_signal, rel=0.01)
+
+
+def test_the_whole_pipeline_can_be_measured(source):
+    """`PLANNED` gives the error that converting will report, and the solver that the plan names."""
+    known = InMemory({"blocks.0.up": statistics_of(128)})
+    found = find_choices(source, ("nvfp4",), preset="none", only=[r"blocks\.0\.up"], statistics=known)
+
+    errors = measure(source, found.candidates, known, measure_with=PLANNED, rows=0)
+
+    solver = found.layers[0].choices[0].plan.solver
+    w = source.read("", "blocks.0.up.weight")
+    solution = solve(w, get_format("nvfp4")(), solver, known.get("blocks.0.up"), has_bias=True)
+    assert "gptq" in solver
+    assert errors.get("blocks.0.up", "nvfp4", solver) == pytest.approx(solution.error, rel=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["nvfp4", "fp8_e4m3", "int8(granularity=tensor)", "fp8_e4m3(granularity=block)"])
+def test_some_rows_stand_for_all(tmp_path, spec):
+    """The error on 256 of 2048 rows is within 5 % of that on all, also where all rows share one scale."""
+    w = torch.randn((2048, 256), generator=torch.Generator().manual_seed(0))
+    w[777] *= 4
+    save_file({"a.weight": w}, tmp_path / "a.safetensors")
+    with open_source(tmp_path / "a.safetensors") as source:
+        candidates = find_choices(source, (spec,), preset="none").candidates
+        some = measure(source, candidates, measure_with="rtn", rows=256)
+        every = measure(source, candidates, measure_with="rtn", rows=0)
+
+    assert some.get("a", spec, "rtn") == pytest.approx(every.get("a", spec, "rtn"), rel=0.05)
+    assert some.get("a", spec, "rtn") != every.get("a", spec, "rtn")
+
+
+def test_a_sample_is_spread_and_has_the_largest_row():
+    """Whole pieces from the first to the last, in order, the largest value among them; a small weight is not cut."""
+    w = torch.arange(1000.0).unsqueeze(1).expand(1000, 4).clone()
+    w[500] = -5000
+
+    rows = sample_rows(w, 64, 16)[:, 0]
+
+    assert rows.numel() <= 80
+    assert rows[0] == 0
+    assert 999 in rows
+    assert -5000 in rows
+    assert sample_rows(w, 1000, 16) is w
+
+
+def test_low_rank_formats_get_all_rows(source):
+    """A low-rank branch fits few rows better than many, so it is measured on all of them."""
+    spec = "svdquant_w4a4(rank=4)"
+    candidates = find_choices(source, (spec,), preset="none").candidates
+
+    some, every = (measure(source, candidates, measure_with="rtn", rows=rows) for rows in (16, 0))
+
+    assert some.layers == every.layers
+
+
+# ---- the choice -----------------------------------------------------------------------------------------------------
+
+
+def test_the_size_counts_every_tensor_and_is_kept(source, selection, tmp_path):
+    """For each budget the plan has at most that size, its file exactly the planned one, and more bytes lose less."""
+    whole = selection.base.bytes_before
+    errors = []
+    for share in (0.42, 0.5, 0.62, 0.8, 1.0):
+        mixed = for_size(selection, int(share * whole))
+        plan = mixed.plan()
+        assert plan.bytes_after == mixed.nbytes <= share * whole
+        errors.append(mixed.error)
+        if plan.count("quantize"):
+            convert(source, tmp_path / "out.safetensors", plan)
+            written = load_file(tmp_path / "out.safetensors").values()
+            assert sum(tensor.nbytes for tensor in written) == mixed.nbytes
+
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == 0
+
+
+def test_a_sensitive_layer_gets_more_bits(source):
+    """Where one layer loses a hundred times as much, it is the one that gets 8 bits."""
+    found = find_choices(source, SPECS, preset="none", only=[r"\.up$"])
+    layers = [
+        dataclasses.replace(
+            layer,
+            choices=tuple(
+                dataclasses.replace(c, error=c.nbytes**-2 * (100 if layer.name == "blocks.1.up" else 1))
+                for c in layer.choices
+            ),
+        )
+        for layer in found.layers
+    ]
+    selection = dataclasses.replace(found, layers=tuple(layers))
+    smallest = selection.fixed_bytes + sum(min(c.nbytes for c in layer.choices) for layer in layers)
+
+    mixed = for_size(selection, smallest + 192 * 128 * 5 // 8)
+
+    assert {layer.name: choice.name for layer, choice in mixed.picked}["blocks.1.up"].startswith("int8")
+    assert sum(choice.name.startswith("int8") for _, choice in mixed.picked) == 1
+
+
+def test_the_plan_survives_its_file_and_gives_reasons(selection, tmp_path):
+    """Saved and loaded it is the same plan; each layer's reason names its error and what another format would do."""
+    plan = for_size(selection, int(0.55 * selection.base.bytes_before)).plan("a note")
+
+    plan.save(tmp_path / "plan.json")
+
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert plan.notes[0] == "a note"
+    reasons = [tensor.why for tensor in plan.tensors() if tensor.action == "quantize"]
+    assert reasons
+    assert all("output SQNR" in why and "would be" in why and why.endswith(" more") for why in reasons)
+
+
+def test_rules_hold(source):
+    """Kept layers stay, a layer rule's format is the only choice, and layers that a format cannot hold lack it."""
+    found = find_choices(source, SPECS, preset="none", keep=["down"], layer_rules=[(r"0\.up", "mxfp8")])
+
+    names = {layer.name: [choice.name for choice in layer.choices] for layer in found.layers}
+    assert names == {
+        "blocks.0.up": ["mxfp8"],
+        "blocks.1.up": [*SPECS, "as it is"],
+        "blocks.2.up": [*SPECS, "as it is"],
+        "ragged": [*[s for s in SPECS if get_format(s.partition("(")[0])().check_shape(64, 100) is None], "as it is"],
+    }
+
+
+def test_a_quality_is_reached_with_few_bytes(selection):
+    """The SQNR is at least what was asked; less quality takes no more bytes; a tenth of a percent less does not do."""
+    sizes = []
+    for wanted in (20.0, 25.0, 32.0, 45.0):
+        mixed = for_sqnr(selection, wanted)
+        assert mixed.sqnr >= wanted
+        assert for_size(selection, int(mixed.nbytes / 1.0011)).sqnr < wanted
+        sizes.append(mixed.nbytes)
+
+    assert sizes == sorted(sizes)
+
+
+# ---- what cannot be done --------------------------------------------------------------------------------------------
+
+
+def test_a_size_out_of_reach_names_the_smallest(selection):
+    """The smallest size that the message names can be reached, a byte less cannot."""
+    with pytest.raises(PlanError, match="cannot be reached") as caught:
+        for_size(selection, 1000)
+
+    smallest = int(str(caught.value).partition("smallest size is ")[2].partition(" bytes")[0])
+    assert for_size(selection, smallest).nbytes == smallest
+    with pytest.raises(PlanError, match="cannot be reached"):
+        for_size(selection, smallest - 1)
+
+
+def test_a_quality_out_of_reach_names_the_best(source):
+    """A rule that fixes a format limits the SQNR; the message says to what."""
+    selection = measured(source, ("nvfp4",), layer_rules=[("up", "nvfp4")])
+    best = for_size(selection, selection.base.bytes_before).sqnr
+
+    with pytest.raises(PlanError, match=f"the best is {best:.2f} dB"):
+        for_sqnr(selection, 60)
+
+
+def test_nothing_to_choose_is_refused(source):
+    """No formats, or no layer that could take one."""
+    with pytest.raises(PlanError, match="no formats to choose from"):
+        find_choices(source, ())
+    with pytest.raises(PlanError, match="no layer can be quantized; the reasons are"):
+        find_choices(source, FORMATS, preset="none", keep=["."])
+
+
+def test_a_broken_weight_is_named(tmp_path):
+    """A weight that is not finite stops the measuring, with its layer's name."""
+    weight = torch.ones(64, 128)
+    weight[3, 5] = float("nan")
+    save_file({"a.weight": weight}, tmp_path / "a.safetensors")
+    with open_source(tmp_path / "a.safetensors") as source:
+        candidates = find_choices(source, ("nvfp4",), preset="none").candidates
+        with pytest.raises(WeightError, match="layer 'a': holds NaN"):
+            measure(source, candidates)
+
+
+def test_a_solver_that_needs_statistics_is_refused_without(source):
+    """Measuring with gptq takes second moments, and the message says what to do."""
+    candidates = find_choices(source, ("nvfp4",), preset="none").candidates
+
+    with pytest.raises(SolverError, match="needs second moments"):
+        measure(source, candidates, measure_with="scale_search+gptq")
+
+
+# ---- keeping what was measured --------------------------------------------------------------------------------------
+
+
+def test_what_is_known_is_not_measured_again(source, tmp_path):
+    """From a file come the errors of before, as they are; only formats that it lacks are measured."""
+    candidates = find_choices(source, SPECS, preset="none").candidates
+    first = measure(source, candidates[:2], measure_with="rtn")
+    name = candidates[1].name
+    first.layers[name]["nvfp4"] = Measured("rtn", 0.125)
+    first.save(tmp_path / "s.json")
+    seen = []
+
+    again = measure(
+        source,
+        candidates,
+        measure_with="rtn",
+        known=Sensitivities.load(tmp_path / "s.json"),
+        progress=lambda *told: seen.append(told[2]),
+    )
+
+    assert again.get(name, "nvfp4", "rtn") == 0.125
+    assert set(seen) == {candidate.name for candidate in candidates[2:]}
+    assert again.layers.keys() == {candidate.name for candidate in candidates}
+    other = measure(source, candidates[1:2], measure_with="scale_search", known=again)
+    assert other.get(name, "nvfp4", "scale_search") != 0.125
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "x"}, "another checkpoint"),
+        ({"statistics": "x"}, "other statistics"),
+        ({"rows": 7}, "7 rows a layer"),
+    ],
+)
+def test_errors_of_something_else_are_refused(source, change, message):
+    """Another checkpoint, other statistics or another sample: the message says which."""
+    candidates = find_choices(source, SPECS, preset="none").candidates
+    known = dataclasses.replace(Sensitivities(source.fingerprint()), **change)
+
+    with pytest.raises(PlanError, match=message):
+        measure(source, candidates, known=known)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("{}", "no sensitivities of version 1"),
+        (HEAD + "}", "damaged"),
+        (HEAD + ', "layers": {"a": {"int8": ["rtn", -1]}}}', "the error of a as int8"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, text, message):
+    """One message with the file's name and what is wrong."""
+    (tmp_path / "s.json").write_text(text)
+
+    with pytest.raises(PlanError, match=message) as caught:
+        Sensitivities.load(tmp_path / "s.json")
+    assert "s.json" in str(caught.value)
