@@ -3,7 +3,7 @@
 Importing this package registers them all.
 """
 
-from lowbit.solvers import descent, gptq, rtn, scale_search
+from lowbit.solvers import descent, gptq, learned_rounding, rtn, scale_search
 from lowbit.solvers.base import Solver, Statistics, register_solver, solver, solvers
 from lowbit.solvers.pipeline import AUTO, BIAS, Pipeline, parse_pipeline, pick_solver, what_is_known
 from lowbit.solvers.refinement import DRAFT_ELEMENTS, refinements, register_refinement
@@ -19,6 +19,7 @@ __all__ = [
     "Statistics",
     "descent",
     "gptq",
+    "learned_rounding",
     "parse_pipeline",
     "pick_solver",
     "refinements",
