@@ -39,10 +39,10 @@ def test_never_a_larger_projected_loss_than_rounding(name, spec):
     assert projected_loss(w, fmt, solver(name)(w, fmt)) <= projected_loss(w, fmt, fmt.quantize(w)) * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("spec", ["fp8_e4m3", "nvfp4", "awq_w4a16"])
+@pytest.mark.parametrize("spec", ["fp8_e4m3", "nvfp4"])
 def test_the_closed_form_lowers_the_projected_loss(spec, monkeypatch):
     """Looking at three quarters of the vectors, the closed form takes a tenth off the loss after rounding."""
-    monkeypatch.setattr("lowbit.solvers.learned_rounding.projected_rank", lambda n, k: 96)
+    monkeypatch.setattr("lowbit.solvers.learned_rounding.projected_rank", lambda *_: 96)
     fmt, w = parse_spec(spec), gaussian(128, 128)
     objective = Projection(w, 96)
     learned, plain = (

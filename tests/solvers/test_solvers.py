@@ -13,9 +13,9 @@ from tests.support import gaussian, sqnr
 FORMATS = [cls() for cls in formats().values()]
 
 
-@pytest.fixture(params=sorted(solvers()))
+@pytest.fixture(params=sorted(solvers().keys() - {"awq"}))
 def name(request) -> str:
-    """Each registered solver."""
+    """Each registered solver that works without statistics."""
     return request.param
 
 

@@ -87,17 +87,24 @@ def _refuse_pointless(plan: Plan, where: str, seed: int | None) -> None:
 
 
 def _refuse_unknown(plan: Plan, statistics: LayerStatistics | None) -> None:
-    """Refuse solvers that need what is not known, before anything is read."""
+    """Refuse solvers and formats that need what is not known, before anything is read."""
     for component in plan.components:
         for tensor in component.tensors:
-            if tensor.action == "quantize" and tensor.pipeline.steps:
-                name = f"{component.name}/{tensor.layer}" if component.name else tensor.layer
-                if knowledge(statistics, name) != "full":
-                    found = "are no statistics of it" if statistics is not None else "are no statistics"
-                    raise PlanError(
-                        f"{name!r}: {tensor.solver} needs second moments [K, K] of its input, and there {found}; "
-                        "calibrate (lowbit calibrate) and give the file with --stats, or choose another solver"
-                    )
+            if tensor.action != "quantize":
+                continue
+            name = f"{component.name}/{tensor.layer}" if component.name else tensor.layer
+            known = knowledge(statistics, name)
+            needs, other = "", "solver"
+            if tensor.fmt.plain != tensor.fmt and not known:
+                needs, other = f"{tensor.format} needs to know its input", "format"
+            elif tensor.pipeline.steps and known != "full":
+                needs = f"{tensor.solver} needs second moments [K, K] of its input"
+            if needs:
+                found = "are no statistics of it" if statistics is not None else "are no statistics"
+                raise PlanError(
+                    f"{name!r}: {needs}, and there {found}; calibrate (lowbit calibrate) and give the file with "
+                    f"--stats, or choose another {other}"
+                )
 
 
 class _Work:

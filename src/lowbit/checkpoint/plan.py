@@ -111,9 +111,12 @@ class _Rules:
     def check(self) -> None:
         """Raise for a format that needs calibration, and for an unknown solver."""
         for fmt in (self.stored.format, *(stored.format for _, stored in self.by_layer)):
-            pick_solver(self.solver, fmt)
-            if fmt.plain != fmt:
-                raise PlanError(f"{fmt}: has a pre_quant_scale or input_scale, which needs calibration; leave it out")
+            if fmt.plain != fmt and self.statistics is None:
+                raise PlanError(
+                    f"{fmt}: has a pre_quant_scale or input_scale, which needs calibration; calibrate (lowbit "
+                    "calibrate) and give the file with --stats, or leave it out"
+                )
+            pick_solver(self.solver, fmt, "full")
 
     def match(self, name: str) -> tuple[_Pattern | None, _Pattern | None, tuple[_Pattern, StoredFormat] | None]:
         """The keep and only patterns and the layer rule that hold for a name; all are tried, to learn which match."""
@@ -124,7 +127,13 @@ class _Rules:
 
     def pick(self, fmt: Format, layer: str, *, has_bias: bool) -> str:
         """The solver for a layer in a format, noted for the plan."""
-        name, why = pick_solver(self.solver, fmt, knowledge(self.statistics, layer), has_bias=has_bias)
+        known = knowledge(self.statistics, layer)
+        if fmt.plain != fmt and not known:
+            raise PlanError(
+                f"{layer!r}: {fmt} needs to know the layer's input, and there are no statistics of it; calibrate it, "
+                "or keep it (--keep) or give it another format (--layer)"
+            )
+        name, why = pick_solver(self.solver, fmt, known, has_bias=has_bias)
         self.picked[fmt.spec, name] = f"{fmt}: solver {name} ({why})"
         return name
 

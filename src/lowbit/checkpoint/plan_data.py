@@ -18,7 +18,7 @@ from typing import Any
 from lowbit.errors import LowbitError, PlanError, WriteError
 from lowbit.formats.base import Format
 from lowbit.formats.registry import parse_spec
-from lowbit.solvers import Pipeline, parse_pipeline
+from lowbit.solvers import Pipeline, misfit, parse_pipeline
 
 from .dialects.base import Dialect, TensorSpec, get_dialect, join_key, layer_of
 from .eligibility import cannot_hold, cannot_store, dtype_name
@@ -257,12 +257,12 @@ def _validate(tensor: TensorPlan) -> None:
         return
     try:
         fmt = tensor.fmt
-        parse_pipeline(tensor.solver)
+        misfits = misfit(tensor.pipeline, fmt)
     except LowbitError as error:
         raise PlanError(f"{place}: {error}") from error
+    if misfits:
+        raise PlanError(f"{place}: {fmt} {misfits}")
     why = cannot_hold(tensor.key, tensor.spec) or cannot_store(tensor.stored, tensor.shape, embedding=False)
-    if why is None and fmt.plain != fmt:
-        why = "has a pre_quant_scale or input_scale, which needs calibration"
     if why:
         raise PlanError(f"{place} cannot become {fmt}: {list(tensor.shape)} {why}; set its action to keep")
 

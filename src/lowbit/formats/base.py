@@ -70,6 +70,8 @@ class Format(ABC):
     """What `--solver auto` takes when nothing is known about the activations."""
     calibrated_start: ClassVar[str] = "scale_search"
     """What it starts from when their second moments are known."""
+    largest_activation: ClassVar[float] = 0.0
+    """The largest code that a static activation scale is for; 0 where there is no such scale."""
 
     # ---- what a subclass states -------------------------------------------------------------------------------------
 

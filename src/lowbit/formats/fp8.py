@@ -57,6 +57,7 @@ class Fp8E4M3(_Fp8):
     name: ClassVar[str] = "fp8_e4m3"
     dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
     largest: ClassVar[float] = fp8_max(torch.float8_e4m3fn)
+    largest_activation: ClassVar[float] = largest
     levels: ClassVar = E4M3
     golden_sqnr: ClassVar = {
         "fp8_e4m3": 31.55,
@@ -73,6 +74,7 @@ class Fp8E5M2(_Fp8):
     name: ClassVar[str] = "fp8_e5m2"
     dtype: ClassVar[torch.dtype] = torch.float8_e5m2
     largest: ClassVar[float] = fp8_max(torch.float8_e5m2)
+    largest_activation: ClassVar[float] = largest
     levels: ClassVar = E5M2
     golden_sqnr: ClassVar = {
         "fp8_e5m2": 25.58,

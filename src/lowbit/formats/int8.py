@@ -56,6 +56,7 @@ class Int8(Granular):
     name: ClassVar[str] = "int8"
     dtype: ClassVar[torch.dtype] = torch.int8
     largest: ClassVar[float] = INT8_MAX
+    largest_activation: ClassVar[float] = INT8_MAX
     levels: ClassVar = IntegerLevels(-INT8_MAX, INT8_MAX)
     factors: ClassVar[tuple[float, ...]] = _FACTORS
     golden_sqnr: ClassVar = {

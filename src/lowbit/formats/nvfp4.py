@@ -63,6 +63,7 @@ class Nvfp4(Format):
         },
     }
     golden_sqnr: ClassVar = {"nvfp4": 20.44}
+    largest_activation: ClassVar[float] = E2M1_MAX * E4M3_MAX
     data_free_solver: ClassVar[str] = "scale_search"
 
     def part_rules(self) -> tuple[Part, ...]:

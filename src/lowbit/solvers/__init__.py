@@ -3,24 +3,30 @@
 Importing this package registers them all.
 """
 
-from lowbit.solvers import descent, gptq, learned_rounding, rtn, scale_search
+from lowbit.solvers import awq, descent, gptq, learned_rounding, rtn, scale_search, svdquant
 from lowbit.solvers.base import Solver, Statistics, register_solver, solver, solvers
-from lowbit.solvers.pipeline import AUTO, BIAS, Pipeline, parse_pipeline, pick_solver, what_is_known
+from lowbit.solvers.input_scale import input_scale, percentile
+from lowbit.solvers.pipeline import AUTO, AWQ, BIAS, Pipeline, misfit, parse_pipeline, pick_solver, what_is_known
 from lowbit.solvers.refinement import DRAFT_ELEMENTS, refinements, register_refinement
 from lowbit.solvers.solve import Solution, solve
 
 __all__ = [
     "AUTO",
+    "AWQ",
     "BIAS",
     "DRAFT_ELEMENTS",
     "Pipeline",
     "Solution",
     "Solver",
     "Statistics",
+    "awq",
     "descent",
     "gptq",
+    "input_scale",
     "learned_rounding",
+    "misfit",
     "parse_pipeline",
+    "percentile",
     "pick_solver",
     "refinements",
     "register_refinement",
@@ -30,5 +36,6 @@ __all__ = [
     "solve",
     "solver",
     "solvers",
+    "svdquant",
     "what_is_known",
 ]

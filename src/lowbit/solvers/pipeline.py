@@ -16,6 +16,7 @@ from .base import Statistics, solvers
 from .refinement import Refinement, refinements
 
 AUTO = "auto"
+AWQ = "awq"
 BIAS = "bias"
 Known = str
 """What is known of a layer's input: "" for nothing, "diagonal" or "full" second moments."""
@@ -61,6 +62,15 @@ def parse_pipeline(name: str) -> Pipeline:
     return Pipeline(first, tuple(rest), bias)
 
 
+def misfit(pipeline: Pipeline, fmt: Format) -> str | None:
+    """Why a pipeline does not give the parts of a format, or None: a pre_quant_scale is chosen by awq alone."""
+    if fmt.pre_quant_scale and pipeline.start != AWQ:
+        return f"stores a pre_quant_scale, which {pipeline.name} does not choose; start with {AWQ}, as in {AWQ}+gptq"
+    if pipeline.start == AWQ and not fmt.pre_quant_scale:
+        return f"has no pre_quant_scale for {AWQ} to choose; give it pre_quant_scale=true, or start with scale_search"
+    return None
+
+
 def what_is_known(statistics: Statistics | None) -> Known:
     """Which second moments these statistics hold."""
     if statistics is None or statistics.hessian is None:
@@ -71,14 +81,20 @@ def what_is_known(statistics: Statistics | None) -> Known:
 def pick_solver(name: str, fmt: Format, known: Known = "", *, has_bias: bool = False) -> tuple[str, str]:
     """The pipeline for a format and, in words, why: `name` itself, or what `auto` takes for what is `known`.
 
-    Raises `SolverError` for a name that is none.
+    Raises `SolverError` for a name that is none, for a pipeline that does not fill the format, and when nothing is
+    known of the input of a format that stores something about it.
     """
     if name != AUTO:
-        return parse_pipeline(name).name, "as asked"
+        pipeline = parse_pipeline(name)
+        if why := misfit(pipeline, fmt):
+            raise SolverError(f"{fmt} {why}")
+        return pipeline.name, "as asked"
+    if fmt.pre_quant_scale and not known:
+        raise SolverError(f"{fmt} stores a pre_quant_scale, which needs second moments of the input; calibrate")
     start = fmt.data_free_solver
     if not known:
         return parse_pipeline(start).name, f"auto: the default of {fmt.name} without calibration data"
-    start = fmt.calibrated_start
+    start = AWQ if fmt.pre_quant_scale else fmt.calibrated_start
     if known == "diagonal":
         return parse_pipeline(start).name, "auto: second moments of single channels are known"
     return Pipeline(start, ("gptq", "descent"), has_bias).name, "auto: second moments of the input are known"

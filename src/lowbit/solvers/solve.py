@@ -13,7 +13,7 @@ at last nothing but rounding is left.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -26,6 +26,7 @@ from lowbit.numerics.groups import round_up
 
 from .base import Statistics, solver
 from .curvature import output_error, shrinkage
+from .input_scale import input_scale, transformed
 from .pipeline import AUTO, Pipeline, parse_pipeline, pick_solver, what_is_known
 from .refinement import refine
 
@@ -70,6 +71,8 @@ def solve(
     statistics where there are none, and for statistics of another layer or that are not finite.
     """
     fmt.check_weight(w, where)
+    if fmt.input_scale:
+        return _with_input_scale(w, fmt, name, statistics, where, seed, has_bias=has_bias)
     known = what_is_known(statistics)
     chosen = parse_pipeline(pick_solver(name, fmt, known, has_bias=has_bias)[0])
     if seed is not None and (chosen.steps or chosen.bias):
@@ -87,6 +90,27 @@ def solve(
     return _Problem(w, fmt, chosen, statistics, where, seed).best()
 
 
+def _with_input_scale(
+    w: Tensor,
+    fmt: Format,
+    name: str,
+    statistics: Statistics | None,
+    where: str,
+    seed: int | None,
+    *,
+    has_bias: bool,
+) -> Solution:
+    """`solve` for the format without its static activation scale, and then that."""
+    bare = replace(fmt, input_scale=False)
+    if statistics is None or not fmt.largest_activation:
+        input_scale(None, fmt, where=where)  # says why not
+    solution = solve(w, bare, name, statistics, where=where, seed=seed, has_bias=has_bias)
+    assert statistics is not None
+    seen = transformed(statistics, fmt, w.shape[1], solution.parts.get("pre_quant_scale"), where)
+    scale = input_scale(seen, fmt, where=where).to(w.device)
+    return replace(solution, parts={**solution.parts, "input_scale": scale})
+
+
 @dataclass(frozen=True)
 class _Problem:
     w: Tensor
@@ -99,6 +123,9 @@ class _Problem:
     def best(self) -> Solution:
         """The first attempt that is no worse than rounding to nearest on the samples held out."""
         plain = self.fmt.quantize(self.w, where=self.where, seed=self.seed)
+        if self.fmt.pre_quant_scale:
+            dtype = self.fmt.part_dtypes(self.w.dtype)["pre_quant_scale"]
+            plain["pre_quant_scale"] = torch.ones(self.w.shape[1], dtype=dtype, device=self.w.device)
         lost, signal = output_error(self.w, self.fmt, plain, self._judge)
         rtn_error = _ratio(lost, signal)
         notes = [] if self._held_out else ["judged on the samples it was made from: there are no others"]
