@@ -25,6 +25,7 @@ FLOORS = {
     "tensor": 4,
     "tensor_ops": 4,
     "nn": 4,
+    "smoothing": 4,
     "checkpoint": 5,
     "calibration": 5,
     "report": 5,

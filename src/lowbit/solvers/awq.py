@@ -11,6 +11,8 @@ What solvers see afterwards is W s and the input x / s, so that any refinement g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def awq(
         check_finite(w, where)
         hessian = statistics.combined
         assert hessian is not None
-        scale = _best_scale(w, fmt.plain, hessian.to(w.device), moments.sqrt(), stored, where)
+        scale = best_scale([w], fmt.plain, hessian.to(w.device), moments.sqrt(), stored, where)
     return {**quantize_scaled(w, fmt.plain, scale, moments, where, seed), "pre_quant_scale": scale}
 
 
@@ -71,18 +73,30 @@ def quantize_scaled(
     return plain.quantize(scaled, params=params, where=where, seed=seed)
 
 
-def _best_scale(w: Tensor, plain: Format, hessian: Tensor, rms: Tensor, stored: torch.dtype, where: str) -> Tensor:
-    """The stored vector [K] of the exponent with the least error; the first of equals."""
-    n, k = w.shape
-    count = min(n, round_up(_ROWS, plain.row_multiple))
-    rows = w[torch.arange(count, device=w.device) * n // count]
-    moments, exact = rms.square(), rows.float()
-    best, least = torch.ones(k, dtype=stored, device=w.device), torch.inf
+def best_scale(
+    weights: Sequence[Tensor], plain: Format, hessian: Tensor, rms: Tensor, stored: torch.dtype, where: str = "weight"
+) -> Tensor:
+    """1 / s [K] in dtype `stored` for weights [N_i, K] that share their input: of all exponents the least error.
+
+    hessian: [K, K] or [K]; rms: the root of its diagonal. The first of equals, so no scaling where nothing gains.
+    """
+    moments = rms.square()
+    samples = [(rows := _some_rows(w, plain), w.shape[0] / max(rows.shape[0], 1)) for w in weights]
+    best, least = torch.ones_like(rms, dtype=stored), torch.inf
     for exponent in EXPONENTS:
         scale = smoothing_factors(rms, exponent).to(stored)
-        parts = quantize_scaled(rows, plain, scale, moments, where)
-        decoded = plain.dequantize(parts, (count, k), torch.float32).mul_(scale.float())
-        error = energy(decoded.sub_(exact), hessian)
+        error = 0.0
+        for rows, share in samples:
+            parts = quantize_scaled(rows, plain, scale, moments, where)
+            decoded = plain.dequantize(parts, (rows.shape[0], rows.shape[1]), torch.float32).mul_(scale.float())
+            error += energy(decoded.sub_(rows.float()), hessian) * share
         if error < least:
             best, least = scale, error
     return best
+
+
+def _some_rows(w: Tensor, plain: Format) -> Tensor:
+    """Up to about _ROWS rows, spread over all of them."""
+    n = w.shape[0]
+    count = min(n, round_up(_ROWS, plain.row_multiple))
+    return w[torch.arange(count, device=w.device) * n // count]
