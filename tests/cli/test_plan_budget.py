@@ -65,6 +65,20 @@ def test_formats_may_be_repeated(lowbit, model):
     assert one == two
 
 
+def test_a_weight_draws_bits_to_its_layers(lowbit, model):
+    """The layers of a block whose errors count a hundredfold get more of the better format, whichever that is."""
+    for block in "01":
+        mixed = lowbit(
+            "plan", model, "--target-size", "0.42x", *NVFP4_OR_INT8, "--weight", rf"blocks\.{block}=100", "--json"
+        ).json["mixed"]
+        better = {name for name, layer in mixed["layers"].items() if layer["chosen"] != "nvfp4"}
+        weights = {"attn.q": 64 * 64, "mlp.up": 64 * 128, "mlp.down": 64 * 128}
+        improved = [
+            sum(weights[name[9:]] for name in better if name[7] == which) for which in (block, "10"[int(block)])
+        ]
+        assert improved[0] > 2 * improved[1]
+
+
 def test_statistics_choose_measure_and_solve(lowbit, tmp_path):
     """With --stats errors are those of outputs, solvers are calibrated ones, and convert takes the same file."""
     generator = torch.Generator().manual_seed(0)
@@ -107,13 +121,20 @@ def test_measurements_are_kept_and_used_again(lowbit, model, tmp_path):
         (["--target-size", "0.3x", "--requantize"], "--requantize does not go with a target"),
         (["--target-size", "small"], "write it as a share of the source such as 0.3x"),
         (["--target-size", "0.3"], "write it as a share of the source such as 0.3x"),
-        (["--target-sqnr", "nan"], "write a number of dB"),
+        (["--target-size", "1IB"], "write it as a share of the source such as 0.3x"),
+        (["--target-size", 400 * "9"], "write it as a share of the source such as 0.3x"),
+        (["--target-sqnr", "-5000"], "write a positive number of dB"),
+        (["--target-sqnr", "nan"], "write a positive number of dB"),
         (["--target-size", "0x"], "write it as a share of the source such as 0.3x"),
         (["--target-size", "0.3x", "--formats", "nvfp5"], "unknown format 'nvfp5'"),
         (["--target-size", "0.3x", "--measure-with", "magic"], "unknown solver 'magic'"),
         (["--target-size", "0.3x", "--layer", "blocks"], "write it as REGEX=FORMAT"),
         (["--target-size", "0.05x"], "cannot be reached: with these formats the smallest size is"),
         (["--target-sqnr", "50", "--layer", "attn=nvfp4"], "50 dB cannot be reached"),
+        (["--target-size", "0.4x", "--weight", "blocks"], "write it as REGEX=NUMBER"),
+        (["--target-size", "0.4x", "--weight", "blocks=0"], "write a positive number"),
+        (["--target-size", "0.4x", "--weight", "block(=2"], "is no regular expression"),
+        (["--target-size", "0.4x", "--weight", "norm=2"], "matches no layer that has a choice"),
         (["--formats", "nvfp4"], "--formats: give --target-size or --target-sqnr with it"),
         (["--format", "nvfp4", "--rows", "7"], "--rows: give --target-size or --target-sqnr with it"),
         ([], "say what to convert to with --format SPEC"),

@@ -3,7 +3,7 @@
 Every rule of `make_plan` holds: presets, `keep`, `only`, layer rules. What they leave open is chosen among the formats
 given and staying as it is. A layer's loss is its relative output error, tr(E H E^T) / tr(W H W^T); the loss of the
 checkpoint is the mean of them over all layers that could be quantized, so that a layer counts by what it does to its
-own output and not by how large that is. Its SQNR is that mean in dB.
+own output and not by how large that is, unless it is given a weight. Its SQNR is that mean in dB.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from lowbit.errors import PlanError
 
-from .budget import Assignment, Option, assign
+from .budget import Option, assign
 from .dialects.base import join_key
 from .layer_statistics import LayerStatistics
 from .plan import LayerRule, make_plan
@@ -45,20 +45,21 @@ class Choice:
         """The format's spec, or that it stays."""
         return self.plan.format if self.plan.action == "quantize" else _KEPT
 
-    @property
-    def option(self) -> Option:
-        """Bytes and error."""
-        return float(self.nbytes), self.error
-
 
 @dataclass(frozen=True)
 class LayerChoices:
-    """A layer and what it may become."""
+    """A layer and what it may become. `weight`: how often its error counts."""
 
     component: str
     name: str
     has_bias: bool
     choices: tuple[Choice, ...]
+    weight: float = 1.0
+
+    @property
+    def options(self) -> list[Option]:
+        """Bytes and weighted error of each choice."""
+        return [(float(choice.nbytes), self.weight * choice.error) for choice in self.choices]
 
     @property
     def candidate(self) -> Candidate:
@@ -79,6 +80,27 @@ class Selection:
     def candidates(self) -> list[Candidate]:
         """What there is to measure."""
         return [layer.candidate for layer in self.layers]
+
+    @property
+    def weight(self) -> float:
+        """Of all layers together."""
+        return sum(layer.weight for layer in self.layers)
+
+    def weighted(self, rules: Sequence[tuple[str, float]]) -> Selection:
+        """The same with the error of layers whose name matches a pattern counted so often; the first match wins.
+
+        Raises `PlanError` for a pattern that is none or matches nothing, and for a weight that is not positive.
+        """
+        layers, used = list(self.layers), set()
+        for index, layer in enumerate(layers):
+            for pattern, weight in rules:
+                if _compiled(pattern, weight).search(layer.name):
+                    layers[index] = dataclasses.replace(layer, weight=weight)
+                    used.add(pattern)
+                    break
+        if unused := [pattern for pattern, _ in rules if pattern not in used]:
+            raise PlanError(f"--weight {unused[0]!r}: matches no layer that has a choice; correct the pattern")
+        return dataclasses.replace(self, layers=tuple(layers))
 
     def with_errors(self, found: Sensitivities, measure_with: str) -> Selection:
         """The same with measured errors."""
@@ -158,8 +180,9 @@ class MixedPlan:
 
     @property
     def error(self) -> float:
-        """The mean relative output error."""
-        return sum(choice.error for _, choice in self.picked) / len(self.picked)
+        """The mean relative output error, by weight."""
+        total = sum(layer.weight * choice.error for layer, choice in self.picked)
+        return total / self.selection.weight
 
     @property
     def sqnr(self) -> float:
@@ -199,7 +222,7 @@ def for_size(selection: Selection, nbytes: int) -> MixedPlan:
             f"{smallest} bytes, {smallest / whole:.3f}x, of which {selection.fixed_bytes} are tensors that stay; allow "
             "smaller formats (--formats), more layers (--preset) or more bytes"
         )
-    found = _assign(selection, nbytes - selection.fixed_bytes, lambda choice: choice.option)
+    found = assign([layer.options for layer in selection.layers], nbytes - selection.fixed_bytes)
     return MixedPlan(selection, found.chosen)
 
 
@@ -211,22 +234,26 @@ def for_sqnr(selection: Selection, sqnr: float) -> MixedPlan:
 
     Raises `PlanError`, with the best that can be reached, when there is none.
     """
-    count = len(selection.layers)
-    least = sum(min(c.error for c in layer.choices) for layer in selection.layers)
-    allowed = 10 ** (-sqnr / 10) * count
+    least = sum(min(error for _, error in layer.options) for layer in selection.layers)
+    allowed = 10 ** (-sqnr / 10) * selection.weight
     if least > allowed:
         raise PlanError(
             f"{sqnr:g} dB cannot be reached: with these formats and rules the best is "
-            f"{decibels_of(least / count):.2f} dB; take rules away (--layer) or ask for less"
+            f"{decibels_of(least / selection.weight):.2f} dB; take rules away (--layer) or ask for less"
         )
-    found = _assign(selection, allowed, lambda choice: choice.option[::-1])
+    found = assign([[option[::-1] for option in layer.options] for layer in selection.layers], allowed)
     made = MixedPlan(selection, found.chosen)
     roomier = for_size(selection, int(made.nbytes * (1 + _SPARE)))
     return roomier if roomier.error < made.error else made
 
 
-def _assign(selection: Selection, budget: float, option: Callable[[Choice], Option]) -> Assignment:
-    return assign([[option(choice) for choice in layer.choices] for layer in selection.layers], budget)
+def _compiled(pattern: str, weight: float) -> re.Pattern[str]:
+    if not 0 < weight < math.inf:
+        raise PlanError(f"--weight {pattern}={weight:g}: write a positive number")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise PlanError(f"--weight {pattern!r} is no regular expression: {error}; correct it") from error
 
 
 def decibels_of(error: float) -> float:

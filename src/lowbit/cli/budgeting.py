@@ -40,6 +40,7 @@ class Target:
     size: str | None
     sqnr: float | None
     formats: Sequence[str]
+    weights: Sequence[str]
     measure_with: str
     rows: int
     sensitivities: Path | None
@@ -49,6 +50,18 @@ class Target:
     def specs(self) -> list[str]:
         """The formats to choose from."""
         return [spec.strip() for text in self.formats for spec in text.split(";") if spec.strip()] or list(FORMATS)
+
+    @property
+    def weight_rules(self) -> list[tuple[str, float]]:
+        """Patterns and how often the error of layers that match counts. Raises `PlanError`."""
+        rules = []
+        for text in self.weights:
+            pattern, _, number = text.rpartition("=")
+            try:
+                rules.append((pattern, float(number)))
+            except ValueError:
+                raise PlanError(f"--weight {text!r}: write it as REGEX=NUMBER, such as 'proj_out=4'") from None
+        return rules
 
     def check(self, wishes: Wishes) -> None:
         """Refuse what no source could make right, before any file is opened. Raises `Failure`."""
@@ -63,8 +76,9 @@ class Target:
                 StoredFormat.parse(spec)
             if self.size is not None:
                 parse_size(self.size, 1 << 40)
-            if self.sqnr is not None and not math.isfinite(self.sqnr):
-                raise PlanError(f"--target-sqnr {self.sqnr}: write a number of dB, such as 30")
+            if self.sqnr is not None and not 0 <= self.sqnr < math.inf:
+                raise PlanError(f"--target-sqnr {self.sqnr}: write a positive number of dB, such as 30")
+            _ = self.weight_rules
             if self.measure_with not in (START, PLANNED):
                 parse_pipeline(self.measure_with)
 
@@ -80,7 +94,7 @@ class Target:
             layer_rules=[split_rule(rule) for rule in wishes.layer],
             dialect=wishes.dialect,
             statistics=statistics,
-        )
+        ).weighted(self.weight_rules)
         file = self.sensitivities
         known = Sensitivities.load(file) if file is not None and file.exists() else None
         with progress("measuring") as update:
@@ -106,21 +120,23 @@ class Target:
         """What the plan was made for, for its readers."""
         wanted = f"--target-size {self.size}" if self.sqnr is None else f"--target-sqnr {self.sqnr:g}"
         rows = f"{self.rows} rows" if self.rows else "all rows"
+        weights = "".join(f", --weight {text}" for text in self.weights)
         return (
-            f"mixed precision: {wanted} among {'; '.join(self.specs)}, measured with {self.measure_with} on {rows} a "
-            f"layer: output SQNR {decibels(mixed.sqnr)} in {size(mixed.nbytes)}"
+            f"mixed precision: {wanted} among {'; '.join(self.specs)}{weights}, measured with "
+            f"{self.measure_with} on {rows} a layer: output SQNR {decibels(mixed.sqnr)} in {size(mixed.nbytes)}"
         )
 
 
 def parse_size(text: str, whole: int) -> int:
     """Bytes of a size such as 0.3x (of `whole`), 1.2GB, 800MiB or 123456. Raises `PlanError`."""
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(x|[KMG]?I?B)?", text.strip(), re.IGNORECASE)
-    number, unit = (float(found[1]), (found[2] or "").upper()) if found else (0.0, "")
-    if number * (whole if unit == "X" else _UNITS[unit]) < 1:
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(x|(?:[KMG]I?)?B)?", text.strip(), re.IGNORECASE)
+    unit = (found[2] or "").upper() if found else ""
+    nbytes = float(found[1]) * (whole if unit == "X" else _UNITS[unit]) if found else 0.0
+    if not 1 <= nbytes < math.inf:
         raise PlanError(
             f"--target-size {text!r}: write it as a share of the source such as 0.3x, or as bytes such as 1.2GB"
         )
-    return int(number * (whole if unit == "X" else _UNITS[unit]))
+    return int(nbytes)
 
 
 def show_mixed(mixed: MixedPlan, made: Plan, note: str) -> None:

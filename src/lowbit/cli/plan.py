@@ -38,6 +38,14 @@ def plan(
     target_size: options.TargetSize = None,
     target_sqnr: options.TargetSqnr = None,
     formats: options.Formats = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=NUMBER",
+            help="Count the errors of layers whose name matches so often; the first match wins.",
+            show_default=False,
+        ),
+    ] = None,
     solver: options.Solver = "auto",
     preset: options.Preset = "auto",
     keep: options.Keep = None,
@@ -74,7 +82,7 @@ def plan(
     every layer so that all of them together lose least in that size, or take least for that quality.
     """
     wishes = Wishes(format, solver, preset, keep or (), only or (), layer or (), dialect, requantize)
-    target = Target(target_size, target_sqnr, formats or (), measure_with, rows, sensitivities, jobs)
+    target = Target(target_size, target_sqnr, formats or (), weight or (), measure_with, rows, sensitivities, jobs)
     mixed = None
     if target_size is None and target_sqnr is None:
         _refuse_targets_options(target)
@@ -107,6 +115,7 @@ def _refuse_targets_options(target: Target) -> None:
     """Options that mean something only with a target."""
     given = {
         "--formats": bool(target.formats),
+        "--weight": bool(target.weights),
         "--sensitivities": target.sensitivities is not None,
         "--measure-with": target.measure_with != START,
         "--rows": target.rows != ROWS,
