@@ -2,7 +2,9 @@
 
 A pipeline is written `start+refinement+...`, as in `scale_search+gptq+descent+bias`. The start makes parts from a
 weight (`base.register_solver`); refinements improve them against H (`refinement.register_refinement`); `bias` makes up
-for the mean error in the layer's bias, after which only the covariance of the input counts.
+for the mean error in the layer's bias. (Refining against the covariance of the input instead of H, as a bias that takes
+the mean error would allow, was better on text of the calibration's kind and worse on another: 0.336 against 0.325 of
+plain rounding's error for 4-bit weights of a sentence model.)
 
 Statistics come in two halves. The first refinement is tried on some rows with H of one half and judged with H of the
 other. If it beats rounding to nearest there, all rows are solved with H of both halves, and the result is kept if it is
@@ -146,7 +148,7 @@ class _Problem:
         if self.pipeline.steps:
             amount = self._amount(start, plain, notes)
             if amount is not None:
-                yield self.pipeline.name, self._refined(self.w, start, self._target_hessian(), amount)
+                yield self.pipeline.name, self._refined(self.w, start, self.statistics.combined, amount)
         name = Pipeline(self.pipeline.start, bias=self.pipeline.bias).name
         yield name, start
 
@@ -160,7 +162,6 @@ class _Problem:
         some, rules = self.w[:rows], self.fmt.rules
         begun = narrow_rows(rules, start, 0, rows)
         least, _ = output_error(some, self.fmt, narrow_rows(rules, plain, 0, rows), self._judge)
-        assert self.statistics.hessian is not None
         for amount in (max(usual, shrinkage(self.statistics.tokens, k)), _STRONGER):
             tried = self._refined(some, begun, self.statistics.hessian, amount, first_only=True)
             if output_error(some, self.fmt, tried, self._judge)[0] <= least:
@@ -168,15 +169,12 @@ class _Problem:
             notes.append(f"a trial with H shrunk by {amount:g} lost")
         return None
 
-    def _refined(self, w: Tensor, start: Parts, hessian: Tensor, amount: float, *, first_only: bool = False) -> Parts:
+    def _refined(
+        self, w: Tensor, start: Parts, hessian: Tensor | None, amount: float, *, first_only: bool = False
+    ) -> Parts:
+        assert hessian is not None
         steps = self.pipeline.refinements[: 1 if first_only else None]
         return refine(w, self.fmt, start, steps, hessian, amount, self.where)
-
-    def _target_hessian(self) -> Tensor:
-        """H of all samples, or their covariance where the bias takes care of the mean."""
-        combined, mean = self.statistics.combined, self._mean
-        assert combined is not None
-        return combined if mean is None else combined - torch.outer(mean, mean)
 
     # ---- judging ----------------------------------------------------------------------------------------------------
 
