@@ -88,6 +88,7 @@ class SvdquantW4A4(Format):
     }
     golden_sqnr: ClassVar = {"svdquant_w4a4": 20.79, "svdquant_w4a4(rank=16,act_unsigned=True)": 20.19}
     data_free_solver: ClassVar[str] = "scale_search"
+    calibrated_start: ClassVar[str] = "svdquant"
 
     def __post_init__(self) -> None:
         rank: object = self.rank
@@ -149,11 +150,16 @@ class SvdquantW4A4(Format):
         scaled = rows.contiguous() * smooth  # contiguous: the last bits of a matrix product depend on strides
         up = refined_rows(scaled, down * smooth.unsqueeze(1), round_groups, weights, TURNS, shared["proj_down"].dtype)
         params = {**shared, "proj_up": up}
-        scale = group_amax(self._residual(rows, params), GROUP).div_(SIGNED_MAX).clamp_min_(MIN_STORED_SCALE)
+        scale = self.plain_scale(rows, params)
         if not bool(scale.isfinite().all() & up.isfinite().all()):
             kind = str(up.dtype).removeprefix("torch.")
             raise WeightError(f"weight: its low-rank factors exceed {kind}; repair the source or keep this layer")
-        return {"scale": scale.t().contiguous(), **params}
+        return {"scale": scale, **params}
+
+    def plain_scale(self, rows: Tensor, params: Parts) -> Tensor:
+        """The scale of rounding to nearest beside the low rank of `params`: absmax / 7, float32 [K/64, n]."""
+        scale = group_amax(self._residual(rows, params), GROUP).div_(SIGNED_MAX).clamp_min_(MIN_STORED_SCALE)
+        return scale.t().contiguous()
 
     def unit(self, shape: tuple[int, int]) -> tuple[int, int]:
         return 1, GROUP

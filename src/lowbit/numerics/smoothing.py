@@ -61,8 +61,12 @@ def choose_smoothing(rows: Tensor, amax: Tensor, rank: int, unsigned: bool, dtyp
     return best
 
 
-def smoothed_error(rows: Tensor, smooth: Tensor, x: Tensor, rank: int, unsigned: bool) -> float:
+def smoothed_error(
+    rows: Tensor, smooth: Tensor, x: Tensor, rank: int, unsigned: bool, moments: Tensor | None = None
+) -> float:
     """The squared output error per token x [T, K] of W (rows [n, K]) with these factors, in 4 bits beside a low rank.
+
+    moments: E[x_k^2] [K] where more is known than those of `x`.
 
     The low rank holds the leading part of M = W s, and the rest is rounded. Two independent errors add up, each summed
     over channels: that of the weight, times the input; and that of the input, times the rounded weight.
@@ -71,6 +75,7 @@ def smoothed_error(rows: Tensor, smooth: Tensor, x: Tensor, rank: int, unsigned:
     basis = leading_basis(lambda: iter((scaled,)), columns, rank, _PASSES, rows.device)[:, :rank]
     residual = scaled - (scaled @ basis) @ basis.t()
     rounded = round_groups(residual)
-    of_weight = residual.sub_(rounded).square_().sum(0) @ (x / smooth).square_().mean(0)
+    seen = x.square().mean(0) if moments is None else moments
+    of_weight = residual.sub_(rounded).square_().sum(0) @ (seen / smooth.square())
     lost = rounded_input(x, smooth, unsigned).sub_(x / smooth)
     return float(of_weight + rounded.square_().sum(0) @ lost.square_().mean(0))

@@ -3,7 +3,7 @@
 Importing this package registers them all.
 """
 
-from lowbit.solvers import awq, descent, gptq, learned_rounding, rtn, scale_search
+from lowbit.solvers import awq, descent, gptq, learned_rounding, rtn, scale_search, svdquant
 from lowbit.solvers.base import Solver, Statistics, register_solver, solver, solvers
 from lowbit.solvers.input_scale import input_scale, percentile
 from lowbit.solvers.pipeline import AUTO, AWQ, BIAS, Pipeline, misfit, parse_pipeline, pick_solver, what_is_known
@@ -36,5 +36,6 @@ __all__ = [
     "solve",
     "solver",
     "solvers",
+    "svdquant",
     "what_is_known",
 ]
