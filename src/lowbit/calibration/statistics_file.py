@@ -7,6 +7,7 @@ is JSON: version, model, layers, inputs, never_called, options.
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -49,6 +50,7 @@ class StatisticsFile(StatisticsCollection):
             self._file.close()
             raise
         self._cache: OrderedDict[str, Statistics] = OrderedDict()
+        self._lock = threading.Lock()  # a conversion asks from several threads
 
     @classmethod
     def open(cls, path: str | Path) -> StatisticsFile:
@@ -62,16 +64,17 @@ class StatisticsFile(StatisticsCollection):
 
     def load_input(self, key: str) -> Statistics:
         """The statistics of an input, from the file or among the last ones read."""
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        facts = self.contents.inputs[key]
-        tensors = {name: self._file.read(f"{key}.{name}") for name in self.fields(key)}
-        found = Statistics(tokens=facts.tokens, held_out_tokens=facts.held_out_tokens, **tensors)
-        self._cache[key] = found
-        while len(self._cache) > _CACHED:
-            self._cache.popitem(last=False)
-        return found
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+            facts = self.contents.inputs[key]
+            tensors = {name: self._file.read(f"{key}.{name}") for name in self.fields(key)}
+            found = Statistics(tokens=facts.tokens, held_out_tokens=facts.held_out_tokens, **tensors)
+            self._cache[key] = found
+            while len(self._cache) > _CACHED:
+                self._cache.popitem(last=False)
+            return found
 
     def fields(self, key: str) -> dict[str, Field]:
         """The tensors of an input: dtype and shape by field."""
