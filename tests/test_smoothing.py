@@ -108,7 +108,7 @@ def test_the_output_stays_the_same(block):
 
 @pytest.mark.parametrize(("spec", "share"), [("awq_w4a16(group_size=32)", 0.75), ("int8(granularity=tensor)", 0.9)])
 def test_less_is_lost_in_few_bits(block, spec, share):
-    """Quantized afterwards, on other input, the block loses a smaller part of its output, the same search of scales for both."""
+    """Quantized afterwards, on other input, the block loses a smaller part of its output."""
     plain, folded, known = copy.deepcopy(block), copy.deepcopy(block), observed(block, gaussian(1024, K))
     done = smooth_(folded, known, spec)
     quantize_(plain, spec, solver="scale_search", statistics=known)

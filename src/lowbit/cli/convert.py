@@ -9,14 +9,17 @@ import typer
 
 from lowbit.checkpoint.conversion_report import ConversionReport
 from lowbit.checkpoint.convert import convert as run
+from lowbit.checkpoint.error_lora import LoraLayer, check_error_lora, write_error_lora
 from lowbit.checkpoint.layer_groups import grouped
+from lowbit.checkpoint.layer_statistics import LayerStatistics
 from lowbit.checkpoint.plan import Plan
-from lowbit.checkpoint.source import open_source
+from lowbit.checkpoint.source import Source, open_source
 from lowbit.cli import options
 from lowbit.cli.known import statistics_of
 from lowbit.cli.output import command, decibels, epilog, print_json, progress, say, show, size, table
 from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, summarize
 from lowbit.report import ConversionPage, KeptGroup, LayerRow, write_conversion
+from lowbit.solvers import BIAS
 
 EPILOG = epilog(
     "lowbit convert flux.safetensors -o flux-fp8.safetensors --format 'fp8_e4m3(granularity=row)'",
@@ -59,6 +62,9 @@ def convert(
         Path | None,
         typer.Option(metavar="FILE.html", help="Write what happened as a page with pictures.", show_default=False),
     ] = None,
+    error_lora: options.ErrorLora = None,
+    lora_rank: options.LoraRank = 32,
+    lora_prefix: options.LoraPrefix = "",
     as_json: options.AsJson = False,
 ) -> None:
     """Convert a checkpoint: quantize its weights, write it, and prove layer by layer what was lost.
@@ -69,6 +75,8 @@ def convert(
     wishes = Wishes(format, solver, preset, keep or (), only or (), layer or (), dialect, requantize)
     refuse_both(wishes, plan)
     with open_source(src) as source, statistics_of(source, stats) as known:
+        if error_lora is not None:
+            check_error_lora(source, error_lora, lora_rank)
         made = plan_for(source, wishes, plan, known)
         if not as_json:
             summarize(made)
@@ -84,12 +92,39 @@ def convert(
                 progress=update,
                 statistics=known,
             )
+        corrected = [] if error_lora is None else _correct(source, done, error_lora, lora_rank, lora_prefix, known)
     if report is not None:
         write_conversion(report, _page(str(src), made, done))
     if as_json:
-        print_json({**done.to_json(), "plan": plan_totals(made), "report": None if report is None else str(report)})
+        more = {"plan": plan_totals(made), "report": None if report is None else str(report)}
+        print_json({**done.to_json(), **more, "error_lora": [vars(layer) for layer in corrected]})
     else:
         _show(done, report)
+        _show_lora(corrected, error_lora)
+
+
+def _correct(
+    source: Source, done: ConversionReport, target: Path, rank: int, prefix: str, known: LayerStatistics | None
+) -> list[LoraLayer]:
+    """Write the LoRA that makes up for what was lost."""
+    biased = {layer.name for layer in done.layers if layer.solver.endswith(f"+{BIAS}")}
+    with open_source(done.target) as converted, progress("correcting") as update:
+        return write_error_lora(
+            source,
+            converted,
+            target,
+            rank,
+            statistics=known,
+            bias_corrected=biased,
+            prefix=prefix,
+            progress=update,
+        )
+
+
+def _show_lora(layers: list[LoraLayer], target: Path | None) -> None:
+    if target is not None and layers:
+        left = sum(layer.error_after for layer in layers) / max(sum(layer.error_before for layer in layers), 1e-30)
+        say(f"{target}: corrections of {len(layers)} layers leave {100 * left:.0f} % of their squared error")
 
 
 def _show(done: ConversionReport, report: Path | None) -> None:

@@ -84,6 +84,23 @@ Stats = Annotated[
         show_default=False,
     ),
 ]
+ErrorLora = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.safetensors",
+        help="Write a LoRA beside the checkpoint that makes up for what was lost, best with --stats.",
+        show_default=False,
+    ),
+]
+LoraRank = Annotated[int, typer.Option(min=1, metavar="R", help="Rank of --error-lora.")]
+LoraPrefix = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT",
+        help="What the LoRA's names have in front of the checkpoint's, such as diffusion_model. for ComfyUI.",
+        show_default=False,
+    ),
+]
 TargetSize = Annotated[
     str | None,
     typer.Option(

@@ -1,0 +1,191 @@
+"""A LoRA file that makes up for what a conversion lost: one low-rank correction a quantized layer.
+
+    <prefix><layer>.lora_A.weight [r, K]    <prefix><layer>.lora_B.weight [N, r]    <prefix><layer>.alpha = r
+
+These are the names of PEFT and diffusers, with alpha = r so that a strength of 1 is the whole correction. ComfyUI reads
+them when the layer's name starts with "diffusion_model." (give that as `prefix` where the checkpoint leaves it out).
+diffusers reads them with the model's place in the pipeline in front ("transformer."), which is there for a pipeline
+folder. PEFT wants "base_model.model." and an adapter_config.json with the rank.
+
+It is made from the source and the converted checkpoint, as a loader gets it, so that any conversion can have one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import PlanError, WriteError
+from lowbit.formats.parts import HALVES
+from lowbit.solvers import Statistics
+from lowbit.solvers.curvature import energy
+from lowbit.solvers.error_lora import error_lora
+
+from .dialects import StoredLayer
+from .dialects.base import join_key, name_place
+from .layer_statistics import LayerStatistics
+from .pipeline import Progress, Unit, run_units
+from .quantized_source import QuantizedComponent, look_for_layers
+from .source import Source
+from .target import check_file_target
+from .writer import CheckpointWriter
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One correction: its layer and rank; the relative squared error of the output without it and with it."""
+
+    layer: str
+    rank: int
+    error_before: float
+    error_after: float
+
+
+def check_error_lora(source: Source, target: str | Path, rank: int) -> None:
+    """Raise `WriteError` or `PlanError` if no LoRA of this rank can be written to `target`."""
+    path = Path(target)
+    if rank < 1:
+        raise PlanError(f"the rank of a correction is {rank}; give 1 or more, such as 32")
+    if path.suffix != ".safetensors":
+        raise WriteError(f"{path}: a LoRA is a safetensors file; give it a name that ends in .safetensors")
+    check_file_target(path)
+    for file in source.files.values():
+        if path.exists() and path.samefile(file.path):
+            raise WriteError(f"{path}: is the input {file.path} itself; choose another file for the LoRA")
+
+
+def write_error_lora(
+    source: Source,
+    converted: Source,
+    target: str | Path,
+    rank: int,
+    *,
+    statistics: LayerStatistics | None = None,
+    bias_corrected: Collection[str] = (),
+    prefix: str = "",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> list[LoraLayer]:
+    """Write the corrections of all layers that `converted` holds in fewer bits than `source`; it appears when complete.
+
+    `bias_corrected`: names of layers whose bias makes up for their mean error already. One layer a thread is in memory.
+
+    Raises:
+        PlanError: a rank below 1, or no layer that was quantized.
+        SolverError: statistics of another model.
+        CheckpointError: reading or writing failed.
+    """
+    check_error_lora(source, target, rank)
+    layers = [layer for component in converted.components for layer in _layers(source, converted, component.name)]
+    if not layers:
+        raise PlanError(f"{converted.place}: holds no layer that {source.place} holds in more bits; nothing to correct")
+    entries: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    for layer in layers:
+        entries += layer.entries(rank, prefix)
+    writer = CheckpointWriter(target, entries, {"format": "pt"}, fingerprint="error_lora", resume=False)
+    made: dict[str, LoraLayer] = {}
+    lock = threading.Lock()
+
+    def run(layer: _Layer) -> None:
+        known = None if statistics is None else statistics.get(layer.name)
+        tensors, report = layer.make(rank, prefix, known, mean_is_corrected=layer.name in bias_corrected)
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)
+        writer.commit(layer.name, {"tensors": list(tensors)})
+        with lock:
+            made[layer.name] = report
+
+    try:
+        units = [Unit(layer.name, layer.size, layer.memory, lambda layer=layer: run(layer)) for layer in layers]  # type: ignore[misc]
+        run_units(units, jobs=jobs, progress=progress)
+        writer.finish()
+    except BaseException:
+        writer.abort(keep=False)
+        raise
+    return [made[layer.name] for layer in layers]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer that one checkpoint holds in full and the other one in few bits."""
+
+    component: str
+    plain: QuantizedComponent
+    held: QuantizedComponent
+    stored: StoredLayer
+
+    @property
+    def name(self) -> str:
+        return self.held.full_name(self.stored.layer)
+
+    @property
+    def size(self) -> int:
+        return self.stored.shape[0] * self.stored.shape[1] * self.stored.dtype.itemsize
+
+    @property
+    def memory(self) -> int:
+        n, k = self.stored.shape
+        return 4 * (4 * n * k + 4 * k * k)
+
+    def entries(self, rank: int, prefix: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Names, dtypes and shapes of its tensors in the file."""
+        (n, k), r = self.stored.shape, min(rank, *self.stored.shape)
+        dtype = self.stored.dtype if self.stored.dtype in HALVES else torch.bfloat16
+        down, up, alpha = self._keys(prefix)
+        return [(down, dtype, (r, k)), (up, dtype, (n, r)), (alpha, torch.float32, ())]
+
+    def _keys(self, prefix: str) -> tuple[str, str, str]:
+        base = prefix + ".".join(part for part in (self.component.replace("/", "."), self.stored.layer) if part)
+        return join_key(base, "lora_A.weight"), join_key(base, "lora_B.weight"), join_key(base, "alpha")
+
+    def make(
+        self, rank: int, prefix: str, known: Statistics | None, *, mean_is_corrected: bool
+    ) -> tuple[dict[str, Tensor], LoraLayer]:
+        """Its tensors by key, and what they are worth."""
+        w = self._source_weight().float()
+        lost, _ = self.held.dequantized(self.stored, torch.float32)
+        error = lost.neg_().add_(w)
+        place = name_place(self.held.where, self.stored.layer)
+        down, up = error_lora(error, rank, known, mean_is_corrected=mean_is_corrected, where=place)
+        (down_key, dtype, _), (up_key, _, _), (alpha_key, _, _) = self.entries(rank, prefix)
+        down, up = down.to(dtype), up.to(dtype)
+        hessian = None if known is None else known.combined
+        if mean_is_corrected and known is not None and known.mean is not None and hessian is not None:
+            mean = known.mean  # the bias takes care of it
+            hessian = hessian - (torch.outer(mean, mean) if hessian.dim() == 2 else mean.square())
+        signal = energy(w, hessian) or 1.0
+        before = energy(error, hessian) / signal
+        after = energy(error.addmm_(up.float(), down.float(), alpha=-1), hessian) / signal
+        tensors = {down_key: down.contiguous(), up_key: up.contiguous()}
+        tensors[alpha_key] = torch.tensor(float(down.shape[0]))
+        return tensors, LoraLayer(self.name, down.shape[0], before, after)
+
+    def _source_weight(self) -> Tensor:
+        was = self.plain.layers.get(self.stored.layer)
+        if was is not None:
+            return self.plain.dequantized(was, torch.float32)[0]
+        return self.plain.read(join_key(self.stored.layer, "weight"))
+
+
+def _layers(source: Source, converted: Source, name: str) -> list[_Layer]:
+    """The layers of one model that were quantized, by the names and formats in both checkpoints."""
+    plain = look_for_layers(source, source.component(name))
+    held = look_for_layers(converted, converted.component(name))
+    found = []
+    for layer, stored in held.layers.items():
+        was, key = plain.layers.get(layer), join_key(layer, "weight")
+        if was is not None and was.format == stored.format:
+            continue
+        shape = was.shape if was is not None else plain.specs[key].shape if key in plain.specs else ()
+        if tuple(shape) != stored.shape:
+            raise PlanError(
+                f"{stored.place}: is {list(stored.shape)}, in {source.place} it is {list(shape) or 'missing'}; these "
+                "are two models"
+            )
+        found.append(_Layer(name, plain, held, stored))
+    return found

@@ -1,0 +1,117 @@
+"""The low-rank correction of what quantization lost: the best there is, and never a loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowbit.errors import SolverError
+from lowbit.formats import parse_spec
+from lowbit.solvers import Statistics
+from lowbit.solvers.curvature import energy, second_moments, shrinkage
+from lowbit.solvers.error_lora import error_lora
+from tests.support import gaussian
+
+
+def power_law(k: int, seed: int = 7) -> torch.Tensor:
+    """Samples [4096, K] with a falling spectrum and a mean."""
+    basis, _ = torch.linalg.qr(gaussian(k, k, seed=seed))
+    x = gaussian(4096, k, seed=seed + 1) * torch.arange(1, k + 1).float().pow(-0.6) @ basis.t()
+    return x + 0.3 * gaussian(1, k, seed=seed + 2)
+
+
+def known_of(x: torch.Tensor) -> Statistics:
+    """Second moments and mean of some samples."""
+    return Statistics(hessian=x.t() @ x / len(x), tokens=len(x), mean=x.mean(0))
+
+
+def rounding_error(n: int, k: int, spec: str = "awq_w4a16") -> torch.Tensor:
+    """What rounding a Gaussian weight loses."""
+    fmt, w = parse_spec(spec), gaussian(n, k)
+    return w - fmt.dequantize(fmt.quantize(w), (n, k), torch.float32)
+
+
+def left(error: torch.Tensor, down: torch.Tensor, up: torch.Tensor, hessian: torch.Tensor | None) -> float:
+    """The share of tr(E H E^T) that a correction leaves."""
+    return energy(error - up @ down, hessian) / energy(error, hessian)
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (192, 64)])
+def test_it_is_the_truncated_svd_of_the_whitened_error(shape):
+    """What is left is that of the exact SVD of E L with H = L L^T, within half a percent."""
+    error, known = rounding_error(*shape), known_of(power_law(shape[1]))
+    h = second_moments(known.hessian, shrinkage(known.tokens, shape[1]), None)
+    singular = torch.linalg.svdvals(error.double() @ torch.linalg.cholesky(h.double())).square()
+    found = left(error, *error_lora(error, 12, known), h)
+
+    assert found == pytest.approx(float(singular[12:].sum() / singular.sum()), rel=5e-3)
+
+
+def test_without_statistics_it_is_the_svd_of_the_error():
+    """With H unknown, the squares of the error count alone."""
+    error = rounding_error(96, 128)
+    singular = torch.linalg.svdvals(error).square()
+
+    assert left(error, *error_lora(error, 12), None) == pytest.approx(
+        float(singular[12:].sum() / singular.sum()), rel=5e-3
+    )
+
+
+def test_second_moments_make_a_rank_worth_more():
+    """On other samples, a correction made with H leaves less of the output's error than one made without."""
+    error, known = rounding_error(96, 128), known_of(power_law(128))
+    other = power_law(128)[2048:]
+    unseen = other.t() @ other / len(other)
+
+    assert left(error, *error_lora(error, 12, known), unseen) < 0.8 * left(error, *error_lora(error, 12), unseen)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_it_never_hurts_whatever_the_input(seed):
+    """The correction projects the error, so no input at all loses by it, statistics of another one included."""
+    error, known = rounding_error(64, 128), known_of(power_law(128, seed=seed))
+    down, up = error_lora(error, 8, known)
+    x = gaussian(100, 128, seed=seed + 50)
+    before, after = x @ error.t(), x @ (error - up @ down).t()
+
+    assert bool((after.norm(dim=1) <= before.norm(dim=1) * (1 + 1e-5)).all())
+
+
+def test_a_corrected_mean_is_left_alone():
+    """Where the bias makes up for the mean error, the correction adds nothing at the mean and still helps."""
+    error, known = rounding_error(96, 128), known_of(power_law(128))
+    covariance = known.hessian - torch.outer(known.mean, known.mean)
+    down, up = error_lora(error, 12, known, mean_is_corrected=True)
+
+    assert float((up @ (down @ known.mean)).norm()) < 1e-4 * float((error @ known.mean).norm())
+    assert left(error, down, up, covariance) < 0.85
+
+
+def test_a_diagonal_counts():
+    """With the second moments of single channels, the large ones are corrected first."""
+    error = rounding_error(96, 128)
+    diagonal = torch.linspace(-3, 3, 128).exp()
+
+    assert left(error, *error_lora(error, 12, Statistics(hessian=diagonal, tokens=9)), diagonal) < left(
+        error, *error_lora(error, 12), diagonal
+    )
+
+
+def test_extremes():
+    """No error, a rank beyond the matrix, tiny and huge errors: finite factors that do what they can."""
+    zero = error_lora(torch.zeros(8, 16), 4)
+    full = error_lora(gaussian(8, 16), 99)
+    tiny = error_lora(gaussian(8, 16) * 1e-30, 8)
+
+    assert all(bool((part == 0).all()) for part in (zero[1] @ zero[0],))
+    assert full[0].shape == (8, 16)
+    torch.testing.assert_close(full[1] @ full[0], gaussian(8, 16), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tiny[1] @ tiny[0], gaussian(8, 16) * 1e-30, rtol=1e-3, atol=1e-35)
+
+
+def test_bad_requests_are_named():
+    """A rank below 1 and the statistics of another layer are refused."""
+    with pytest.raises(SolverError, match=r"blocks.0: the rank of a correction is 0"):
+        error_lora(gaussian(8, 16), 0, where="blocks.0")
+    with pytest.raises(SolverError, match="for K = 4"):
+        error_lora(gaussian(8, 16), 2, Statistics(hessian=torch.ones(4), tokens=3))
