@@ -12,9 +12,9 @@ It is made from the source and the converted checkpoint, as a loader gets it, so
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,24 +84,19 @@ def write_error_lora(
     layers = [layer for component in converted.components for layer in _layers(source, converted, component.name)]
     if not layers:
         raise PlanError(f"{converted.place}: holds no layer that {source.place} holds in more bits; nothing to correct")
-    entries: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
-    for layer in layers:
-        entries += layer.entries(rank, prefix)
+    entries = [entry for layer in layers for entry in layer.entries(rank, prefix)]
     writer = CheckpointWriter(target, entries, {"format": "pt"}, fingerprint="error_lora", resume=False)
     made: dict[str, LoraLayer] = {}
-    lock = threading.Lock()
 
     def run(layer: _Layer) -> None:
         known = None if statistics is None else statistics.get(layer.name)
-        tensors, report = layer.make(rank, prefix, known, mean_is_corrected=layer.name in bias_corrected)
+        tensors, made[layer.name] = layer.make(rank, prefix, known, mean_is_corrected=layer.name in bias_corrected)
         for key, tensor in tensors.items():
             writer.write(key, tensor)
         writer.commit(layer.name, {"tensors": list(tensors)})
-        with lock:
-            made[layer.name] = report
 
     try:
-        units = [Unit(layer.name, layer.size, layer.memory, lambda layer=layer: run(layer)) for layer in layers]  # type: ignore[misc]
+        units = [Unit(layer.name, layer.size, layer.memory, partial(run, layer)) for layer in layers]
         run_units(units, jobs=jobs, progress=progress)
         writer.finish()
     except BaseException:
