@@ -20,7 +20,8 @@ RANK = 24
 
 @pytest.fixture(autouse=True)
 def few_vectors(monkeypatch):
-    """Make the objective look at some singular vectors of a small weight only."""
+    """Make the objective look at some singular vectors of a small weight only, and stop early."""
+    monkeypatch.setattr("lowbit.solvers.learned_rounding.ITERATIONS", 60)
     monkeypatch.setattr("lowbit.solvers.learned_rounding.MIN_K", RANK)
     monkeypatch.setattr("lowbit.solvers.learned_rounding.projected_rank", lambda n, k: projected_rank(n, k, 0.2, RANK))
 

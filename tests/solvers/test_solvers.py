@@ -13,6 +13,12 @@ from tests.support import gaussian, sqnr
 FORMATS = [cls() for cls in formats().values()]
 
 
+@pytest.fixture(autouse=True)
+def few_iterations(monkeypatch):
+    """Stop the iterative solvers early: what is tested here holds after any number of steps."""
+    monkeypatch.setattr("lowbit.solvers.learned_rounding.ITERATIONS", 8)
+
+
 @pytest.fixture(params=sorted(solvers().keys() - {"awq"}))
 def name(request) -> str:
     """Each registered solver that works without statistics."""
