@@ -98,7 +98,6 @@ def _on(statistics: Statistics, device: torch.device) -> Statistics:
         statistics,
         hessian=move(statistics.combined),
         held_out=None,
-        absmax=move(statistics.absmax),
         samples=move(statistics.samples),
         tokens=statistics.total_tokens,
         held_out_tokens=0,
@@ -154,9 +153,7 @@ class _Layer:
         samples = known.samples
         if samples is None or not samples.shape[0]:
             samples = simulated_input(moments, unsigned)
-        smooth = calibrated_smoothing(
-            self._sample(), moments, samples, known.absmax, fmt.rank, unsigned=unsigned, dtype=self.dtype
-        )
+        smooth = calibrated_smoothing(self._sample(), moments, samples, fmt.rank, unsigned=unsigned, dtype=self.dtype)
         factor = smooth.float()
         noise, hessian = input_noise(samples, factor, unsigned), self._smoothed_hessian(factor)
         scaled = torch.cat([rows * (factor / self.size) for w in self.weights for rows in self._rows(w)])

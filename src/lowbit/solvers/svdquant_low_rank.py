@@ -6,7 +6,7 @@ The error of a split M = L + R, with R rounded to Q and x' = x / s rounded to x'
 
 *Start.* What is left in R costs the noise C and the rounding of R, which grows with R's size in each group. Neither
 knows of the correlations in H, so L begins as the best rank r of M under the diagonal metric C + COST mean_g(H_kk + C).
-Whitening M itself with H, which is right for an L that is added to a finished Q, costs 1 dB here.
+Whitening M itself with H, which is right for an L that is added to a finished Q, costs 0.5 to 1 dB here.
 
 *Refinement.* Given Q, the best L is the leading part of E = M - Q under H: what the rounding lost, weighted by what the
 layer sees. In turn Q = rounded(M - L) and L = E H D D^T, D [K, r] orthonormal under H (D^T H D = I) and found by
