@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from lowbit.solvers import Statistics, what_is_known
 
@@ -17,7 +21,7 @@ class LayerStatistics(Protocol):
         ...
 
     def kind(self, layer: str, /) -> str:
-        """ "full", "diagonal" or "" for a layer without second moments; cheap."""
+        """What is known of a layer: "full", "diagonal" or "" for one without second moments; cheap."""
         ...
 
     def fingerprint(self) -> str:
@@ -43,9 +47,13 @@ class InMemory:
         """See `LayerStatistics`."""
         digest = hashlib.sha256()
         for name, known in sorted(self._by_layer.items()):
-            digest.update(f"{name} {known.tokens} {known.held_out_tokens}".encode())
-            if known.hessian is not None:
-                digest.update(known.hessian.contiguous().numpy().tobytes())
+            for field in fields(known):
+                value = getattr(known, field.name)
+                if isinstance(value, Tensor):
+                    digest.update(f"{name} {field.name} {value.dtype} {list(value.shape)}".encode())
+                    digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                else:
+                    digest.update(f"{name} {field.name} {value}".encode())
         return digest.hexdigest()
 
 
