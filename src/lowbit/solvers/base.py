@@ -7,7 +7,7 @@ the second moment of the input; without statistics `H` is the identity, and that
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -73,6 +73,31 @@ class Statistics:
         if not bool((weights >= 0).all() & weights.isfinite().all()):
             raise SolverError(f"{where}: the statistics hold negative or non-finite second moments; calibrate again")
         return weights
+
+    def check(self, k: int, where: str = "weight") -> None:
+        """Raise `SolverError`, naming `where`, unless all that is known is of an input with K channels and finite."""
+        self.column_weights(k, where)
+        moments = (k,) if self.hessian is None or self.hessian.dim() == 1 else (k, k)
+        shapes = {"hessian": moments, "held_out": moments, **dict.fromkeys(_BY_CHANNEL, (k,))}
+        for name, shape in shapes.items():
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape:
+                found = f"{name} of shape {list(tensor.shape)}, expected {list(shape)}"
+                raise SolverError(f"{where}: the statistics hold a {found}; they are those of another layer")
+            low, high = torch.aminmax(tensor)
+            if not bool(low.isfinite() & high.isfinite()):
+                raise SolverError(f"{where}: the statistics hold a {name} with NaN or infinity; calibrate again")
+
+    def on(self, device: torch.device) -> Statistics:
+        """The same on a device, in float32."""
+        names = ("hessian", "held_out", "samples", *_BY_CHANNEL)
+        known = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        return replace(self, **{name: tensor.to(device, torch.float32) for name, tensor in known.items()})
+
+
+_BY_CHANNEL = ("absmax", "mean", "minimum", "maximum")
 
 
 class Solver(Protocol):

@@ -22,6 +22,7 @@ from lowbit.formats.parts import Parts
 from lowbit.numerics.groups import row_chunks
 
 _DEAD = 1e-6  # of the mean second moment: what a channel without any gets, so that H has an inverse
+_LEAST = 2.0**-126  # where all channels are dead: the inverse of this is still a float32
 _PIECE = 1 << 22  # elements of a temporary
 
 
@@ -49,8 +50,7 @@ def second_moments(hessian: Tensor, amount: float, factor: Tensor | None) -> Ten
     if factor is not None:
         shrunk.mul_(factor.unsqueeze(0)).mul_(factor.unsqueeze(1))
     live = shrunk.diagonal()
-    least = live.mean().clamp_min(torch.finfo(torch.float32).tiny) * _DEAD
-    live.clamp_(min=float(least))
+    live.clamp_(min=max(float(live.mean()) * _DEAD, _LEAST))
     return shrunk
 
 
@@ -77,7 +77,7 @@ class Curvature:
             raise SolverError(
                 f"{self._where}: the second moments of its input are no positive definite matrix; calibrate it again"
             )
-        return order, (lower / lower.diagonal()).float()
+        return order, lower.div_(lower.diagonal().clone()).float()
 
 
 def output_error(w: Tensor, fmt: Format, parts: Parts, hessian: Tensor | None) -> tuple[float, float]:
@@ -85,13 +85,22 @@ def output_error(w: Tensor, fmt: Format, parts: Parts, hessian: Tensor | None) -
 
     hessian: [K, K], its diagonal [K], or None for the identity. Sums are float64 over pieces of float32.
     """
-    lost = total = 0.0
+    return output_loss(w, fmt, parts, hessian), output_signal(w, hessian)
+
+
+def output_loss(w: Tensor, fmt: Format, parts: Parts, hessian: Tensor | None) -> float:
+    """The first of `output_error`."""
+    lost = 0.0
     for start, stop in row_chunks(w.shape[0], w.shape[1], fmt.row_multiple, _PIECE):
-        rows = w[start:stop].float()
-        error = fmt.dequantize_rows(parts, w.shape[1], start, stop, torch.float32).sub_(rows)
-        lost += energy(error, hessian)
-        total += energy(rows, hessian)
-    return lost, total
+        error = fmt.dequantize_rows(parts, w.shape[1], start, stop, torch.float32)
+        lost += energy(error.sub_(w[start:stop].float()), hessian)
+    return lost
+
+
+def output_signal(w: Tensor, hessian: Tensor | None) -> float:
+    """The second of `output_error`."""
+    pieces = row_chunks(w.shape[0], w.shape[1], elements=_PIECE)
+    return sum(energy(w[start:stop].float(), hessian) for start, stop in pieces)
 
 
 def energy(rows: Tensor, hessian: Tensor | None) -> float:

@@ -7,9 +7,9 @@ the mean error would allow, was better on text of the calibration's kind and wor
 plain rounding's error for 4-bit weights of a sentence model.)
 
 Statistics come in two halves. The first refinement is tried on some rows with H of one half and judged with H of the
-other. If it beats rounding to nearest there, all rows are solved with H of both halves, and the result is kept if it is
-no worse than rounding to nearest on the half held out. If not, a stronger shrinkage is tried, then the start alone, and
-at last nothing but rounding is left.
+other. If it beats rounding to nearest and the start there, all rows are solved with H of both halves, and the result is
+kept if it is no worse than rounding to nearest on the half held out. If not, a stronger shrinkage is tried, then the
+start alone, and at last nothing but rounding is left.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lowbit.formats.parts import Parts, narrow_rows
 from lowbit.numerics.groups import round_up
 
 from .base import Statistics, solver
-from .curvature import output_error, shrinkage
+from .curvature import output_loss, output_signal, shrinkage
 from .input_scale import input_scale, transformed
 from .pipeline import AUTO, Pipeline, parse_pipeline, pick_solver, what_is_known
 from .refinement import refine
@@ -88,8 +88,8 @@ def solve(
         chosen = Pipeline(chosen.start, chosen.steps)
     if statistics is None or not known or not w.numel():
         return Solution(solver(chosen.start)(w, fmt, statistics, where=where, seed=seed), chosen.start)
-    statistics.column_weights(w.shape[1], where)  # refuses those of another layer
-    return _Problem(w, fmt, chosen, statistics, where, seed).best()
+    statistics.check(w.shape[1], where)
+    return _Problem(w, fmt, chosen, statistics.on(w.device), where, seed).best()
 
 
 def _with_input_scale(
@@ -128,8 +128,7 @@ class _Problem:
         if self.fmt.pre_quant_scale:
             dtype = self.fmt.part_dtypes(self.w.dtype)["pre_quant_scale"]
             plain["pre_quant_scale"] = torch.ones(self.w.shape[1], dtype=dtype, device=self.w.device)
-        lost, signal = output_error(self.w, self.fmt, plain, self._judge)
-        rtn_error = _ratio(lost, signal)
+        rtn_error = self._error(plain, None)
         notes = [] if self._held_out else ["judged on the samples it was made from: there are no others"]
         if self.pipeline.name == "rtn":
             return Solution(plain, "rtn", None, "", rtn_error, rtn_error)
@@ -153,7 +152,7 @@ class _Problem:
         yield name, start
 
     def _amount(self, start: Parts, plain: Parts, notes: list[str]) -> float | None:
-        """The shrinkage with which a trial on some rows beats rounding to nearest, or None."""
+        """The shrinkage with which a trial on some rows beats rounding to nearest and the start, or None."""
         k = self.w.shape[1]
         usual = shrinkage(self.statistics.total_tokens, k)
         if not self._held_out:
@@ -161,10 +160,10 @@ class _Problem:
         rows = min(self.w.shape[0], round_up(max(_TRIAL_ROWS, self.w.shape[0] // _TRIAL_SHARE), self.fmt.row_multiple))
         some, rules = self.w[:rows], self.fmt.rules
         begun = narrow_rows(rules, start, 0, rows)
-        least, _ = output_error(some, self.fmt, narrow_rows(rules, plain, 0, rows), self._judge)
+        least = min(self._loss(some, narrow_rows(rules, plain, 0, rows)), self._loss(some, begun))
         for amount in (max(usual, shrinkage(self.statistics.tokens, k)), _STRONGER):
             tried = self._refined(some, begun, self.statistics.hessian, amount, first_only=True)
-            if output_error(some, self.fmt, tried, self._judge)[0] <= least:
+            if self._loss(some, tried) <= least:
                 return usual if amount < _STRONGER else amount
             notes.append(f"a trial with H shrunk by {amount:g} lost")
         return None
@@ -188,22 +187,38 @@ class _Problem:
 
     @cached_property
     def _mean(self) -> Tensor | None:
-        return self.statistics.mean if self.pipeline.bias else None
+        """E[x] [K], without what may be noise: of few tokens every channel has a mean, and correcting it costs output.
+
+        With a variance of v / T the best multiple of a mean m is 1 - v / T / m^2 (James and Stein).
+        """
+        mean, moments = self.statistics.mean, self.statistics.diagonal
+        if mean is None or moments is None or not self.statistics.total_tokens:
+            return mean
+        noise = (moments / mean.square() - 1).clamp_min_(0.0) / self.statistics.total_tokens
+        return torch.where(mean == 0, 0.0, mean * (1 - noise).clamp_min_(0.0))
 
     def _bias(self, parts: Parts) -> Tensor | None:
         """(W - Wq) E[x], float32 [N]: what the output lacks on average."""
         if self._mean is None:
             return None
-        mean = self._mean.to(self.w.device)
         pieces = []
         for start, stop in self.fmt.row_ranges(self.w.shape[0], self.w.shape[1]):
             decoded = self.fmt.dequantize_rows(parts, self.w.shape[1], start, stop, torch.float32)
-            pieces.append((self.w[start:stop].float() - decoded) @ mean)
+            pieces.append((self.w[start:stop].float() - decoded) @ self._mean)
         return torch.cat(pieces)
 
+    def _loss(self, w: Tensor, parts: Parts) -> float:
+        return output_loss(w, self.fmt, parts, self._judge)
+
+    @cached_property
+    def _signal(self) -> float:
+        return output_signal(self.w, self._judge)
+
     def _error(self, parts: Parts, bias: Tensor | None) -> float:
-        lost, signal = output_error(self.w, self.fmt, parts, self._judge)
-        return _ratio(lost if bias is None else lost - float(bias.double().square().sum()), signal)
+        lost = self._loss(self.w, parts)
+        if bias is not None:  # what is left around the mean; rounding may put it below zero
+            lost = max(lost - float(bias.double().square().sum()), 0.0)
+        return _ratio(lost, self._signal)
 
 
 def _ratio(lost: float, signal: float) -> float:
