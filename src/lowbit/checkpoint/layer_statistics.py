@@ -24,6 +24,10 @@ class LayerStatistics(Protocol):
         """What is known of a layer: "full", "diagonal" or "" for one without second moments; cheap."""
         ...
 
+    def smallest(self, layer: str, /) -> float | None:
+        """The smallest input of a layer; None where that is not known."""
+        ...
+
     def fingerprint(self) -> str:
         """Names their contents."""
         ...
@@ -43,6 +47,11 @@ class InMemory:
         """See `LayerStatistics`."""
         return what_is_known(self._by_layer.get(layer))
 
+    def smallest(self, layer: str, /) -> float | None:
+        """See `LayerStatistics`."""
+        known = self._by_layer.get(layer)
+        return None if known is None or known.minimum is None else float(known.minimum.min())
+
     def fingerprint(self) -> str:
         """See `LayerStatistics`."""
         digest = hashlib.sha256()
@@ -51,7 +60,7 @@ class InMemory:
                 value = getattr(known, field.name)
                 if isinstance(value, Tensor):
                     digest.update(f"{name} {field.name} {value.dtype} {list(value.shape)}".encode())
-                    digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                    digest.update(_bytes(value))
                 else:
                     digest.update(f"{name} {field.name} {value}".encode())
         return digest.hexdigest()
@@ -60,3 +69,8 @@ class InMemory:
 def knowledge(statistics: LayerStatistics | None, layer: str) -> str:
     """What is known of a layer: "full", "diagonal" or ""."""
     return "" if statistics is None else statistics.kind(layer)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+    return bytes(flat.view(torch.uint8).numpy().tobytes())
