@@ -82,7 +82,8 @@ class Granular(Format):
         return Grid(rows.t().contiguous(), step, self.levels, columns=wide, rows=tall, snap=_snap)
 
     def with_steps(self, params: Parts, grid: Grid) -> Parts:
-        scale = grid.step[:, :: grid.rows].t().contiguous()
+        by_tile = grid.step[:, :: grid.rows].t()
+        scale = by_tile.clone(memory_format=torch.contiguous_format)  # contiguous() keeps the stride of a single one
         return {"scale": scale.reshape(()) if self.granularity == "tensor" else scale}
 
     @property
