@@ -28,17 +28,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.convert_qwen_image import machine
 from benchmarks.digits_dit_train import classify, train_to
+from benchmarks.plain_w4a4 import PlainLinear
 from lowbit.calibration import StatisticsCollection, calibrate
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.dequantize import dequantize
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
 from lowbit.integrations.digits_dit import PRESET, DigitsDiT, calibration_inputs, load_model, psnr, sample
-from lowbit.numerics.int4_matmul import GROUP, round_groups
+from lowbit.numerics.int4_matmul import GROUP
 
 SEEDS = (1, 2)  # of the noise that is sampled from; calibration starts at CALIBRATION_SEED
 TIMES = (0.1, 0.5, 0.9)
@@ -111,21 +111,6 @@ ROWS = (
         )
     ),
 )
-
-
-class PlainLinear(nn.Module):
-    """A linear whose weight or input is rounded to 4 bits in groups of 64 by absmax / 7, or both."""
-
-    def __init__(self, layer: nn.Linear, *, weights: bool, inputs: bool) -> None:
-        super().__init__()
-        self.weight = round_groups(layer.weight) if weights else layer.weight
-        self.bias, self.inputs = layer.bias, inputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
-        rows = x.reshape(-1, x.shape[-1])
-        rows = round_groups(rows) if self.inputs else rows
-        return F.linear(rows, self.weight, self.bias).reshape(*x.shape[:-1], -1)
 
 
 def plain_model(model: DigitsDiT, row: Plain) -> DigitsDiT:

@@ -60,9 +60,12 @@ def tokens_in(batches: Sequence[Batch]) -> int:
     return sum(int(batch["attention_mask"].sum()) for batch in batches)
 
 
-def unseen_batches(tokenizer, genre: str, size: int = 32) -> list[Batch]:
-    """All sentences of a genre to test on, in padded batches, the shortest first (which saves most of the padding)."""
-    ids = sorted(tokenizer(sentences(genre), truncation=True)["input_ids"], key=len)
+def unseen_batches(tokenizer, genre: str, size: int = 32, skip: int = 0) -> list[Batch]:
+    """The sentences of a genre to test on, in padded batches, the shortest first (which saves most of the padding).
+
+    `skip`: leave out so many at the beginning, those that a calibration on the same genre has seen.
+    """
+    ids = sorted(tokenizer(sentences(genre)[skip:], truncation=True)["input_ids"], key=len)
     parts = [{"input_ids": ids[start : start + size]} for start in range(0, len(ids), size)]
     return [dict(tokenizer.pad(part, return_tensors="pt")) for part in parts]
 

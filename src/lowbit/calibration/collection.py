@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowbit.errors import StatisticsError
 from lowbit.solvers.base import Statistics
@@ -113,6 +114,16 @@ class StatisticsCollection(Mapping[str, Statistics]):
         if found is None or not self.contents.inputs[found.input].tokens:
             return ""
         return self.contents.inputs[found.input].kind
+
+    def smallest(self, layer: str) -> float | None:
+        """The smallest input of a layer; None where that is not known."""
+        found = self.contents.layers.get(layer)
+        minimum = None if found is None else self.minimum(found.input)
+        return None if minimum is None else float(minimum.min())
+
+    def minimum(self, key: str) -> Tensor | None:
+        """The smallest value of each channel of an input, [K]."""
+        return self.load_input(key).minimum
 
     def fingerprint(self) -> str:
         """Names the contents: the directory and what is small of each input, which differ when anything does."""

@@ -81,6 +81,10 @@ class StatisticsFile(StatisticsCollection):
         infos = {name: self._file.tensors.get(f"{key}.{name}") for name in FIELDS}
         return {name: (info.dtype, info.shape) for name, info in infos.items() if info is not None}
 
+    def minimum(self, key: str) -> Tensor | None:
+        """The smallest value of each channel of an input, [K]; reads nothing else."""
+        return self._file.read(f"{key}.minimum") if "minimum" in self.fields(key) else None
+
     def digest(self, key: str) -> bytes:
         """A digest of the vectors of an input, without reading its matrices."""
         small: dict[str, Any] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lowbit.errors import PlanError
 from lowbit.formats.base import Format
@@ -137,6 +137,13 @@ class _Rules:
         self.picked[fmt.spec, name] = f"{fmt}: solver {name} ({why})"
         return name
 
+    def fit(self, stored: StoredFormat, layer: str) -> tuple[StoredFormat, str]:
+        """The variant of a format that suits a layer's input, and the reason to add where it is another one."""
+        smallest = None if self.statistics is None else self.statistics.smallest(layer)
+        if smallest is None or (fitted := stored.format.fitted_to(smallest)) == stored.format:
+            return stored, ""
+        return replace(stored, format=fitted), f"; its input is never below {smallest:.3g}"
+
     def notes(self) -> Iterable[str]:
         """Which solver was taken for which format."""
         return self.picked.values()
@@ -242,9 +249,10 @@ def _decide(key: str, spec: TensorSpec, names: _Naming, rules: _Rules, was: str 
     if why is not None:
         return _tensor(key, spec, "keep", why)
     because = "the format for all weights" if rule is None else f"matches --layer {rule[0].text!r}"
+    stored, also = rules.fit(stored, name)
     has_bias = join_key(layer or "", "bias") in names.biases
     solver = rules.pick(stored.format, name, has_bias=has_bias)
-    return _tensor(key, spec, "quantize", because, format=stored.spec, solver=solver, was=was)
+    return _tensor(key, spec, "quantize", because + also, format=stored.spec, solver=solver, was=was)
 
 
 def _tensor(key: str, spec: TensorSpec, action: str, why: str, **more: str) -> TensorPlan:

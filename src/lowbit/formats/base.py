@@ -111,6 +111,10 @@ class Format(ABC):
         """The codes [n, columns] (or padded further) of stored rows."""
         return qdata
 
+    def fitted_to(self, smallest_input: float) -> Format:
+        """This format, or a variant of the same size that suits a layer whose input is never below a value."""
+        return self
+
     @abstractmethod
     def unit(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The tile (rows, columns) of a weight of this shape that shares one scale."""
@@ -214,6 +218,11 @@ class Format(ABC):
         picked = gather_rows(self.rules, parts, indices.reshape(-1).long())
         rows = self.single_rows.dequantize_rows(picked, k, 0, indices.numel(), dtype)
         return rows.reshape(*indices.shape, k)
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether `linear` rounds its input to few bits, too."""
+        return False
 
     @property
     def folds_bias(self) -> bool:

@@ -103,6 +103,11 @@ class Int8(Granular):
     def project(self, rows: Tensor, params: Parts) -> Tensor:
         return self._steps(rows, params).mul_(self._spread(params["scale"], rows.shape))
 
+    @property
+    def rounds_input(self) -> bool:
+        """With `activations=int8`."""
+        return self.activations != "none"
+
     def linear(self, x: Tensor, parts: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         if self.activations == "none":
             return super().linear(x, parts, bias)

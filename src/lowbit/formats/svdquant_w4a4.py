@@ -23,7 +23,7 @@ squares, alternating with its rounding. A scale search may choose negative scale
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -119,6 +119,10 @@ class SvdquantW4A4(Format):
         if k % GROUP:
             return f"has {k} columns, not a multiple of the group size {GROUP}"
         return f"has less than {self.rank} rows or columns, the rank" if self.rank > min(n, k) else None
+
+    def fitted_to(self, smallest_input: float) -> Format:
+        """Unsigned activations after a GELU: all 16 codes for what is nearly all positive."""
+        return replace(self, act_unsigned=True) if smallest_input >= -GELU_SHIFT else self
 
     # ---- choosing parameters ----------------------------------------------------------------------------------------
 
@@ -246,6 +250,11 @@ class SvdquantW4A4(Format):
                 out[start:stop], codes, scale, piece @ down, parts["qdata"], parts["scale"], parts["proj_up"], bias
             )
         return out.reshape(*x.shape[:-1], n)
+
+    @property
+    def rounds_input(self) -> bool:
+        """Always."""
+        return True
 
     @property
     def folds_bias(self) -> bool:

@@ -26,6 +26,7 @@ from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, narrow_rows
 from lowbit.numerics.groups import round_up
 
+from .activations import activation_loss
 from .base import Statistics, solver
 from .curvature import output_loss, output_signal, shrinkage
 from .input_scale import input_scale, transformed
@@ -218,7 +219,7 @@ class _Problem:
         lost = self._loss(self.w, parts)
         if bias is not None:  # what is left around the mean; rounding may put it below zero
             lost = max(lost - float(bias.double().square().sum()), 0.0)
-        return _ratio(lost, self._signal)
+        return _ratio(lost + activation_loss(self.fmt, parts, self.statistics.samples), self._signal)
 
 
 def _ratio(lost: float, signal: float) -> float:
