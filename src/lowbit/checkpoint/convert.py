@@ -28,12 +28,13 @@ from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
 from .dialects.base import Read, join_key, name_place
 from .layer_statistics import LayerStatistics, knowledge
 from .output import Staging
-from .pipeline import Progress
+from .pipeline import MEMORY_BUDGET, Progress
 from .plan_data import ComponentPlan, Plan, TensorPlan
 from .quantized_source import QuantizedComponent, look_for_layers
 from .rewrite import Copy, Made, Piece, Rewritten, Settings, batch_copies, rewrite
 from .source import Source
 
+_CALIBRATED_MEMORY = 2 << 30  # bytes in work at a time with second moments: two layers of 3072 x 3072 take 0.8 GiB
 _WORKSPACE = 24 << 20  # bytes of temporaries of a worker
 
 
@@ -71,7 +72,8 @@ def convert(
     for component in plan.components:
         work.add(component)
     fingerprint = _fingerprint(source, plan, seed, statistics, verify=verify)
-    settings = Settings(jobs, resume, verify, progress)
+    memory = MEMORY_BUDGET if statistics is None else _CALIBRATED_MEMORY
+    settings = Settings(jobs, resume, verify, progress, memory)
     done = rewrite(source, staging, work.pieces, work.metadata, fingerprint=fingerprint, settings=settings)
     return _report(target, plan, work.layers, done, time.perf_counter() - began)
 

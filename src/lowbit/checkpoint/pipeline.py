@@ -1,7 +1,8 @@
 """Working through many units with few threads: bounded memory, one error, progress.
 
 Each worker computes with one thread of its own: tensors are many and large, so working on several at once uses the
-cores better than sharing each one among them, and no core waits for another.
+cores better than sharing each one among them, and no core waits for another. Only a unit too large to run beside
+others has all cores to itself.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class _Run:
     def __init__(self, units: Sequence[Unit], budget: int, progress: Progress | None, done: int) -> None:
         self._waiting: Iterator[Unit] = iter(units)
         self._budget = budget
+        self._cores = torch.get_num_threads()
         self._progress = progress
         self._done = done
         self._total = done + sum(unit.size for unit in units)
@@ -80,9 +82,9 @@ class _Run:
             raise self._error
 
     def _worker(self) -> None:
-        torch.set_num_threads(1)
         try:
             while (unit := self._take()) is not None:
+                torch.set_num_threads(self._cores if unit.memory > self._budget else 1)
                 unit.run()
                 self._finish(unit)
         except BaseException as error:  # noqa: BLE001  (raised again in the calling thread)

@@ -18,7 +18,7 @@ from lowbit.errors import PlanError, WriteError
 
 from .dialects.base import Read, TensorSpec
 from .output import OutputFile, Staging
-from .pipeline import Progress, Unit, run_units
+from .pipeline import MEMORY_BUDGET, Progress, Unit, run_units
 from .source import Component, Source
 from .writer import CheckpointWriter
 
@@ -78,6 +78,7 @@ class Settings:
     resume: bool = True
     verify: bool = True
     progress: Progress | None = None
+    memory: int = MEMORY_BUDGET
 
 
 @dataclass
@@ -135,7 +136,7 @@ def rewrite(
                 work = _Work(source, piece, writer, result.records, settings.verify)
                 waiting.append(Unit(piece.name, piece.size, piece.memory, work))
         result.resumed = len(pieces) - len(waiting)
-        run_units(waiting, jobs=settings.jobs, progress=settings.progress, done=done)
+        run_units(waiting, jobs=settings.jobs, budget=settings.memory, progress=settings.progress, done=done)
     return result
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +22,8 @@ from lowbit.cli.output import command, decibels, epilog, print_json, progress, s
 from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, summarize
 from lowbit.report import ConversionPage, KeptGroup, LayerRow, write_conversion
 from lowbit.solvers import BIAS
+
+_NOTED = 5  # layers with a note that are shown
 
 EPILOG = epilog(
     "lowbit convert flux.safetensors -o flux-fp8.safetensors --format 'fp8_e4m3(granularity=row)'",
@@ -136,12 +140,29 @@ def _show(done: ConversionReport, report: Path | None) -> None:
         show(rows)
     elif done.layers:
         say("nothing was read back: --no-verify")
+    for line in _calibrated(done):
+        say(line)
     if done.resumed:
         say(f"went on with an interrupted run: {done.resumed} pieces of work were done already")
     speed = size(done.bytes_before / done.seconds) + "/s" if done.seconds else "-"
     say(f"{done.target}: {size(done.bytes_after)} in {done.seconds:.1f} s ({speed})", "bold")
     if report is not None:
         say(f"report: {report}")
+
+
+def _calibrated(done: ConversionReport) -> Iterator[str]:
+    """What statistics were worth, and the layers where they were of no use."""
+    judged = [layer for layer in done.layers if layer.error is not None]
+    if not judged:
+        return
+    gains = [10 * math.log10(layer.rtn_error / layer.error) for layer in judged if layer.error and layer.rtn_error]
+    mean = sum(gains) / len(gains) if gains else 0.0
+    yield f"calibrated: {len(judged)} layers, {mean:.1f} dB less output error than rounding to nearest, on average"
+    noted = [layer for layer in judged if layer.note]
+    for layer in noted[:_NOTED]:
+        yield f"  {layer.name}: {layer.solver}, {layer.note}"
+    if len(noted) > _NOTED:
+        yield f"  and {len(noted) - _NOTED} more, see --json"
 
 
 def _page(src: str, plan: Plan, done: ConversionReport) -> ConversionPage:
