@@ -108,9 +108,10 @@ def by_definition(w: Tensor, step: Tensor, hessian: Tensor) -> Tensor:
 @pytest.mark.parametrize("k", [1, 2, 63, 64, 65, 200])
 def test_it_is_the_definition_in_blocks(k):
     """For sizes around that of a block, nearly all codes are those of the textbook form in float64."""
-    layer, fmt = Layer.make(40, k, 1.0), parse_spec("int8")
-    parts = rounded(layer.weight, fmt, layer.hessian, "gptq")
-    expected = by_definition(layer.weight, parts["scale"], layer.hessian)
+    w, fmt, size = gaussian(200, k), parse_spec("int8"), torch.rand(k) + 1
+    h = (torch.full((k, k), 0.9) + 0.1 * torch.eye(k)) * torch.outer(size, size)  # every column feels every other
+    parts = rounded(w, fmt, h, "gptq")
+    expected = by_definition(w, parts["scale"], h)
 
     assert (parts["qdata"].double() == expected).double().mean() > 0.995  # a tie may fall the other way in float32
 
