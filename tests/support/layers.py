@@ -42,8 +42,8 @@ class Layer:
         """Rows of x, float64 [tokens, k]."""
         return gaussian(tokens, self.root.shape[0], seed=seed, dtype=torch.float64) @ self.root.t() + self.mean
 
-    def statistics(self, tokens: int, seed: int = 0) -> Statistics:
-        """What calibration sees of so many samples in each half."""
+    def statistics(self, tokens: int, seed: int = 0, *, kept: int = 0) -> Statistics:
+        """What calibration sees of so many samples in each half; it keeps some of them."""
         first, second = self.samples(2 * tokens, seed).split(tokens)
         both = torch.cat([first, second])
         return Statistics(
@@ -55,7 +55,7 @@ class Layer:
             mean=both.mean(0).float(),
             minimum=both.amin(0).float(),
             maximum=both.amax(0).float(),
-            samples=first[:256].float(),
+            samples=first[:kept].float() if kept else None,
         )
 
     def exact(self) -> Statistics:

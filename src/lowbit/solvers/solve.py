@@ -85,12 +85,15 @@ def solve(
             f"{where}: {chosen.name} needs second moments [K, K] of the layer's input, and "
             f"{'only their diagonal is known' if known else 'there are none'}; calibrate, or use scale_search"
         )
-    if chosen.bias and not has_bias:
+    mean_missing = chosen.bias and has_bias and (statistics is None or statistics.mean is None)
+    note = "the bias stays: the mean of the input is not known" if mean_missing else ""
+    if mean_missing or not has_bias:
         chosen = Pipeline(chosen.start, chosen.steps)
     if statistics is None or not known or not w.numel():
-        return Solution(solver(chosen.start)(w, fmt, statistics, where=where, seed=seed), chosen.start)
+        return Solution(solver(chosen.start)(w, fmt, statistics, where=where, seed=seed), chosen.start, note=note)
     statistics.check(w.shape[1], where)
-    return _Problem(w, fmt, chosen, statistics.on(w.device), where, seed).best()
+    found = _Problem(w, fmt, chosen, statistics.on(w.device), where, seed).best()
+    return replace(found, note="; ".join(filter(None, (note, found.note))))
 
 
 def _with_input_scale(
