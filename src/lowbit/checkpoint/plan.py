@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from lowbit.errors import PlanError
 from lowbit.formats.base import Format
-from lowbit.solvers import AUTO, pick_solver
+from lowbit.solvers import AUTO, parse_pipeline, pick_solver
 
 from .dialects import StoredLayer, TensorSpec, get_dialect
 from .dialects.base import join_key, layer_of
@@ -134,6 +134,10 @@ class _Rules:
                 "or keep it (--keep) or give it another format (--layer)"
             )
         name, why = pick_solver(self.solver, fmt, known, has_bias=has_bias)
+        if self.statistics is not None and known != "full" and parse_pipeline(name).steps:
+            # A table of embeddings has no input to measure; refusing it would make the solver useless for the rest.
+            name, why = pick_solver(AUTO, fmt, known, has_bias=has_bias)
+            why = f"{self.solver} needs second moments, which are not known of some layers; {why}"
         self.picked[fmt.spec, name] = f"{fmt}: solver {name} ({why})"
         return name
 
