@@ -20,7 +20,8 @@ def activation_loss(fmt: Format, parts: Parts, samples: Tensor | None) -> float:
         return 0.0
     rows = samples[:_TOKENS].to(parts["qdata"].device).float()
     share = fmt.bias_share(parts)
-    rounded = fmt.linear(rows, parts, None if share is None else -share)
+    scaled = rows * parts["pre_quant_scale"].float() if fmt.pre_quant_scale else rows  # before `linear`: see `Format`
+    rounded = fmt.linear(scaled, parts, None if share is None else -share)
     for start, stop in fmt.row_ranges(fmt.rows_of(parts), rows.shape[1]):
         weight = fmt.dequantize_rows(parts, rows.shape[1], start, stop, rows.dtype)
         rounded[:, start:stop] -= F.linear(rows, weight)
