@@ -54,6 +54,10 @@ def second_moments(hessian: Tensor, amount: float, factor: Tensor | None) -> Ten
     return shrunk
 
 
+class NotPositiveDefiniteError(SolverError):
+    """H has no triangular factor: it is not a second moment."""
+
+
 class Curvature:
     """H [K, K] as solvers use it, with its triangular factor, made when first asked for."""
 
@@ -74,7 +78,7 @@ class Curvature:
         if int(failed):
             lower, failed = torch.linalg.cholesky_ex(arranged.double())
         if int(failed):
-            raise SolverError(
+            raise NotPositiveDefiniteError(
                 f"{self._where}: the second moments of its input are no positive definite matrix; calibrate it again"
             )
         return order, lower.div_(lower.diagonal().clone()).float()

@@ -28,12 +28,13 @@ from lowbit.numerics.groups import round_up
 
 from .activations import activation_loss
 from .base import Statistics, solver
-from .curvature import output_loss, output_signal, shrinkage
+from .curvature import NotPositiveDefiniteError, output_loss, output_signal, shrinkage
 from .input_scale import input_scale, transformed
 from .pipeline import AUTO, Pipeline, parse_pipeline, pick_solver, what_is_known
 from .refinement import refine
 
 _TRIAL_SHARE, _TRIAL_ROWS = 8, 64  # an eighth of the rows, but at least so many
+_LEAST = 0.01  # of the median second moment of a channel: the mean may be that of a few outliers
 _STRONGER = 0.5  # the shrinkage of the second attempt
 
 
@@ -147,13 +148,30 @@ class _Problem:
     # ---- attempts ---------------------------------------------------------------------------------------------------
 
     def _attempts(self, plain: Parts, notes: list[str]) -> Iterator[tuple[str, Parts]]:
-        start = solver(self.pipeline.start)(self.w, self.fmt, self.statistics, where=self.where, seed=self.seed)
+        try:
+            start = solver(self.pipeline.start)(self.w, self.fmt, self._for_start, where=self.where, seed=self.seed)
+        except torch.linalg.LinAlgError:  # the low rank of svdquant solves under H
+            notes.append(f"{self.pipeline.start} cannot use second moments that are no positive definite matrix")
+            return
         if self.pipeline.steps:
-            amount = self._amount(start, plain, notes)
-            if amount is not None:
-                yield self.pipeline.name, self._refined(self.w, start, self.statistics.combined, amount)
+            try:
+                amount = self._amount(start, plain, notes)
+                if amount is not None:
+                    yield self.pipeline.name, self._refined(self.w, start, self.statistics.combined, amount)
+            except NotPositiveDefiniteError as error:
+                notes.append(f"only the diagonal was used: {error}")
         name = Pipeline(self.pipeline.start, bias=self.pipeline.bias).name
         yield name, start
+
+    @cached_property
+    def _for_start(self) -> Statistics:
+        """The statistics with a floor under each channel: one that was never seen is not to be clipped freely."""
+        hessian = self.statistics.hessian
+        assert hessian is not None
+        floored = hessian.clone()
+        diagonal = floored.diagonal() if floored.dim() == 2 else floored
+        diagonal.clamp_(min=float(diagonal.median()) * _LEAST)
+        return replace(self.statistics, hessian=floored)
 
     def _amount(self, start: Parts, plain: Parts, notes: list[str]) -> float | None:
         """The shrinkage with which a trial on some rows beats rounding to nearest and the start, or None."""
