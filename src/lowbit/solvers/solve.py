@@ -150,7 +150,7 @@ class _Problem:
     def _attempts(self, plain: Parts, notes: list[str]) -> Iterator[tuple[str, Parts]]:
         try:
             start = solver(self.pipeline.start)(self.w, self.fmt, self._for_start, where=self.where, seed=self.seed)
-        except torch.linalg.LinAlgError:  # the low rank of svdquant solves under H
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the low rank of svdquant solves under H
             notes.append(f"{self.pipeline.start} cannot use second moments that are no positive definite matrix")
             return
         if self.pipeline.steps:
