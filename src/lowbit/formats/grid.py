@@ -48,6 +48,9 @@ class Grid:
 
     def __post_init__(self) -> None:
         self._divisor = self._divisors()
+        # Views of one row each: solvers ask for every column in turn, and taking a row costs as much as a sum over it.
+        self._steps, self._divided = self.step.unbind(0), self._divisor.unbind(0)
+        self._zeros = None if self.zero is None else self.zero.unbind(0)
 
     def _divisors(self) -> Tensor:
         return self.step.masked_fill(self.step == 0, torch.inf)
@@ -55,11 +58,10 @@ class Grid:
     def nearest(self, x: Tensor, column: int) -> Tensor:
         """The grid value nearest to x [n], for one column."""
         unit = column // self.columns
-        step = self.step[unit]
-        if self.zero is None:
-            return self.levels.round_(x / self._divisor[unit]).mul_(step)
-        zero = self.zero[unit]
-        return self.levels.round_((x - zero).div_(self._divisor[unit])).mul_(step).add_(zero)
+        if self._zeros is None:
+            return self.levels.round_(x / self._divided[unit]).mul_(self._steps[unit])
+        zero = self._zeros[unit]
+        return self.levels.round_((x - zero).div_(self._divided[unit])).mul_(self._steps[unit]).add_(zero)
 
     def units(self, first: int, last: int) -> slice:
         """The units of the columns from `first` to `last`, which must be whole ones or lie within one."""

@@ -75,11 +75,11 @@ def _move_codes(draft: Draft, first: int, last: int, slope: Tensor, inner: Tenso
     """The best code of each column from `first` to `last`. slope: the gradient of these columns, kept up to date."""
     grid, values = draft.grid, draft.values
     inverse: list[float] = inner.diagonal().reciprocal().tolist()
-    for i, column in enumerate(range(first, last)):
-        old = values[column]
-        new = grid.nearest(torch.add(old, slope[i], alpha=inverse[i]), column)
-        slope.addr_(inner[i], new - old, alpha=-1)
-        values[column] = new
+    rows = zip(range(first, last), values[first:last].unbind(0), slope.unbind(0), inner.unbind(0), inverse, strict=True)
+    for column, old, lean, felt, scale in rows:
+        new = grid.nearest(torch.add(old, lean, alpha=scale), column)
+        slope.addr_(felt, new - old, alpha=-1)
+        old.copy_(new)
 
 
 def _refit(draft: Draft, start: int, stop: int, slope: Tensor, inner: Tensor, first: int) -> None:

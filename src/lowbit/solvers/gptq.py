@@ -22,14 +22,16 @@ def gptq(draft: Draft) -> None:
     columns: list[int] = order.tolist()
     target = grid.target[order]
     error = torch.empty_like(target)
+    values, targets, errors = draft.values.unbind(0), target.unbind(0), error.unbind(0)
     for last in range(len(columns), 0, -BLOCK):
         first = max(0, last - BLOCK)
         wanted = target[first:last].addmm(lower[last:, first:last].t(), error[last:])
         inner = lower[first:last, first:last]
+        rows = wanted.unbind(0)
         for i in range(last - first - 1, -1, -1):
-            value = grid.nearest(wanted[i], columns[first + i])
-            draft.values[columns[first + i]] = value
-            missed = torch.sub(target[first + i], value, out=error[first + i])
+            value = grid.nearest(rows[i], columns[first + i])
+            values[columns[first + i]].copy_(value)
+            missed = torch.sub(targets[first + i], value, out=errors[first + i])
             if i:
                 wanted[:i].addr_(inner[i, :i], missed)
     draft.forget_gradient()
