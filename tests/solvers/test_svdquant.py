@@ -14,7 +14,7 @@ from lowbit.errors import SolverError, WeightError
 from lowbit.formats import Format, parse_spec
 from lowbit.numerics.int4_matmul import round_groups, rounded_input
 from lowbit.solvers import Statistics, solve, solver
-from lowbit.solvers.svdquant import svdquant, svdquant_shared, unsigned_fits
+from lowbit.solvers.svdquant import svdquant, svdquant_shared
 from lowbit.solvers.svdquant_low_rank import low_rank, rounded_to_lowest
 from tests.support import gaussian
 
@@ -162,9 +162,10 @@ def test_unsigned_activations_gain_after_a_gelu():
     unsigned = parse_spec("svdquant_w4a4(rank=16,act_unsigned=True)")
     results = [gained(fmt, svdquant(w, fmt, known), w, x[TOKENS:]) for fmt in (FMT, unsigned)]
 
-    assert unsigned_fits(known)
-    assert not unsigned_fits(signed)
-    assert not unsigned_fits(Statistics())
+    assert known.minimum is not None
+    assert signed.minimum is not None
+    assert FMT.fitted_to(float(known.minimum.min())) == unsigned
+    assert FMT.fitted_to(float(signed.minimum.min())) == FMT
     assert results[1] > results[0] + 1
 
 

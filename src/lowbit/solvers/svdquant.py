@@ -25,7 +25,6 @@ from lowbit.errors import SolverError, WeightError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
-from lowbit.numerics.int4_matmul import GELU_SHIFT
 
 from .base import Statistics, register_solver
 from .curvature import second_moments, shrinkage
@@ -77,15 +76,6 @@ def svdquant_shared(
         return [scale_search(w, fmt, None, where=where, seed=seed) for w in weights]
     layer = _Layer(list(weights), fmt, _on(statistics, weights[0].device), where)
     return [fmt.quantize(w, params=params, seed=seed, where=where) for w, params in layer.solved()]
-
-
-def unsigned_fits(statistics: Statistics) -> bool:
-    """Whether the input never was below -0.171875, as after a GELU, so that `act_unsigned` loses nothing of it.
-
-    False when the smallest input is not known.
-    """
-    low = statistics.minimum
-    return low is not None and bool((low >= -GELU_SHIFT).all())
 
 
 def _on(statistics: Statistics, device: torch.device) -> Statistics:
