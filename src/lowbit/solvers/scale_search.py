@@ -44,11 +44,11 @@ def best_params(w: Tensor, fmt: Format, weights: Tensor | None, where: str) -> P
     found: Parts = {}
     for start, stop in fmt.row_ranges(*shape):
         rows = fmt.prepared(w, start, stop, where)
-        fmt.store_rows(found, _search_rows(rows, fmt, fmt.fit_stored(rows, shared, w.dtype), weights), shape, start)
+        fmt.store_rows(found, search_rows(rows, fmt, fmt.fit_stored(rows, shared, w.dtype), weights), shape, start)
     return found
 
 
-def _search_rows(rows: Tensor, fmt: Format, params: Parts, weights: Tensor | None) -> Parts:
+def search_rows(rows: Tensor, fmt: Format, params: Parts, weights: Tensor | None) -> Parts:
     """The best parameters of some prepared rows (float32 [n, K]) that hold whole units."""
     best = _errors(rows, fmt, params, weights)
     # A bound on plain squares holds for weighted ones times this.

@@ -28,7 +28,7 @@ from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
 
 from .base import Statistics, register_solver
 from .curvature import second_moments, shrinkage
-from .scale_search import _search_rows, scale_search
+from .scale_search import scale_search, search_rows
 from .svdquant_low_rank import least_squares, low_rank, rounded_to_lowest
 from .svdquant_smoothing import calibrated_smoothing, input_noise, simulated_input
 
@@ -188,5 +188,5 @@ class _Layer:
                     f"{self.where}: its low-rank factors exceed {kind}; repair the source or keep this layer"
                 )
             params["scale"] = fmt.plain_scale(rows, params).to(self.dtype)
-            fmt.store_rows(found, _search_rows(rows, fmt, params, weights), shape, start)
+            fmt.store_rows(found, search_rows(rows, fmt, params, weights), shape, start)
         return found
