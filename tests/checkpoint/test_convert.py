@@ -212,7 +212,7 @@ def test_a_model_folder_keeps_its_other_files(tmp_path):
     root = tmp_path / "pipe"
     for name in ("text_encoder", "transformer"):
         save_shards(root / name)
-        (root / name / "config.json").write_text(name)
+        (root / name / "config.json").write_text(json.dumps({"name": name}))
     index = {"_class_name": "P", "text_encoder": ["x", "y"], "transformer": ["x", "y"]}
     (root / "model_index.json").write_text(json.dumps(index))
     (root / "tokenizer").mkdir()

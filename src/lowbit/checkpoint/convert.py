@@ -9,6 +9,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ from .accuracy import Accuracy, AccuracyMeter
 from .conversion_report import ConversionReport, LayerReport
 from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
 from .dialects.base import Read, join_key, name_place
+from .folder_configs import FolderConfigs, refuse_target
 from .layer_statistics import LayerStatistics, knowledge
 from .output import Staging
 from .pipeline import MEMORY_BUDGET, Progress
 from .plan_data import ComponentPlan, Plan, TensorPlan
 from .quantized_source import QuantizedComponent, look_for_layers
+from .respell import described
 from .rewrite import Copy, Made, Piece, Rewritten, Settings, batch_copies, rewrite
 from .source import Source
 
@@ -74,6 +77,7 @@ def convert(
     fingerprint = _fingerprint(source, plan, seed, statistics, verify=verify)
     memory = MEMORY_BUDGET if statistics is None else _CALIBRATED_MEMORY
     settings = Settings(jobs, resume, verify, progress, memory)
+    staging.replaced = work.configs.texts()
     done = rewrite(source, staging, work.pieces, work.metadata, fingerprint=fingerprint, settings=settings)
     return _report(target, plan, work.layers, done, time.perf_counter() - began)
 
@@ -120,11 +124,13 @@ class _Work:
         self.pieces: list[Piece | Copy] = []
         self.layers: list[_Layer] = []
         self.metadata = staging.metadata()
+        self.configs = FolderConfigs()
 
     def add(self, plan: ComponentPlan) -> None:
         """Add what one model needs."""
         component = self._source.component(plan.name)
         held = look_for_layers(self._source, component)
+        refuse_target(held, self._dialect, single=self._staging.single)
         outputs = plan.outputs(self._dialect)
         described: dict[str, list[StoredLayer]] = {}
         folded: set[str] = set()  # biases that are written with their layer
@@ -141,15 +147,31 @@ class _Work:
         self.pieces += batch_copies(component, kept, partial(self._staging.file_of, component))
         for stored in held.layers.values():
             if (key := stored.keys["qdata"]) in kept:
+                self._refuse_mixture(held)
                 described.setdefault(self._staging.file_of(component, key), []).append(stored)
-        self._describe(held, described)
+        plain = {key: held.specs[key] for key in kept}
+        self._describe(held, described, plain)
 
-    def _describe(self, held: QuantizedComponent, described: dict[str, list[StoredLayer]]) -> None:
-        """Put the descriptions of the layers into the headers of their files, in place of old ones."""
+    def _refuse_mixture(self, held: QuantizedComponent) -> None:
+        """Layers that stay quantized as they are need the dialect that they are in."""
+        if held.dialect is not self._dialect:
+            name = held.dialect.name if held.dialect is not None else "plain"
+            raise PlanError(
+                f"{held.where}: some of its quantized layers would stay as they are, in the dialect {name}, and the "
+                f"others become {self._dialect.name}: no file holds both. Convert all of them, or rewrite the "
+                f"source first (lowbit migrate --to {self._dialect.name})"
+            )
+
+    def _describe(
+        self, held: QuantizedComponent, described: dict[str, list[StoredLayer]], plain: dict[str, TensorSpec]
+    ) -> None:
+        """Describe the layers in the headers of their files and beside them, in place of old descriptions."""
         for entries in self.metadata.values():
             held.strip_description(entries)
         for file, layers in described.items():
-            self.metadata.setdefault(file, {}).update(self._dialect.header_metadata(layers))
+            self.metadata.setdefault(file, {}).update(self._dialect.header_metadata(layers, plain))
+        self.configs.strip(held)
+        self.configs.describe(held, self._dialect, [layer for found in described.values() for layer in found], plain)
 
 
 class _Layer:
@@ -181,7 +203,7 @@ class _Layer:
         self.bias_key = bias_key if folds or corrects else None
         if self.bias_key is not None and self.bias_key in held.specs:
             self.specs[self.bias_key] = held.specs[self.bias_key]
-        self.stored = StoredLayer(self.layer, self.fmt, self.shape, self.dtype, layout=self.layout)
+        self.stored = plan.stored_layer
         self.size = plan.bytes_before
         self.bytes_after = sum(spec.nbytes for spec in self.specs.values())
         self.memory = plan.spec.nbytes + 3 * self.bytes_after + _WORKSPACE
@@ -210,9 +232,7 @@ class _Layer:
         solution = solve(
             w, self.fmt, self.plan.solver, known, where=self.place, seed=self._seed, has_bias=self.has_bias
         )
-        tensors = self.dialect.store_parts(
-            self.layer, self.fmt, solution.parts, self.shape, self.dtype, {}, self.layout
-        )
+        tensors = self.dialect.store_parts(self.stored, solution.parts)
         if self.bias_key is not None:
             tensors[self.bias_key] = self._bias(solution, share)
         record = {
@@ -246,7 +266,8 @@ class _Layer:
         """Load the layer from what is in the file, as a loader would, and compare it with its source."""
         own = [key for key in self.specs if key != self.bias_key]
         specs = {key: self.specs[key] for key in own}
-        stored = self.dialect.find_layers(specs, {}, read, self.place).layers.get(self.layer)
+        alone = described(self.dialect, replace(self.stored, where=self.place), specs)
+        stored = self.dialect.find_layers(alone, read).layers.get(self.layer)
         if stored is None or (stored.format, stored.shape, stored.layout) != (self.fmt, self.shape, self.layout):
             found = "nothing" if stored is None else f"{stored.format} {list(stored.shape)} {stored.layout}".rstrip()
             raise CheckpointError(

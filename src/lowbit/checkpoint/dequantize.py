@@ -16,6 +16,7 @@ from lowbit.errors import CheckpointError
 from .dialects import StoredLayer, TensorSpec
 from .dialects.base import join_key
 from .eligibility import dtype_name
+from .folder_configs import FolderConfigs
 from .output import Staging
 from .pipeline import Progress
 from .quantized_source import QuantizedComponent, look_for_layers
@@ -66,14 +67,17 @@ def dequantize(
     metadata = staging.metadata()
     pieces: list[Piece | Copy] = []
     layers: dict[str, str] = {}
+    configs = FolderConfigs()
     for component in source.components:
         held = look_for_layers(source, component)
         pieces += _pieces(held, staging, dtype)
         layers |= {held.full_name(name): stored.format.spec for name, stored in held.layers.items()}
         for entries in metadata.values():
             held.strip_description(entries)
+        configs.strip(held)
     if not layers:
         raise CheckpointError(f"{source.place}: holds no quantized layer; there is nothing to decode")
+    staging.replaced = configs.texts()
     facts = ["dequantize", source.fingerprint(), str(dtype), torch.__version__]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     settings = Settings(jobs, resume, verify=True, progress=progress)

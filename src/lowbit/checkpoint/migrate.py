@@ -1,6 +1,6 @@
-"""Old and current conventions of quantized ComfyUI files, streamed from file to file; no code changes.
+"""The same quantized layers in another dialect, or in the older spelling of ComfyUI's; codes and scales stay.
 
-What the conventions are, and which layers they can hold, `dialects/comfy_migrate.py` says.
+Which layers the older spelling can hold `dialects/comfy_migrate.py` says, which a dialect can, that dialect does.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lowbit.errors import CheckpointError
-from lowbit.formats.parts import raw_bytes
 
+from .dialects import Container, dialects, get_dialect
 from .dialects.base import Read, StoredLayer
 from .dialects.comfy import COMFY
-from .dialects.comfy_migrate import Migration, Step, describe, migrate as migrate_file
+from .dialects.comfy_migrate import CONVENTIONS, Migration, Step, describe, migrate as migrate_file
+from .folder_configs import FolderConfigs, refuse_target
 from .output import Staging
 from .pipeline import Progress
 from .quantized_source import QuantizedComponent, look_for_layers
+from .respell import Respelled, refuse_changed
 from .rewrite import Copy, Made, Piece, Settings, batch_copies, rewrite
 from .source import Component, Source
 
@@ -51,43 +51,97 @@ def migrate(
     resume: bool = True,
     progress: Progress | None = None,
 ) -> MigrateReport:
-    """Write the same quantized layers in another convention: `to` is "current" or "legacy".
+    """Write the same quantized layers in another convention.
 
-    Other options as in `convert`.
+    `to` is the name of a dialect, or "legacy" for the `scaled_fp8` files of ComfyUI; "current" means comfy. Other
+    options as in `convert`.
 
     Raises:
-        CheckpointError: nothing in the source is quantized, a layer is not sound, the legacy convention cannot say what
-            a layer is, or reading or writing failed.
+        CheckpointError: nothing in the source is quantized, a layer is not sound, the new convention has no place for
+            a layer, or reading or writing failed.
+        PlanError: the dialect is only read, or needs a model folder.
     """
+    refuse_unknown(to)
     staging = Staging(source, target)
-    metadata = staging.metadata()
-    stored: dict[str, list[StoredLayer]] = {file: [] for file in metadata}
-    pieces: list[Piece | Copy] = []
-    layers: dict[str, str] = {}
-    notes: list[str] = []
+    work = _Work(staging, to)
     for component in source.components:
-        held = _look(source, component)
-        migration = migrate_file(held.found, held.specs, held.metadata, to, held.where)
-        pieces += _pieces(held, migration, staging)
-        pieces += batch_copies(component, held.found.plain, partial(staging.file_of, component))
-        for name, layer in held.layers.items():
-            stored[staging.file_of(component, layer.keys["qdata"])].append(layer)
-            layers[held.full_name(name)] = layer.format.spec
-        notes += migration.notes
-    if not layers:
+        held = look_for_layers(source, component)
+        if to in CONVENTIONS and (held.dialect is None or held.dialect is COMFY):
+            work.respell(component, held)
+        else:
+            work.translate(component, held)
+    if not work.layers:
         raise CheckpointError(f"{source.place}: holds no quantized layer; there is nothing to migrate")
-    metadata = {file: describe(entries, stored[file], to) for file, entries in metadata.items()}
+    staging.replaced = work.configs.texts()
     fingerprint = hashlib.sha256(json.dumps(["migrate", to, source.fingerprint()]).encode()).hexdigest()
     settings = Settings(jobs, resume, verify=True, progress=progress)
-    done = rewrite(source, staging, pieces, metadata, fingerprint=fingerprint, settings=settings)
-    return MigrateReport(str(target), layers, tuple(notes), done.resumed)
+    done = rewrite(source, staging, work.pieces, work.described(), fingerprint=fingerprint, settings=settings)
+    return MigrateReport(str(target), work.layers, tuple(work.notes), done.resumed)
 
 
-def _look(source: Source, component: Component) -> QuantizedComponent:
-    held = look_for_layers(source, component)
-    if held.dialect not in (None, COMFY):
-        raise CheckpointError(f"{held.where}: is not a ComfyUI file, so it has no other convention; keep it as it is")
-    return held
+def refuse_unknown(to: str) -> None:
+    """Raise `CheckpointError` unless `to` names a convention to migrate to."""
+    known = [*CONVENTIONS, *(name for name, dialect in dialects().items() if dialect.writes)]
+    if to not in known:
+        raise CheckpointError(f"unknown convention {to!r} to migrate to; known are {', '.join(known)}")
+
+
+class _Work:
+    """What there is to do for all models of a source."""
+
+    def __init__(self, staging: Staging, to: str) -> None:
+        self._staging, self._to = staging, to
+        self._metadata = staging.metadata()
+        self._stored: dict[str, list[StoredLayer]] = {file: [] for file in self._metadata}
+        self._respelled = False
+        self.pieces: list[Piece | Copy] = []
+        self.layers: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.configs = FolderConfigs()
+
+    def respell(self, component: Component, held: QuantizedComponent) -> None:
+        """Add a ComfyUI model in another spelling of the same dialect."""
+        self._respelled = True
+        migration = migrate_file(held.found, held.specs, held.metadata, self._to, held.where)
+        self.pieces += _pieces(held, migration, self._staging)
+        self.pieces += batch_copies(component, held.found.plain, partial(self._staging.file_of, component))
+        for name, layer in held.layers.items():
+            self._add(held, name, layer, layer)
+        self.notes += migration.notes
+
+    def translate(self, component: Component, held: QuantizedComponent) -> None:
+        """Add a model in another dialect."""
+        dialect = get_dialect("comfy" if self._to == "current" else self._to)
+        if held.layers:
+            refuse_target(held, dialect, single=self._staging.single)
+        plans = [Respelled.plan(held, layer, dialect) for layer in held.layers.values()]
+        for plan in plans:
+            size = sum(held.specs[key].nbytes for key in plan.old.keys.values())
+            file = self._add(held, plan.old.layer, plan.old, plan.new)
+            self.pieces.append(Piece(held.full_name(plan.old.layer), file, plan.specs, size, 6 * size, plan))
+        self.pieces += batch_copies(component, held.found.plain, partial(self._staging.file_of, component))
+        self.notes += [*held.found.notes, *(f"{plan.old.layer}: {note}" for plan in plans for note in plan.old.notes)]
+        self.notes += [plan.note for plan in plans if plan.note]
+        plain = {key: held.specs[key] for key in held.found.plain}
+        for file in {self._staging.file_of(component, key) for key in held.specs}:
+            held.strip_description(self._metadata[file])
+            if self._stored[file]:
+                self._metadata[file].update(dialect.header_metadata(self._stored[file], plain))
+        self.configs.strip(held)
+        if plans:
+            self.configs.describe(held, dialect, [plan.new for plan in plans], plain)
+
+    def _add(self, held: QuantizedComponent, name: str, old: StoredLayer, new: StoredLayer) -> str:
+        file = self._staging.file_of(held.component, old.keys["qdata"])
+        self._stored[file].append(new)
+        self.layers[held.full_name(name)] = new.format.spec
+        return file
+
+    def described(self) -> dict[str, dict[str, str]]:
+        """The header metadata of every output file."""
+        if not self._respelled:
+            return self._metadata
+        return {file: describe(entries, self._stored[file], self._to) for file, entries in self._metadata.items()}
 
 
 def _pieces(held: QuantizedComponent, migration: Migration, staging: Staging) -> Iterator[Piece]:
@@ -101,11 +155,11 @@ def _pieces(held: QuantizedComponent, migration: Migration, staging: Staging) ->
             key, name = step.layer.keys["qdata"], step.layer.layer
             size = sum(held.specs[key].nbytes for key in step.layer.keys.values())
         file = staging.file_of(held.component, key)
-        yield Piece(held.full_name(name), file, step.specs, size, 6 * size, _Respelled(held, step))
+        yield Piece(held.full_name(name), file, step.specs, size, 6 * size, _OtherSpelling(held, step))
 
 
 @dataclass(frozen=True)
-class _Respelled:
+class _OtherSpelling:
     """Makes one layer in its new spelling, and checks that its parts come back with the same bits."""
 
     held: QuantizedComponent
@@ -116,11 +170,6 @@ class _Respelled:
         return Made(self.step.make(self.held.read), check=check)
 
     def _check(self, layer: StoredLayer, read: Read) -> dict[str, Any]:
-        again = COMFY.find_layers(self.step.specs, {}, read, layer.place).layers[layer.layer]
-        parts, back = self.held.load(layer), COMFY.load_parts(again, read)
-        for name, part in parts.items():
-            if name not in back or not torch.equal(raw_bytes(back[name]), raw_bytes(part)):
-                raise CheckpointError(
-                    f"{layer.place}: its {name} does not come back from the new spelling; keep the file as it is"
-                )
+        again = COMFY.find_layers(Container(self.step.specs, where=layer.place), read).layers[layer.layer]
+        refuse_changed(layer, self.held.load(layer), COMFY.load_parts(again, read))
         return {}

@@ -54,6 +54,8 @@ class Staging:
         self._root = self.target.parent if self.single else self.target.with_name(self.target.name + ".partial")
         if not self.single and self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
             raise WriteError(f"{self.target}: exists already; remove it or choose another output folder")
+        self.replaced: dict[str, str | None] = {}
+        """Text files of the output folder that are not copied from the source, by path; None: left out."""
         self._shard_of = {file.path: name for name, file in source.files.items()}
 
     def file_of(self, component: Component, key: str) -> str:
@@ -79,6 +81,7 @@ class Staging:
         come again, such as a weight that is not finite, does not.
         """
         texts = {} if self.single else _indexes(self.source, files)
+        texts |= {path: text for path, text in self.replaced.items() if text is not None}
         self._prepare(files, texts)
         with ExitStack() as stack:
             writers: dict[str, CheckpointWriter] = {}
@@ -117,7 +120,8 @@ class Staging:
             raise WriteError(f"{self._root}: cannot be created: {error.strerror}; check its permissions") from error
 
     def _extras(self) -> list[tuple[Path, str]]:
-        return [(path, path.relative_to(self.source.root).as_posix()) for path in self.source.extra_files]
+        extras = [(path, path.relative_to(self.source.root).as_posix()) for path in self.source.extra_files]
+        return [(path, relative) for path, relative in extras if relative not in self.replaced]
 
     def _complete_folder(self, texts: Mapping[str, str]) -> None:
         try:

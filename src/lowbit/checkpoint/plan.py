@@ -183,7 +183,12 @@ def _plan_component(
     names = _Naming(component.name, bound, biases, by_name=preset != "none")
     weights = {
         stored.layer: _decide(
-            stored.keys["qdata"], TensorSpec(stored.dtype, stored.shape), names, rules, was=stored.format.spec
+            join_key(stored.layer, "weight"),
+            TensorSpec(stored.dtype, stored.shape),
+            names,
+            rules,
+            was=stored.format.spec,
+            key=stored.keys["qdata"],
         )
         for stored in held.layers.values()
     }
@@ -229,15 +234,16 @@ def _part_of(key: str, spec: TensorSpec, stored: StoredLayer, weight: TensorPlan
     return _tensor(key, spec, "drop", f"belongs to {stored.layer!r} as {stored.format}, which is converted again")
 
 
-def _decide(key: str, spec: TensorSpec, names: _Naming, rules: _Rules, was: str = "") -> TensorPlan:
-    """The plan for one tensor, by the order in this module's docstring."""
-    layer = layer_of(key)
-    name = _full_name(names.component, key if layer is None else layer)
+def _decide(name: str, spec: TensorSpec, names: _Naming, rules: _Rules, was: str = "", key: str = "") -> TensorPlan:
+    """The plan for one tensor, by the order in this module's docstring. `key`: its own, where that is not its name."""
+    weight, key = name, key or name
+    layer = layer_of(weight)
+    name = _full_name(names.component, weight if layer is None else layer)
     keep, only, rule = rules.match(name)
-    opinion = names.preset.decide(key if layer is None else layer) if names.by_name else None
+    opinion = names.preset.decide(weight if layer is None else layer) if names.by_name else None
     if opinion is not None and opinion.action == "drop":
         return _tensor(key, spec, "drop", opinion.why)
-    why = cannot_hold(key, spec)
+    why = cannot_hold(weight, spec)
     if why is None and keep is not None:
         why = f"matches --keep {keep.text!r}"
     if why is None and rule is None:
@@ -256,7 +262,8 @@ def _decide(key: str, spec: TensorSpec, names: _Naming, rules: _Rules, was: str 
     stored, also = rules.fit(stored, name)
     has_bias = join_key(layer or "", "bias") in names.biases
     solver = rules.pick(stored.format, name, has_bias=has_bias)
-    return _tensor(key, spec, "quantize", because + also, format=stored.spec, solver=solver, was=was)
+    foreign = {} if key == weight else {"name": layer or ""}
+    return _tensor(key, spec, "quantize", because + also, format=stored.spec, solver=solver, was=was, **foreign)
 
 
 def _tensor(key: str, spec: TensorSpec, action: str, why: str, **more: str) -> TensorPlan:

@@ -20,7 +20,7 @@ from lowbit.formats.base import Format
 from lowbit.formats.registry import parse_spec
 from lowbit.solvers import Pipeline, misfit, parse_pipeline
 
-from .dialects.base import Dialect, TensorSpec, get_dialect, join_key, layer_of
+from .dialects.base import Dialect, StoredLayer, TensorSpec, get_dialect, join_key, layer_of
 from .eligibility import cannot_hold, cannot_store, dtype_name
 from .safetensors_header import DTYPES
 from .source import Component, Source
@@ -38,7 +38,7 @@ class TensorPlan:
 
     `action`: "quantize" stores it in `format` (a spec, with "@" and a layout behind it or without) with codes chosen by
     `solver`; "keep" copies it; "drop" leaves it out. `why` is for readers. `was`: the format in which the source stores
-    it, when it is quantized already.
+    it, when it is quantized already. `name`: the layer, where the key does not tell (another tool's codes).
     """
 
     key: str
@@ -49,10 +49,13 @@ class TensorPlan:
     format: str = ""
     solver: str = ""
     was: str = ""
+    name: str = ""
 
     @property
     def layer(self) -> str:
         """The layer whose weight this is; of another tensor, its key."""
+        if self.name:
+            return self.name
         layer = layer_of(self.key)
         return self.key if layer is None else layer
 
@@ -70,6 +73,12 @@ class TensorPlan:
     def stored(self) -> StoredFormat:
         """The format and its arrangement in the file. Raises `FormatError` for an empty or wrong spec."""
         return StoredFormat.parse(self.format)
+
+    @property
+    def stored_layer(self) -> StoredLayer:
+        """The layer as it is to be written."""
+        shape = (self.shape[0], self.shape[1])
+        return StoredLayer(self.layer, self.fmt, shape, self.spec.dtype, layout=self.stored.layout)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -243,8 +252,11 @@ def _made_of(tensor: TensorPlan, dialect: Dialect) -> dict[str, TensorSpec]:
         return {}
     if tensor.action == "keep":
         return {tensor.key: tensor.spec}
-    shape = (tensor.shape[0], tensor.shape[1])
-    return dialect.stored_specs(tensor.layer, tensor.fmt, shape, tensor.spec.dtype, {}, tensor.stored.layout)
+    if why := dialect.refuses(tensor.stored_layer):
+        raise PlanError(
+            f"layer {tensor.layer!r} as {tensor.format}: {why}; keep this layer, or choose another format or dialect"
+        )
+    return dialect.stored_specs(tensor.stored_layer)
 
 
 def _validate(tensor: TensorPlan) -> None:
@@ -262,7 +274,8 @@ def _validate(tensor: TensorPlan) -> None:
         raise PlanError(f"{place}: {error}") from error
     if misfits:
         raise PlanError(f"{place}: {fmt} {misfits}")
-    why = cannot_hold(tensor.key, tensor.spec) or cannot_store(tensor.stored, tensor.shape, embedding=False)
+    why = cannot_hold(join_key(tensor.layer, "weight") if tensor.name else tensor.key, tensor.spec)
+    why = why or cannot_store(tensor.stored, tensor.shape, embedding=False)
     if why:
         raise PlanError(f"{place} cannot become {fmt}: {list(tensor.shape)} {why}; set its action to keep")
 

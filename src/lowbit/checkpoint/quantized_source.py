@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit.errors import CheckpointError
 from lowbit.formats.parts import Parts
 
-from .dialects import Dialect, FoundLayers, StoredLayer, TensorSpec, detect_dialect
+from .dialects import CONFIG_FILES, Container, Dialect, FoundLayers, StoredLayer, TensorSpec, detect_dialect
 from .dialects.base import join_key
 from .source import Component, Source
+from .strict_json import parse_object
+
+_log = logging.getLogger("lowbit")
 
 
 @dataclass(frozen=True)
 class QuantizedComponent:
-    """One model of a source: its place in messages, tensors' specs, header metadata, dialect (None: plain), layers."""
+    """One model of a source: its place in messages, what its headers and JSON files say, its dialect, its layers.
+
+    `dialect` is None for a plain model.
+    """
 
     source: Source
     component: Component
     where: str
     specs: dict[str, TensorSpec]
     metadata: dict[str, str]
+    configs: dict[str, dict[str, Any]]
     dialect: Dialect | None
     found: FoundLayers
 
@@ -37,7 +47,7 @@ class QuantizedComponent:
 
     def strip_description(self, metadata: dict[str, str]) -> None:
         """Remove from a file's header metadata what the dialect says there about its layers."""
-        for name in self.dialect.header_metadata(()) if self.dialect is not None else ():
+        for name in self.dialect.owned_metadata if self.dialect is not None else ():
             metadata.pop(name, None)
 
     def read(self, key: str) -> Tensor:
@@ -73,8 +83,31 @@ def look_for_layers(source: Source, component: Component, *, strict: bool = True
         for name, value in file.metadata.items():
             metadata.setdefault(name, value)
     where = str(component.shards[0].path if len(component.shards) == 1 else source.root / component.name)
-    dialect = detect_dialect(specs, metadata, where)
+    configs = read_configs(source, component)
+    held = Container(specs, metadata, configs, where)
+    dialect = detect_dialect(held)
     found = FoundLayers(plain=list(specs))
     if dialect is not None:
-        found = dialect.find_layers(specs, metadata, lambda key: source.read(component, key), where, strict=strict)
-    return QuantizedComponent(source, component, where, specs, metadata, dialect, found)
+        found = dialect.find_layers(held, lambda key: source.read(component, key), strict=strict)
+    return QuantizedComponent(source, component, where, specs, metadata, configs, dialect, found)
+
+
+def read_configs(source: Source, component: Component) -> dict[str, dict[str, Any]]:
+    """The JSON files that dialects know and that lie beside a model's weights, by file name.
+
+    Raises `CheckpointError` for one in a model folder that is no JSON object. Beside a single file it may be anybody's,
+    and is passed over.
+    """
+    found = {}
+    for name in CONFIG_FILES:
+        path = source.root / component.name / name
+        if not path.is_file():
+            continue
+        try:
+            found[name] = parse_object(path.read_bytes())
+        except (OSError, ValueError) as error:
+            if source.kind == "file":
+                _log.warning("%s: is no JSON object (%s); passed over", path, error)
+                continue
+            raise CheckpointError(f"{path}: cannot be read: {error}; download it again") from error
+    return found

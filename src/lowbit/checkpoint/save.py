@@ -12,7 +12,7 @@ from lowbit.errors import CheckpointError
 from lowbit.nn import quantized_layers
 from lowbit.tensor import QuantizedTensor
 
-from .dialects import StoredLayer, get_dialect
+from .dialects import StoredLayer, TensorSpec, get_dialect
 from .dialects.base import join_key
 from .load import OPTIONS
 from .target import check_file_target
@@ -29,6 +29,9 @@ def save(
     appears in one step, when it is complete. Raises `WriteError` when it cannot be written.
     """
     chosen, target = get_dialect(dialect), Path(path)
+    if chosen.needs_folder or not chosen.writes:
+        why = "describes layers in a folder's config.json" if chosen.writes else "is only read"
+        raise CheckpointError(f"{target}: the dialect {dialect} {why}; save in another one, such as comfy")
     empty = [name for name, value in module.state_dict(keep_vars=True).items() if _is_meta(value)]
     if empty:
         raise CheckpointError(f"{target}: {empty[0]} is on the meta device, without values to save; load it first")
@@ -39,11 +42,9 @@ def save(
     plain = _plain_tensors(module, coded)
     entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in plain.items()]
     for layer in layers:
-        specs = chosen.stored_specs(
-            layer.layer, layer.format, layer.shape, layer.dtype, layer.options, dtypes=layer.dtypes
-        )
-        entries += [(key, spec.dtype, spec.shape) for key, spec in specs.items()]
-    header = {"format": "pt", **(metadata or {}), **chosen.header_metadata(layers)}
+        entries += [(key, spec.dtype, spec.shape) for key, spec in chosen.stored_specs(layer).items()]
+    others = {name: TensorSpec.of(tensor) for name, tensor in plain.items()}
+    header = {"format": "pt", **(metadata or {}), **chosen.header_metadata(layers, others)}
     writer = CheckpointWriter(target, entries, header, fingerprint="module", resume=False)
     try:
         for name, tensor in plain.items():
@@ -51,8 +52,7 @@ def save(
         for layer in layers:
             weight = weights[layer.layer]
             parts = {name: part.cpu() for name, part in weight.in_layout("").parts.items()}
-            stored = chosen.store_parts(layer.layer, layer.format, parts, layer.shape, layer.dtype, layer.options)
-            for key, tensor in stored.items():
+            for key, tensor in chosen.store_parts(layer, parts).items():
                 writer.write(key, tensor)
         writer.commit("module", {"tensors": [name for name, _, _ in entries]})
         return writer.finish()

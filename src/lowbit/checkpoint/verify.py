@@ -154,7 +154,7 @@ class _Task:
         self.result: LayerResult | None = None
         self.problem = ""
         self.same = 0
-        spec = made.specs[key]
+        spec = made.specs[key if layer is None else made.layers[layer].keys["qdata"]]
         self.size = spec.nbytes
         self.memory = min(spec.nbytes, 2 * _PIECE) if layer is None else 4 * spec.nbytes + _PIECE
 

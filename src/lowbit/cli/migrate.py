@@ -1,4 +1,4 @@
-"""`lowbit migrate`: ComfyUI files between their older and their current spelling."""
+"""`lowbit migrate`: the same quantized layers in the convention of another program."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from typing import Annotated
 
 import typer
 
-from lowbit.checkpoint.dialects.comfy_migrate import CONVENTIONS
-from lowbit.checkpoint.migrate import migrate as run
+from lowbit.checkpoint.migrate import migrate as run, refuse_unknown
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
 from lowbit.cli.output import asking, command, epilog, print_json, progress, say
-from lowbit.errors import PlanError
 
 EPILOG = epilog(
     "lowbit migrate flux-scaled-fp8.safetensors -o flux-fp8.safetensors",
@@ -24,16 +22,18 @@ def migrate(
     src: options.SourcePath,
     output: options.OutputPath,
     to: Annotated[
-        str, typer.Option(metavar="CONVENTION", help="current (a marker a layer) or legacy (scaled_fp8).")
+        str,
+        typer.Option(
+            metavar="CONVENTION", help="A dialect that `lowbit formats` lists, or legacy (ComfyUI's older scaled_fp8)."
+        ),
     ] = "current",
     jobs: options.Jobs = None,
     resume: options.Resume = True,
     as_json: options.AsJson = False,
 ) -> None:
-    """Rewrite a quantized ComfyUI file in its current convention, or back; no code and no scale changes."""
-    if to not in CONVENTIONS:
-        with asking():
-            raise PlanError(f"--to {to!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
+    """Rewrite a quantized checkpoint in the convention of another program; codes and scales stay as they are."""
+    with asking():
+        refuse_unknown(to)
     with open_source(src) as source, progress("rewriting") as update:
         done = run(source, output, to, jobs=jobs, resume=resume, progress=update)
     if as_json:

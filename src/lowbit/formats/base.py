@@ -219,6 +219,14 @@ class Format(ABC):
         rows = self.single_rows.dequantize_rows(picked, k, 0, indices.numel(), dtype)
         return rows.reshape(*indices.shape, k)
 
+    def equivalents(self) -> tuple[Format, ...]:
+        """Other formats that hold the same codes with other parameters: `recast` makes their parts."""
+        return ()
+
+    def recast(self, parts: Mapping[str, Tensor], other: Format) -> Parts:
+        """The parts in a format of `equivalents`. Raises `FormatError` for any other."""
+        raise FormatError(f"{self}: its codes mean nothing in {other}; quantize again")
+
     @property
     def rounds_input(self) -> bool:
         """Whether `linear` rounds its input to few bits, too."""

@@ -7,7 +7,7 @@ import json
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.dialects import FoundLayers, StoredLayer, TensorSpec, get_dialect
+from lowbit.checkpoint.dialects import Container, FoundLayers, StoredLayer, TensorSpec, get_dialect
 from lowbit.formats import Format, Parts, formats, parse_spec
 from tests.support import gaussian, widened
 
@@ -38,7 +38,7 @@ def find(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, **o
         assert tensors[key].numel() <= 4096, f"{key} was read to find layers"
         return tensors[key]
 
-    return COMFY.find_layers(specs_of(tensors), metadata or {}, read, WHERE, **options)
+    return COMFY.find_layers(Container(specs_of(tensors), metadata or {}, where=WHERE), read, **options)
 
 
 def find_one(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, **options) -> StoredLayer:
@@ -71,7 +71,7 @@ def stored(
     parts = make_parts(fmt, shape, dtype)
     if dtype == torch.float32:
         parts = widened(parts)
-    return COMFY.store_parts(LAYER, fmt, parts, shape, dtype, options, layout)
+    return COMFY.store_parts(StoredLayer(LAYER, fmt, shape, dtype, options=options, layout=layout), parts)
 
 
 def assert_same_bits(got: Tensor, expected: Tensor) -> None:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowbit.checkpoint.dialects import Container
 from lowbit.formats import parse_spec
 from tests.checkpoint.dialects.comfy_files import COMFY, WHERE, specs_of
 from tests.support import gaussian, sqnr
@@ -74,7 +75,7 @@ def test_its_files_load(converted, case):
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
         metadata = file.metadata() or {}
     assert ("_quantization_metadata" in metadata) == bool({HEADER, "--nvfp4", "--mxfp8"} & set(arguments))
-    found = COMFY.find_layers(specs_of(tensors), metadata, tensors.__getitem__, WHERE)
+    found = COMFY.find_layers(Container(specs_of(tensors), metadata, where=WHERE), tensors.__getitem__)
     assert set(found.layers) == set(LAYERS)
     for name, layer in found.layers.items():
         ragged = "block" in spec and any(size % parse_spec(spec).block_size[0] for size in LAYERS[name])

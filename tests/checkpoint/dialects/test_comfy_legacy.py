@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint.dialects import Container
 from lowbit.checkpoint.dialects.comfy_migrate import Migration, migrate
 from lowbit.errors import CheckpointError, LowbitError, PartsError
 from lowbit.formats import parse_spec
@@ -114,7 +115,7 @@ def test_without_the_file_marker():
     """A scale beside a float8 weight is enough, and the absent marker is noted."""
     tensors = legacy()
     del tensors["scaled_fp8"]
-    assert COMFY.detect(specs_of(tensors), {})
+    assert COMFY.detect(Container(specs_of(tensors)))
     assert find_one(tensors).notes == ["has a scale_weight, but the file has no scaled_fp8 marker"]
 
 

@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from lowbit.checkpoint.dialects import detect_dialect
+from lowbit.checkpoint.dialects import Container, detect_dialect
 from lowbit.errors import CheckpointError
 from lowbit.formats import parse_spec
 from tests.checkpoint.dialects.comfy_files import (
@@ -47,7 +47,7 @@ def described(spec: str, fields: dict, shape=(64, 128), **tensors):
 )
 def test_detection(tensors, metadata, name):
     """Markers, the header's entry and scaled_fp8 tell the dialect; a cast to float8 without scales is plain."""
-    dialect = detect_dialect(specs_of(tensors), metadata)
+    dialect = detect_dialect(Container(specs_of(tensors), metadata))
     assert (dialect and dialect.name) == name
 
 
@@ -67,7 +67,7 @@ def test_detection(tensors, metadata, name):
 def test_conventions_without_a_marker_are_not_guessed(tensors):
     """Quantized weights that nothing describes are neither plain nor read as something."""
     with pytest.raises(CheckpointError, match=r"m\.safetensors: 'a\..*no marker.*comfy"):
-        detect_dialect(specs_of(tensors), {}, "m.safetensors")
+        detect_dialect(Container(specs_of(tensors), where="m.safetensors"))
 
 
 def test_a_layer_without_its_marker_is_not_guessed():
@@ -220,9 +220,7 @@ def test_act_unsigned(key, fields, expected, inferred, caplog):
     off = find_one(tensors, infer_act_unsigned=False)
     assert off.format == parse_spec(f"svdquant_w4a4(act_unsigned={expected and not inferred})")
     # Written again it is explicit, and a reader who switches inference off gets what was written.
-    again = COMFY.store_parts(
-        key, layer.format, make_parts(layer.format, layer.shape), layer.shape, layer.dtype, layer.options
-    )
+    again = COMFY.store_parts(layer, make_parts(layer.format, layer.shape))
     assert marker_fields(again, key)["act_unsigned"] is expected
     back = find_one(again, infer_act_unsigned=False)
     assert (back.format, back.options) == (layer.format, {"act_unsigned_inferred": True} if inferred else {})

@@ -40,7 +40,7 @@ def test_every_format_comes_back_bit_for_bit(spec, shape):
     """Storing and loading a layer gives the same format, shape, dtype and bits, from the marker alone."""
     fmt = parse_spec(spec)
     parts = make_parts(fmt, shape)
-    tensors = COMFY.store_parts(LAYER, fmt, parts, shape, torch.bfloat16, {})
+    tensors = COMFY.store_parts(StoredLayer(LAYER, fmt, shape), parts)
     layer, back = load(tensors)
     assert (layer.format, layer.shape, layer.dtype, layer.layout) == (fmt, shape, torch.bfloat16, "")
     assert set(layer.keys.values()) == set(tensors)
@@ -55,11 +55,11 @@ def test_specs_are_those_of_the_tensors(spec, shape):
     fmt = parse_spec(spec)
     for dtype in DTYPES:
         parts = make_parts(fmt, shape, dtype)
-        tensors = COMFY.store_parts(LAYER, fmt, parts, shape, dtype, {"note": "x"})
-        promised = COMFY.stored_specs(LAYER, fmt, shape, dtype, {"note": "x"})
-        given = COMFY.stored_specs(
-            LAYER, fmt, shape, dtype, {"note": "x"}, dtypes={name: part.dtype for name, part in parts.items()}
-        )
+        layer = StoredLayer(LAYER, fmt, shape, dtype, options={"note": "x"})
+        tensors = COMFY.store_parts(layer, parts)
+        promised = COMFY.stored_specs(layer)
+        dtypes = {name: part.dtype for name, part in parts.items()}
+        given = COMFY.stored_specs(dataclasses.replace(layer, dtypes=dtypes))
         assert list(given.items()) == list(specs_of(tensors).items())
         assert all(tensor.is_contiguous() for tensor in tensors.values())
         if not fmt.pre_quant_scale:  # make_parts chooses the dtype of that one
@@ -71,7 +71,7 @@ def test_header_alone_is_enough(spec):
     """A file whose markers are gone is read by its header, which says what the markers say."""
     fmt, shape = parse_spec(spec), (32, 1024)
     tensors = stored(spec, shape)
-    metadata = COMFY.header_metadata([StoredLayer(LAYER, fmt, shape)])
+    metadata = COMFY.header_metadata([StoredLayer(LAYER, fmt, shape)], {})
     described = json.loads(metadata["_quantization_metadata"])
     assert described == {"format_version": "1.0", "layers": {LAYER: marker_fields(tensors)}}
     both = find_one(tensors, metadata)
@@ -86,9 +86,9 @@ def test_tile_packed_comes_back(spec):
     """The tile-packed arrangement is written, recognised and undone."""
     fmt, shape, layout = parse_spec(spec), (256, 192), "kitchen_tile_packed_w4a4"
     parts = make_parts(fmt, shape)
-    tensors = COMFY.store_parts(LAYER, fmt, parts, shape, torch.bfloat16, {}, layout)
+    tensors = COMFY.store_parts(StoredLayer(LAYER, fmt, shape, layout=layout), parts)
     assert tensors[f"{LAYER}.weight"].shape == (2, 3, 32, 128)
-    assert COMFY.stored_specs(LAYER, fmt, shape, torch.bfloat16, {}, layout) == specs_of(tensors)
+    assert COMFY.stored_specs(StoredLayer(LAYER, fmt, shape, layout=layout)) == specs_of(tensors)
     layer, back = load(tensors)
     assert (layer.format, layer.shape, layer.layout) == (fmt, shape, layout)
     for name, part in parts.items():
@@ -99,7 +99,7 @@ def test_tiles_need_whole_tiles():
     """A weight that does not fit the tile-packed arrangement is refused by name, before the data exists."""
     fmt = parse_spec("svdquant_w4a4(rank=8)")
     with pytest.raises(PartsError, match=f"layer '{LAYER}': .*not a multiple of 128"):
-        COMFY.stored_specs(LAYER, fmt, (64, 128), torch.bfloat16, {}, "kitchen_tile_packed_w4a4")
+        COMFY.stored_specs(StoredLayer(LAYER, fmt, (64, 128), layout="kitchen_tile_packed_w4a4"))
 
 
 def test_mixed_part_dtypes_come_back():
@@ -107,21 +107,20 @@ def test_mixed_part_dtypes_come_back():
     fmt = parse_spec("awq_w4a16")
     parts = make_parts(fmt, (16, 128), torch.float16)
     parts["zero"] = parts["zero"].float()
-    tensors = COMFY.store_parts(LAYER, fmt, parts, (16, 128), torch.bfloat16, {})
+    tensors = COMFY.store_parts(StoredLayer(LAYER, fmt, (16, 128)), parts)
     layer, back = load(tensors)
     assert layer.dtypes == {"scale": torch.float16, "zero": torch.float32}
-    again = COMFY.stored_specs(LAYER, fmt, layer.shape, layer.dtype, layer.options, dtypes=layer.dtypes)
-    assert again == specs_of(tensors)
+    assert COMFY.stored_specs(layer) == specs_of(tensors)
     assert_same_bits(back["zero"], parts["zero"])
 
 
 def test_bare_layer():
     """A layer without a name has keys without a prefix."""
     fmt = parse_spec("fp8_e4m3")
-    tensors = COMFY.store_parts("", fmt, make_parts(fmt, (8, 16)), (8, 16), torch.float16, {})
+    tensors = COMFY.store_parts(StoredLayer("", fmt, (8, 16), torch.float16), make_parts(fmt, (8, 16)))
     assert list(tensors) == ["weight", "weight_scale", "comfy_quant"]
     found = find(
-        tensors | {"bias": torch.zeros(8)}, COMFY.header_metadata([StoredLayer("", fmt, (8, 16), torch.float16)])
+        tensors | {"bias": torch.zeros(8)}, COMFY.header_metadata([StoredLayer("", fmt, (8, 16), torch.float16)], {})
     )
     assert found.layers[""].dtype == torch.float16
     assert found.plain == ["bias"]
@@ -168,7 +167,7 @@ def test_caller_who_knows_the_shape_gets_it(spec):
     """Without orig_shape a padded layer is as large as its codes, unless the caller states the shape."""
     fmt, shape = parse_spec(spec), (33, 40)
     parts = make_parts(fmt, shape)
-    tensors = COMFY.store_parts(LAYER, fmt, parts, shape, torch.bfloat16, {})
+    tensors = COMFY.store_parts(StoredLayer(LAYER, fmt, shape), parts)
     fields = marker_fields(tensors)
     del fields["orig_shape"]
     tensors[f"{LAYER}.comfy_quant"] = torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
@@ -187,7 +186,7 @@ def test_wrong_parts_are_not_stored():
     fmt = parse_spec("fp8_e4m3")
     parts = make_parts(fmt, (8, 16))
     with pytest.raises(PartsError, match=f"layer '{LAYER}': lacks scale"):
-        COMFY.store_parts(LAYER, fmt, {"qdata": parts["qdata"]}, (8, 16), torch.bfloat16, {})
+        COMFY.store_parts(StoredLayer(LAYER, fmt, (8, 16)), {"qdata": parts["qdata"]})
 
 
 def test_sizes():

@@ -2,6 +2,8 @@
 
 from lowbit.checkpoint.dialects import comfy
 from lowbit.checkpoint.dialects.base import (
+    CONFIG_FILES,
+    Container,
     Dialect,
     FoundLayers,
     Problem,
@@ -15,6 +17,8 @@ from lowbit.checkpoint.dialects.base import (
 )
 
 __all__ = [
+    "CONFIG_FILES",
+    "Container",
     "Dialect",
     "FoundLayers",
     "Problem",

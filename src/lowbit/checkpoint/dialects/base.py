@@ -1,7 +1,8 @@
 """What a dialect is: one on-disk convention for quantized layers, as pure functions on names, metadata and tensors.
 
-A dialect never opens a file. What lies where comes in as `TensorSpec`s (a file's header), tensors come through a
-callable `read(key)`, and what should be written goes out as specs first (they fix the offsets) and tensors later.
+A dialect never opens a file. What lies where comes in as a `Container` (headers, and the JSON files beside them),
+tensors come through a callable `read(key)`, and what should be written goes out as specs first (they fix the offsets)
+and tensors later.
 Canonical parts (`formats`) are the only arrangement that the rest of lowbit knows; nibble order, swizzles, padding, key
 names and JSON fields end here.
 """
@@ -20,6 +21,8 @@ from lowbit.formats import Format, Parts
 
 Read = Callable[[str], Tensor]
 Shape = tuple[int, int]
+
+CONFIG_FILES = ("config.json", "hf_quant_config.json", "quantize_config.json")
 
 # Names and types by which a quantized weight shows itself where no known dialect describes it.
 _FOREIGN_SUFFIXES = (".qweight", ".weight_packed", ".qzeros", ".weight_scale_inv", ".weight_global_scale")
@@ -46,6 +49,20 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Container:
+    """What a model's files say before any data is read.
+
+    `tensors`: every tensor. `metadata`: the header metadata. `configs`: the parsed JSON files beside the weights that
+    dialects know (`CONFIG_FILES`), by file name. `where`: the file or folder, for messages.
+    """
+
+    tensors: Mapping[str, TensorSpec]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,28 +125,31 @@ class FoundLayers:
 
 
 class Dialect(Protocol):
-    """One on-disk convention. `fmt`, `shape`, `dtype`, `options`, `layout` mean what they mean in `StoredLayer`."""
+    """One on-disk convention."""
 
     name: str
+    summary: str
+    """What it is and who reads it, in one line."""
+    writes: bool
+    """Whether layers can be written in it, too."""
+    needs_folder: bool
+    """Whether layers are described in JSON files beside the weights, so that a file alone means nothing."""
+    owned_metadata: tuple[str, ...]
+    """Entries of the header metadata that describe layers: removed when a file is written anew."""
+    owned_configs: Mapping[str, tuple[str, ...]]
+    """File name -> its top-level fields that describe layers; no fields: the whole file."""
 
-    def detect(self, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bool:
-        """Whether a file with these tensors and this header metadata is written in this dialect."""
+    def detect(self, held: Container) -> bool:
+        """Whether this is written in this dialect. Several never say so: names or fields tell them apart."""
         ...
 
     def find_layers(
-        self,
-        tensors: Mapping[str, TensorSpec],
-        metadata: Mapping[str, str],
-        read: Read,
-        where: str,
-        *,
-        infer_act_unsigned: bool = True,
-        strict: bool = True,
+        self, held: Container, read: Read, *, infer_act_unsigned: bool = True, strict: bool = True
     ) -> FoundLayers:
-        """The quantized layers of a file. `read` is called for small tensors only (markers, scalars).
+        """The quantized layers. `read` is called for small tensors only (markers, scalars).
 
-        Everything is checked against the header here, before any data is read. With `strict` the first problem is
-        raised (a `CheckpointError`, `PartsError`, `FormatError` or `UnknownFormatError` that names `where` and the
+        Everything is checked against the headers here, before any data is read. With `strict` the first problem is
+        raised (a `CheckpointError`, `PartsError`, `FormatError` or `UnknownFormatError` that names `held.where` and the
         layer); without, problems are collected and their layers left out.
         """
         ...
@@ -138,38 +158,30 @@ class Dialect(Protocol):
         """The canonical parts of a layer, checked by `Format.check`. Raises `PartsError`."""
         ...
 
-    def stored_specs(
-        self,
-        layer: str,
-        fmt: Format,
-        shape: Shape,
-        dtype: torch.dtype,
-        options: Mapping[str, Any],
-        layout: str = "",
-        dtypes: Mapping[str, torch.dtype] | None = None,
-    ) -> dict[str, TensorSpec]:
+    def refuses(self, stored: StoredLayer) -> str | None:
+        """Why a layer cannot be written in this dialect, in words that follow its name, or None."""
+        ...
+
+    def stored_specs(self, stored: StoredLayer) -> dict[str, TensorSpec]:
         """Key -> spec of exactly what `store_parts` will give, before the data exists.
 
-        `dtypes`: dtypes of parts for which the format allows several; by default what `Format.quantize` makes of
-        `dtype`.
+        `stored.keys` and `notes` may be empty; `stored.dtypes` gives dtypes of parts for which the format allows
+        several, by default what `Format.quantize` makes of `stored.dtype`.
         """
         ...
 
-    def store_parts(
-        self,
-        layer: str,
-        fmt: Format,
-        parts: Mapping[str, Tensor],
-        shape: Shape,
-        dtype: torch.dtype,
-        options: Mapping[str, Any],
-        layout: str = "",
-    ) -> dict[str, Tensor]:
-        """Key -> tensor to be written for one layer. Raises `PartsError` for parts that are not those of `fmt`."""
+    def store_parts(self, stored: StoredLayer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Key -> tensor to be written for one layer. Raises `PartsError` for parts that are not those of its format."""
         ...
 
-    def header_metadata(self, layers: Iterable[StoredLayer]) -> dict[str, str]:
-        """Entries of the file's header metadata that describe the layers (of which `keys` and `notes` may be empty)."""
+    def header_metadata(self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]) -> dict[str, str]:
+        """Entries of a file's header metadata that describe its layers; `plain` are its other tensors."""
+        ...
+
+    def config_fields(
+        self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]
+    ) -> dict[str, dict[str, Any]]:
+        """File name -> top-level fields that describe the layers of a whole model there; `plain`: its other tensors."""
         ...
 
 
@@ -196,22 +208,21 @@ def get_dialect(name: str) -> Dialect:
     return _REGISTRY[name]
 
 
-def detect_dialect(
-    tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str], where: str = "the file"
-) -> Dialect | None:
-    """The dialect of a file, or None for a plain file.
+def detect_dialect(held: Container) -> Dialect | None:
+    """The dialect of a model, or None for a plain one.
 
     Raises `CheckpointError` for a file that holds quantized weights which no dialect describes: shapes and dtypes do
     not tell the order of nibbles or scales (ComfyUI's and BFL's nvfp4 differ in nothing else), so nothing is guessed.
     """
     for dialect in _REGISTRY.values():
-        if dialect.detect(tensors, metadata):
+        if dialect.detect(held):
             return dialect
-    if foreign := undescribed(tensors, tensors):
+    if foreign := undescribed(held.tensors, held.tensors):
         raise CheckpointError(
-            f"{where}: {foreign[0]!r} and {len(foreign) - 1} more look like quantized weights, but no marker says how "
-            f"they are stored, and shapes cannot tell; known dialects: {', '.join(sorted(_REGISTRY))}. "
-            "Use the original 16-bit file, or convert it with the program that wrote it"
+            f"{held.where or 'the file'}: {foreign[0]!r} and {len(foreign) - 1} more look like quantized weights, but "
+            "no marker says how they are stored, and shapes cannot tell; known dialects: "
+            f"{', '.join(sorted(_REGISTRY))}. Use the original 16-bit file, or convert it with the program that wrote "
+            "it; if a folder's config.json describes them, name the folder"
         )
     return None
 

@@ -17,14 +17,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lowbit.checkpoint.dialects.base import (
+    Container,
     FoundLayers,
     Problem,
     Read,
-    Shape,
     StoredLayer,
     TensorSpec,
     join_key,
@@ -53,27 +52,26 @@ class Comfy:
     """Reads and writes the convention of this module's docstring; see `Dialect` for the contracts."""
 
     name = "comfy"
+    summary = "ComfyUI single files: a comfy_quant marker a layer, and the same in the header"
+    writes = True
+    needs_folder = False
+    owned_metadata: tuple[str, ...] = (HEADER,)
+    owned_configs: Mapping[str, tuple[str, ...]] = {}
 
-    def detect(self, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bool:
+    def detect(self, held: Container) -> bool:
         """Whether there is a marker, the header's entry, or what a `scaled_fp8` file has."""
-        return HEADER in metadata or any(key.rpartition(".")[2] == MARKER for key in tensors) or is_legacy(tensors)
+        marked = any(key.rpartition(".")[2] == MARKER for key in held.tensors)
+        return HEADER in held.metadata or marked or is_legacy(held.tensors)
 
     def find_layers(
-        self,
-        tensors: Mapping[str, TensorSpec],
-        metadata: Mapping[str, str],
-        read: Read,
-        where: str,
-        *,
-        infer_act_unsigned: bool = True,
-        strict: bool = True,
+        self, held: Container, read: Read, *, infer_act_unsigned: bool = True, strict: bool = True
     ) -> FoundLayers:
         """See `Dialect.find_layers`.
 
         An absent act_unsigned may be inferred for the layers of early Qwen-Image files.
         """
-        found = FoundLayers()
-        described = read_descriptions(tensors, metadata, read, where, found)
+        tensors, where, found = held.tensors, held.where, FoundLayers()
+        described = read_descriptions(tensors, held.metadata, read, where, found)
         add_legacy(tensors, read, where, found, described)
         beside = siblings(tensors)
         for layer, description in described.items():
@@ -105,42 +103,49 @@ class Comfy:
         fmt.check(parts, layer.shape, layer.place)
         return parts
 
-    def stored_specs(
-        self,
-        layer: str,
-        fmt: Format,
-        shape: Shape,
-        dtype: torch.dtype,
-        options: Mapping[str, Any],
-        layout: str = "",
-        dtypes: Mapping[str, torch.dtype] | None = None,
-    ) -> dict[str, TensorSpec]:
+    def refuses(self, stored: StoredLayer) -> str | None:
+        """Every format has a place here; a layout may not suit the shape."""
+        if not stored.layout or not (
+            why := get_layout(stored.layout, stored.format).refuses(stored.format, *stored.shape)
+        ):
+            return None
+        return f"{list(stored.shape)} {why}, as {stored.layout} needs; write it without a layout"
+
+    def stored_specs(self, stored: StoredLayer) -> dict[str, TensorSpec]:
         """See `Dialect.stored_specs`."""
-        _check_layout(layer, fmt, shape, layout)
-        keys, specs = stored_keys(layer, fmt), disk_specs(fmt, shape, dtype, layout, dtypes or {})
-        marker = marker_tensor(marker_fields(fmt, shape, dtype, options, layout))
-        return {**{keys[part]: specs[part] for part in fmt.part_names}, join_key(layer, MARKER): TensorSpec.of(marker)}
+        self._check(stored)
+        fmt, keys = stored.format, stored_keys(stored.layer, stored.format)
+        specs = disk_specs(fmt, stored.shape, stored.dtype, stored.layout, stored.dtypes)
+        marker = marker_tensor(marker_fields(stored))
+        return {
+            **{keys[part]: specs[part] for part in fmt.part_names},
+            join_key(stored.layer, MARKER): TensorSpec.of(marker),
+        }
 
-    def store_parts(
-        self,
-        layer: str,
-        fmt: Format,
-        parts: Mapping[str, Tensor],
-        shape: Shape,
-        dtype: torch.dtype,
-        options: Mapping[str, Any],
-        layout: str = "",
-    ) -> dict[str, Tensor]:
+    def store_parts(self, stored: StoredLayer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Dialect.store_parts`."""
-        _check_layout(layer, fmt, shape, layout)
-        fmt.check(parts, shape, name_place("", layer))
-        keys, stored = stored_keys(layer, fmt), storage_of(fmt).write(fmt, parts, layout)
-        marker = marker_tensor(marker_fields(fmt, shape, dtype, options, layout))
-        return {**{keys[part]: stored[part].contiguous() for part in fmt.part_names}, join_key(layer, MARKER): marker}
+        self._check(stored)
+        fmt, keys = stored.format, stored_keys(stored.layer, stored.format)
+        fmt.check(parts, stored.shape, name_place("", stored.layer))
+        tensors = storage_of(fmt).write(fmt, parts, stored.layout)
+        return {
+            **{keys[part]: tensors[part].contiguous() for part in fmt.part_names},
+            join_key(stored.layer, MARKER): marker_tensor(marker_fields(stored)),
+        }
 
-    def header_metadata(self, layers: Iterable[StoredLayer]) -> dict[str, str]:
+    def header_metadata(self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]) -> dict[str, str]:
         """See `Dialect.header_metadata`: every layer with the very fields of its marker."""
-        return header_entry({s.layer: marker_fields(s.format, s.shape, s.dtype, s.options, s.layout) for s in layers})
+        return header_entry({stored.layer: marker_fields(stored) for stored in layers})
+
+    def config_fields(
+        self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]
+    ) -> dict[str, dict[str, Any]]:
+        """Nothing: markers and headers say it all."""
+        return {}
+
+    def _check(self, stored: StoredLayer) -> None:
+        if why := self.refuses(stored):
+            raise PartsError(f"{name_place('', stored.layer)}: {why}")
 
 
 COMFY = Comfy()
@@ -152,10 +157,9 @@ def stored_keys(layer: str, fmt: Format) -> dict[str, str]:
     return {part: join_key(layer, suffix) for part, suffix in suffixes(type(fmt), fmt.part_names).items()}
 
 
-def marker_fields(
-    fmt: Format, shape: Shape, dtype: torch.dtype, options: Mapping[str, Any], layout: str = ""
-) -> dict[str, Any]:
+def marker_fields(stored: StoredLayer) -> dict[str, Any]:
     """The JSON object that describes a layer, as marker and header hold it."""
+    fmt, shape, dtype, options, layout = stored.format, stored.shape, stored.dtype, stored.options, stored.layout
     storage = storage_of(fmt)
     fields: dict[str, Any] = {"format": storage.name_of(fmt), **storage.fields_of(fmt)}
     extra = storage.options_of({name: value for name, value in options.items() if name not in CONSUMED})
@@ -171,12 +175,6 @@ def marker_fields(
     if format_of(Description("", fields, "", tensors=specs), storage) != fmt:
         fields["lowbit"] = fmt.config()
     return fields
-
-
-def _check_layout(layer: str, fmt: Format, shape: Shape, layout: str) -> None:
-    """Raise `PartsError` when a weight of this shape cannot be written in this arrangement."""
-    if layout and (why := get_layout(layout, fmt).refuses(fmt, *shape)):
-        raise PartsError(f"{name_place('', layer)}: {list(shape)} {why}, as {layout} needs; write it without a layout")
 
 
 def _layer_or_problem(

@@ -78,7 +78,7 @@ def describe(metadata: Mapping[str, str], layers: Iterable[StoredLayer], to: str
     """A file's header metadata with what the convention says there about these layers in place of what it said."""
     kept = {name: text for name, text in metadata.items() if name != HEADER}
     layers = list(layers)
-    return {**kept, **COMFY.header_metadata(layers)} if layers and to == "current" else kept
+    return {**kept, **COMFY.header_metadata(layers, {})} if layers and to == "current" else kept
 
 
 def _steps(
@@ -101,13 +101,11 @@ def _pass_on(key: str, read: Read) -> dict[str, Tensor]:
 
 def _current(layer: StoredLayer) -> Step:
     """A layer under its current keys, with its marker."""
-    name, fmt, shape, dtype, options = layer.layer, layer.format, layer.shape, layer.dtype, layer.options
 
     def make(read: Read) -> dict[str, Tensor]:
-        parts = COMFY.load_parts(layer, read)
-        return COMFY.store_parts(name, fmt, parts, shape, dtype, options, layer.layout)
+        return COMFY.store_parts(layer, COMFY.load_parts(layer, read))
 
-    return Step(COMFY.stored_specs(name, fmt, shape, dtype, options, layer.layout, layer.dtypes), make, layer)
+    return Step(COMFY.stored_specs(layer), make, layer)
 
 
 def _legacy(layer: StoredLayer) -> Step:

@@ -1,0 +1,64 @@
+"""The JSON files beside a model's weights that describe its quantization, written anew with other fields.
+
+`config.json` of Hugging Face holds `quantization_config` among fields that are not ours; other tools write a file of
+their own. A rewritten checkpoint must not keep the description of what its layers were.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from lowbit.errors import PlanError
+
+from .dialects.base import Dialect, StoredLayer, TensorSpec
+from .quantized_source import QuantizedComponent
+
+
+class FolderConfigs:
+    """The new content of the JSON files of an output folder, by path relative to its root; None leaves a file out."""
+
+    def __init__(self) -> None:
+        self.contents: dict[str, dict[str, Any] | None] = {}
+
+    def strip(self, held: QuantizedComponent) -> None:
+        """Take out what the dialect of the source says about its layers."""
+        for name, fields in held.dialect.owned_configs.items() if held.dialect is not None else ():
+            if name not in held.configs:
+                continue
+            kept = {key: value for key, value in held.configs[name].items() if key not in fields}
+            self.contents[_path(held, name)] = kept if fields else None
+
+    def describe(
+        self, held: QuantizedComponent, dialect: Dialect, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]
+    ) -> None:
+        """Put in what a dialect says about its layers. A file that the source lacks is made only where it is needed."""
+        for name, fields in dialect.config_fields(layers, plain).items():
+            path = _path(held, name)
+            content = self.contents.get(path) or dict(held.configs.get(name, {}))
+            if name in held.configs or (dialect.needs_folder and name != "config.json"):
+                self.contents[path] = {**content, **fields}
+
+    def texts(self) -> dict[str, str | None]:
+        """What takes the place of the source's files, by path; None for a file that is left out."""
+        return {
+            path: None if content is None else json.dumps(content, indent=2) + "\n"
+            for path, content in self.contents.items()
+        }
+
+
+def refuse_target(held: QuantizedComponent, dialect: Dialect, *, single: bool) -> None:
+    """Raise `PlanError` where a dialect cannot be written: it is only read, or needs a model folder."""
+    if not dialect.writes:
+        raise PlanError(f"{held.where}: the dialect {dialect.name} is only read; choose another one to write")
+    if dialect.needs_folder and (single or "config.json" not in held.configs):
+        raise PlanError(
+            f"{held.where}: the dialect {dialect.name} describes its layers in config.json, so it needs a model folder "
+            "with one; name the folder as source and a folder as target, or choose another dialect (--dialect comfy)"
+        )
+
+
+def _path(held: QuantizedComponent, name: str) -> str:
+    return (PurePosixPath(held.component.name) / name).as_posix()
