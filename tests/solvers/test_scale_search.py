@@ -79,6 +79,7 @@ LADDER = {
     "fp8_e4m3": 31.5,
     "fp8_e4m3(granularity=row)": 31.6,
     "fp8_e4m3(granularity=block,block_size=1x128)": 31.8,
+    "mxfp4": 19.04,
     "mxfp8": 31.5,
     "int8": 42.15,
     "int8(granularity=tensor)": 38.9,

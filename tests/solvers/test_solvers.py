@@ -76,7 +76,7 @@ def test_auto_takes_what_the_format_states(fmt):
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [("fp8_e4m3", "rtn"), ("int8", "rtn"), ("mxfp8", "rtn"), ("nvfp4", "scale_search"), ("awq_w4a16", "scale_search"),
-     ("svdquant_w4a4", "scale_search")],
+     ("mxfp4", "scale_search"), ("svdquant_w4a4", "scale_search")],
 )  # fmt: skip
 def test_auto_searches_scales_for_four_bits_only(spec, expected):
     """8-bit formats are rounded, 4-bit ones get a scale search."""

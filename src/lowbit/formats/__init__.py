@@ -1,6 +1,6 @@
 """The formats: one file each. Importing this package registers them all."""
 
-from lowbit.formats import awq_w4a16, fp8, int8, mxfp8, nvfp4, svdquant_w4a4
+from lowbit.formats import awq_w4a16, fp8, int8, mxfp4, mxfp8, nvfp4, svdquant_w4a4
 from lowbit.formats.base import Candidate, Format
 from lowbit.formats.parts import Dim, Part, Parts
 from lowbit.formats.registry import as_format, formats, from_config, get_format, parse_spec, register
@@ -18,6 +18,7 @@ __all__ = [
     "from_config",
     "get_format",
     "int8",
+    "mxfp4",
     "mxfp8",
     "nvfp4",
     "parse_spec",

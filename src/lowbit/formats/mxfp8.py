@@ -28,15 +28,15 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.base import Candidate, Format
+from lowbit.formats.e8m0_scales import GROUP, codes_for, codes_of_steps, scale_down, scale_up, snap_to_powers
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import register
 from lowbit.numerics.floats import E4M3_MAX, e8m0_values, from_fp8, stochastic_to_fp8, to_fp8
-from lowbit.numerics.groups import ceil_div, group_amax, pad_to
+from lowbit.numerics.groups import group_amax, pad_to
 from lowbit.numerics.levels import E4M3
 
-GROUP = 32
-_SMALLEST_STEP, _LARGEST_STEP = 2.0**-126, 2.0**127
+_LARGEST_EXPONENT = 8  # of the largest e4m3 value, 448 = 1.75 * 2**8
 _INF = float("inf")
 
 
@@ -59,11 +59,11 @@ class Mxfp8(Format):
 
     def fit(self, rows: Tensor, shared: Parts) -> Parts:
         """The smallest power of two that clips nothing, in each group."""
-        return {"scale": _round_up_codes(group_amax(rows, GROUP)).to(torch.uint8)}
+        return {"scale": codes_for(group_amax(rows, GROUP), _LARGEST_EXPONENT).to(torch.uint8)}
 
     def encode(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:
         """float8_e4m3fn codes [n, 32 * ceil(K / 32)]."""
-        scaled = _scale_down(rows, params["scale"])
+        scaled = scale_down(rows, params["scale"])
         lowest = params["scale"] == 0
         if bool(lowest.any()):
             scaled[lowest] += 0.0  # turns the negative zeros of a zero group into positive ones, as others store them
@@ -74,12 +74,12 @@ class Mxfp8(Format):
 
     def decode(self, codes: Tensor, params: Parts) -> Tensor:
         """float32 [n, 32 * ceil(K / 32)]."""
-        return _scale_up(from_fp8(codes), params["scale"])
+        return scale_up(from_fp8(codes), params["scale"])
 
     def project(self, rows: Tensor, params: Parts) -> Tensor:
         """`decode(encode(rows))` [n, K]."""
-        codes = to_fp8(_scale_down(rows, params["scale"]), torch.float8_e4m3fn)
-        return _scale_up(from_fp8(codes), params["scale"])[:, : rows.shape[1]]
+        codes = to_fp8(scale_down(rows, params["scale"]), torch.float8_e4m3fn)
+        return scale_up(from_fp8(codes), params["scale"])[:, : rows.shape[1]]
 
     def unit(self, shape: tuple[int, int]) -> tuple[int, int]:
         """One row of 32 columns."""
@@ -97,7 +97,7 @@ class Mxfp8(Format):
         errors.
         """
         amax = group_amax(rows, GROUP)
-        first = _round_up_codes(amax)
+        first = codes_for(amax, _LARGEST_EXPONENT)
         start = params["scale"].to(torch.int32)
         if not torch.equal(start, first):
             yield Candidate({"scale": first.to(torch.uint8)})
@@ -108,46 +108,8 @@ class Mxfp8(Format):
     def grid(self, rows: Tensor, params: Parts) -> Grid:
         """A refitted scale is the nearest power of two."""
         step = e8m0_values(params["scale"]).t().contiguous()
-        return Grid(rows.t().contiguous(), step, E4M3, columns=GROUP, snap=_snap)
+        return Grid(rows.t().contiguous(), step, E4M3, columns=GROUP, snap=snap_to_powers)
 
     def with_steps(self, params: Parts, grid: Grid) -> Parts:
         """The codes of steps that are powers of two."""
-        return {"scale": _codes_of(grid.step.t().contiguous())}
-
-
-def _snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    below = _exponent(step.clamp(_SMALLEST_STEP, _LARGEST_STEP))
-    return torch.where(step > 1.5 * below, 2 * below, below).clamp_(max=_LARGEST_STEP), zero
-
-
-def _exponent(x: Tensor) -> Tensor:
-    """The largest power of two that is not above x, which is normal and positive."""
-    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
-
-
-def _codes_of(step: Tensor) -> Tensor:
-    """uint8 codes of powers of two from 2**-127, which is subnormal: no exponent bits are its code, too."""
-    return (step.view(torch.int32) >> 23).to(torch.uint8)
-
-
-def _round_up_codes(amax: Tensor) -> Tensor:
-    """int32 codes of the smallest 2**e >= amax / 448, from 2**-127 (code 0); amax is float32, finite, >= 0.
-
-    448 is 1.75 * 2**8. A mantissa above 1.75 (0x600000) carries into the exponent; no quotient is formed, so none is
-    rounded.
-    """
-    carried = amax.view(torch.int32) + (0x7FFFFF - 0x600000)
-    return (carried >> 23).sub_(8).clamp_(0, 254)
-
-
-def _scale_down(rows: Tensor, scale: Tensor) -> Tensor:
-    """Rows divided by their powers of two, by groups: [n, G, 32]. Multiplies by the inverse, which is exact."""
-    groups = ceil_div(rows.shape[1], GROUP)
-    padded = pad_to(rows, rows.shape[0], groups * GROUP).unflatten(1, (groups, GROUP))
-    return padded * e8m0_values(254 - scale).unsqueeze(-1)
-
-
-def _scale_up(values: Tensor, scale: Tensor) -> Tensor:
-    """Values [n, G, 32] or [n, 32 G] times their powers of two -> [n, 32 G]. Writes over `values`."""
-    groups = values.view(*scale.shape, GROUP)
-    return groups.mul_(e8m0_values(scale).unsqueeze(-1)).flatten(1)
+        return {"scale": codes_of_steps(grid.step.t().contiguous())}

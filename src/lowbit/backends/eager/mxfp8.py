@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lowbit.backends.eager.block_scaled import Rows, product
 from lowbit.dispatch import kernel
-from lowbit.formats.mxfp8 import GROUP, Mxfp8
+from lowbit.formats.e8m0_scales import GROUP
+from lowbit.formats.mxfp8 import Mxfp8
 from lowbit.layouts.scale_128x4 import swizzle, unswizzle
 from lowbit.numerics.groups import round_up, row_chunks
 
