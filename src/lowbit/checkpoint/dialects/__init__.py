@@ -1,6 +1,6 @@
 """The on-disk conventions: one file each. Importing this package registers them all."""
 
-from lowbit.checkpoint.dialects import comfy
+from lowbit.checkpoint.dialects import comfy, compressed_tensors
 from lowbit.checkpoint.dialects.base import (
     CONFIG_FILES,
     Container,
@@ -25,6 +25,7 @@ __all__ = [
     "StoredLayer",
     "TensorSpec",
     "comfy",
+    "compressed_tensors",
     "detect_dialect",
     "dialects",
     "get_dialect",
