@@ -63,3 +63,7 @@ class SolverError(LowbitError, ValueError):
 
 class StatisticsError(LowbitError, ValueError):
     """Calibration cannot be done on what was given, or its statistics are damaged or those of another model."""
+
+
+class DependencyError(LowbitError, ImportError):
+    """An integration needs another package, or another version of it, than what is installed."""
