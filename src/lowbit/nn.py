@@ -1,7 +1,12 @@
 """Quantize the layers of a module in place, by one format or by rules.
 
-A layer here is an `nn.Linear` or `nn.Embedding`; its `weight` becomes a frozen parameter that is a `QuantizedTensor`,
-so the layer's class, name and forward stay as they are and adapters that look for `nn.Linear` still find it.
+A layer here is an `nn.Linear`, an `nn.Embedding`, an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, or the `Conv1D` of
+transformers; its `weight` becomes a frozen parameter that is a `QuantizedTensor` of the same shape, so the layer's
+class, name and forward stay as they are and adapters that look for `nn.Linear` still find it.
+
+Formats store matrices [N, K] (`weight_matrix`): a kernel [O, I / groups, ...] is one with a row for each output
+channel, the weight [K, N] of a `Conv1D` is the transpose of one. Convolutions are weight-only: the kernel is decoded in
+bounded pieces, the input is never rounded.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +29,10 @@ from lowbit.solvers.base import Statistics
 from lowbit.tensor import QuantizedTensor
 
 Policy = Format | str | Mapping[str, Format | str | None]
-Layer = nn.Linear | nn.Embedding
+_UNNAMED = "no rule names it"
+_CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Layer = nn.Linear | nn.Embedding | _CONVOLUTIONS | _TRANSPOSED  # what `is_layer` accepts; Conv1D counts as linear
 # Weights met before, by identity and spec; the original is held so that its identity is not given to another.
 Shared = dict[tuple[int, str], tuple[Tensor, nn.Parameter, Solution]]
 
@@ -44,7 +53,7 @@ def quantize_(
     solver: str = AUTO,
     statistics: Mapping[str, Statistics] | None = None,
 ) -> list[LayerChange]:
-    """Quantize every linear and embedding of `module` (or `module` itself) in place.
+    """Quantize every linear, embedding and convolution of `module` (or `module` itself) in place.
 
     `policy` is a format or spec for all layers, or a mapping of regular expressions on the layer's name to a spec or
     None (keep); the first match wins and layers without one are kept. Under a single format, layers that it cannot
@@ -53,7 +62,8 @@ def quantize_(
 
     Returns one `LayerChange` a layer. All weights are quantized before the first one is put in place: raises
     `FormatError`, `PlanError`, `SolverError` or `WeightError`, the last naming the layer, and leaves the module as it
-    was. Tied weights stay tied.
+    was. Layers that share a weight share the quantized one. Where one of them is kept, all are; rules that give them
+    different formats, or name only some of them, are an error.
 
     >>> import torch, lowbit
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
@@ -62,10 +72,14 @@ def quantize_(
     """
     decided = [(layer, _decide(name, layer, policy)) for name, layer in quantizable_layers(module)]
     if not decided:
-        raise PlanError(f"{type(module).__name__} has no nn.Linear or nn.Embedding to quantize; pass a module that has")
+        raise PlanError(
+            f"{type(module).__name__} has no nn.Linear or nn.Embedding, nor a convolution, to quantize; pass a module "
+            "that has"
+        )
+    decided = _keep_ties(module, decided, by_rules=isinstance(policy, Mapping))
     for layer, change in decided:
         if change.format is not None:
-            _check_values(layer.weight, change.name)
+            _check_values(weight_matrix(layer), change.name)
     shared: Shared = {}
     made: list[tuple[Layer, nn.Parameter, Solution]] = []
     for layer, change in decided:
@@ -77,21 +91,38 @@ def quantize_(
     return [change for _, change in decided]
 
 
+def is_layer(module: nn.Module) -> TypeGuard[Layer]:
+    """Whether `quantize_` knows this kind of module."""
+    return isinstance(module, Layer) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is the `Conv1D` of transformers (GPT-2): a linear whose weight is [K, N]."""
+    kinds = ((kind.__module__, kind.__name__) for kind in type(module).__mro__)
+    return ("transformers.pytorch_utils", "Conv1D") in kinds
+
+
+def weight_matrix(layer: Layer) -> Tensor:
+    """A layer's plain weight as formats store it, [N, K]."""
+    weight = layer.weight.detach()
+    return weight.t() if is_conv1d(layer) else weight.flatten(1) if weight.dim() > 2 else weight
+
+
 def quantizable_layers(module: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """The linears and embeddings of a module by name ("weight" for a bare layer), those not quantized yet."""
+    """The layers of a module by name ("weight" for a bare layer), those not quantized yet."""
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear | nn.Embedding) and not isinstance(layer.weight, QuantizedTensor):
+        if is_layer(layer) and not isinstance(layer.weight, QuantizedTensor):
             yield name or "weight", layer
 
 
 def quantized_layers(module: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """The linears and embeddings of a module whose weight is quantized, by name ("" for a bare layer).
+    """The layers of a module whose weight is quantized, by name ("" for a bare layer).
 
     Of layers that share a weight, only the first.
     """
     seen: set[int] = set()
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear | nn.Embedding) and isinstance(layer.weight, QuantizedTensor):
+        if is_layer(layer) and isinstance(layer.weight, QuantizedTensor):
             if id(layer.weight) not in seen:
                 yield name, layer
             seen.add(id(layer.weight))
@@ -121,10 +152,14 @@ def _quantized(
     if key not in shared:
         has_bias = getattr(layer, "bias", None) is not None
         try:
-            solution = solve(weight.detach(), fmt, solver_name, statistics, where=where, has_bias=has_bias)
+            matrix = weight_matrix(layer)
+            solution = solve(matrix, fmt, solver_name, statistics, where=where, has_bias=has_bias)
         except WeightError as error:
             raise error if str(error).startswith(where) else WeightError(f"{where}: {error}") from error
-        quantized = QuantizedTensor(solution.parts, fmt, tuple(weight.shape), weight.dtype)
+        (n, k), flipped = matrix.shape, is_conv1d(layer)
+        quantized = QuantizedTensor(
+            solution.parts, fmt, tuple(weight.shape), weight.dtype, matrix=(n, k), transposed=flipped
+        )
         shared[key] = weight, nn.Parameter(quantized, requires_grad=False), solution
     return shared[key][1:]
 
@@ -144,9 +179,9 @@ def fold_bias_(layer: Layer) -> None:
     """Move the constant that the format's activation shift adds out of the layer's bias, creating a bias if need be."""
     weight = layer.weight
     share = weight.format.bias_share(weight.parts) if isinstance(weight, QuantizedTensor) else None
-    if share is None or not isinstance(layer, nn.Linear):
+    if share is None or not (isinstance(layer, nn.Linear) or is_conv1d(layer)):
         return
-    bias: Tensor | None = layer.bias
+    bias = getattr(layer, "bias", None)
     folded = (-share if bias is None else bias.detach().float() - share).to(
         weight.dtype if bias is None else bias.dtype
     )
@@ -166,7 +201,7 @@ def _decide(name: str, layer: Layer, policy: Policy) -> LayerChange:
                         f"{name}: {why}; the rule {pattern!r} asks for {fmt}: change it or keep the layer"
                     )
                 return LayerChange(name, fmt, f"rule {pattern!r}")
-        return LayerChange(name, None, "no rule names it")
+        return LayerChange(name, None, _UNNAMED)
     fmt = as_format(policy)
     why = _refusal(layer, fmt)
     return LayerChange(name, None if why else fmt, why or "all layers")
@@ -179,17 +214,60 @@ def _matches(pattern: str, name: str) -> bool:
         raise PlanError(f"the rule {pattern!r} is no regular expression: {error}; correct it") from error
 
 
+def _keep_ties(
+    module: nn.Module, decided: list[tuple[Layer, LayerChange]], *, by_rules: bool
+) -> list[tuple[Layer, LayerChange]]:
+    """The changes without those that would part what shares a weight. Raises `PlanError` where rules ask for that."""
+    changes = {id(layer): change for layer, change in decided}
+    owners: dict[int, list[tuple[str, LayerChange | None]]] = {}
+    for name, owner in module.named_modules():
+        for attribute, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            change = changes.get(id(owner)) if attribute == "weight" else None
+            full = change.name if change else f"{name}.{attribute}".removeprefix(".")
+            owners.setdefault(id(parameter), []).append((full, change))
+    return [(layer, _kept_for_ties(layer, change, owners, by_rules=by_rules)) for layer, change in decided]
+
+
+def _kept_for_ties(
+    layer: Layer, change: LayerChange, owners: Mapping[int, list[tuple[str, LayerChange | None]]], *, by_rules: bool
+) -> LayerChange:
+    """The change of a layer, or that it is kept as others that share its weight cannot follow it."""
+    if change.format is None:
+        return change
+    others = [(name, other) for name, other in owners[id(layer.weight)] if other is not change]
+    apart = [(name, other) for name, other in others if other is None or other.format != change.format]
+    if not apart:
+        return change
+    name, other = apart[0]
+    why = "which is not the weight of a layer" if other is None else other.why
+    if by_rules and (other is None or other.format is not None or other.why == _UNNAMED):
+        raise PlanError(
+            f"{change.name}: shares its weight with {name} ({why}), and would be parted from it by the {change.why}; "
+            "give both one format, or untie them first"
+        )
+    return LayerChange(change.name, None, f"shares its weight with {name}: {why}")
+
+
 def _refusal(layer: Layer, fmt: Format) -> str | None:
-    if "weight" not in dict(layer.named_parameters(recurse=False)):
+    weight = dict(layer.named_parameters(recurse=False)).get("weight")
+    if weight is None:
         return "its weight is computed from other parameters (a parametrization); remove that first"
-    if layer.weight.dtype not in (*FLOATS, torch.float64):
-        kind = str(layer.weight.dtype).removeprefix("torch.")
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight has no shape yet (a lazy module); run the module once first"
+    if weight.dtype not in (*FLOATS, torch.float64):
+        kind = str(weight.dtype).removeprefix("torch.")
         return f"its weight is {kind}, not float of 16 bits or more"
+    if isinstance(layer, _TRANSPOSED):
+        return "a transposed convolution: the rows of its kernel are input channels"
+    if isinstance(layer, _CONVOLUTIONS) and fmt.folds_bias:
+        return f"a convolution, and {fmt} shifts the activations, which a convolution pads and slides over"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "it renormalizes its rows in place at every lookup (max_norm)"
     if isinstance(layer, nn.Embedding) and not fmt.supports_embedding:
         return f"an embedding table, and {fmt.name} has no lookup"
-    n, k = layer.weight.shape
+    if not fmt.encodable:
+        return f"{fmt} is only read: nothing is rounded to it here"
+    n, k = weight_matrix(layer).shape
     why = fmt.check_shape(n, k)
     return f"[{n}, {k}] {why}" if why else None
 
@@ -198,4 +276,4 @@ def _check_values(weight: Tensor, where: str) -> None:
     if weight.is_meta:
         raise WeightError(f"{where}: is on the meta device, without values; load a checkpoint into the module first")
     for start, stop in row_chunks(weight.shape[0], weight.shape[1]):
-        check_finite(weight.detach()[start:stop], where)
+        check_finite(weight[start:stop], where)

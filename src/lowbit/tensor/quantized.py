@@ -178,8 +178,11 @@ class QuantizedTensor(torch.Tensor):
         always round to nearest.
         """
         total = self.dequantize(torch.float32) + delta.float()
+        if self.transposed:
+            total = total.transpose(-1, -2)
         usable = seed if self.format.stochastic else None
-        return QuantizedTensor.quantize(total, self.format, seed=usable, dtype=self.dtype)
+        made = QuantizedTensor.quantize(total.reshape(self.matrix), self.format, seed=usable)
+        return self.with_parts(made.parts, layout="", view_of="", room=0)
 
     # ---- PyTorch protocols ------------------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ def _short_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         return NotImplemented
     autocast = torch._C._is_any_autocast_enabled()  # noqa: SLF001  (the public ones refuse devices such as meta)
     if autocast:
-        x = _autocast(x)
+        x = autocast_input(x)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
@@ -74,7 +74,7 @@ class _ShortLinear(torch.autograd.Function):
         return grad_x, grad_bias, *(None for _ in ctx.needs_input_grad[2:])
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast_input(x: Tensor) -> Tensor:
     """The input as a plain linear would cast it in this region: float64 and integers stay."""
     device = x.device.type
     if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):

@@ -86,7 +86,7 @@ def _rows(w: QuantizedTensor, start: int, stop: int, step: int = 1, *, apart: bo
         return rows if rows is NotImplemented else _flip(rows)
     if not _has_rows(w):
         return NotImplemented
-    per = torch.Size(w.shape[1:-1]).numel()  # rows of the matrix for each entry
+    per = _rows_per_entry(w)
     if step != 1 or apart or (start * per) % w.format.row_multiple:
         return _pick(w, torch.arange(start, stop, step, device=w.device))
     cut = narrow_rows(w.format.rules, w.parts, start * per, stop * per)
@@ -101,12 +101,18 @@ def _rows(w: QuantizedTensor, start: int, stop: int, step: int = 1, *, apart: bo
 
 
 def _has_rows(w: QuantizedTensor) -> bool:
-    return not w.transposed and not w.kernel_layout and w.dim() >= 2 and w.shape[-1] == w.matrix[1]
+    """Whether the entries of the first axis are whole rows of the parts: of [..., K], or of a kernel [N, ...]."""
+    return not w.transposed and not w.kernel_layout and w.dim() >= 2 and _rows_per_entry(w) * w.shape[0] == w.matrix[0]
+
+
+def _rows_per_entry(w: QuantizedTensor) -> int:
+    """How many rows of the parts make one entry of the first axis, where they do."""
+    return torch.Size(w.shape[1:]).numel() // max(w.matrix[1], 1)
 
 
 def _pick(w: QuantizedTensor, entries: Tensor) -> QuantizedTensor:
     """Entries of the first axis by index (1-D), copied."""
-    per = torch.Size(w.shape[1:-1]).numel()
+    per = _rows_per_entry(w)
     rows = entries.repeat_interleave(per) * per + torch.arange(per, device=w.device).repeat(entries.numel())
     picked = gather_rows(w.format.rules, w.parts, rows)
     shape, matrix = (entries.numel(), *w.shape[1:]), (rows.numel(), w.matrix[1])
@@ -185,7 +191,7 @@ def _split(func: Any, args: Any, kwargs: Any) -> Any:
     if axis % w.dim():
         return NotImplemented
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    per = torch.Size(w.shape[1:-1]).numel()
+    per = _rows_per_entry(w)
     apart = any(start * per % w.format.row_multiple for start in starts)
     pieces = [_rows(w, start, start + size, apart=apart) for start, size in zip(starts, sizes, strict=True)]
     return NotImplemented if any(piece is NotImplemented for piece in pieces) else pieces
@@ -198,7 +204,7 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
     alike = all(isinstance(w, QuantizedTensor) and w.spec == first.spec for w in weights)
     if not alike or axis % first.dim() or any(_rows(w, 0, w.shape[0]) is NotImplemented for w in weights):
         return NotImplemented
-    if any(w.shape[1:] != first.shape[1:] for w in weights):
+    if any(w.shape[1:] != first.shape[1:] or w.matrix[1] != first.matrix[1] for w in weights):
         raise UnsupportedError("weights of different shapes cannot be joined along N")
     try:
         joined = concat_rows(first.format.rules, [w.parts for w in weights], [w.matrix[0] for w in weights])
