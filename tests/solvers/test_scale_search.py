@@ -11,13 +11,14 @@ import torch
 from hypothesis import given, strategies as st
 
 from lowbit.errors import SolverError
-from lowbit.formats import Candidate, Format, formats, parse_spec
+from lowbit.formats import Candidate, Format, parse_spec
 from lowbit.formats.fp8 import Fp8E4M3
 from lowbit.solvers import Statistics, solver
 from tests.support import gaussian, outlier_weight, sqnr
+from tests.support.specs import SMALL_SPECS
 
 SPECS = [
-    *formats(),
+    *SMALL_SPECS,
     "fp8_e4m3(granularity=row)",
     "fp8_e5m2(granularity=block,block_size=32x48)",
     "int8(granularity=tensor)",

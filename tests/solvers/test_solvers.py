@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from lowbit.errors import SolverError, WeightError
-from lowbit.formats import Format, formats, parse_spec
+from lowbit.formats import Format, parse_spec
 from lowbit.solvers import AUTO, Statistics, pick_solver, register_solver, solver, solvers
 from tests.support import gaussian, sqnr
+from tests.support.specs import SMALL_SPECS
 
-FORMATS = [cls() for cls in formats().values()]
+FORMATS = [parse_spec(spec) for spec in SMALL_SPECS]
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from lowbit.formats import Format, formats
+from lowbit.formats import Format, formats, parse_spec
 
 ALL_SPECS = [spec for cls in formats().values() for spec in cls.golden_sqnr]
+
+
+def fits(spec: str, k: int) -> bool:
+    """Whether a format holds weights of K columns."""
+    return parse_spec(spec).check_shape(48, k) is None
+
+
+# One for each registered format: its default, or else the first golden variant that holds few columns.
+SMALL_SPECS = [next(s for s in (name, *cls.golden_sqnr) if fits(s, 64)) for name, cls in formats().items()]
 
 
 def weight_shape(fmt: Format) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """The formats: one file each. Importing this package registers them all."""
 
-from lowbit.formats import awq_w4a16, fp8, int8, mxfp4, mxfp8, nvfp4, svdquant_w4a4
+from lowbit.formats import awq_w4a16, convrot_w4a4, fp8, int8, mxfp4, mxfp8, nvfp4, svdquant_w4a4, w4a8_codebook
 from lowbit.formats.base import Candidate, Format
 from lowbit.formats.parts import Dim, Part, Parts
 from lowbit.formats.registry import as_format, formats, from_config, get_format, parse_spec, register
@@ -13,6 +13,7 @@ __all__ = [
     "Parts",
     "as_format",
     "awq_w4a16",
+    "convrot_w4a4",
     "formats",
     "fp8",
     "from_config",
@@ -24,4 +25,5 @@ __all__ = [
     "parse_spec",
     "register",
     "svdquant_w4a4",
+    "w4a8_codebook",
 ]

@@ -329,6 +329,10 @@ class Format(ABC):
                 out[rule.name] = torch.empty(whole, dtype=tensor.dtype, device=tensor.device)
             out[rule.name].narrow(axis, start // rule.rows_per_entry, tensor.shape[axis]).copy_(tensor)
 
+    def scales(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The scales of the units, as they are stored: for judging them."""
+        return parts["scale"]
+
     def unit_errors(self, squared: Tensor) -> Tensor:
         """Sums of an error [n, K] over the units of these rows -> [units along N, units along K]."""
         return reduce_tiles(squared, self.unit((squared.shape[0], squared.shape[1])), "sum")

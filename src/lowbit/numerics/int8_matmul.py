@@ -8,6 +8,7 @@ There, pieces of 1024 columns are multiplied in float32: every product is at mos
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -24,16 +25,16 @@ _PIECE = 1 << 20  # elements of a weight piece as float32: 4 MiB
 _ROWS = 1 << 22  # elements of a piece of activations or results as float32: 16 MiB
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Dynamic quantization of rows: x [M, K] -> int8 codes [M, K] in [-127, 127] and float32 scales [M, 1].
+def quantize_rows(x: Tensor, largest: int = INT8_MAX) -> tuple[Tensor, Tensor]:
+    """Dynamic quantization of rows: x [M, K] -> int8 codes [M, K] in [-largest, largest] and float32 scales [M, 1].
 
-    `scale = absmax / 127`, at least 1e-30; `code = round_half_even(x / scale)`; all in float32. A zero row gives zeros.
-    A row with a NaN or an infinity gets a scale that is not finite, so that its results are not finite either.
+    `scale = absmax / largest`, at least 1e-30; `code = round_half_even(x / scale)`; all in float32. A zero row gives
+    zeros. A row with a NaN or an infinity gets a scale that is not finite, so that its results are not finite either.
     """
     value = x.float()
     amax = value.abs().amax(dim=1, keepdim=True) if x.shape[1] else value.new_zeros((x.shape[0], 1))
-    scale = (amax / INT8_MAX).clamp_min_(MIN_ACTIVATION_SCALE)
-    return (value / scale).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale
+    scale = (amax / largest).clamp_min_(MIN_ACTIVATION_SCALE)
+    return (value / scale).round_().clamp_(-largest, largest).to(torch.int8), scale
 
 
 def int8_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -87,6 +88,31 @@ def int8_linear(
         codes, row_scale = quantize_rows(rotate_groups(piece, rotation) if rotation else piece)
         total = int8_mm(codes, weight).float().mul_(row_scale * columns)
         out[start:stop] = total if bias is None else total.add_(bias.float())
+    return out.reshape(*x.shape[:-1], n)
+
+
+def coded_linear(
+    x: Tensor,
+    codes: Callable[[int, int], Tensor],
+    scale: Tensor,
+    bias: Tensor | None,
+    rotation: int = 0,
+    largest: int = INT8_MAX,
+) -> Tensor:
+    """`int8_linear`, in the dtype of x, for a weight whose int8 codes are made of narrower ones, some rows at a time.
+
+    codes: (start, stop) -> int8 [stop - start, K]. scale: one a row of the weight, [N]. largest: the largest code of
+    the activations (7 where they are to have 4 bits).
+    """
+    k, n = x.shape[-1], scale.shape[0]
+    rows = x.reshape(-1, k) if k else x.new_empty((x.shape[:-1].numel(), 0))
+    out = torch.empty((rows.shape[0], n), dtype=x.dtype, device=x.device)
+    for start, stop in row_chunks(rows.shape[0], max(n, k), elements=_ROWS):
+        piece = rows[start:stop].float()
+        acts, row_scale = quantize_rows(rotate_groups(piece, rotation) if rotation else piece, largest)
+        for a, b in row_chunks(n, k, 32, _PIECE):
+            total = int8_mm(acts, codes(a, b)).float().mul_(row_scale * scale[a:b].float())
+            out[start:stop, a:b] = total if bias is None else total.add_(bias[a:b].float())
     return out.reshape(*x.shape[:-1], n)
 
 
