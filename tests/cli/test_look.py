@@ -90,7 +90,7 @@ def test_inspect_finds_quantized_weights_that_nothing_describes(lowbit, tmp_path
     done = lowbit("inspect", path)
 
     assert done.code == 1
-    assert "no marker says" in done.out
+    assert "nothing says how they are stored" in done.out
 
 
 def test_verify_lists_the_worst_layers_first(lowbit, model, quantized):

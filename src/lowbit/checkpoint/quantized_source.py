@@ -12,7 +12,16 @@ from torch import Tensor
 from lowbit.errors import CheckpointError
 from lowbit.formats.parts import Parts
 
-from .dialects import CONFIG_FILES, Container, Dialect, FoundLayers, StoredLayer, TensorSpec, detect_dialect
+from .dialects import (
+    CONFIG_FILES,
+    Container,
+    Dialect,
+    FoundLayers,
+    StoredLayer,
+    TensorSpec,
+    detect_dialect,
+    get_dialect,
+)
 from .dialects.base import join_key
 from .source import Component, Source
 from .strict_json import parse_object
@@ -85,7 +94,7 @@ def look_for_layers(source: Source, component: Component, *, strict: bool = True
     where = str(component.shards[0].path if len(component.shards) == 1 else source.root / component.name)
     configs = read_configs(source, component)
     held = Container(specs, metadata, configs, where)
-    dialect = detect_dialect(held)
+    dialect = detect_dialect(held) if source.dialect is None else get_dialect(source.dialect)
     found = FoundLayers(plain=list(specs))
     if dialect is not None:
         found = dialect.find_layers(held, lambda key: source.read(component, key), strict=strict)

@@ -59,6 +59,7 @@ class Source:
         files: every weight file by its path relative to the root.
         tensors: every tensor; where there are several components, by "<component>/<name>".
         extra_files: for a folder, what goes with the weights and is copied unchanged (config, tokenizer).
+        dialect: the name of the dialect that it is read in, whatever it looks like; None finds out.
         skipped_files: for a folder, what is left out: pickles, other weights, hidden files, links to the outside.
     """
 
@@ -68,7 +69,9 @@ class Source:
         kind: Literal["file", "sharded", "folder"],
         components: list[Component],
         contents: FolderContents,
+        dialect: str | None = None,
     ) -> None:
+        self.dialect = dialect
         self.root = root
         self.kind = kind
         self.components = components
@@ -140,8 +143,10 @@ class Source:
         self.close()
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, dialect: str | None = None) -> Source:
     """Open a safetensors file, a `*.safetensors.index.json` with its shards, or a model folder, and check every header.
+
+    `dialect`: read it in that one, for files that do not say how their weights are stored.
 
     Raises:
         CheckpointError: the path is missing or a pickle, a file or index is unsound, or two tensors have one name.
@@ -162,7 +167,7 @@ def open_source(path: str | Path) -> Source:
     with contextlib.ExitStack() as stack:
         components = [_open_component(weights, root, stack) for weights in sets]
         stack.pop_all()  # every file is sound: the source closes them
-    return Source(root, kind, components, contents)
+    return Source(root, kind, components, contents, dialect)
 
 
 def _open_component(weights: WeightSet, root: Path, stack: contextlib.ExitStack) -> Component:

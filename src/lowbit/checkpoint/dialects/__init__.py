@@ -1,6 +1,6 @@
 """The on-disk conventions: one file each. Importing this package registers them all."""
 
-from lowbit.checkpoint.dialects import comfy, compressed_tensors
+from lowbit.checkpoint.dialects import bfl, comfy, compressed_tensors, modelopt
 from lowbit.checkpoint.dialects.base import (
     CONFIG_FILES,
     Container,
@@ -24,11 +24,13 @@ __all__ = [
     "Problem",
     "StoredLayer",
     "TensorSpec",
+    "bfl",
     "comfy",
     "compressed_tensors",
     "detect_dialect",
     "dialects",
     "get_dialect",
+    "modelopt",
     "register_dialect",
     "undescribed",
 ]

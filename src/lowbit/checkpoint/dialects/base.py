@@ -220,9 +220,10 @@ def detect_dialect(held: Container) -> Dialect | None:
     if foreign := undescribed(held.tensors, held.tensors):
         raise CheckpointError(
             f"{held.where or 'the file'}: {foreign[0]!r} and {len(foreign) - 1} more look like quantized weights, but "
-            "no marker says how they are stored, and shapes cannot tell; known dialects: "
-            f"{', '.join(sorted(_REGISTRY))}. Use the original 16-bit file, or convert it with the program that wrote "
-            "it; if a folder's config.json describes them, name the folder"
+            "nothing says how they are stored, and shapes cannot tell: nibbles may be swapped and scales reordered. If "
+            "you know who wrote it, name its dialect (--source-dialect bfl, bfl_swapped, modelopt; "
+            "`lowbit formats` lists them); if a folder's config.json describes it, name the folder; else take the "
+            "16-bit file"
         )
     return None
 
