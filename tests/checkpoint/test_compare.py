@@ -114,8 +114,8 @@ def test_rounding_flips_nothing_and_stays_within_half_a_step(spec):
     found = error_histogram(w, fmt, parts)
 
     assert sum(found.counts) + found.beyond > 0.9 * w.numel()
-    # w4a8_codebook clips, and its integers lie unevenly
-    beyond = {"w4a8_codebook": 2.01}.get(fmt.name, 0.56)
+    # ggml gives up half of the upper end; w4a8_codebook clips, and its integers lie unevenly.
+    beyond = {"gguf": 1.01, "w4a8_codebook": 2.01}.get(fmt.name, 0.56)
     assert found.largest <= beyond  # half a step, and what rounding the grid itself adds
     assert 0.1 < found.rms < 0.32  # 0.29 where errors are even; low where the low rank fits the rounding
     health = scale_health({**parts, "scale": fmt.scales(parts)})

@@ -13,7 +13,7 @@ from lowbit.formats import Format, formats, from_config, get_format, parse_spec,
 from lowbit.formats.base import DECODE_ELEMENTS
 from lowbit.formats.parts import gather_rows, narrow_rows, raw_bytes
 from tests.support import assert_sqnr_within, gaussian, outlier_weight, sqnr
-from tests.support.specs import ALL_SPECS, weight_shape
+from tests.support.specs import ALL_SPECS, READ_ONLY_SPECS, any_parts, weight_shape
 
 GOLDEN = [(spec, value) for cls in formats().values() for spec, value in cls.golden_sqnr.items()]
 
@@ -112,7 +112,9 @@ def test_tiny_and_huge_weights_stay_finite(fmt, scale):
     back = fmt.dequantize(fmt.quantize(w), tuple(w.shape), torch.float32)
 
     assert torch.isfinite(back).all()
-    if scale in (1e-4, 1e4):
+    # An 8-bit step of so small a weight is a subnormal float16, and ggml stores no other.
+    coarse = fmt.spec == "gguf(type=Q8_0)" and scale == 1e-4
+    if scale in (1e-4, 1e4) and not coarse:
         unscaled = _weight(fmt)
         usual = sqnr(unscaled, fmt.dequantize(fmt.quantize(unscaled), tuple(w.shape), torch.float32))
         assert abs(sqnr(w, back) - usual) < 1.0
@@ -269,6 +271,29 @@ def test_weight_only_linear_is_bit_equal_to_dequantize_and_matmul(fmt):
         expected = F.linear(x, fmt.dequantize(parts, tuple(w.shape), dtype), bias)
 
         assert torch.equal(fmt.linear(x, parts, bias), expected)
+
+
+@pytest.mark.parametrize("spec", READ_ONLY_SPECS)
+def test_a_format_for_reading_only_keeps_the_promises_of_reading(spec):
+    """Spec, JSON, checks, rows one by one, embedding and linear are as with any format; quantize says what to take."""
+    fmt = parse_spec(spec)
+    n, k = weight_shape(fmt)
+    parts = any_parts(fmt, (n, k))
+    whole, x, rows = fmt.dequantize(parts, (n, k), torch.float32), torch.randn(3, k), torch.tensor([n - 1, 0, 5])
+
+    fmt.check(parts, (n, k))
+    with pytest.raises(PartsError, match="qdata has shape"):
+        fmt.check({**parts, "qdata": parts["qdata"][:, :-1]}, (n, k))
+    with pytest.raises(FormatError, match=r"layer1: .* can only be read, not made; convert to \w+"):
+        fmt.quantize(gaussian(n, k), where="layer1")
+    assert not fmt.encodable
+    assert parse_spec(fmt.spec) == fmt == from_config(json.loads(json.dumps(fmt.config())))
+    assert whole.isfinite().all()
+    assert torch.equal(fmt.pack(fmt.unpack(parts["qdata"], k)), parts["qdata"])
+    assert torch.equal(fmt.dequantize_rows(parts, k, 7, n, torch.float32), whole[7:])
+    assert torch.equal(fmt.embedding(rows, parts, k, torch.float32), whole[rows])
+    assert torch.equal(fmt.linear(x, parts, None), F.linear(x, whole))
+    assert torch.equal(fmt.project(whole, parts), whole)
 
 
 @pytest.mark.parametrize("spec", ["fp4_e9", "", "fp8_e4m3(", "fp8_e4m3(granularity)", "fp8_e4m3(color=red)"])

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
-from lowbit.formats import Format, formats, parse_spec
+import torch
+
+from lowbit.formats import Format, Parts, formats, parse_spec
+from lowbit.numerics.gguf_blocks import READABLE
+from lowbit.numerics.gguf_encode import WRITABLE
 
 ALL_SPECS = [spec for cls in formats().values() for spec in cls.golden_sqnr]
+# What can be read but not made.
+READ_ONLY_SPECS = [f"gguf(type={name})" for name in READABLE if name not in WRITABLE]
+READ_ONLY_SPECS.append("gguf(type=NVFP4,global_scale=true)")
+
+
+def any_parts(fmt: Format, shape: tuple[int, int], seed: int = 0) -> Parts:
+    """Parts of any content for a format that cannot make its own.
+
+    Bit 6 of each byte is zero, so that no scale among them is infinite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = fmt.empty_parts(shape, torch.device("cpu"))
+    for name, part in parts.items():
+        if part.dtype == torch.uint8:
+            parts[name] = torch.randint(0, 256, part.shape, generator=generator, dtype=torch.uint8) & 0xBF
+        else:
+            parts[name] = torch.rand(part.shape, generator=generator).to(part.dtype)
+    return parts
 
 
 def fits(spec: str, k: int) -> bool:

@@ -149,7 +149,7 @@ class _Sums:
 def measure(reference: LayerReference, fmt: Format, parts: Parts, *, rtn: bool = True) -> LayerMeasure:
     """Compare the parts of a layer with its reference, a few MiB at a time. With `rtn` also with plain rounding."""
     n, k = reference.w.shape
-    rounded = reference.rounded(fmt) if rtn else None
+    rounded = reference.rounded(fmt) if rtn and fmt.encodable else None
     sums, ends, flips = _Sums(reference), 0, 0
     for start, stop in _pieces(reference.w, fmt):
         decoded = fmt.dequantize_rows(parts, k, start, stop, torch.float32)

@@ -1,6 +1,18 @@
 """The formats: one file each. Importing this package registers them all."""
 
-from lowbit.formats import awq_w4a16, convrot_w4a4, fp8, int8, mxfp4, mxfp8, nvfp4, svdquant_w4a4, w4a8_codebook, wna16
+from lowbit.formats import (
+    awq_w4a16,
+    convrot_w4a4,
+    fp8,
+    gguf_block,
+    int8,
+    mxfp4,
+    mxfp8,
+    nvfp4,
+    svdquant_w4a4,
+    w4a8_codebook,
+    wna16,
+)
 from lowbit.formats.base import Candidate, Format
 from lowbit.formats.parts import Dim, Part, Parts
 from lowbit.formats.registry import as_format, formats, from_config, get_format, parse_spec, register
@@ -18,6 +30,7 @@ __all__ = [
     "fp8",
     "from_config",
     "get_format",
+    "gguf_block",
     "int8",
     "mxfp4",
     "mxfp8",

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -70,6 +70,8 @@ class Format(ABC):
     """What `--solver auto` takes when nothing is known about the activations."""
     calibrated_start: ClassVar[str] = "scale_search"
     """What it starts from when their second moments are known."""
+    instead: ClassVar[str] = "another format"
+    """What to convert to where a variant can only be read."""
     largest_activation: ClassVar[float] = 0.0
     """The largest code that a static activation scale is for; 0 where there is no such scale."""
 
@@ -173,6 +175,7 @@ class Format(ABC):
         `params`: parameters chosen beforehand (by a solver); by default they are fitted. Works in pieces, with
         temporaries of a few MiB. Raises `WeightError`, naming `where`, on a wrong shape, a NaN or an infinity.
         """
+        self.check_encodable(where)
         self.check_weight(w, where)
         if seed is not None and not self.stochastic:
             raise FormatError(f"{self.name} has no stochastic rounding; leave the seed out")
@@ -185,7 +188,7 @@ class Format(ABC):
             else:
                 chosen = narrow_rows(self.param_rules, params, start, stop)
             noise = None if seed is None else uniform_noise(tuple(rows.shape), seed, start, w.device)
-            piece = {"qdata": self.pack(self.encode(rows, chosen, noise)), **chosen}
+            piece = {**chosen, "qdata": self.pack(self.encode(rows, chosen, noise))}
             self.store_rows(out, piece, tuple(w.shape), start)
         return out
 
@@ -226,6 +229,15 @@ class Format(ABC):
     def recast(self, parts: Mapping[str, Tensor], other: Format) -> Parts:
         """The parts in a format of `equivalents`. Raises `FormatError` for any other."""
         raise FormatError(f"{self}: its codes mean nothing in {other}; quantize again")
+
+    def joined(self, weights: Sequence[Mapping[str, Tensor]]) -> tuple[Format, list[Parts]]:
+        """The format of weights of this one joined along N, and the parts of each in it, with the same values."""
+        return self, [dict(parts) for parts in weights]
+
+    @property
+    def encodable(self) -> bool:
+        """Whether a weight can be converted to it; if not, it is for reading only."""
+        return True
 
     @property
     def rounds_input(self) -> bool:
@@ -332,6 +344,11 @@ class Format(ABC):
     def scales(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The scales of the units, as they are stored: for judging them."""
         return parts["scale"]
+
+    def check_encodable(self, where: str = "weight") -> None:
+        """Raise `FormatError`, naming `where`, for a format that can only be read."""
+        if not self.encodable:
+            raise FormatError(f"{where}: {self} can only be read, not made; convert to {self.instead}")
 
     def unit_errors(self, squared: Tensor) -> Tensor:
         """Sums of an error [n, K] over the units of these rows -> [units along N, units along K]."""

@@ -95,7 +95,7 @@ def refine(
             step(draft)
         params = fmt.with_steps(params, grid)
         codes = fmt.encode(fmt.from_grid(draft.values, params), params)
-        fmt.store_rows(out, {"qdata": fmt.pack(codes), **params}, shape, start)
+        fmt.store_rows(out, {**params, "qdata": fmt.pack(codes)}, shape, start)
     return out
 
 

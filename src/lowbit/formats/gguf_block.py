@@ -1,0 +1,201 @@
+"""gguf: the blocks of GGUF files as they are, each with its scales among its codes.
+
+    w = level * step + zero [* global_scale]        what these are made of is stated by the type
+
+part           shape              meaning
+qdata          [N, K / c * b]     uint8; c columns in b bytes, row after row, as ggml lays them out
+global_scale   []                 float32, with `global_scale`: NVFP4 weights are multiplied by it
+
+type    c    b    bits a weight   made here        type    c    b    bits a weight
+Q4_0    32   18   4.5             yes              Q2_K    256  84   2.625
+Q4_1    32   20   5               yes              Q4_K    256  144  4.5
+Q5_0    32   22   5.5             yes              Q5_K    256  176  5.5
+Q5_1    32   24   6               yes              Q6_K    256  210  6.5625
+Q8_0    32   34   8.5             yes              NVFP4   64   36   4.5
+MXFP4   32   17   4.25            yes
+
+Values are those of ggml bit for bit, and so are the blocks of the types that are made here, when nothing but rounding
+is asked for; the others can only be read. The codes of a row, which `unpack` gives, are its K codes, one a byte, and
+behind them the headers of its blocks (what is no code). The parameters of a row are blocks of which only the headers
+count.
+
+>>> import torch
+>>> from lowbit.formats import parse_spec
+>>> fmt = parse_spec("gguf(type=Q8_0)")
+>>> parts = fmt.quantize(torch.arange(32.0).unsqueeze(0))
+>>> parts["qdata"].shape, fmt.dequantize(parts, (1, 32), torch.float32)[0, -1]
+(torch.Size([1, 34]), tensor(31.0049))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.formats.base import Format
+from lowbit.formats.grid import Grid
+from lowbit.formats.parts import Dim, N, Part, Parts
+from lowbit.formats.registry import one_of, register
+from lowbit.numerics.gguf_blocks import READABLE, BlockType, block_type
+from lowbit.numerics.gguf_encode import WRITABLE, encode_blocks, set_steps, snap_steps
+
+
+@register
+@dataclass(frozen=True)
+class GgufBlock(Format):
+    """GGUF blocks (llama.cpp's), 2.6 to 8.5 bits a weight; the K-quants and NVFP4 can only be read."""
+
+    type: str = "Q8_0"
+    global_scale: bool = False
+
+    name: ClassVar[str] = "gguf"
+    keys: ClassVar = {"comfy": {"qdata": "weight", "global_scale": "weight_scale_2"}}
+    golden_sqnr: ClassVar = {
+        "gguf(type=Q4_0)": 21.31,
+        "gguf(type=Q4_1)": 22.13,
+        "gguf(type=Q5_0)": 27.4,
+        "gguf(type=Q5_1)": 28.44,
+        "gguf(type=Q8_0)": 45.43,
+        "gguf(type=MXFP4)": 18.78,
+    }
+    calibrated_start: ClassVar[str] = "rtn"
+    instead: ClassVar[str] = f"gguf(type=...) of {', '.join(WRITABLE)}, or to nvfp4, mxfp4 or int8"
+
+    def __post_init__(self) -> None:
+        one_of(self, "type", READABLE)
+        one_of(self, "global_scale", (False, True) if self.type == "NVFP4" else (False,))
+
+    @property
+    def encodable(self) -> bool:
+        """Whether ggml's reference encoder for the type is written here, too."""
+        return self.type in WRITABLE
+
+    @cached_property
+    def spec(self) -> str:
+        """As every format's, but with the type always named."""
+        short = super().spec
+        if self.type != type(self).type:
+            return short
+        return short.replace("(", f"(type={self.type},", 1) if "(" in short else f"{short}(type={self.type})"
+
+    @cached_property
+    def block(self) -> BlockType:
+        """The type of the blocks."""
+        return block_type(self.type)
+
+    def part_rules(self) -> tuple[Part, ...]:
+        blocks = Part("qdata", (N, Dim("K", self.block.columns, self.block.size)), (torch.uint8,))
+        return (blocks, Part("global_scale", (), (torch.float32,))) if self.global_scale else (blocks,)
+
+    @cached_property
+    def param_rules(self) -> tuple[Part, ...]:
+        """All own parts: the scales lie in `qdata`."""
+        return self.part_rules()
+
+    def check_shape(self, n: int, k: int) -> str | None:
+        if k % self.block.columns:
+            return f"has {k} columns, not a multiple of the {self.block.columns} of a {self.type} block"
+        return None
+
+    def quantize(
+        self, w: Tensor, *, params: Parts | None = None, seed: int | None = None, where: str = "weight"
+    ) -> Parts:
+        """See `Format.quantize`. Where nothing is chosen beforehand, the blocks are those of ggml's own encoder."""
+        if params is not None or seed is not None:
+            return super().quantize(w, params=params, seed=seed, where=where)
+        self.check_encodable(where)
+        self.check_weight(w, where)
+        shape = (w.shape[0], w.shape[1])
+        out = torch.empty(self.part_shapes(*shape)["qdata"], dtype=torch.uint8, device=w.device)
+        for start, stop in self.row_ranges(*shape):
+            out[start:stop] = self.fit(self.prepared(w, start, stop, where), {})["qdata"]
+        return {"qdata": out}
+
+    def fit(self, rows: Tensor, shared: Parts) -> Parts:
+        """Whole blocks, as ggml makes them."""
+        self.check_encodable("weight")
+        return {"qdata": _rows(encode_blocks(self.block, _blocks(rows, self.block.columns)), rows, self.block.columns)}
+
+    def encode(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:
+        """uint8 [n, K + headers]: the nearest codes under the headers of `params`, and these."""
+        headers = self.block.headers(_blocks(params["qdata"], self.block.size))
+        step, zero = self._steps(params)
+        levels = rows.unflatten(1, (step.shape[1], self.block.unit))
+        levels = (levels if zero is None else levels - zero.unsqueeze(-1)) / _divisor(step).unsqueeze(-1)
+        return torch.cat([self.block.nearest(levels).flatten(1), _rows(headers, rows, self.block.columns)], dim=1)
+
+    def decode(self, codes: Tensor, params: Parts) -> Tensor:
+        out = _rows(self.block.decode(*self._split(codes)), codes, self._code_bytes)
+        return out.mul_(params["global_scale"]) if self.global_scale else out
+
+    def pack(self, codes: Tensor) -> Tensor:
+        return _rows(self.block.join(*self._split(codes)), codes, self._code_bytes)
+
+    def unpack(self, qdata: Tensor, columns: int) -> Tensor:
+        blocks = _blocks(qdata, self.block.size)
+        pieces = (self.block.codes(blocks), self.block.headers(blocks))
+        return torch.cat([_rows(piece, qdata, self.block.size) for piece in pieces], dim=1)
+
+    def unit(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return 1, self.block.unit
+
+    def grid(self, rows: Tensor, params: Parts) -> Grid:
+        step, zero = (None if x is None else x.t().contiguous() for x in self._steps(params))
+        assert step is not None
+        kind = self.block
+
+        def snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return snap_steps(kind, step, zero)
+
+        return Grid(rows.t().contiguous(), step, kind.levels, columns=kind.unit, zero=zero, snap=snap)
+
+    def with_steps(self, params: Parts, grid: Grid) -> Parts:
+        self.check_encodable("weight")
+        step, zero = (None if x is None else x.t().reshape(-1, 1) for x in (grid.step, grid.zero))
+        assert step is not None
+        blocks = _blocks(params["qdata"], self.block.size).clone()
+        self.block.put_headers(blocks, set_steps(self.block, step, zero))
+        return {"qdata": _rows(blocks, params["qdata"], self.block.size)}
+
+    def scales(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """As stored where there is one a block; of the K-quants the products [N, K / unit]."""
+        if self.type == "MXFP4":
+            return self.block.headers(_blocks(parts["qdata"], self.block.size))
+        step = self._steps(parts)[0]
+        return step.to(torch.float16) if self.block.unit == self.block.columns else step
+
+    def _steps(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Steps and zeros of stored rows, float32 [n, K / unit]."""
+        found = self.block.steps(self.block.headers(_blocks(parts["qdata"], self.block.size)))
+        step, zero = (None if x is None else _rows(x, parts["qdata"], self.block.size) for x in found)
+        assert step is not None
+        return step * parts["global_scale"] if self.global_scale else step, zero
+
+    def _split(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and headers by block: [B, columns] and [B, header_size]."""
+        k = codes.shape[1] // self._code_bytes * self.block.columns
+        return _blocks(codes[:, :k], self.block.columns), _blocks(codes[:, k:], self.block.header_size)
+
+    @property
+    def _code_bytes(self) -> int:
+        """The bytes that the codes and the header of a block take, one code a byte."""
+        return self.block.columns + self.block.header_size
+
+
+def _blocks(rows: Tensor, width: int) -> Tensor:
+    """[n, blocks * width] -> [n * blocks, width]."""
+    return rows.reshape(rows.shape[0] * (rows.shape[1] // width), width)
+
+
+def _rows(blocks: Tensor, like: Tensor, width: int) -> Tensor:
+    """[n * blocks, w] -> [n, blocks * w], as many as `like` [n, blocks * width] has."""
+    return blocks.reshape(like.shape[0], like.shape[1] // width * blocks.shape[1])
+
+
+def _divisor(step: Tensor) -> Tensor:
+    return step.masked_fill(step == 0, torch.inf)
