@@ -7,7 +7,7 @@ from torch.nn import functional as F
 import lowbit
 from lowbit.errors import FormatError
 from lowbit.formats import parse_spec
-from lowbit.formats.nvfp4 import MIN_GLOBAL_SCALE
+from lowbit.formats.global_scale import MIN_GLOBAL_SCALE
 from lowbit.layouts.scale_128x4 import swizzle
 from lowbit.numerics.packing import swap_nibbles
 from tests.support import assert_sqnr_within, gaussian, outlier_weight, sqnr
@@ -255,8 +255,8 @@ def test_linear_of_any_shape(n, k):
         assert torch.equal(lowbit.ops.linear(x, stored, None, "nvfp4"), F.linear(x, dense))
 
 
-def test_there_are_no_fields():
-    """The format has no options of its own, and says so."""
+def test_there_is_no_group_size():
+    """Groups are 16 wide, and a spec cannot say otherwise."""
     assert FMT.spec == "nvfp4"
     with pytest.raises(FormatError, match="nvfp4 has no field group_size"):
         parse_spec("nvfp4(group_size=32)")

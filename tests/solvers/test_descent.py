@@ -31,6 +31,7 @@ CASES = [
     ("mxfp4", 24, 90),
     ("mxfp8", 24, 90),
     ("nvfp4", 24, 90),
+    ("nvfp4(global_scale_divides=true,row_global_scale=true)", 24, 90),
     ("awq_w4a16", 24, 128),
     ("awq_w4a16(group_size=6)", 16, 66),
     ("svdquant_w4a4(rank=4)", 24, 128),

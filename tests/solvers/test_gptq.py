@@ -17,7 +17,17 @@ from lowbit.solvers.refinement import refine
 from tests.support import gaussian
 from tests.support.layers import Layer, power_law
 
-SPECS = ["int8", "fp8_e4m3(granularity=row)", "awq_w4a16", "nvfp4", "mxfp4", "mxfp8", "int8(rotation=64)", "fp8_e4m3"]
+SPECS = [
+    "int8",
+    "fp8_e4m3(granularity=row)",
+    "awq_w4a16",
+    "nvfp4",
+    "nvfp4(row_global_scale=true)",
+    "mxfp4",
+    "mxfp8",
+    "int8(rotation=64)",
+    "fp8_e4m3",
+]
 
 
 def rounded(w: Tensor, fmt: Format, hessian: Tensor, *steps: str) -> Parts:

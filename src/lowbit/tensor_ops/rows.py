@@ -206,10 +206,11 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if any(w.shape[1:] != first.shape[1:] or w.matrix[1] != first.matrix[1] for w in weights):
         raise UnsupportedError("weights of different shapes cannot be joined along N")
+    fmt, parts = first.format.joined([w.parts for w in weights])
     try:
-        joined = concat_rows(first.format.rules, [w.parts for w in weights], [w.matrix[0] for w in weights])
-    except UnsupportedError:  # another global scale, or a ragged block in the middle: the parts cannot say it
+        joined = concat_rows(fmt.rules, parts, [w.matrix[0] for w in weights])
+    except UnsupportedError:  # another scale of the whole weight, or a ragged block in the middle
         return NotImplemented
     rows = sum(w.matrix[0] for w in weights)
     shape = (sum(w.shape[0] for w in weights), *first.shape[1:])
-    return first.with_parts(joined, shape=shape, matrix=(rows, first.matrix[1]))
+    return first.with_parts(joined, shape=shape, matrix=(rows, first.matrix[1]), fmt=fmt)
