@@ -25,9 +25,11 @@ FLOORS = {
     "tensor": 4,
     "tensor_ops": 4,
     "nn": 4,
+    "experts": 4,
     "smoothing": 4,
     "checkpoint": 5,
     "calibration": 5,
+    "lora": 5,
     "report": 5,
     "integrations": 6,
     "cli": 6,
@@ -39,8 +41,10 @@ BESIDE = {  # who may import a neighbour on the same floor; never both ways
     "layouts": {"formats"},  # a layout rearranges a format's parts
     "ops": {"dispatch"},  # an op's body asks for its kernel
     "tensor_ops": {"tensor"},  # the handlers of QuantizedTensor's operations
+    "experts": {"tensor", "tensor_ops"},  # a bank's experts are quantized weights
     "nn": {"tensor"},  # a module's weight is replaced by a quantized one
     "calibration": {"checkpoint"},  # the statistics file is written and resumed as checkpoints are
+    "lora": {"checkpoint"},  # adapters are read, and baked into files, as checkpoints are
     "cli": {"integrations"},  # a subcommand that shows an integration
     "__main__": {"cli"},  # `python -m lowbit` is the command
 }

@@ -7,6 +7,7 @@ from lowbit.ops.fp8 import (
     stochastic_rounding_fp8,
 )
 from lowbit.ops.generic import dequantize, embedding, linear, quantize
+from lowbit.ops.grouped import grouped_linear
 from lowbit.ops.int8 import (
     dequantize_int8,
     int8_linear,
@@ -26,6 +27,7 @@ __all__ = [
     "dequantize_per_tensor_fp8",
     "embedding",
     "gemv_awq_w4a16",
+    "grouped_linear",
     "int8_linear",
     "linear",
     "quantize",

@@ -29,11 +29,11 @@ def fallbacks() -> dict[str, int]:
     return dict(_FALLBACKS)
 
 
-def implements(*overloads: Any) -> Callable[[Handler], Handler]:
+def implements(*overloads: Any, table: dict[Any, Handler] = ATEN) -> Callable[[Handler], Handler]:
     """Register a handler(func, args, kwargs) for aten overloads; NotImplemented means: dequantize."""
 
     def add(handler: Handler) -> Handler:
-        ATEN.update(dict.fromkeys(overloads, handler))
+        table.update(dict.fromkeys(overloads, handler))
         return handler
 
     return add
@@ -49,9 +49,9 @@ def shortcut(*functions: Any) -> Callable[[Handler], Handler]:
     return add
 
 
-def run(kind: type, func: Any, args: Any, kwargs: Any) -> Any:
+def run(kind: type, func: Any, args: Any, kwargs: Any, table: dict[Any, Handler] = ATEN) -> Any:
     """Run an aten op on tensors of `kind`: by its handler, by the ops it is made of, or on dequantized weights."""
-    handler = ATEN.get(func)
+    handler = table.get(func)
     if handler is not None:
         result = handler(func, args, kwargs)
         if result is not NotImplemented:
