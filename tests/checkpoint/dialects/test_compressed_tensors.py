@@ -17,6 +17,7 @@ from tests.support import gaussian
 
 pytest.importorskip("compressed_tensors")
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
@@ -171,16 +172,19 @@ def test_what_lowbit_writes_the_owner_decodes(case):
     assert (back.format, back.shape) == (fmt, SHAPE)
 
 
-@pytest.mark.parametrize("shape", [(1, 32), (7, 96), (33, 160)])
+@pytest.mark.parametrize(("shape", "size"), [((1, 32), 32), ((7, 96), 32), ((33, 160), 32), ((5, 45), 0)])
+@pytest.mark.parametrize("zero_point", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_odd_widths_and_row_counts_of_packed_integers(bits, shape):
+def test_odd_widths_and_row_counts_of_packed_integers(bits, zero_point, shape, size):
     """Codes and zero points of every width come back bit for bit from words that they do not fill."""
-    fmt = parse_spec(f"wna16(bits={bits},group_size=32,zero_point=True)")
+    fmt = parse_spec(f"wna16(bits={bits},group_size={size},zero_point={zero_point})")
     stored = StoredLayer(LAYER, fmt, shape, torch.float16)
     parts = fmt.quantize(gaussian(*shape, dtype=torch.float16))
     tensors = DIALECT.store_parts(stored, parts)
     assert {key: TensorSpec.of(tensor) for key, tensor in tensors.items()} == DIALECT.stored_specs(stored)
     config = DIALECT.config_fields([stored], {})["config.json"]["quantization_config"]
+    codes = fmt.unpack(parts["qdata"], shape[1])[:, : shape[1]].to(torch.int16) - (1 << (bits - 1))
+    assert_same_bits(tensors[f"{LAYER}.weight_packed"], pack_to_int32(codes.to(torch.int8), bits))
     (layer,) = DIALECT.find_layers(container(tensors, config), tensors.__getitem__).layers.values()
     back = DIALECT.load_parts(layer, tensors.__getitem__)
     for name, part in parts.items():

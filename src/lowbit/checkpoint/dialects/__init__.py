@@ -1,6 +1,6 @@
 """The on-disk conventions: one file each. Importing this package registers them all."""
 
-from lowbit.checkpoint.dialects import bfl, comfy, compressed_tensors, modelopt
+from lowbit.checkpoint.dialects import awq, bfl, comfy, compressed_tensors, gptq, modelopt
 from lowbit.checkpoint.dialects.base import (
     CONFIG_FILES,
     Container,
@@ -24,12 +24,14 @@ __all__ = [
     "Problem",
     "StoredLayer",
     "TensorSpec",
+    "awq",
     "bfl",
     "comfy",
     "compressed_tensors",
     "detect_dialect",
     "dialects",
     "get_dialect",
+    "gptq",
     "modelopt",
     "register_dialect",
     "undescribed",

@@ -18,7 +18,7 @@ from lowbit.checkpoint.dialects.compressed_tensors_schemes import Scheme
 from lowbit.checkpoint.dialects.described import LayerTensors
 from lowbit.errors import CheckpointError, PartsError
 from lowbit.formats import Parts
-from lowbit.numerics.bit_packing import pack_bits, packed_bytes, unpack_bits
+from lowbit.numerics.bit_packing import CODES, pack_bits, packed_bytes, unpack_bits
 from lowbit.numerics.groups import ceil_div
 
 SHAPE = "weight_shape"
@@ -150,7 +150,7 @@ class Packed(Storage):
         config = stored.format.config()
         bits, (n, k) = config["bits"], stored.shape
         words = ceil_div(k * bits, 8 * _WORD)
-        written = {"qdata": _words(parts["qdata"], words), "scale": parts["scale"]}
+        written = {"qdata": _words(_filled(parts["qdata"], bits, k, None), words), "scale": parts["scale"]}
         written["scale"] = written["scale"].to(stored.dtypes.get("scale", written["scale"].dtype))
         shape = torch.tensor([n, k], dtype=torch.int64)
         written["shape"] = shape.to("meta") if parts["qdata"].is_meta else shape
@@ -179,6 +179,7 @@ class Packed(Storage):
         if "zero_point" in tensors:
             packed = _bytes(tensors["zero_point"].t().contiguous(), packed_bytes(n, bits))
             parts["zero_point"] = unpack_bits(packed, bits, n).t().contiguous()
+        parts["qdata"] = _filled(parts["qdata"], bits, k, _last_zero(parts, n, bits))
         return parts
 
 
@@ -215,10 +216,28 @@ class Bytes(Packed):
     def read(self, stored: StoredLayer, tensors: Mapping[str, Tensor]) -> Parts:
         bits = stored.format.config()["bits"]
         parts = dict(tensors)
+        n, k = stored.shape
         parts["qdata"] = pack_bits(_unsigned(tensors["qdata"], bits, stored), bits)
         if "zero_point" in tensors:
             parts["zero_point"] = _unsigned(tensors["zero_point"], bits, stored)
+        parts["qdata"] = _filled(parts["qdata"], bits, k, _last_zero(parts, n, bits))
         return parts
+
+
+def _last_zero(parts: Mapping[str, Tensor], n: int, bits: int) -> Tensor:
+    """The code [N, 1] that stands for 0 in the last group of each row."""
+    zeros = parts.get("zero_point")
+    return torch.full((n, 1), 1 << (bits - 1), dtype=torch.uint8) if zeros is None else zeros[:, -1:]
+
+
+def _filled(packed: Tensor, bits: int, k: int, code: Tensor | None) -> Tensor:
+    """Rows of packed codes whose last ones, beyond K, are `code` [N, 1], or 0 bits: each side has its own custom."""
+    beyond = -k % CODES
+    if not beyond or packed.is_meta:
+        return packed
+    codes = unpack_bits(packed, bits, k)
+    fill = codes.new_zeros((codes.shape[0], beyond)) if code is None else code.expand(-1, beyond)
+    return pack_bits(torch.cat([codes, fill], dim=1), bits)
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:
