@@ -128,8 +128,8 @@ def test_one_clear_error(tensors, message):
 
 def test_unknown_format_lists_the_known_ones():
     """The error is a KeyError and a ValueError, names file and layer, and lists what can be read, sorted."""
-    with pytest.raises(UnknownFormatError, match=f"'convrot_w4a4' in {PLACE}") as caught:
-        find(changed(comfy_quant=marker({"format": "convrot_w4a4"})))
+    with pytest.raises(UnknownFormatError, match=f"'int4_blockwise' in {PLACE}") as caught:
+        find(changed(comfy_quant=marker({"format": "int4_blockwise"})))
     assert isinstance(caught.value, KeyError)
     assert isinstance(caught.value, ValueError)
     names = str(caught.value).partition("known formats: ")[2].split(", ")

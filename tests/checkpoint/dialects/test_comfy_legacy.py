@@ -137,6 +137,27 @@ def test_int8_fast_marker(fields, spec):
     assert marker_fields(made)["format"] == "int8_tensorwise"
 
 
+@pytest.mark.parametrize(
+    ("fields", "scale"),
+    [
+        ({"convrot": True, "convrot_groupsize": 256}, torch.ones(128, 1)),
+        ({"convrot": False, "per_row": False}, torch.ones(128, 1)),
+        ({"convrot": True, "per_row": True, "bits": 4}, torch.ones(128, 1)),
+        ({"convrot": True, "per_row": True}, torch.ones(())),
+        ({"convrot": True, "per_row": True}, torch.ones(128)),
+        ({"convrot": True, "per_row": True}, None),
+        ({"per_row": True}, torch.ones(1, 2)),
+        ({}, torch.ones(128, 1)),
+    ],
+)
+def test_other_markers_without_a_format_are_refused(fields, scale):
+    """Without a format, only INT8-Fast's very fields with a scale [N, 1] are understood; nothing else is guessed."""
+    tensors = {**stored("int8"), f"{LAYER}.comfy_quant": marker(fields), f"{LAYER}.weight_scale": scale}
+    tensors = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+    with pytest.raises(CheckpointError, match=f"layer '{LAYER}': the marker names no format"):
+        find_one(tensors)
+
+
 @pytest.mark.parametrize("elements", [0, 2])
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_to_current_and_back(elements, prefix):

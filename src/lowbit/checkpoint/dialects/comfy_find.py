@@ -28,6 +28,7 @@ CONSUMED = frozenset(
     {
         *("format", "params", "lowbit", "orig_dtype", "orig_shape", "layout", "act_unsigned"),
         *("group_size", "block_size", "per_row", "convrot", "convrot_groupsize"),
+        *("linear_dtype", "quant_group_size"),
     }
 )
 
@@ -48,7 +49,7 @@ def find_layer(
 ) -> StoredLayer:
     """A described layer, checked against the file's header. Raises `LowbitError`s that name file and layer."""
     weight = require_weight(description, tensors)
-    repair_fields(description, weight)
+    repair_fields(description, weight, tensors)
     place = name_place(description.where, description.layer)
     storage = storage_for(description.fields["format"], place)
     if len(weight.shape) not in storage.ranks:

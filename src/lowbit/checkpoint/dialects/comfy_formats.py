@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lowbit.checkpoint.dialects.base import Shape, TensorSpec, name_place
 from lowbit.checkpoint.dialects.comfy_marker import Description
 from lowbit.checkpoint.dialects.comfy_one_byte import OneByte
+from lowbit.checkpoint.dialects.comfy_rotated import W4A8, ConvrotInt4
 from lowbit.checkpoint.dialects.comfy_storage import Storage, make_format
 from lowbit.errors import UnknownFormatError
 from lowbit.formats import Format, Parts, formats
@@ -227,5 +228,7 @@ _STORAGES: tuple[Storage, ...] = (
     Mxfp8(),
     Awq(),
     Svdquant(),
+    ConvrotInt4(),
+    W4A8(),
 )
 _AS_IT_IS = Storage()

@@ -3,7 +3,8 @@
 - `scaled_fp8` files (before ComfyUI 0.4): a tensor `scaled_fp8` marks the file, `<layer>.scale_weight` and
   `<layer>.scale_input` are the scales. Two elements in the marker ask for matrix products in full precision. An input
   scale of exactly 1 means none. A scale beside a weight that is not float8 is a dummy, and 1.
-- INT8-Fast markers: `{"convrot": .., "convrot_groupsize": .., "per_row": true}` without a format are int8_tensorwise.
+- INT8-Fast markers: `{"convrot": .., "convrot_groupsize": .., "per_row": true}` without a format, with int8 codes and
+  a scale [N, 1], are int8_tensorwise.
 - `weight_proj_down`, `weight_zeros` and their like: what comfy-kitchen's `state_dict` calls the parts.
 
 (Wrong labels of convert_to_quant, which the shape of the scale puts right, are dealt with in `comfy_one_byte`.)
@@ -33,7 +34,7 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "proj_up": ("weight_proj_up",),
     "smooth_factor": ("weight_smooth_factor",),
 }
-_INT8_FAST_FIELDS = ("convrot", "convrot_groupsize", "per_row")
+_INT8_FAST_FIELDS = {"convrot", "convrot_groupsize", "per_row", "format"}  # a format of null is none
 _FORMATS = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2", torch.int8: "int8_tensorwise"}
 
 
@@ -77,7 +78,7 @@ def add_legacy(
         found.notes.append(f"{plain} weights that are not float8 have a scale_weight of 1, which means nothing")
 
 
-def repair_fields(description: Description, weight: TensorSpec) -> None:
+def repair_fields(description: Description, weight: TensorSpec, tensors: Mapping[str, TensorSpec]) -> None:
     """Name the format of an INT8-Fast marker. Raises `CheckpointError` when a description names no format at all."""
     fields = description.fields
     if fields.get("format"):
@@ -87,7 +88,9 @@ def repair_fields(description: Description, weight: TensorSpec) -> None:
                 "expected a string; convert the file again"
             )
         return
-    if weight.dtype == torch.int8 and any(name in fields for name in _INT8_FAST_FIELDS):
+    scale = tensors.get(join_key(description.layer, "weight_scale"))
+    by_row = scale is not None and len(weight.shape) == 2 and scale.shape == (weight.shape[0], 1)
+    if weight.dtype == torch.int8 and by_row and description.flag("per_row") and not set(fields) - _INT8_FAST_FIELDS:
         description.fields = {**fields, "format": "int8_tensorwise"}
         description.note("the marker names no format (INT8-Fast): its fields and int8 codes say int8_tensorwise")
         return
