@@ -16,7 +16,7 @@ from lowbit.errors import PlanError
 from lowbit.formats.base import Format
 from lowbit.solvers import AUTO, parse_pipeline, pick_solver
 
-from .dialects import StoredLayer, TensorSpec, get_dialect
+from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
 from .dialects.base import join_key, layer_of
 from .eligibility import better_left, cannot_hold, cannot_store, dtype_name
 from .layer_statistics import LayerStatistics, knowledge
@@ -58,10 +58,9 @@ def make_plan(
         PlanError: a pattern is wrong or matches nothing, the source is quantized already, the preset is unknown.
         FormatError, SolverError: the format, a rule's format or the solver is wrong.
     """
-    get_dialect(dialect)
     by_layer = [(_Pattern("layer", text), StoredFormat.parse(spec)) for text, spec in layer_rules]
     kept, chosen = [_Pattern("keep", text) for text in keep], [_Pattern("only", text) for text in only]
-    rules = _Rules(StoredFormat.parse(format), solver, kept, chosen, by_layer, statistics)
+    rules = _Rules(StoredFormat.parse(format), solver, kept, chosen, by_layer, get_dialect(dialect), statistics)
     rules.check()
     components = []
     for component in source.components:
@@ -105,6 +104,7 @@ class _Rules:
     keep: list[_Pattern]
     only: list[_Pattern]
     by_layer: list[tuple[_Pattern, StoredFormat]]
+    dialect: Dialect
     statistics: LayerStatistics | None = None
     picked: dict[tuple[str, str], str] = field(default_factory=dict)
 
@@ -147,6 +147,14 @@ class _Rules:
         if smallest is None or (fitted := stored.format.fitted_to(smallest)) == stored.format:
             return stored, ""
         return replace(stored, format=fitted), f"; its input is never below {smallest:.3g}"
+
+    def spelled(self, stored: StoredFormat, layer: str, spec: TensorSpec) -> StoredFormat:
+        """The form of a format that the dialect writes, where it holds the same codes in several."""
+        shape = (spec.shape[0], spec.shape[1])
+        for fmt in (stored.format, *stored.format.equivalents()):
+            if self.dialect.refuses(StoredLayer(layer, fmt, shape, spec.dtype, layout=stored.layout)) is None:
+                return replace(stored, format=fmt)
+        return stored
 
     def notes(self) -> Iterable[str]:
         """Which solver was taken for which format."""
@@ -260,6 +268,7 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: _Rules, was: str
         return _tensor(key, spec, "keep", why)
     because = "the format for all weights" if rule is None else f"matches --layer {rule[0].text!r}"
     stored, also = rules.fit(stored, name)
+    stored = rules.spelled(stored, layer or "", spec)
     has_bias = join_key(layer or "", "bias") in names.biases
     solver = rules.pick(stored.format, name, has_bias=has_bias)
     foreign = {} if key == weight else {"name": layer or ""}
