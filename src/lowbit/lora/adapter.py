@@ -1,0 +1,219 @@
+"""What an adapter is once it is read: a low-rank change for each of some layers, found by the layer's name.
+
+    W' = W + strength * scale * up down            down [R, K], up [N, R], scale = alpha / R
+
+Names in adapter files are those of a model somewhere in a program: with that program's prefix, or with underscores for
+dots. `Adapter.match` finds the layers of a model or checkpoint at hand that they mean, and never guesses: a name that
+could mean two layers is an error that lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError, WeightError
+
+# What programs put before the name of a layer of the denoiser (or of a language model), longest first.
+_PREFIXES = (
+    "base_model.model.model.diffusion_model.",
+    "base_model.model.diffusion_model.",
+    "base_model.model.transformer.",
+    "base_model.model.unet.",
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "unet.",
+    "model.",
+)
+_TEXT_PREFIXES = ("text_encoder", "text_encoders", "te1", "te2", "te3", "te", "clip_l", "clip_g", "t5xxl")
+_KOHYA = ("lora_prior_unet_", "lora_transformer_", "lora_unet_", "lycoris_", "lora_te1_", "lora_te2_", "lora_te3_")
+_KOHYA_PLAIN = ("lora_te_", "lora_")
+_KOHYA_TEXT = ("lora_te1_", "lora_te2_", "lora_te3_", "lora_te_")
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class LoraDelta:
+    """The change of one layer, times a strength: `scale * up @ down`.
+
+    down: [R, K], or [R, K, ...] of a convolution; up: [N, R]; any float dtype, on any device.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it changes: [N, K], or a convolution's."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def dense(self, strength: float = 1.0, device: torch.device | None = None) -> Tensor:
+        """The change as a matrix: float32 [N, K]."""
+        down, up = self.down.to(device, torch.float32).flatten(1), self.up.to(device, torch.float32)
+        return (up * (strength * self.scale)) @ down
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as its file names the layers; `where` is the file. `notes`: what was assumed, in words."""
+
+    layers: Mapping[str, LoraDelta]
+    where: str = ""
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def match(self, shapes: Mapping[str, Sequence[int]], *, strict: bool = True) -> Matched:
+        """The changes by the names of layers at hand. shapes: a layer's name -> the logical shape of its weight.
+
+        Layers of another model (a text encoder's in a file for a pipeline, where the denoiser is at hand, or the other
+        way round) are left over. With `strict` any other layer without a match is an error.
+
+        Raises:
+            CheckpointError: no layer matches, a name means several layers, two names mean one, or (`strict`) a layer
+                has no match.
+            WeightError: a change does not have its layer's shape.
+        """
+        found = self.find(shapes)
+        self.check(found.names, shapes, strict=strict)
+        return found
+
+    def find(self, shapes: Mapping[str, Sequence[int]]) -> Matched:
+        """`match` that does not mind layers without a match."""
+        names = _Names(shapes)
+        found: dict[str, LoraDelta] = {}
+        came_from: dict[str, str] = {}
+        for own, delta in self.layers.items():
+            name = names.find(own, self.where)
+            if name is None:
+                continue
+            if name in found:
+                raise CheckpointError(f"{self.where}: {came_from[name]!r} and {own!r} both change {name!r}; remove one")
+            if delta.shape != tuple(shapes[name]) and not _is_pointwise(delta.shape, tuple(shapes[name])):
+                raise WeightError(
+                    f"{self.where}: {own!r} changes a weight {list(delta.shape)}, but {name!r} is "
+                    f"{list(shapes[name])}; this LoRA is for another model"
+                )
+            found[name], came_from[name] = delta, own
+        missing = tuple(own for own in self.layers if own not in came_from.values())
+        return Matched(found, missing, came_from)
+
+    def check(self, names: Mapping[str, str], layers: Iterable[str], *, strict: bool) -> None:
+        """Raise `CheckpointError` unless enough was found. names: layers found -> the adapter's names of them."""
+        used = set(names.values())
+        kinds = {_is_text(own) for own in used}
+        stray = [own for own in self.layers if own not in used and (not kinds or _is_text(own) in kinds)]
+        there = _some(list(layers))
+        if not used:
+            raise CheckpointError(
+                f"{self.where}: none of its {len(self.layers)} layers ({_some(stray)}) is a layer of the model "
+                f"({there}); this LoRA is for another model, or for the same one with other names: convert its names "
+                "first"
+            )
+        if strict and stray:
+            raise CheckpointError(
+                f"{self.where}: {len(stray)} of its {len(self.layers)} layers are none of the model's "
+                f"({_some(stray)}); the model has {there}. Take the LoRA for this model, or pass strict=False to use "
+                f"the {len(used)} that fit"
+            )
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Changes by layer; the adapter's own names of those that are for no layer here, and of the others, by layer."""
+
+    layers: dict[str, LoraDelta]
+    unmatched: tuple[str, ...]
+    names: dict[str, str]
+
+
+def combined(adapters: Iterable[tuple[Mapping[str, LoraDelta], float]]) -> dict[str, LoraDelta]:
+    """Several matched adapters, each with its strength, as one: ranks add up."""
+    by_layer: dict[str, list[tuple[LoraDelta, float]]] = {}
+    for layers, strength in adapters:
+        for name, delta in layers.items():
+            by_layer.setdefault(name, []).append((delta, strength))
+    made = {}
+    for name, pairs in by_layer.items():
+        if len({delta.shape for delta, _ in pairs}) > 1:
+            raise WeightError(f"{name}: the adapters change weights of different shapes; they are for different models")
+        down = torch.cat([delta.down.float() for delta, _ in pairs])
+        up = torch.cat([delta.up.float() * (strength * delta.scale) for delta, strength in pairs], dim=1)
+        made[name] = LoraDelta(down, up)
+    return made
+
+
+class _Names:
+    """The layers at hand, by every way in which an adapter may write their names."""
+
+    def __init__(self, shapes: Mapping[str, object]) -> None:
+        self._exact: dict[str, list[str]] = {}
+        self._flat: dict[str, list[str]] = {}
+        for name in shapes:
+            short = _without(name, _PREFIXES)
+            for spelled in {name, short}:
+                self._exact.setdefault(spelled, []).append(name)
+                self._flat.setdefault(spelled.replace(".", "_"), []).append(name)
+
+    def find(self, own: str, where: str) -> str | None:
+        """The layer that an adapter's name means, or None. Raises `CheckpointError` if it could be several."""
+        for spelled, known in self._spellings(own):
+            candidates = known.get(spelled, [])
+            if spelled in candidates:
+                return spelled
+            if len(candidates) > 1:
+                raise CheckpointError(
+                    f"{where}: {own!r} could mean {' or '.join(map(repr, candidates))}; rename it in the adapter "
+                    "as the layer that it is for"
+                )
+            if candidates:
+                return candidates[0]
+        return None
+
+    def _spellings(self, own: str) -> list[tuple[str, dict[str, list[str]]]]:
+        flat = "." not in own
+        if flat:
+            short = _without(own, (*_KOHYA, *_KOHYA_PLAIN))
+            known = [(own, self._flat), (short, self._flat)]
+            return [*known, *((_without(short, [p.replace(".", "_") for p in _PREFIXES]), self._flat),)]
+        short = _without(own, _PREFIXES)
+        text = own.partition(".")[2] if own.partition(".")[0] in _TEXT_PREFIXES else own
+        bare = _without(short, _PREFIXES)  # "base_model.model." before a "model." that the module itself lacks
+        return [(spelled, self._exact) for spelled in dict.fromkeys((own, short, bare, text))]
+
+
+def _without(name: str, prefixes: Iterable[str]) -> str:
+    """A name without the first of the prefixes that it has, and with something left."""
+    for prefix in prefixes:
+        if name.startswith(prefix) and len(name) > len(prefix):
+            return name[len(prefix) :]
+    return name
+
+
+def _is_text(own: str) -> bool:
+    """Whether an adapter's name says that it is for a text encoder."""
+    head = own.removeprefix("base_model.model.").partition(".")[0]
+    return own.startswith(_KOHYA_TEXT) or head in _TEXT_PREFIXES or head.startswith("text_encoder")
+
+
+def _is_pointwise(change: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether a change is that of a 1x1 convolution where the weight is a linear's, or the other way round."""
+
+    def matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[:2] if all(size == 1 for size in shape[2:]) else shape
+
+    return matrix(change) == matrix(weight)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

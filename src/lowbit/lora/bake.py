@@ -1,0 +1,187 @@
+"""Baking an adapter into the weights of a module, quantized or not, and taking it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import UnsupportedError
+from lowbit.lora.adapter import LoraDelta
+from lowbit.lora.bake_layer import LayerBake, bake_plain, bake_weight, baked_format
+from lowbit.lora.layers import Adaptable, AnyAdapter, adaptable_layers, check_strength, match_module
+from lowbit.tensor import QuantizedTensor
+
+_STACK = "_lowbit_baked"  # on a layer: the handles whose adapters are in it, in order
+
+
+@dataclass(frozen=True)
+class _Change:
+    """New parameters of one layer, and the ones that they replace; a bias of None stays as it is."""
+
+    layer: nn.Module
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    old_weight: nn.Parameter | None
+    old_bias: nn.Parameter | None
+
+
+class BakedHandle:
+    """An adapter that was baked in. `layers`: what became of each; `unmatched`: names that are for other models."""
+
+    def __init__(
+        self, layers: Mapping[str, LayerBake], unmatched: tuple[str, ...], changes: list[_Change], *, kept: bool
+    ) -> None:
+        self.layers = dict(layers)
+        self.unmatched = unmatched
+        self._changes = changes if kept else []
+        self._kept, self._baked = kept, True
+        for change in changes:
+            _put(change.layer, change.weight, change.bias)
+            setattr(change.layer, _STACK, (*getattr(change.layer, _STACK, ()), id(self)))
+
+    @property
+    def recovered(self) -> float:
+        """The least that a layer has of its change; 1 is all of it."""
+        return min((layer.recovered for layer in self.layers.values()), default=1.0)
+
+    def unbake(self) -> None:
+        """Put the weights and biases back that were there before, bit for bit; the last one baked goes first.
+
+        Raises `UnsupportedError` when nothing was kept, after an earlier call, or while a later bake is in the way.
+        """
+        if not self._kept or not self._baked:
+            why = "it was unbaked already" if self._kept else "no originals were kept (keep_original=False)"
+            raise UnsupportedError(f"this adapter cannot be taken out: {why}; load the model again")
+        for change in self._changes:
+            if getattr(change.layer, _STACK, ())[-1:] != (id(self),):
+                raise UnsupportedError("another adapter was baked in after this one; unbake that one first")
+        for change in self._changes:
+            device = _device(change.layer)
+            _put(change.layer, _on(change.old_weight, device), _on(change.old_bias, device))
+            if change.bias is not None and change.old_bias is None:
+                change.layer.register_parameter("bias", None)
+            stack = getattr(change.layer, _STACK)[:-1]
+            setattr(change.layer, _STACK, stack) if stack else delattr(change.layer, _STACK)
+        self._changes, self._baked = [], False
+
+
+def bake_lora(
+    module: nn.Module,
+    adapter: AnyAdapter,
+    strength: float = 1.0,
+    *,
+    rounding: str | None = None,
+    seed: int = 0,
+    keep_original: bool = True,
+    strict: bool = True,
+) -> BakedHandle:
+    """Add an adapter to the weights of a module, in place; layers keep their formats.
+
+    adapter, strict: as in `attach_lora`; several at once with `combined`. rounding: "low_rank" (svdquant_w4a4 only,
+    its default: exact, the rank grows), "error_feedback", "stochastic" or "nearest", see `bake_layer`; by default
+    the best for each layer. keep_original: hold the old weights, so that `unbake` can put them back.
+
+    Scales stay where the sum fits between the smallest and the largest code, or where a larger scale would cost more;
+    `BakedHandle.layers` says where not. What stored biases hold of the weight (`act_unsigned`) is brought up to date.
+
+    Raises `FormatError` for a format that cannot be written, and as `read_adapter` and `Adapter.match`; the module is
+    then as it was.
+    """
+    check_strength(strength)
+    found, matched = match_module(module, adapter, strict=strict)
+    for name, layer, delta in found:
+        if isinstance(layer.weight, QuantizedTensor):
+            baked_format(layer.weight.format, delta, layer.weight.matrix, rounding, name)
+    owners = _owners(module)
+    changes: list[_Change] = []
+    accounts: dict[str, LayerBake] = {}
+    baker = _Baker(strength, rounding, seed)
+    for name, layer, delta in found:
+        mine = owners[id(layer.weight)]
+        weight, gain, accounts[name] = baker.bake(name, baker.current(layer), delta)
+        baker.latest[id(layer.weight)] = weight, gain, mine
+    for weight, gain, mine in baker.latest.values():
+        for layer in mine:
+            bias = _moved_bias(layer, gain)
+            old_bias = None if bias is None else _parameter(layer, "bias")
+            old = (_parameter(layer, "weight"), old_bias) if keep_original else (None, None)
+            changes.append(_Change(layer, weight, bias, *old))
+    return BakedHandle(accounts, matched.unmatched, changes, kept=keep_original)
+
+
+class _Baker:
+    """Bakes one weight after the other; of a weight that several layers share, each change on top of the last."""
+
+    def __init__(self, strength: float, rounding: str | None, seed: int) -> None:
+        self._strength, self._rounding, self._seed = strength, rounding, seed
+        self.latest: dict[int, tuple[nn.Parameter, Tensor | None, list[Adaptable]]] = {}
+
+    def current(self, layer: Adaptable) -> tuple[nn.Parameter, Tensor | None]:
+        """A layer's weight with what was baked into it before, and what that did to the bias."""
+        done = self.latest.get(id(layer.weight))
+        if done is not None:
+            return done[0], done[1]
+        weight = _parameter(layer, "weight")
+        assert weight is not None
+        return weight, None
+
+    def bake(
+        self, name: str, now: tuple[nn.Parameter, Tensor | None], delta: LoraDelta
+    ) -> tuple[nn.Parameter, Tensor | None, LayerBake]:
+        weight, gain = now
+        if not isinstance(weight, QuantizedTensor):
+            new, account = bake_plain(weight.detach(), delta, self._strength)
+            return nn.Parameter(new, requires_grad=weight.requires_grad), None, account
+        plain = weight.in_layout("")
+        made = bake_weight(
+            plain.format, plain.parts, plain.matrix, delta, self._strength, self._rounding, seed=self._seed, where=name
+        )
+        tensor = plain.with_parts(made.parts, fmt=made.format, view_of="", room=0).in_layout(weight.kernel_layout)
+        total = made.bias_change if gain is None or made.bias_change is None else gain + made.bias_change
+        return nn.Parameter(tensor, requires_grad=False), total, made.account
+
+
+def _moved_bias(layer: Adaptable, gain: Tensor | None) -> nn.Parameter | None:
+    """The bias with what the weight's share in it changed by, or None where it stays."""
+    if gain is None or not isinstance(layer, nn.Linear):
+        return None
+    bias: Tensor | None = layer.bias
+    old = torch.zeros_like(gain) if bias is None else bias.detach().float()
+    dtype = layer.weight.dtype if bias is None else bias.dtype
+    return nn.Parameter((old + gain).to(dtype), requires_grad=bias is not None and bias.requires_grad)
+
+
+def _owners(module: nn.Module) -> dict[int, list[Adaptable]]:
+    """The layers by the identity of their weights, each layer once."""
+    found: dict[int, list[Adaptable]] = {}
+    for layer in {id(layer): layer for layer in adaptable_layers(module).values()}.values():
+        found.setdefault(id(layer.weight), []).append(layer)
+    return found
+
+
+def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
+    """A layer's own parameter of a name, or None."""
+    return dict(layer.named_parameters(recurse=False)).get(name)
+
+
+def _put(layer: nn.Module, weight: nn.Parameter | None, bias: nn.Parameter | None) -> None:
+    if weight is not None:
+        layer.weight = weight
+    if bias is not None:
+        layer.bias = bias
+
+
+def _device(layer: nn.Module) -> torch.device:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.device
+
+
+def _on(parameter: nn.Parameter | None, device: torch.device) -> nn.Parameter | None:
+    """A kept parameter where its layer is now."""
+    if parameter is None or parameter.device == device:
+        return parameter
+    return nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
