@@ -108,6 +108,23 @@ def weight_matrix(layer: Layer) -> Tensor:
     return weight.t() if is_conv1d(layer) else weight.flatten(1) if weight.dim() > 2 else weight
 
 
+def matrix_shape(layer: Layer) -> tuple[int, int]:
+    """(N, K) of a layer's weight, plain or quantized."""
+    first, *rest = layer.weight.shape
+    return (rest[0], first) if is_conv1d(layer) else (first, torch.Size(rest).numel())
+
+
+def kind_refusal(layer: Layer, fmt: Format) -> str | None:
+    """Why no weight of this format can serve this kind of layer, or None."""
+    if isinstance(layer, _TRANSPOSED):
+        return "a transposed convolution: the rows of its kernel are input channels"
+    if isinstance(layer, _CONVOLUTIONS) and fmt.folds_bias:
+        return f"a convolution, and {fmt} shifts the activations, which a convolution pads and slides over"
+    if isinstance(layer, nn.Embedding) and not fmt.supports_embedding:
+        return f"an embedding table, and {fmt.name} has no lookup"
+    return None
+
+
 def quantizable_layers(module: nn.Module) -> Iterator[tuple[str, Layer]]:
     """The layers of a module by name ("weight" for a bare layer), those not quantized yet."""
     for name, layer in module.named_modules():
@@ -156,12 +173,16 @@ def _quantized(
             solution = solve(matrix, fmt, solver_name, statistics, where=where, has_bias=has_bias)
         except WeightError as error:
             raise error if str(error).startswith(where) else WeightError(f"{where}: {error}") from error
-        (n, k), flipped = matrix.shape, is_conv1d(layer)
-        quantized = QuantizedTensor(
-            solution.parts, fmt, tuple(weight.shape), weight.dtype, matrix=(n, k), transposed=flipped
-        )
+        quantized = shaped_weight(layer, solution.parts, fmt, weight.dtype)
         shared[key] = weight, nn.Parameter(quantized, requires_grad=False), solution
     return shared[key][1:]
+
+
+def shaped_weight(layer: Layer, parts: Mapping[str, Tensor], fmt: Format, dtype: torch.dtype) -> QuantizedTensor:
+    """The parts of a matrix [N, K] as a weight of the layer's shape."""
+    return QuantizedTensor(
+        parts, fmt, tuple(layer.weight.shape), dtype, matrix=matrix_shape(layer), transposed=is_conv1d(layer)
+    )
 
 
 def _put(layer: Layer, weight: nn.Parameter, solution: Solution) -> None:
@@ -257,17 +278,14 @@ def _refusal(layer: Layer, fmt: Format) -> str | None:
     if weight.dtype not in (*FLOATS, torch.float64):
         kind = str(weight.dtype).removeprefix("torch.")
         return f"its weight is {kind}, not float of 16 bits or more"
-    if isinstance(layer, _TRANSPOSED):
-        return "a transposed convolution: the rows of its kernel are input channels"
-    if isinstance(layer, _CONVOLUTIONS) and fmt.folds_bias:
-        return f"a convolution, and {fmt} shifts the activations, which a convolution pads and slides over"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "it renormalizes its rows in place at every lookup (max_norm)"
-    if isinstance(layer, nn.Embedding) and not fmt.supports_embedding:
-        return f"an embedding table, and {fmt.name} has no lookup"
+    unsuited = kind_refusal(layer, fmt)
+    if unsuited is not None:
+        return unsuited
     if not fmt.encodable:
         return f"{fmt} is only read: nothing is rounded to it here"
-    n, k = weight_matrix(layer).shape
+    n, k = matrix_shape(layer)
     why = fmt.check_shape(n, k)
     return f"[{n}, {k}] {why}" if why else None
 

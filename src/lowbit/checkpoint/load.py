@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError
-from lowbit.nn import Layer
+from lowbit.experts import QuantizedBank
+from lowbit.nn import Layer, is_conv1d, is_layer, kind_refusal, matrix_shape, shaped_weight
 from lowbit.tensor import QuantizedTensor
 
+from .banks import experts_of, fit_bank, load_bank
 from .dialects import StoredLayer
 from .dialects.base import join_key
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source, open_source
 
 OPTIONS = "lowbit_options"  # attribute of a layer: a format's name, and what the checkpoint says besides it, for saving
+KERNEL = "kernel_shape"  # an option of a stored layer: the shape of the kernel whose matrix is stored
+TURNED = "turned_over"  # another one: the module's weight is [K, N], as in the Conv1D of transformers
 _SHOWN = 5
 
 
@@ -73,8 +77,10 @@ class _Loader:
         self.modules = dict(module.named_modules(remove_duplicate=False))
         self.state = {name: value for name, value in module.state_dict(keep_vars=True).items() if value is not None}
         keys = [*content.found.plain, *(join_key(layer, "weight") for layer in content.layers)]
+        keys += [name for name, stored in content.layers.items() if experts_of(stored)]
         self.prefix = _find_prefix(keys, self.state) if prefix is None else prefix
         self.notes: list[str] = []
+        self.banks: dict[str, StoredLayer] = {}  # by the name of the parameter
         self.layers, self.plain, self.unexpected = self._by_name(strict=strict)
 
     def _by_name(self, *, strict: bool) -> tuple[dict[str, StoredLayer], dict[str, str], list[str]]:
@@ -86,7 +92,12 @@ class _Loader:
         self_made = {name for name, _ in self.module.named_buffers()} - self.state.keys()
         for key, layer in self.content.layers.items():
             name = _strip(join_key(key, ""), self.prefix)
-            if name is None or (not strict and name.removesuffix(".") not in self.modules):
+            bank = None if name is None or not experts_of(layer) else name.removesuffix(".")
+            if bank is not None and bank not in self.modules and bank in self.state:
+                self.banks[bank] = layer
+            elif bank is not None and join_key(bank, "weight") in self.state:
+                self.banks[join_key(bank, "weight")] = layer
+            elif name is None or (not strict and name.removesuffix(".") not in self.modules):
                 others.append(join_key(key, "weight"))
             else:
                 layers[name.removesuffix(".")] = layer
@@ -106,7 +117,9 @@ class _Loader:
         for name, stored in self.layers.items():
             layer = self._target(name, stored)
             self.layers[name] = _fit_shape(stored, layer)
-        covered = {join_key(name, "weight") for name in self.layers} | set(self.plain)
+        for name, stored in self.banks.items():
+            self.banks[name] = fit_bank(stored, tuple(self.state[name].shape))
+        covered = {join_key(name, "weight") for name in self.layers} | set(self.plain) | set(self.banks)
         tied = {id(self.state[name]) for name in covered if name in self.state}
         self.missing = [n for n, value in self.state.items() if n not in covered and id(value) not in tied]
         if strict and self.missing:
@@ -124,20 +137,34 @@ class _Loader:
 
     def _target(self, name: str, stored: StoredLayer) -> Layer:
         layer = self.modules.get(name)
+        if experts_of(stored):
+            raise CheckpointError(
+                f"{stored.place}: is a bank of experts, and the module has no parameter {name!r} for it; load it into "
+                "the right model"
+            )
         if layer is None:
             raise CheckpointError(
                 f"{stored.place}: the module has no {name!r}; load it into the right model, or name the prefix"
             )
-        if not isinstance(layer, nn.Linear | nn.Embedding):
+        if not is_layer(layer) or _kind(layer) != (bool(stored.options.get(KERNEL)), bool(stored.options.get(TURNED))):
             raise CheckpointError(
                 f"{stored.place}: is quantized, but the module's {name!r} is a {type(layer).__name__}; only nn.Linear "
-                "and nn.Embedding hold quantized weights: convert with this layer kept"
+                "and nn.Embedding hold quantized matrices, and convolutions the kernels that lowbit.save wrote: "
+                "convert with this layer kept"
             )
-        if isinstance(layer, nn.Embedding) and not stored.format.supports_embedding:
-            raise CheckpointError(
-                f"{stored.place}: {stored.format.name} has no lookup for an nn.Embedding; convert it to another format"
-            )
+        self._check_kinds(join_key(name, "weight"), stored)
         return layer
+
+    def _check_kinds(self, key: str, stored: StoredLayer) -> None:
+        """Raise `CheckpointError` when a layer that gets this weight, or shares it, cannot work with it."""
+        weight = self.state.get(key)
+        for other in [name for name, value in self.state.items() if value is weight]:
+            owner = self.modules[other.rpartition(".")[0]]
+            why = kind_refusal(owner, stored.format) if is_layer(owner) else None
+            if why is not None:
+                raise CheckpointError(
+                    f"{stored.place}: the module's {other!r} belongs to {why}; convert it to another format"
+                )
 
     def _check_plain(self, name: str, key: str) -> None:
         if name not in self.state:
@@ -157,19 +184,21 @@ class _Loader:
     def apply(self) -> LoadReport:
         """Read everything, then put it in place."""
         weights = {name: self._quantized(name, stored) for name, stored in self.layers.items()}
+        banks = {name: self._bank(name, stored) for name, stored in self.banks.items()}
         plain = {name: self._plain(name, key) for name, key in self.plain.items()}
         for name, weight in weights.items():
             layer = self.modules[name]
             self._replace(join_key(name, "weight"), weight)
             setattr(layer, OPTIONS, (weight.format.name, self.layers[name].options))
-        for name, tensor in plain.items():
+        for name, tensor in [*banks.items(), *plain.items()]:
             self._replace(name, tensor)
+        described = {**self.layers, **self.banks}
         return LoadReport(
-            quantized={name: stored.format.spec for name, stored in self.layers.items()},
+            quantized={name: stored.format.spec for name, stored in described.items()},
             plain=list(plain),
             missing=self.missing,
             unexpected=self.unexpected,
-            notes=[*self.notes, *self.content.found.notes, *(note for s in self.layers.values() for note in s.notes)],
+            notes=[*self.notes, *self.content.found.notes, *(note for s in described.values() for note in s.notes)],
         )
 
     def _quantized(self, name: str, stored: StoredLayer) -> QuantizedTensor:
@@ -177,7 +206,13 @@ class _Loader:
         current = self.state[join_key(name, "weight")]
         if current.device.type not in ("cpu", "meta"):
             parts = {name: part.to(current.device) for name, part in parts.items()}
-        return QuantizedTensor(parts, stored.format, stored.shape, current.dtype)
+        return shaped_weight(self.modules[name], parts, stored.format, current.dtype)
+
+    def _bank(self, name: str, stored: StoredLayer) -> QuantizedBank:
+        assert self.content.dialect is not None  # a layer was found, so there is one
+        current = self.state[name]
+        bank = load_bank(self.content.dialect, stored, self.content.read, current.dtype)
+        return bank if current.device.type in ("cpu", "meta") else bank.to(current.device)  # type: ignore[return-value]
 
     def _plain(self, name: str, key: str) -> Tensor:
         tensor, current = self.content.read(key), self.state.get(name)
@@ -189,10 +224,11 @@ class _Loader:
     def _replace(self, name: str, tensor: Tensor) -> None:
         """Copy into the parameter or buffer of this name, or replace it wherever the module has the same object."""
         old = self.state.get(name)
-        if old is not None and _can_be_written(old) and not isinstance(tensor, QuantizedTensor):
+        frozen = isinstance(tensor, QuantizedTensor | QuantizedBank)
+        if old is not None and _can_be_written(old) and not frozen:
             old.detach().copy_(tensor)
             return
-        trains = old is not None and old.requires_grad and not isinstance(tensor, QuantizedTensor)
+        trains = old is not None and old.requires_grad and not frozen
         is_parameter = old is None or isinstance(old, nn.Parameter)
         new = nn.Parameter(tensor, requires_grad=trains) if is_parameter else tensor
         for other in [n for n, value in self.state.items() if value is old] or [name]:
@@ -200,9 +236,20 @@ class _Loader:
             setattr(self.modules[owner], attribute, new)
 
 
+def _kind(layer: Layer) -> tuple[bool, bool]:
+    """Whether a layer's weight is a kernel, and whether it is [K, N]."""
+    return layer.weight.dim() > 2, is_conv1d(layer)
+
+
 def _fit_shape(stored: StoredLayer, layer: Layer) -> StoredLayer:
     """The stored layer at the module's shape. Where the file only knows the padded shape, the module's is right."""
-    n, k = layer.weight.shape
+    n, k = matrix_shape(layer)
+    wanted, kernel = list(layer.weight.shape), stored.options.get(KERNEL)
+    if kernel is not None and kernel != wanted:
+        raise CheckpointError(
+            f"{stored.place}: holds a kernel of shape {kernel}, the module expects {wanted}; load it into the right "
+            "model"
+        )
     rules_fit = stored.format.part_shapes(n, k) == stored.format.part_shapes(*stored.shape)
     if stored.shape != (n, k) and not (rules_fit and stored.notes):
         raise CheckpointError(
@@ -219,7 +266,7 @@ def _strip(key: str, prefix: str) -> str | None:
 
 def _can_be_written(old: Tensor) -> bool:
     """Whether a tensor can take values where it is, so that optimizers and others that hold it see them."""
-    if isinstance(old, QuantizedTensor) or old.is_meta or old.is_inference():
+    if isinstance(old, QuantizedTensor | QuantizedBank) or old.is_meta or old.is_inference():
         return False
     return old.is_contiguous()  # not expanded: one memory location for several elements
 

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError
-from lowbit.nn import quantized_layers
+from lowbit.experts import QuantizedBank
+from lowbit.nn import Layer, is_conv1d, matrix_shape, quantized_layers
 from lowbit.tensor import QuantizedTensor
 
-from .dialects import StoredLayer, TensorSpec, get_dialect
+from .banks import bank_specs, check_bank_dialect, store_bank, stored_bank
+from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
 from .dialects.base import join_key
-from .load import OPTIONS
+from .load import KERNEL, OPTIONS, TURNED
 from .target import check_file_target
 from .writer import CheckpointWriter
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """A quantized weight to be written: the name of its parameter, and how a dialect stores it."""
+
+    name: str
+    layer: StoredLayer
+    specs: dict[str, TensorSpec]
+    tensors: Callable[[], dict[str, Tensor]]
 
 
 def save(
@@ -24,9 +38,9 @@ def save(
 ) -> Path:
     """Write a module's parameters and persistent buffers to a safetensors file; `load` reads it back bit for bit.
 
-    Quantized weights are stored through their parts as `dialect` says, one layer in memory at a time; a kernel's
-    layout is undone first. Tied plain tensors are written once. `metadata` goes into the file's header. The target
-    appears in one step, when it is complete. Raises `WriteError` when it cannot be written.
+    Quantized weights and banks of experts are stored through their parts as `dialect` says, one layer in memory at a
+    time; a kernel's layout is undone first. Tied weights, quantized or not, are written once. `metadata` goes into the
+    file's header. The target appears in one step, when it is complete. Raises `WriteError` when it cannot be written.
     """
     chosen, target = get_dialect(dialect), Path(path)
     if chosen.needs_folder or not chosen.writes:
@@ -36,23 +50,18 @@ def save(
     if empty:
         raise CheckpointError(f"{target}: {empty[0]} is on the meta device, without values to save; load it first")
     check_file_target(target)
-    weights = {name: _whole_weight(name, layer.weight) for name, layer in quantized_layers(module)}
-    layers = [_stored(name, layer, weights[name]) for name, layer in quantized_layers(module)]
-    coded = {join_key(layer.layer, "weight") for layer in layers}
-    plain = _plain_tensors(module, coded)
+    coded = [*_coded_layers(module, chosen), *_coded_banks(module, chosen)]
+    plain = _plain_tensors(module, {one.name for one in coded})
     entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in plain.items()]
-    for layer in layers:
-        entries += [(key, spec.dtype, spec.shape) for key, spec in chosen.stored_specs(layer).items()]
+    entries += [(key, spec.dtype, spec.shape) for one in coded for key, spec in one.specs.items()]
     others = {name: TensorSpec.of(tensor) for name, tensor in plain.items()}
-    header = {"format": "pt", **(metadata or {}), **chosen.header_metadata(layers, others)}
+    header = {"format": "pt", **(metadata or {}), **chosen.header_metadata([one.layer for one in coded], others)}
     writer = CheckpointWriter(target, entries, header, fingerprint="module", resume=False)
     try:
         for name, tensor in plain.items():
             writer.write(name, tensor.detach().cpu().contiguous())
-        for layer in layers:
-            weight = weights[layer.layer]
-            parts = {name: part.cpu() for name, part in weight.in_layout("").parts.items()}
-            for key, tensor in chosen.store_parts(layer, parts).items():
+        for one in coded:
+            for key, tensor in one.tensors().items():
                 writer.write(key, tensor)
         writer.commit("module", {"tensors": [name for name, _, _ in entries]})
         return writer.finish()
@@ -61,22 +70,66 @@ def save(
         raise
 
 
+def _coded_layers(module: nn.Module, dialect: Dialect) -> list[_Coded]:
+    found = []
+    for name, layer in quantized_layers(module):
+        weight = _whole_weight(name, layer)
+        stored = _stored(name, layer, weight, dialect)
+
+        def tensors(weight: QuantizedTensor = weight, stored: StoredLayer = stored) -> dict[str, Tensor]:
+            parts = {part: tensor.cpu() for part, tensor in weight.in_layout("").parts.items()}
+            return dialect.store_parts(stored, parts)
+
+        found.append(_Coded(join_key(name, "weight"), stored, dialect.stored_specs(stored), tensors))
+    return found
+
+
+def _coded_banks(module: nn.Module, dialect: Dialect) -> list[_Coded]:
+    """Every bank of experts once, under the first of its names."""
+    found, seen = [], set()
+    for name, bank in module.state_dict(keep_vars=True).items():
+        if not isinstance(bank, QuantizedBank) or id(bank) in seen:
+            continue
+        seen.add(id(bank))
+        stored = stored_bank(name, bank)
+        check_bank_dialect(dialect, stored)
+
+        def tensors(bank: QuantizedBank = bank, stored: StoredLayer = stored) -> dict[str, Tensor]:
+            return store_bank(dialect, stored, bank)
+
+        found.append(_Coded(name, stored, bank_specs(dialect, stored), tensors))
+    return found
+
+
 def _is_meta(value: object) -> bool:
     return isinstance(value, Tensor) and value.device.type == "meta"
 
 
-def _whole_weight(name: str, weight: Tensor) -> QuantizedTensor:
-    if not isinstance(weight, QuantizedTensor) or tuple(weight.shape) != weight.matrix or weight.transposed:
+def _whole_weight(name: str, layer: Layer) -> QuantizedTensor:
+    weight = layer.weight
+    assert isinstance(weight, QuantizedTensor)  # `quantized_layers` gave it
+    if weight.matrix != matrix_shape(layer) or weight.transposed != is_conv1d(layer):
         raise CheckpointError(f"layer {name!r}: its weight is a view of a quantized matrix; save the whole matrix")
     return weight
 
 
-def _stored(name: str, layer: nn.Module, weight: QuantizedTensor) -> StoredLayer:
+def _stored(name: str, layer: Layer, weight: QuantizedTensor, dialect: Dialect) -> StoredLayer:
+    loaded_as: str
+    options: dict[str, Any]
     loaded_as, options = getattr(layer, OPTIONS, ("", {}))
     if loaded_as != weight.format.name:  # quantized anew since
         options = {}
+    # Files hold matrices [N, K]: what the module's weight is besides that is said in the marker.
+    shape: dict[str, Any] = {KERNEL: list(weight.shape)} if weight.dim() > 2 else {}
+    if weight.transposed:
+        shape = {TURNED: True}
+    if shape and dialect.name != "comfy":
+        raise CheckpointError(
+            f"layer {name!r}: the dialect {dialect.name} has no place for the weight of a {type(layer).__name__}; save "
+            "in comfy"
+        )
     dtypes = {key: part.dtype for key, part in weight.in_layout("").parts.items()}
-    return StoredLayer(name, weight.format, weight.matrix, weight.dtype, options=options, dtypes=dtypes)
+    return StoredLayer(name, weight.format, weight.matrix, weight.dtype, options={**options, **shape}, dtypes=dtypes)
 
 
 def _plain_tensors(module: nn.Module, coded: set[str]) -> dict[str, Tensor]:
@@ -88,7 +141,9 @@ def _plain_tensors(module: nn.Module, coded: set[str]) -> dict[str, Tensor]:
         if name in coded or not isinstance(value, torch.Tensor) or id(value) in seen:
             continue
         if isinstance(value, QuantizedTensor):
-            raise CheckpointError(f"{name}: only the weight of an nn.Linear or nn.Embedding is saved quantized")
+            raise CheckpointError(
+                f"{name}: a quantized tensor is saved as the weight of an nn.Linear, nn.Embedding or convolution only"
+            )
         seen.add(id(value))
         kept[name] = value
     return kept

@@ -31,6 +31,7 @@ from lowbit.checkpoint.dialects.base import (
     register_dialect,
     undescribed,
 )
+from lowbit.checkpoint.dialects.comfy_banks import as_one_expert, check_no_bank
 from lowbit.checkpoint.dialects.comfy_find import CONSUMED, Siblings, find_layer, format_of, siblings
 from lowbit.checkpoint.dialects.comfy_formats import UNFOLDED, disk_specs, storage_of
 from lowbit.checkpoint.dialects.comfy_legacy import add_legacy, is_legacy
@@ -94,6 +95,7 @@ class Comfy:
 
     def load_parts(self, layer: StoredLayer, read: Read) -> Parts:
         """See `Dialect.load_parts`."""
+        check_no_bank(layer)
         fmt = layer.format
         stored = {role: read(key) for role, key in layer.keys.items() if role in (*fmt.part_names, UNFOLDED)}
         wanted = check_stored(layer, {role: TensorSpec.of(tensor) for role, tensor in stored.items()})
@@ -181,6 +183,7 @@ def _layer_or_problem(
     description: Description, tensors: Mapping[str, TensorSpec], beside: Siblings, read: Read, infer: bool
 ) -> StoredLayer | Problem:
     try:
+        tensors, read = as_one_expert(description, tensors, beside.get(description.layer, {}), read)
         return find_layer(description, tensors, beside, read, infer)
     except LowbitError as error:
         return Problem(description.layer, error)
