@@ -263,7 +263,7 @@ def _best_scales(target: Tensor, wanted: Tensor, codebook: IntegerCodebook) -> T
     for offset in _NEIGHBOURS:
         codes = (nearest + offset).clamp_(1, _LARGEST)
         scale = codes.to(torch.uint8).view(torch.float8_e4m3fn).float().unsqueeze(-1)
-        error = codebook.round(target, scale)[1].sub_(target).square_().sum(dim=-1)
+        error = codebook.squared_error(target, scale)
         best = torch.where(error < least, codes, best)
         least = torch.minimum(least, error)
     return best.to(torch.uint8).view(torch.float8_e4m3fn)

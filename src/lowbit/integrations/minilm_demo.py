@@ -38,6 +38,7 @@ VARIANTS = (
     "int8(granularity=tensor)",
     "int8(activations=none)", "int8", "int8(granularity=block)", "int8(rotation=64)",
     "mxfp8", "nvfp4", "awq_w4a16", "svdquant_w4a4",
+    "convrot_w4a4(rotation=64)", "w4a8_codebook(rotation=64)", "w4a8_codebook(bits=6,rotation=64,codebook=false)",
 )  # fmt: skip
 Step = Callable[[str, int, int], None]
 """Called with the format in work, how many are done and how many there are."""
