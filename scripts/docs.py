@@ -18,12 +18,14 @@ BEGIN, END = "<!-- formats: made by scripts/docs.py -->", "<!-- formats: end -->
 SHAPE = (3072, 3072)
 USES = {
     "awq_w4a16": "4-bit weights, 16-bit activations: layers that see few tokens",
+    "convrot_w4a4": "rotated 4-bit weights with one scale a row, 4-bit activations (ConvRot); also int4_tensorwise",
     "fp8_e4m3": "8-bit float; a scale for the tensor, each row or each block of any size",
     "fp8_e5m2": "the same with more range and less precision",
     "int8": "8-bit integer with 8-bit activations; row, tensor, block, or rotated (ConvRot)",
     "mxfp8": "8-bit float with a power-of-two scale every 32 weights",
     "nvfp4": "4-bit float with an 8-bit scale every 16 weights",
     "svdquant_w4a4": "4-bit weights and activations with a 16-bit low-rank branch",
+    "w4a8_codebook": "rotated 4- or 6-bit weights that expand to int8, 8-bit activations (asym_w4a8_int8)",
 }
 
 
