@@ -176,7 +176,7 @@ def test_an_interrupt_says_that_the_run_can_go_on(lowbit, model, tmp_path, monke
         (["--format", "int8(granularity=column)"], "expected one of tensor, row, block"),
         (["--format", "int8", "--solver", "magic"], "known solvers: auto, "),
         (["--format", "int8", "--preset", "magic"], "flux"),
-        (["--format", "int8", "--dialect", "magic"], "known dialects: comfy"),
+        (["--format", "int8", "--dialect", "magic"], "known dialects: awq, bfl"),
         (["--format", "int8", "--layer", "attn"], "write it as REGEX=FORMAT"),
         (["--format", "int8", "--layer", "attn=int9"], "known formats"),
         (["--format", "int8", "--keep", "("], "no regular expression"),

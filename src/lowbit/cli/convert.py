@@ -69,6 +69,7 @@ def convert(
     error_lora: options.ErrorLora = None,
     lora_rank: options.LoraRank = 32,
     lora_prefix: options.LoraPrefix = "",
+    source_dialect: options.SourceDialect = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Convert a checkpoint: quantize its weights, write it, and prove layer by layer what was lost.
@@ -78,7 +79,7 @@ def convert(
     """
     wishes = Wishes(format, solver, preset, keep or (), only or (), layer or (), dialect, requantize)
     refuse_both(wishes, plan)
-    with open_source(src) as source, statistics_of(source, stats) as known:
+    with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
         if error_lora is not None:
             check_error_lora(source, error_lora, lora_rank)
         made = plan_for(source, wishes, plan, known)

@@ -34,11 +34,12 @@ def dequantize(
     ] = "",
     jobs: options.Jobs = None,
     resume: options.Resume = True,
+    source_dialect: options.SourceDialect = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Write the weights that a quantized checkpoint stands for, as a file that any program loads."""
     chosen = _dtype(dtype)
-    with open_source(src) as source, progress("decoding") as update:
+    with open_source(src, source_dialect) as source, progress("decoding") as update:
         done = run(source, output, dtype=chosen, jobs=jobs, resume=resume, progress=update)
     if as_json:
         print_json(done.to_json())

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from typing import Any
 
+from lowbit.checkpoint.dialects import Dialect, dialects
 from lowbit.cli import options
 from lowbit.cli.output import command, epilog, print_json, say, show, table
 from lowbit.formats import Format, formats as registered, parse_spec
@@ -17,10 +18,11 @@ _SHAPE = (3072, 3072)  # bits per weight are told for a layer of this shape
 
 @command
 def formats(as_json: options.AsJson = False) -> None:
-    """List the formats: what each is for, its fields, bits per weight and how close it comes to Gaussian weights."""
+    """List the formats, what each is for and how close it comes to Gaussian weights, and the dialects of files."""
     described = [_describe(cls) for cls in registered().values()]
+    conventions = [_describe_dialect(dialect) for dialect in dialects().values()]
     if as_json:
-        print_json({"formats": described, "shape": list(_SHAPE)})
+        print_json({"formats": described, "shape": list(_SHAPE), "dialects": conventions})
         return
     rows = table("spec", "bits/weight", "SQNR", "solver by default", right=("bits/weight", "SQNR"))
     for entry in described:
@@ -38,11 +40,24 @@ def formats(as_json: options.AsJson = False) -> None:
         say(f"  {entry['about']}")
         for layout in entry["layouts"]:
             say(f"  also stored as {entry['name']}@{layout}")
+    say("dialects (--dialect, --source-dialect)", "bold")
+    for entry in conventions:
+        say(f"  {entry['name']}: {entry['about']}{'' if entry['writes'] else ' (only read)'}")
     say("")
     say(
         f"SQNR: signal to noise of Gaussian weights, 6 dB are one bit. Bits for a layer of {_SHAPE[0]}x{_SHAPE[1]}.",
         "dim",
     )
+
+
+def _describe_dialect(dialect: Dialect) -> dict[str, Any]:
+    """A dialect as JSON data."""
+    return {
+        "name": dialect.name,
+        "about": dialect.summary,
+        "writes": dialect.writes,
+        "needs_folder": dialect.needs_folder,
+    }
 
 
 def _describe(cls: type[Format]) -> dict[str, Any]:

@@ -13,12 +13,14 @@ EPILOG = epilog("lowbit inspect flux-fp8.safetensors", "lowbit inspect qwen-imag
 
 
 @command
-def inspect(src: options.SourcePath, as_json: options.AsJson = False) -> None:
+def inspect(
+    src: options.SourcePath, source_dialect: options.SourceDialect = None, as_json: options.AsJson = False
+) -> None:
     """Show what a checkpoint holds, one line a group of layers, and everything that is wrong with it.
 
     Reads headers, markers and scales only. Ends with 1 when there is a problem.
     """
-    with open_source(src) as source:
+    with open_source(src, source_dialect) as source:
         found = look(source)
     if as_json:
         print_json({**found.to_json(), "exit_code": int(Exit.FOUND if found.problems else Exit.OK)})

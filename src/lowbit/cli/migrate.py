@@ -29,12 +29,13 @@ def migrate(
     ] = "current",
     jobs: options.Jobs = None,
     resume: options.Resume = True,
+    source_dialect: options.SourceDialect = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Rewrite a quantized checkpoint in the convention of another program; codes and scales stay as they are."""
     with asking():
         refuse_unknown(to)
-    with open_source(src) as source, progress("rewriting") as update:
+    with open_source(src, source_dialect) as source, progress("rewriting") as update:
         done = run(source, output, to, jobs=jobs, resume=resume, progress=update)
     if as_json:
         print_json(done.to_json())

@@ -11,6 +11,8 @@ from lowbit.checkpoint.dialects import dialects
 from lowbit.formats import formats
 from lowbit.solvers import AUTO, solvers
 
+_WRITTEN = [name for name, dialect in dialects().items() if dialect.writes]
+
 SourcePath = Annotated[
     Path,
     typer.Argument(
@@ -73,7 +75,16 @@ LayerRules = Annotated[
     ),
 ]
 Dialect = Annotated[
-    str, typer.Option(metavar="NAME", help=f"How quantized layers are written: {', '.join(dialects())}.")
+    str,
+    typer.Option(metavar="NAME", help=f"How layers are written: {', '.join(_WRITTEN)}. See `lowbit formats`."),
+]
+SourceDialect = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Read the source in this dialect, for files that do not say how their weights are stored, such as bfl.",
+        show_default=False,
+    ),
 ]
 Stats = Annotated[
     Path | None,

@@ -74,6 +74,7 @@ def plan(
         ),
     ] = None,
     jobs: options.Jobs = None,
+    source_dialect: options.SourceDialect = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Show what a conversion would do: what becomes of each layer and why, and the final size.
@@ -90,7 +91,7 @@ def plan(
     else:
         target.check(wishes)
         wishes.check_rules()
-    with open_source(src) as source, statistics_of(source, stats) as known:
+    with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
         if target_size is None and target_sqnr is None:
             made = wishes.plan(source, known)
         else:

@@ -29,6 +29,7 @@ def verify(
     ] = None,
     worst: Annotated[int, typer.Option(min=0, metavar="N", help="Show this many layers, the worst first.")] = 10,
     jobs: options.Jobs = None,
+    source_dialect: options.SourceDialect = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Decode every layer of OUT, compare it with SRC, and compare every other tensor byte by byte.
@@ -36,7 +37,7 @@ def verify(
     SQNR: 10 log10(signal / noise) of the weights in dB; 6 dB are one bit. Ends with 1 when a layer cannot be
     compared, when another tensor differs or is missing, and when a layer is below --min-sqnr.
     """
-    with open_source(src) as source, open_source(out) as output, progress("verifying") as update:
+    with open_source(src, source_dialect) as source, open_source(out) as output, progress("verifying") as update:
         result = compare(source, output, jobs=jobs, progress=update)
     failing = result.failing(_LOWEST if min_sqnr is None else min_sqnr)
     bad = bool(failing or result.problems)

@@ -49,7 +49,7 @@ class Bfl(ReadOnly):
         return parts
 
 
-BFL = register_dialect(Bfl("bfl", "Black Forest Labs fp8 and nvfp4 files (read; never detected)", swapped=False))
+BFL = register_dialect(Bfl("bfl", "Black Forest Labs fp8 and nvfp4 files; never detected", swapped=False))
 BFL_SWAPPED = register_dialect(
-    Bfl("bfl_swapped", "the same with the even column in the high nibble (read; never detected)", swapped=True)
+    Bfl("bfl_swapped", "the same files with the even column in the high nibble; never detected", swapped=True)
 )

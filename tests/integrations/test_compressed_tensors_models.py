@@ -1,0 +1,125 @@
+"""Folders in the compressed-tensors dialect, in stock transformers with stock compressed-tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit.checkpoint.convert import convert
+from lowbit.checkpoint.inspection import inspect
+from lowbit.checkpoint.load import load
+from lowbit.checkpoint.migrate import migrate
+from lowbit.checkpoint.plan import make_plan
+from lowbit.checkpoint.source import open_source
+from lowbit.tensor import QuantizedTensor
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("compressed_tensors")
+
+CONFIG = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "tie_word_embeddings": False,
+}
+WEIGHT_ONLY = ["wna16(group_size=64)", "wna16(bits=3,group_size=32)", "wna16(bits=8,group_size=0)", "fp8_e4m3"]
+BFLOAT16_ONLY = ["nvfp4", "mxfp4", "mxfp8"]  # stock decodes these to bfloat16 whatever the model is
+TOKENS = torch.arange(20).reshape(2, 10)
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of stock transformers and its companions
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    """No progress bars."""
+    transformers.utils.logging.disable_progress_bar()
+
+
+def llama(dtype: torch.dtype) -> nn.Module:
+    """A tiny Llama, always the same."""
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).to(dtype).eval()
+
+
+def converted(folder, spec: str, dtype: torch.dtype):
+    """The folder of a converted tiny Llama."""
+    llama(dtype).save_pretrained(folder / "plain")
+    with open_source(folder / "plain") as source:
+        plan = make_plan(source, spec, dialect="compressed_tensors", keep=["embed_tokens", "lm_head"])
+        convert(source, folder / "out", plan)
+    return folder / "out"
+
+
+def both(folder, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """The model as stock transformers loads it, and as lowbit does."""
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    mine = llama(dtype)
+    load(mine, folder)
+    return stock, mine
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [*((spec, torch.float32) for spec in (*WEIGHT_ONLY, "int8")), *((spec, torch.bfloat16) for spec in BFLOAT16_ONLY)],
+)
+def test_stock_transformers_sees_the_same_model(tmp_path, spec, dtype):
+    """Every weight is decoded to the same bits, and logits are the same where activations are left alone."""
+    stock, mine = both(converted(tmp_path, spec, dtype), dtype)
+    with torch.no_grad():
+        theirs, ours = stock(TOKENS).logits, mine(TOKENS).logits
+    quantized = [name for name, p in mine.named_parameters() if isinstance(p, QuantizedTensor)]
+    assert len(quantized) == 7
+    for name in quantized:
+        assert torch.equal(stock.get_parameter(name), mine.get_parameter(name).dequantize()), name
+    if spec in WEIGHT_ONLY:
+        assert torch.equal(theirs, ours)
+    plain = llama(dtype)(TOKENS).logits
+    assert (theirs - ours).abs().max() < 0.5 * (theirs - plain).abs().max() + 0.02
+
+
+def test_mixed_formats_and_a_shard(tmp_path):
+    """Layers of two formats in one sharded folder are each decoded by their own scheme."""
+    llama(torch.float32).save_pretrained(tmp_path / "plain", max_shard_size="100KB")
+    assert len(list((tmp_path / "plain").glob("*.safetensors"))) > 1
+    rules = [("mlp", "fp8_e4m3(granularity=row)")]
+    with open_source(tmp_path / "plain") as source:
+        plan = make_plan(
+            source,
+            "wna16(group_size=32)",
+            dialect="compressed_tensors",
+            keep=["embed_tokens", "lm_head"],
+            layer_rules=rules,
+        )
+        convert(source, tmp_path / "out", plan)
+    stock, mine = both(tmp_path / "out", torch.float32)
+    with torch.no_grad():
+        assert torch.equal(stock(TOKENS).logits, mine(TOKENS).logits)
+
+
+def test_migration_to_comfy_and_back_keeps_every_code(tmp_path):
+    """The same model in ComfyUI's dialect decodes to the same weights, and comes back as it was."""
+    folder = converted(tmp_path, "wna16(group_size=64)", torch.float32)
+    with open_source(folder) as source:
+        report = migrate(source, tmp_path / "comfy", "comfy")
+    assert set(report.layers.values()) == {"wna16(group_size=64)"}
+    with open_source(tmp_path / "comfy") as source:
+        found = inspect(source)
+        migrate(source, tmp_path / "again", "compressed_tensors")
+    assert (found.dialects, found.problems) == ({"": "comfy"}, ())
+    one, two = llama(torch.float32), llama(torch.float32)
+    load(one, folder)
+    load(two, tmp_path / "comfy")
+    for name, parameter in one.named_parameters():
+        other = two.get_parameter(name)
+        if isinstance(parameter, QuantizedTensor):
+            assert torch.equal(parameter.dequantize(), other.dequantize()), name
+        else:
+            assert torch.equal(parameter, other), name
+    for path in folder.glob("*.safetensors"):
+        with open_source(path) as first, open_source(tmp_path / "again" / path.name) as second:
+            assert first.tensors.keys() == second.tensors.keys()
+            for key in first.tensors:
+                assert first.read_bytes(first.components[0], key) == second.read_bytes(second.components[0], key), key
