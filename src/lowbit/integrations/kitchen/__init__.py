@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from lowbit.integrations.kitchen import float_utils, tensor
+from lowbit.integrations.kitchen import backends as registry, float_utils, tensor
 from lowbit.integrations.kitchen.absent import ABSENT
 from lowbit.integrations.kitchen.backends import list_backends, use_backend
 from lowbit.integrations.kitchen.block_floats import (
@@ -75,6 +75,7 @@ __all__ = [
     "quantize_per_tensor_fp8",
     "quantize_svdquant_w4a4",
     "quantize_w4a8_int8_weight",
+    "registry",
     "scaled_mm_mxfp8",
     "scaled_mm_nvfp4",
     "scaled_mm_svdquant_w4a4",

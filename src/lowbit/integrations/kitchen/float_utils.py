@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.errors import PartsError
+from lowbit.errors import FormatError, PartsError
 from lowbit.layouts.scale_128x4 import swizzle, swizzled_shape, unswizzle
 from lowbit.numerics import packing
 from lowbit.numerics.floats import (
@@ -14,7 +14,6 @@ from lowbit.numerics.floats import (
     E5M2_MAX,
     E8M0_BIAS,
     e2m1_values,
-    e8m0_codes_round_up,
     e8m0_values,
 )
 from lowbit.numerics.groups import ceil_div, round_up
@@ -88,8 +87,14 @@ def fp4_x2_to_f32(a: Tensor, hi_first: bool = True) -> Tensor:
 
 
 def f32_to_e8m0(x: Tensor) -> Tensor:
-    """uint8 codes of the smallest powers of two that are not below x >= 0; exact. Infinity gives 254, the largest."""
-    return e8m0_codes_round_up(x)
+    """float32 -> uint8 exponents of the powers of two nearest to |x|, halves up; quantize_mxfp8 rounds up instead.
+
+    Raises `FormatError` for another dtype.
+    """
+    if x.dtype != torch.float32:
+        raise FormatError(f"f32_to_e8m0 takes float32, not {str(x.dtype).removeprefix('torch.')}")
+    bits = x.contiguous().view(torch.int32) & 0x7FFFFFFF
+    return ((bits + (1 << 22)) >> 23).clamp_max(255).to(torch.uint8)  # a mantissa of a half or more carries over
 
 
 def e8m0_to_f32(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from lowbit.formats.parts import Parts
 from lowbit.formats.w4a8_codebook import W4A8Codebook
 from lowbit.integrations.kitchen.input_act import activated, with_residual
 
+_BETWEEN = (1.0, 0.96, 0.98, 1.02, 1.04)  # float8 neighbours are 1.06 to 1.125 apart
 Quantized = tuple[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"]
 
 
@@ -28,10 +29,9 @@ def quantize_w4a8_int8_weight(
 ) -> Quantized:
     """weight [N, K] -> (bytes, s_rel [N, K/g], s_channel [N], correction [K/g, N] or None, codebook [16] or None).
 
-    `symmetric=False` stores a correction and no codebook. `codebook_tensor` is used as it is. Group scales are always
-    searched among their float8 neighbours (`scale_search` has nothing to turn off); `scale_dtype=float32` stores the
-    same values in float32. Raises `FormatError` for options that do not go together, `WeightError` for a weight that
-    cannot be held.
+    `symmetric=False` stores a correction and no codebook. `codebook_tensor` is used as it is. Group scales are the best
+    of their float8 neighbours; with `scale_dtype=float32` values in between are tried too, unless `scale_search` is
+    False. Raises `FormatError` for options that do not go together, `WeightError` for a weight that cannot be held.
     """
     if scale_dtype not in (torch.float32, torch.float8_e4m3fn):
         raise FormatError(f"scale_dtype must be float32 or float8_e4m3fn, got {scale_dtype}")
@@ -41,9 +41,14 @@ def quantize_w4a8_int8_weight(
     weight, params = weight.detach(), None
     if fmt.codebook and codebook_tensor is not None:
         params = _fitted(fmt, weight, codebook_tensor)
-    parts = fmt.quantize(weight, params=params, seed=stochastic_rounding or None)
-    s_rel = parts["s_rel"].to(scale_dtype)
-    return parts["qdata"], s_rel, parts["s_channel"], parts.get("correction"), parts.get("codebook")
+    seed = stochastic_rounding or None
+    parts = fmt.quantize(weight, params=params, seed=seed)
+    if scale_dtype == torch.float32:
+        parts["s_rel"] = _finer(fmt, weight, parts) if scale_search else parts["s_rel"].float()
+        parts = fmt.quantize(weight, params={name: parts[name] for name in fmt.part_names[1:]}, seed=seed)
+    correction = parts.get("correction")
+    correction = None if correction is None else correction.to(weight.dtype)
+    return parts["qdata"], parts["s_rel"], parts["s_channel"], correction, parts.get("codebook")
 
 
 def dequantize_w4a8_int8_weight(
@@ -131,6 +136,26 @@ def described(
     if codebook is not None:
         given["codebook"] = codebook.float()
     return fmt, [part for name in fmt.part_names if (part := given[name]) is not None]
+
+
+def _finer(fmt: W4A8Codebook, weight: Tensor, parts: Parts) -> Tensor:
+    """For each group the float32 scale near its float8 one that loses least of the weight, [N, K/g]."""
+    out = torch.empty(parts["s_rel"].shape, dtype=torch.float32, device=weight.device)
+    shared = {name: parts[name] for name in ("codebook",) if name in parts}
+    for start, stop in fmt.row_ranges(weight.shape[0], weight.shape[1]):
+        rows = fmt.prepared(weight, start, stop, "weight")
+        params: Parts = {"s_channel": parts["s_channel"][start:stop], **shared}
+        if "correction" in parts:
+            params["correction"] = parts["correction"][:, start:stop]
+        base = parts["s_rel"][start:stop].float()
+        best, least = base, torch.full_like(base, torch.inf)
+        for factor in _BETWEEN:
+            made = fmt.project(rows, {**params, "s_rel": base * factor})
+            error = (made - rows).square_().unflatten(1, (base.shape[1], fmt.group_size)).sum(dim=-1)
+            best = torch.where(error < least, base * factor, best)
+            least = torch.minimum(error, least)
+        out[start:stop] = best
+    return out
 
 
 def _format(bits: int, group_size: int, rotation: int, codebook: bool, correction: bool) -> W4A8Codebook:

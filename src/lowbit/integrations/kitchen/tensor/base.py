@@ -135,6 +135,12 @@ class QuantizedLayout(ABC):
         raise NotImplementedError
 
     @classmethod
+    def unpacked_shape(cls, qtensor: QuantizedTensor) -> tuple[int, ...]:
+        """The shape of what the codes unpack to: by `get_logical_shape_from_storage` where the layout has it."""
+        unpack = getattr(cls, "get_logical_shape_from_storage", None)
+        return qtensor.storage_shape if unpack is None else unpack(qtensor.storage_shape)
+
+    @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
         """The options of `quantize` that make another tensor like this one."""
         return {}

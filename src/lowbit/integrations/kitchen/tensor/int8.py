@@ -111,12 +111,6 @@ class TensorWiseINT8Layout(Multiplied):
         return cls.linear_input_act(weight, x, bias)
 
     @classmethod
-    def stored(cls, tensor: QuantizedTensor) -> bool:
-        """A weight as it lies; one scale without a rotation serves the transpose as well."""
-        params = tensor.params
-        return not params.transposed or (params.scale.numel() == 1 and not params.convrot)
-
-    @classmethod
     def linear_input_act(
         cls,
         weight: QuantizedTensor,
@@ -129,12 +123,12 @@ class TensorWiseINT8Layout(Multiplied):
         residual_scale: Tensor | None = None,
     ) -> Any:
         """See `int8_linear`."""
-        if not cls.stored(weight):
+        params = weight.params
+        if params.transposed:
             return NotImplemented
-        params, codes = weight.params, weight.qdata.t() if weight.params.transposed else weight.qdata
         return int8_linear(
             x,
-            codes.contiguous(),
+            weight.qdata,
             params.scale,
             bias,
             x.dtype,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from lowbit.errors import PartsError
 from lowbit.formats.parts import raw_bytes
 from lowbit.integrations.kitchen.tensor import generic
 from lowbit.integrations.kitchen.tensor.base import get_layout_class
@@ -25,9 +26,11 @@ class QuantizedTensor(torch.Tensor):
     @staticmethod
     def __new__(cls: type[QuantizedTensor], qdata: Tensor, layout_cls: str, params: Any) -> QuantizedTensor:
         """Wrap codes and parameters, unchecked."""
-        return torch.Tensor._make_wrapper_subclass(
-            cls, params.orig_shape, device=qdata.device, dtype=params.orig_dtype, requires_grad=False
-        )
+        # A view of an ordinary tensor is an ordinary tensor in inference mode too: autograd counts its versions.
+        with torch._C._InferenceMode(False):  # noqa: SLF001  (the public one costs a microsecond more)
+            return torch.Tensor._make_wrapper_subclass(
+                cls, params.orig_shape, device=qdata.device, dtype=params.orig_dtype, requires_grad=False
+            )
 
     def __init__(self, qdata: Tensor, layout_cls: str, params: Any) -> None:
         get_layout_class(layout_cls)  # an unknown name is an error here, not in some later op
@@ -122,8 +125,7 @@ class QuantizedTensor(torch.Tensor):
     @property
     def padded_shape(self) -> tuple[int, ...]:
         """The shape of what the codes unpack to."""
-        unpacked = getattr(self.layout_cls, "get_logical_shape_from_storage", None)
-        return self.storage_shape if unpacked is None else unpacked(self.storage_shape)
+        return tuple(self.layout_cls.unpacked_shape(self))
 
     @property
     def is_padded(self) -> bool:
@@ -139,9 +141,12 @@ class QuantizedTensor(torch.Tensor):
         """Whether the codes lie in pinned memory."""
         return self._qdata.is_pinned()
 
-    def storage(self) -> Any:
-        """The storage of the codes."""
-        return self._qdata.storage()
+    def storage(self) -> NoReturn:
+        """Refused: it would be shorter than shape and dtype say, and what copies it (safetensors) reads beyond it."""
+        raise PartsError(
+            f"{self!r} has no storage of its shape and dtype; save the tensors of its state_dict(prefix), or use "
+            "storage_shape, data_ptr() and nbytes for what it holds"
+        )
 
     def __repr__(self) -> str:  # type: ignore[override]
         return (

@@ -51,6 +51,7 @@ def svdquant_w4a4_grouped_linear(
     outputs = []
     for weight, bias in zip(weights, added, strict=True):
         qdata, wscales, _, _, up = TensorCoreSVDQuantW4A4Layout.get_plain_tensors(weight)  # type: ignore[arg-type]
+        up = up if up.dtype == input_tensor.dtype else up.float()  # the result has its dtype: rounded once
         out = ops.scaled_mm_svdquant_w4a4(codes, qdata, scales, wscales, low, up, bias, first.act_unsigned)
         outputs.append(out.to(input_tensor.dtype).reshape(*input_tensor.shape[:-1], out.shape[1]))
     return tuple(outputs)

@@ -117,6 +117,12 @@ class AsymW4A8Int8Layout(Multiplied):
         return out
 
     @classmethod
+    def unpacked_shape(cls, qtensor: QuantizedTensor) -> tuple[int, ...]:
+        """The weight's own: it is never padded, and the width of its rows alone does not tell bits from columns."""
+        shape = tuple(qtensor.params.orig_shape)
+        return shape[::-1] if qtensor.params.transposed else shape
+
+    @classmethod
     def bits(cls, qtensor: QuantizedTensor) -> int:
         """4 or 6, from the width of the rows."""
         shape = qtensor.params.orig_shape
