@@ -83,6 +83,7 @@ class LowbitConfig(QuantizationConfigMixin):
                     f"{fmt}: has a pre_quant_scale or input_scale, which needs calibration; calibrate (lowbit "
                     "calibrate), convert the folder with the statistics (lowbit convert --stats) and load the result"
                 )
+            fmt.check_encodable("quantization_config")
             pick_solver(self.solver, fmt)
         if self.solver != AUTO and parse_pipeline(self.solver).steps:
             raise PlanError(

@@ -60,7 +60,8 @@ class LowbitHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._paths = kwargs.get("checkpoint_files") or []  # read later: here every new tensor is without values
             return
-        ties = {_layer(target): _layer(source) for target, source in model.all_tied_weights_keys.items()}
+        tied = model.all_tied_weights_keys.items()
+        ties = {_layer(target): _layer(source) for target, source in tied if target.endswith(".weight")}
         head = model.get_output_embeddings()
         heads = {name for name, module in model.named_modules() if module is head} if head is not None else set()
         self.choices = choose_formats(model, self.quantization_config.rules(), ties=ties, heads=heads)
