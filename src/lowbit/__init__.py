@@ -6,6 +6,7 @@ from lowbit.checkpoint.load import load
 from lowbit.checkpoint.save import save
 from lowbit.dispatch import use_backend
 from lowbit.errors import LowbitError
+from lowbit.experts import QuantizedBank, grouped_linear, quantize_bank
 from lowbit.formats import Format, parse_spec
 from lowbit.nn import quantize_
 from lowbit.tensor import QuantizedTensor, fallbacks
@@ -15,13 +16,16 @@ __version__ = "0.1.0"
 __all__ = [
     "Format",
     "LowbitError",
+    "QuantizedBank",
     "QuantizedTensor",
     "calibrate",
     "fallbacks",
+    "grouped_linear",
     "load",
     "ops",
     "parse_spec",
     "quantize_",
+    "quantize_bank",
     "save",
     "tensor_ops",
     "use_backend",
