@@ -136,6 +136,47 @@ def test_a_config_beside_a_quantized_folder_is_passed_over(quantized):
     assert torch.equal(answer(loaded), answer(model))
 
 
+def test_experts_are_decoded_where_transformers_merges_them(tmp_path, caplog):
+    """Quantized experts become one plain bank, with a warning; the rest stays quantized, and it all can be saved."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=3, max_position_embeddings=64,
+    )  # fmt: skip
+    folder = saved(MixtralForCausalLM(config).eval(), tmp_path / "plain")
+    converted = convert_folder(folder, tmp_path / "converted", "awq_w4a16")
+    with open_source(converted) as source:
+        dequantize(source, tmp_path / "decoded")
+    set_config(tmp_path / "decoded", quantization_config=None)
+    decoded = AutoModelForCausalLM.from_pretrained(tmp_path / "decoded")
+    with caplog.at_level("WARNING", "lowbit"):
+        loaded = AutoModelForCausalLM.from_pretrained(converted)
+    again = AutoModelForCausalLM.from_pretrained(saved(loaded, tmp_path / "again"))
+
+    assert "experts.0.w1" in caplog.text
+    assert len(list(quantized_layers(loaded))) == len(list(quantized_layers(again))) == 8
+    for name in ("gate_up_proj", "down_proj"):
+        bank = getattr(loaded.model.layers[1].mlp.experts, name)
+        assert torch.equal(bank, getattr(decoded.model.layers[1].mlp.experts, name))
+    assert torch.equal(answer(again), answer(loaded))
+    assert torch.allclose(answer(loaded), answer(decoded), atol=1e-5)
+
+
+def test_merged_layers_that_need_a_bias_are_refused(tmp_path):
+    """An expert whose format moves a constant into the bias cannot be merged, as a bank has none."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=320, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=64,
+    )  # fmt: skip
+    folder = saved(MixtralForCausalLM(config), tmp_path / "plain")
+    converted = convert_folder(folder, tmp_path / "converted", "svdquant_w4a4(rank=16,act_unsigned=true)")
+
+    assert "experts.0.w" in refused(converted, "moves a constant into the bias")
+
+
 # ---- folders that are not right -------------------------------------------------------------------------------------
 
 
@@ -216,21 +257,3 @@ def test_weights_that_are_not_finite(plain, tmp_path):
 
     with pytest.raises(WeightError, match=r"^model\.layers\.1\.self_attn\.q_proj: holds NaN"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=LowbitConfig("int8"))
-
-
-def test_merged_experts_are_refused(tmp_path):
-    """Quantized experts, which transformers merges into one tensor while loading, are refused with a remedy."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2, max_position_embeddings=64,
-    )  # fmt: skip
-    folder = saved(MixtralForCausalLM(config), tmp_path / "plain")
-    converted = convert_folder(folder, tmp_path / "converted", "int8")
-
-    assert "experts.0.w" in refused(converted, "bank of experts")
-    loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=LowbitConfig("int8"))
-    assert len(list(quantized_layers(loaded))) == 4
-    again = AutoModelForCausalLM.from_pretrained(saved(loaded, tmp_path / "again"))
-    assert torch.equal(answer(again), answer(loaded))

@@ -25,11 +25,13 @@ def embeddings(model, tokens):
 
 
 def test_minilm_in_eight_bits(tmp_path):
-    """MiniLM with int8 weights, saved and loaded: 28 % of the bytes, embeddings that hardly turn and are kept exactly."""
+    """MiniLM with int8 weights, saved and loaded: 28 % of the bytes, embeddings that hardly turn and stay."""
     folder = model_folder()
     tokens = AutoTokenizer.from_pretrained(folder)(list(SENTENCES[:12]), padding=True, return_tensors="pt")
     plain = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    model = AutoModel.from_pretrained(folder, quantization_config=LowbitConfig("int8(activations=none)"), dtype=torch.float32)
+    model = AutoModel.from_pretrained(
+        folder, quantization_config=LowbitConfig("int8(activations=none)"), dtype=torch.float32
+    )
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
     before, after = embeddings(plain, tokens), embeddings(loaded, tokens)

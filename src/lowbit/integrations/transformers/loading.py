@@ -8,7 +8,7 @@ describe, so names, devices, sharded files and the report of missing and unexpec
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,11 @@ class Claims:
 
     by_key: dict[str, Claim]
     by_renamed: dict[str, Claim]
+
+    def without(self, others: Claims) -> Claims:
+        """These claims but those of `others`."""
+        by_key = {key: claim for key, claim in self.by_key.items() if key not in others.by_key}
+        return Claims(by_key, {key: claim for key, claim in self.by_renamed.items() if key not in others.by_renamed})
 
 
 class LoadParts(ConversionOps):
@@ -114,12 +119,15 @@ def _renamed(key: str, renamings: Iterable[Any]) -> str:
     return key
 
 
-def place_layers(model: Any, files: DescribedFiles, conversions: list[Any]) -> dict[str, StoredLayer]:
+def place_layers(
+    model: Any, files: DescribedFiles, conversions: list[Any], merged: Collection[str] = ()
+) -> dict[str, StoredLayer]:
     """The stored layers by the names of the model's layers that they are for.
 
-    Layers of a head that the model lacks may be in the file, and the model may have a head that the file lacks. What
-    must not be, and raises a `CheckpointError` that names file and layer: a layer that the model has no place for, one
-    of another kind or shape, and a layer that is missing while its like in other blocks is there.
+    Left out are layers whose codes have a key in `merged`: no layer of the model is theirs alone. Layers of a head that
+    the model lacks may be in the file, and the model may have a head that the file lacks. What must not be, and raises
+    a `CheckpointError` that names file and layer: a layer that the model has no place for, one of another kind or
+    shape, and a layer that is missing while its like in other blocks is there.
     """
     state, base = model.state_dict(), model.base_model_prefix
     renamings = _renamings(conversions)
@@ -127,11 +135,16 @@ def place_layers(model: Any, files: DescribedFiles, conversions: list[Any]) -> d
     for stored in files.found.layers.values():
         name, _ = rename_source_key(stored.keys["qdata"], renamings, [], base, state)
         there.add(name)
+        if stored.keys["qdata"] in merged:
+            continue
         if name in state:
             layer = name.rpartition(".")[0]
             placed[layer] = fitted_to(stored, model.get_submodule(layer), layer)
         elif not _is_of_a_head(name, base, state, files) and not _ignored(name, model):
-            raise _no_place(model, stored, name, conversions)
+            raise CheckpointError(
+                f"{stored.place}: is quantized, and {type(model).__name__} has no {name!r}; load the folder with the "
+                "class that it was made for"
+            )
     for key in files.found.plain:
         there.add(rename_source_key(key, renamings, [], base, state)[0])
     _refuse_gaps(model, files, there, state)
@@ -148,20 +161,6 @@ def _is_of_a_head(name: str, base: str, state: Mapping[str, Tensor], files: Desc
 def _ignored(name: str, model: Any) -> bool:
     patterns = model._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001  (transformers' name for what it skips)
     return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _no_place(model: Any, stored: StoredLayer, name: str, conversions: Iterable[Any]) -> CheckpointError:
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    if any(converter.rename_source_key(name)[1] is not None for converter in converters):
-        return CheckpointError(
-            f"{stored.place}: is quantized, and transformers merges it with others into one tensor (a bank of "
-            "experts), which cannot be done to codes; keep these layers when converting (--keep), or load the folder "
-            "after lowbit dequantize"
-        )
-    return CheckpointError(
-        f"{stored.place}: is quantized, and {type(model).__name__} has no {name!r}; load the folder with the class "
-        "that it was made for"
-    )
 
 
 def _refuse_gaps(model: Any, files: DescribedFiles, there: set[str], state: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import MethodType
 from typing import Any
 
@@ -24,8 +25,11 @@ from lowbit.integrations.hf_layers import (
 )
 from lowbit.integrations.transformers.config import LowbitConfig
 from lowbit.integrations.transformers.loading import LayerConverter, LoadParts, claim_layers, place_layers
+from lowbit.integrations.transformers.merging import MergedLayers, wrap_merging
 from lowbit.nn import fold_bias_, quantized_layers
 from lowbit.tensor import QuantizedTensor
+
+_log = logging.getLogger("lowbit")
 
 
 class LowbitHfQuantizer(HfQuantizer):
@@ -81,18 +85,26 @@ class LowbitHfQuantizer(HfQuantizer):
             return weight_conversions
         files = _describe(self._paths)
         assert files.dialect is not None  # it has layers
-        self._placed = place_layers(model, files, weight_conversions)
+        claims = claim_layers(files, weight_conversions)
+        conversions, merged = wrap_merging(weight_conversions, claims, files.dialect)
+        if merged.by_key:
+            first = next(iter(merged.by_key.values())).stored
+            _log.warning(
+                "%s: and others are decoded to plain weights: transformers merges them into one tensor (a bank of "
+                "experts), which cannot be done to codes",
+                first.place,
+            )
+        self._placed = place_layers(model, files, weight_conversions, merged.by_key.keys())
         for name, stored in self._placed.items():
             layer = model.get_submodule(name)
             if stored.format.folds_bias and isinstance(layer, nn.Linear) and not _has_bias(layer):
                 weight: Tensor = layer.weight  # the file has a bias: it holds what the format moves there
                 layer.bias = nn.Parameter(torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device))
-        claims = claim_layers(files, weight_conversions)
-        return [LayerConverter(claims, files.dialect, LoadParts(self)), *weight_conversions]
+        return [LayerConverter(claims.without(merged), files.dialect, LoadParts(self)), *conversions]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype to cast a stored tensor to: none for parts; they only learn in which one to compute."""
-        if isinstance(converter, LayerConverter):
+        if isinstance(converter, LayerConverter | MergedLayers):
             converter.dtype = dtype
             return None
         return super().get_new_dtype(converter, param, dtype)
