@@ -123,3 +123,20 @@ def test_migration_to_comfy_and_back_keeps_every_code(tmp_path):
             assert first.tensors.keys() == second.tensors.keys()
             for key in first.tensors:
                 assert first.read_bytes(first.components[0], key) == second.read_bytes(second.components[0], key), key
+
+
+def test_a_divisor_becomes_the_factor_that_comfyui_reads(tmp_path):
+    """nvfp4 changes convention with its codes and block scales as they are, and says that a reciprocal was rounded."""
+    folder = converted(tmp_path, "nvfp4", torch.bfloat16)
+    with open_source(folder) as source:
+        report = migrate(source, tmp_path / "comfy", "comfy")
+    assert set(report.layers.values()) == {"nvfp4"}
+    assert all("written as nvfp4, with the same codes" in note for note in report.notes)
+    one, two = llama(torch.float32), llama(torch.float32)
+    load(one, folder)
+    load(two, tmp_path / "comfy")
+    for name, parameter in one.named_parameters():
+        if isinstance(parameter, QuantizedTensor):
+            other = two.get_parameter(name)
+            assert torch.equal(parameter.parts["qdata"], other.parts["qdata"]), name
+            torch.testing.assert_close(parameter.dequantize(), other.dequantize(), rtol=2e-7, atol=0)

@@ -37,7 +37,8 @@ class Respelled:
         layout = old.layout if same else ""
         options = old.options if same else {}
         refusal = ""
-        for fmt in (old.format, *old.format.equivalents()):
+        forms = (old.format, *old.format.equivalents())
+        for fmt in forms if same else sorted(forms, key=lambda fmt: len(fmt.spec)):  # plain ones are more widely read
             new = replace(old, format=fmt, keys={}, notes=[], layout=layout, options=options)
             why = dialect.refuses(new)
             if why is None:

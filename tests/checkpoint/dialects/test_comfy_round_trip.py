@@ -194,3 +194,16 @@ def test_sizes():
     assert TensorSpec(torch.float32, ()).nbytes == 4
     assert TensorSpec(torch.float8_e4m3fn, (3, 5)).nbytes == 15
     assert str(TensorSpec(torch.uint8, (3,))) == "uint8 [3]"
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("nvfp4", "nvfp4"),
+        ("nvfp4(global_scale_divides=true)", "nvfp4_divided"),
+        ("nvfp4(row_global_scale=true)", "nvfp4_by_row"),
+    ],
+)
+def test_what_comfyui_would_misread_has_a_name_that_it_does_not_know(spec, name):
+    """Only the global scale that ComfyUI multiplies by is stored under the name that it reads."""
+    assert marker_fields(stored(spec))["format"] == name

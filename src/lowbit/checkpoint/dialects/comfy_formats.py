@@ -31,14 +31,34 @@ TILE_LAYOUT = "kitchen_tile_packed_w4a4"
 TILE_N, TILE_K = 128, 64
 UNFOLDED = "proj_down_post_smoothing"  # the role of a proj_down that acts on x / smooth_factor
 _RAW_BASIS = {"lowrank_branch_input_basis": "raw", "proj_down_smooth_folded": True}
+_NVFP4_VARIANTS: dict[str, dict[str, Any]] = {
+    "nvfp4_by_row_divided": {"global_scale_divides": True, "row_global_scale": True},
+    "nvfp4_by_row": {"row_global_scale": True},
+    "nvfp4_divided": {"global_scale_divides": True},
+}
 
 
 class Nvfp4(Storage):
-    """Even column in the HIGH nibble, rows and columns padded to 16 with zeros, scales in the 128x4 swizzle."""
+    """Even column in the HIGH nibble, rows and columns padded to 16 with zeros, scales in the 128x4 swizzle.
 
-    names = ("nvfp4",)
+    ComfyUI multiplies by one global scale. A divisor or a scale a row has a name that it does not know: an error there
+    is better than a wrong picture.
+    """
+
+    names = ("nvfp4", *_NVFP4_VARIANTS)
     aliases: Mapping[str, tuple[torch.dtype, ...]] = {"scale": (torch.uint8,)}
     pad = 16
+
+    def format_name(self, name: str) -> str:
+        return "nvfp4"
+
+    def name_of(self, fmt: Format) -> str:
+        config = fmt.config()
+        return next((name for name, said in _NVFP4_VARIANTS.items() if said.items() <= config.items()), "nvfp4")
+
+    def infer(self, found: Description) -> Format:
+        said = _NVFP4_VARIANTS.get(str(found.fields["format"]), {})
+        return make_format({"format": "nvfp4", **said}, name_place(found.where, found.layer))
 
     def fields_of(self, fmt: Format) -> dict[str, Any]:
         return {"group_size": self.pad}
@@ -80,6 +100,15 @@ class Mxfp8(Nvfp4):
     names = ("mxfp8",)
     aliases: Mapping[str, tuple[torch.dtype, ...]] = {"scale": (torch.float8_e8m0fnu,)}
     pad = 32
+
+    def format_name(self, name: str) -> str:
+        return "mxfp8"
+
+    def name_of(self, fmt: Format) -> str:
+        return "mxfp8"
+
+    def infer(self, found: Description) -> Format:
+        return make_format({"format": "mxfp8"}, name_place(found.where, found.layer))
 
     def _codes(self, codes: Tensor) -> Tensor:
         return codes.view(torch.float8_e4m3fn)
