@@ -14,11 +14,16 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import lowbit
 from lowbit.tensor import LowbitFallbackWarning
 
-def fsdp(spec, world, n):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(128, n), torch.nn.ReLU(), torch.nn.Linear(n, 64))
+def linears(n):
+    return [torch.nn.Linear(128, n), torch.nn.ReLU(), torch.nn.Linear(n, 64)], torch.randn(4, 128)
+
+def convolutions(n):
+    return [torch.nn.Conv2d(32, n, 2), torch.nn.ReLU(), torch.nn.Conv2d(n, 64, 1)], torch.randn(2, 32, 3, 3)
+
+def fsdp(spec, world, layers):
+    model = torch.nn.Sequential(*layers[0])
     lowbit.quantize_(model[0], spec)
-    x = torch.randn(4, 128, requires_grad=True)
+    x = layers[1].requires_grad_()
     expected = model(x)
     expected.square().sum().backward()
     gradient, whole = x.grad.clone(), model[0].weight.nbytes_stored()
@@ -55,10 +60,12 @@ def dtensor(spec, world, n):
 def run(rank, world, file, specs):
     warnings.simplefilter("error", LowbitFallbackWarning)
     dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{file}")
+    torch.manual_seed(0)
     for spec in specs:
         for n in (128, 70, 33):
-            fsdp(spec, world, n)
+            fsdp(spec, world, linears(n))
             dtensor(spec, world, n)
+        fsdp(spec, world, convolutions(70))
     leave_together(rank, world, file)
 
 def leave_together(rank, world, file):

@@ -257,8 +257,9 @@ class QuantizedTensor(torch.Tensor):
         if isinstance(out, QuantizedTensor):
             sharding.refill(out, parts)
             return None
-        shape = (self.format.rows_of(parts), self.matrix[1])
-        return QuantizedTensor(parts, self.format, shape, param_dtype), outputs
+        rows, columns = self.format.rows_of(parts), self.matrix[1]
+        shape = (rows, *self.shape[1:]) if self.shape[0] == self.matrix[0] else (rows, columns)
+        return QuantizedTensor(parts, self.format, shape, param_dtype, matrix=(rows, columns)), outputs
 
 
 def rebuild_quantized_tensor(

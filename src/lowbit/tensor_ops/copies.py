@@ -87,12 +87,14 @@ def _empty_like(func: Any, args: Any, kwargs: Any) -> Any:
 
 @implements(aten.new_empty.default, aten.new_zeros.default)
 def _new(func: Any, args: Any, kwargs: Any) -> Any:
-    """A matrix with the same K: a quantized weight that shares what all rows share; any other shape: a plain tensor."""
+    """More or fewer rows of the same kind: a quantized weight that shares what all rows share. Else a plain tensor."""
     w, size = args[0], tuple(args[1])
     dtype, device = kwargs.get("dtype") or w.dtype, kwargs.get("device") or w.device
-    if len(size) == 2 and size[1] == w.matrix[1] and dtype.is_floating_point and not w.kernel_layout:
-        fmt = w.format if size[0] % w.format.row_multiple == 0 else w.format.single_rows  # as `split` cuts rows
-        parts, shapes = w.parts, fmt.part_shapes(*size)
+    rows = _rows_of(w, size)
+    if rows is not None and dtype.is_floating_point and not w.kernel_layout:
+        fmt = w.format if rows % w.format.row_multiple == 0 else w.format.single_rows  # as `split` cuts rows
+        matrix = (rows, w.matrix[1])
+        parts, shapes = w.parts, fmt.part_shapes(*matrix)
         for rule in fmt.rules:
             if rule.row_axis is not None:
                 parts[rule.name] = torch.empty(shapes[rule.name], dtype=parts[rule.name].dtype, device=device)
@@ -100,9 +102,17 @@ def _new(func: Any, args: Any, kwargs: Any) -> Any:
                     raw_bytes(parts[rule.name]).zero_()
             else:
                 parts[rule.name] = parts[rule.name].to(device, copy=True)
-        return QuantizedTensor(parts, fmt, size, dtype)
+        return QuantizedTensor(parts, fmt, size, dtype, matrix=matrix)
     make: Any = torch.zeros if func is aten.new_zeros.default else torch.empty
     return make(size, dtype=dtype, device=device)
+
+
+def _rows_of(w: QuantizedTensor, size: tuple[int, ...]) -> int | None:
+    """How many rows of the parts a tensor of this size has: a matrix with the same K, or entries like those of `w`."""
+    if len(size) == 2 and size[1] == w.matrix[1]:
+        return size[0]
+    alike = not w.transposed and size[1:] == tuple(w.shape[1:]) and w.shape[0] == w.matrix[0]
+    return size[0] if alike else None
 
 
 @implements(aten.is_pinned.default)

@@ -164,10 +164,11 @@ def _slice(func: Any, args: Any, kwargs: Any) -> Any:
 
 @implements(aten.as_strided.default)
 def _as_strided(func: Any, args: Any, kwargs: Any) -> Any:
-    """Only what FSDP asks for: the first rows of a matrix, padding cut off."""
+    """Only what FSDP asks for: the first rows of a matrix or kernel, padding cut off."""
     w, size, stride = args[0], tuple(args[1]), tuple(args[2])
     offset = args[3] if len(args) > 3 else kwargs.get("storage_offset", 0)
-    rows = len(size) == 2 and size[1:] == tuple(w.shape[1:]) and stride == (size[1], 1) and not offset
+    dense = all(step == torch.Size(size[axis + 1 :]).numel() for axis, step in enumerate(stride))
+    rows = len(size) >= 2 and size[1:] == tuple(w.shape[1:]) and dense and not offset
     return _rows(w, 0, size[0]) if rows and size[0] <= w.shape[0] else NotImplemented
 
 
