@@ -66,7 +66,7 @@ def test_detection(tensors, metadata, name):
 )
 def test_conventions_without_a_marker_are_not_guessed(tensors):
     """Quantized weights that nothing describes are neither plain nor read as something."""
-    with pytest.raises(CheckpointError, match=r"m\.safetensors: 'a\..*no marker.*comfy"):
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: 'a\..*nothing says how.*--source-dialect"):
         detect_dialect(Container(specs_of(tensors), where="m.safetensors"))
 
 
