@@ -153,6 +153,22 @@ def test_requantizing_keeps_what_the_weight_was(case):
     assert gap(again.dequantize(), w) < 0.3
 
 
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_a_small_change_survives_stochastic_rounding(case):
+    """With a seed a change below the step is kept on average, as when a LoRA is baked; the same seed, the same bits."""
+    layout, options = LAYOUTS[case]
+    first = QuantizedTensor.from_float(weight(), layout, **options)
+    start, change = first.dequantize(), torch.randn(N, K) * 0.006
+    total = torch.zeros_like(start)
+    for seed in range(1, 41):
+        total += first.requantize_from_float(start + change, stochastic_rounding=seed).dequantize() - start
+    kept = float((total / 40 * change).sum() / change.square().sum())
+    twice = [first.requantize_from_float(start + change, stochastic_rounding=3).dequantize() for _ in range(2)]
+
+    assert 0.85 < kept < 1.15
+    assert torch.equal(*twice)
+
+
 def test_svdquant_tiles_decode_and_multiply_as_plain_parts():
     """The tile-packed storage gives the same bits."""
     plain = QuantizedTensor.from_float(weight(n=128), SVDQUANT, rank=8)

@@ -81,6 +81,29 @@ def test_products_take_the_low_bit_path_in_every_mode(case, mode, axes):
             assert torch.equal(torch.addmm(bias, x, w.t()), biased)
 
 
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize("right", LAYOUTS)
+def test_any_two_layouts_multiply(left, right):
+    """An input in one layout times a weight in another: theirs raises for fp8 times int8."""
+    x, w = made(left, n=16), made(right)
+    expected = F.linear(x.dequantize().float(), w.dequantize().float())
+
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert gap(F.linear(x, w), expected) < 0.2
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize("axes", [(0, K), (2, 0, K)])
+def test_no_tokens_are_a_shape_like_any_other(case, axes):
+    """No rows give no rows, and an input of another width is PyTorch's own error."""
+    w = made(case)
+
+    assert tuple(F.linear(torch.zeros(axes).bfloat16(), w).shape) == (*axes[:-1], N)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        F.linear(torch.zeros(2, K + 1).bfloat16(), w)
+
+
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_addmm_reads_alpha_beta_and_any_addend(case):
     """Theirs ignores both numbers and takes no matrix as an addend."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lowbit import ops
 from lowbit.backends.eager.block_scaled import product
+from lowbit.integrations.kitchen.tensor import stochastic
 from lowbit.integrations.kitchen.tensor.base import BaseLayoutParams, register_layout_op
 from lowbit.integrations.kitchen.tensor.products import Multiplied, aten, register
 from lowbit.integrations.kitchen.tensor.quantized import QuantizedTensor
@@ -45,9 +46,12 @@ class TensorCoreFP8Layout(Multiplied):
         dtype: torch.dtype = torch.float8_e4m3fn,
         **kwargs: Any,
     ) -> tuple[Tensor, Params]:
-        """Codes of tensor / scale; the scale is the given one, or absmax / the largest code, in float32."""
-        one = given_or_fitted(tensor, scale, fp8_max(dtype))
-        codes = ops.quantize_per_tensor_fp8(tensor, one, dtype)
+        """Codes of tensor / scale; the scale is the given one, or absmax / the largest code, in float32.
+
+        `stochastic_rounding`: a seed above 0.
+        """
+        one, seed = given_or_fitted(tensor, scale, fp8_max(dtype)), kwargs.get("stochastic_rounding") or 0
+        codes = stochastic.fp8(tensor, one, dtype, seed) if seed else ops.quantize_per_tensor_fp8(tensor, one, dtype)
         return codes, cls.Params(one, tensor.dtype, tuple(tensor.shape))
 
     @classmethod

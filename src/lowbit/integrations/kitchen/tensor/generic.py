@@ -38,7 +38,10 @@ def run(kind: Any, func: Any, args: Any, kwargs: Any) -> Any:
     handler = _GENERIC.get(func)
     if handler is not None:
         return handler(args, kwargs)
-    layout: str = next(leaf.layout_name for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, kind))
+    first = next((arg for arg in args if isinstance(arg, kind)), None)
+    if first is None:  # in a list, or given by name
+        first = next(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, kind))
+    layout: str = first.layout_name
     layout_op = layout_handler(func, get_layout_class(layout))
     if layout_op is not None:
         return layout_op(args[0] if args else None, args, kwargs)

@@ -1,7 +1,5 @@
 """TensorCoreMXFP8Layout: float8_e4m3fn codes with swizzled powers of two as scales of 32."""
 
-# ruff: noqa: ARG003  (the hooks of layouts share their signatures)
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from torch.nn import functional as F
 
 from lowbit import ops
 from lowbit.errors import WeightError
+from lowbit.integrations.kitchen.tensor import stochastic
 from lowbit.integrations.kitchen.tensor.base import BaseLayoutParams
 from lowbit.integrations.kitchen.tensor.products import Multiplied, register
 from lowbit.integrations.kitchen.tensor.quantized import QuantizedTensor
@@ -39,11 +38,15 @@ class TensorCoreMXFP8Layout(Multiplied):
 
     @classmethod
     def quantize(cls, tensor: Tensor, **kwargs: Any) -> tuple[Tensor, Params]:
-        """Codes of a matrix."""
+        """Codes of a matrix; `stochastic_rounding`: a seed above 0."""
         if tensor.dim() != 2:
             raise WeightError(f"MXFP8 requires 2D tensor, got {tensor.dim()}D")
         shape = tuple(tensor.shape)
-        codes, scale = ops.quantize_mxfp8(tensor.detach(), cls.get_padded_shape(shape) != shape)
+        padded, seed = cls.get_padded_shape(shape), kwargs.get("stochastic_rounding") or 0
+        if seed:
+            codes, scale = stochastic.mxfp8(tensor, padded, seed)
+        else:
+            codes, scale = ops.quantize_mxfp8(tensor.detach(), padded != shape)
         return codes, cls.Params(scale, tensor.dtype, shape)
 
     @classmethod
@@ -62,7 +65,7 @@ class TensorCoreMXFP8Layout(Multiplied):
         return {"": qdata, "_scale": params.scale}
 
     @classmethod
-    def get_padded_shape(cls, orig_shape: tuple[int, ...]) -> tuple[int, ...]:
+    def get_padded_shape(cls, orig_shape: tuple[int, ...]) -> tuple[int, int]:
         """Both sizes as multiples of 32."""
         if len(orig_shape) != 2:
             raise WeightError(f"MXFP8 requires 2D shape, got {len(orig_shape)}D")

@@ -1,7 +1,5 @@
 """TensorCoreNVFP4Layout: e2m1 codes, high nibble first, with swizzled float8 scales of 16 and one float32 scale."""
 
-# ruff: noqa: ARG003  (the hooks of layouts share their signatures)
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from torch.nn import functional as F
 
 from lowbit import ops
 from lowbit.errors import WeightError
+from lowbit.integrations.kitchen.tensor import stochastic
 from lowbit.integrations.kitchen.tensor.base import BaseLayoutParams
 from lowbit.integrations.kitchen.tensor.products import Multiplied, register
 from lowbit.integrations.kitchen.tensor.quantized import QuantizedTensor
@@ -46,12 +45,19 @@ class TensorCoreNVFP4Layout(Multiplied):
     def quantize(
         cls, tensor: Tensor, scale: Tensor | float | str | None = None, **kwargs: Any
     ) -> tuple[Tensor, Params]:
-        """Codes of a matrix; the tensor's scale is the given one, or absmax / 2688 in float32."""
+        """Codes of a matrix; the tensor's scale is the given one, or absmax / 2688 in float32.
+
+        `stochastic_rounding`: a seed above 0.
+        """
         if tensor.dim() != 2:
             raise WeightError(f"NVFP4 requires 2D tensor, got {tensor.dim()}D")
         shape = tuple(tensor.shape)
         one = given_or_fitted(tensor, scale, E2M1_MAX * E4M3_MAX)
-        codes, block_scale = ops.quantize_nvfp4(tensor.detach(), one, pad_16x=cls.get_padded_shape(shape) != shape)
+        padded, seed = cls.get_padded_shape(shape), kwargs.get("stochastic_rounding") or 0
+        if seed:
+            codes, block_scale = stochastic.nvfp4(tensor, one, padded, seed)
+        else:
+            codes, block_scale = ops.quantize_nvfp4(tensor.detach(), one, pad_16x=padded != shape)
         return codes, cls.Params(one, tensor.dtype, shape, block_scale)
 
     @classmethod
@@ -70,7 +76,7 @@ class TensorCoreNVFP4Layout(Multiplied):
         return {"": qdata, "_scale": params.block_scale, "_scale_2": params.scale}
 
     @classmethod
-    def get_padded_shape(cls, orig_shape: tuple[int, ...]) -> tuple[int, ...]:
+    def get_padded_shape(cls, orig_shape: tuple[int, ...]) -> tuple[int, int]:
         """Both sizes as multiples of 16."""
         if len(orig_shape) != 2:
             raise WeightError(f"NVFP4 requires 2D shape, got {len(orig_shape)}D")

@@ -64,9 +64,13 @@ def multiplied(x: Any, weight: Any, bias: Tensor | None) -> Any:
     return weight.layout_cls.product(x, weight, bias)
 
 
+def _plain(tensor: Any) -> Any:
+    return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+
+
 def _linear(first: Any, args: Any, kwargs: Any) -> Any:
     x, weight, bias = (*args, kwargs.get("bias"))[:3] if len(args) < 3 else args[:3]
-    result = multiplied(x, weight, dequantize_args(bias))
+    result = multiplied(x, weight, _plain(bias))
     return F.linear(*dequantize_args((x, weight, bias))) if result is NotImplemented else result
 
 
@@ -82,13 +86,13 @@ def _addmm(first: Any, args: Any, kwargs: Any) -> Any:
     alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
     plain = alpha == 1 and beta == 1 and isinstance(addend, Tensor) and addend.dim() == 1
     fits = plain and addend.shape == b.shape[1:]
-    result = _against(a, b, dequantize_args(addend) if fits else None)
+    result = _against(a, b, _plain(addend) if fits else None)
     if result is NotImplemented:
         return torch.addmm(*dequantize_args((addend, a, b)), alpha=alpha, beta=beta)
     if fits:
         return result
     total = result.float() * alpha
-    return (total if beta == 0 else total + beta * dequantize_args(addend).float()).to(result.dtype)
+    return (total if beta == 0 else total + beta * _plain(addend).float()).to(result.dtype)
 
 
 def _t(first: Any, args: Any, kwargs: Any) -> Any:

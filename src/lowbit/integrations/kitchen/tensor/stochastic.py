@@ -1,0 +1,58 @@
+"""Stochastic rounding for the layouts of small floats: up or down at random, so that the mean is what it was.
+
+This is how a LoRA is baked into a weight whose steps are wider than the change. The random numbers depend on the seed
+alone, not on the device. comfy_kitchen's layouts take `stochastic_rounding` and round to nearest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.formats.base import Format
+from lowbit.formats.fp8 import Fp8E4M3, Fp8E5M2
+from lowbit.formats.mxfp8 import Mxfp8
+from lowbit.formats.nvfp4 import GROUP, Nvfp4
+from lowbit.formats.parts import raw_bytes
+from lowbit.layouts.scale_128x4 import swizzle
+from lowbit.numerics.floats import E2M1_MAX
+from lowbit.numerics.groups import pad_to
+from lowbit.numerics.integers import uniform_noise
+from lowbit.numerics.packing import swap_nibbles
+
+_FP8: dict[torch.dtype, Format] = {torch.float8_e4m3fn: Fp8E4M3(), torch.float8_e5m2: Fp8E5M2()}
+_EXPONENT_BITS = 0x7F800000  # of a float32
+
+
+def fp8(x: Tensor, scale: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """x [..., K] -> float8 codes [..., K] of x / scale."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    return _FP8[dtype].quantize(rows, params={"scale": scale.reshape(())}, seed=seed)["qdata"].reshape(x.shape)
+
+
+def mxfp8(x: Tensor, padded: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> codes of the padded matrix and its swizzled scales, as `ops.quantize_mxfp8` stores them."""
+    parts = Mxfp8().quantize(pad_to(x.detach(), *padded), seed=seed)
+    return parts["qdata"], swizzle(raw_bytes(parts["scale"])).view(torch.float8_e8m0fnu)
+
+
+def nvfp4(x: Tensor, scale: Tensor, padded: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> codes of the padded matrix and its swizzled scales, as `ops.quantize_nvfp4` stores them."""
+    fmt, w, qdata, scales = Nvfp4(), pad_to(x.detach(), *padded), [], []
+    fmt.check_weight(w, "weight")
+    for start, stop in fmt.row_ranges(*padded):
+        rows = fmt.prepared(w, start, stop, "weight")
+        params = fmt.fit(rows, {"global_scale": scale.reshape(())})
+        step = (params["scale"].float() * params["global_scale"]).repeat_interleave(GROUP, dim=1)
+        noise = uniform_noise(tuple(rows.shape), seed, start, w.device)
+        values = _to_e2m1(rows / step.masked_fill(step == 0, torch.inf), noise)
+        qdata.append(fmt.pack(fmt.encode(values.mul_(step), params)))
+        scales.append(raw_bytes(params["scale"]))
+    return swap_nibbles(torch.cat(qdata)), swizzle(torch.cat(scales)).view(torch.float8_e4m3fn)
+
+
+def _to_e2m1(x: Tensor, noise: Tensor) -> Tensor:
+    """float32 -> e2m1 values 0 .5 1 1.5 2 3 4 6 with a sign, rounded up where the noise reaches beyond what is left."""
+    magnitude = x.abs().clamp_max(E2M1_MAX)
+    step = (magnitude.view(torch.int32) & _EXPONENT_BITS).view(torch.float32).clamp_min(1.0).mul(0.5)
+    return ((magnitude / step + noise).floor() * step).clamp_max(E2M1_MAX).copysign(x)
