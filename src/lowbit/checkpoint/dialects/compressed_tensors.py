@@ -119,6 +119,10 @@ class CompressedTensors:
         scheme = _scheme(stored)
         if isinstance(scheme, str):
             return scheme
+        order, static = "g_idx" in stored.format.part_names, stored.format.input_scale
+        back = meaning_of(scheme, stored.place, act_order=order, input_scale=static).format
+        if back != stored.format:
+            return f"the same weights would be read back as {back}; use that"
         return storage_of(scheme, stored.place).refuses(stored)
 
     def stored_specs(self, stored: StoredLayer) -> dict[str, TensorSpec]:
