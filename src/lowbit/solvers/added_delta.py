@@ -19,10 +19,11 @@ from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Parts, narrow_rows
 from lowbit.numerics.groups import row_chunks
 
-from .rounding_cells import ROUNDINGS, Moved, dither, extremes, has_cells, moved, rounding_noise
+from .grid_units import clipped_units, count_units, stored_steps, unit_errors
+from .rounding_cells import ROUNDINGS, Choice, choice, has_cells, rounding_noise
 
 _ELEMENTS = 1 << 20  # of a piece of rows
-_BEYOND = 1e-3  # levels beyond the last one that count as clipped: less is rounding of float32
+_MOST_SPREAD = 1.3  # how much more often weights move at most, for those of their row that cannot
 _ENOUGH = 0.9  # of the change: with less, a format whose grid is not a set of levels is fitted anew
 
 
@@ -64,7 +65,7 @@ def refuse_addition(fmt: Format, rounding: str, where: str) -> None:
     """Raise `FormatError` unless changes can be added to weights of this format with this rounding."""
     if rounding not in ROUNDINGS:
         raise FormatError(f"{where}: unknown rounding {rounding!r}; known are {', '.join(ROUNDINGS)}")
-    if not getattr(fmt, "encodable", True):
+    if not fmt.encodable:
         raise FormatError(
             f"{where}: {fmt.name} is only decoded here, so nothing can be baked into it; attach the LoRA at run time, "
             "or convert the weight to another format first"
@@ -96,7 +97,7 @@ def add_delta(
     job = _Job(fmt, dict(parts), delta, rounding, seed)
     if not delta.numel():
         return _Sums().result(dict(parts))
-    return job.by_levels() if job.levelled else job.by_noise()
+    return job.by_levels() if job.levelled else job.by_codes()
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,10 @@ class _Job:
         for start, stop in self._pieces():
             old, change, params = self.rows(start, stop, self.parts)
             grid = self.fmt.grid(old + change, params)
-            step, zero = _fitting(grid)
+            step, zero = stored_steps(grid)
             size = float(step.abs().max())
             if best is None or size > best[0]:
-                grid.replace_steps(slice(None), *grid.snap(step, zero))
+                grid.replace_steps(slice(None), step, zero)
                 best = size, self.fmt.with_steps(params, grid)
         assert best is not None
         return best[1]
@@ -187,8 +188,8 @@ class _Job:
             else:
                 params = narrow_rows(self.fmt.param_rules, other, start, stop)
                 grid = self.fmt.grid(old + change, params)
-                values = _values(grid, _rounded(grid, self.rounding, noise).levels, self.shape[1])
-                count = 1 if self.whole else _count(torch.ones_like(grid.step), grid)
+                values = _settled(grid, _anew(grid, self.rounding), self.fmt.grid(old, params).target, noise)
+                count = 1 if self.whole else count_units(torch.ones_like(grid.step), grid)
                 sums.refitted = sums.clipped = sums.units = count if self.whole else sums.units + count
             codes = self.fmt.encode(self.fmt.from_grid(values, params), params)
             self._measure(codes, params, start, old, sums)
@@ -204,51 +205,69 @@ class _Job:
         step = grid.spread(grid.step, 0, k)
         levels = grid.levels_of(was, 0, k)
         difference = (grid.target - was).div_(step.masked_fill(step == 0, torch.inf))
-        made = moved(grid.levels, levels, difference, self.rounding, noise)
-        values = _values(grid, made.levels, k)
-        clips = _clips(grid, levels + difference)
-        sums.clipped += _count(clips, grid)
-        sums.units += _count(torch.ones_like(clips), grid)
+        chosen = choice(grid.levels, levels, difference, self.rounding)
+        clips = clipped_units(grid, levels + difference)
+        sums.clipped += count_units(clips, grid)
+        sums.units += count_units(torch.ones_like(clips), grid)
         if not refit or not bool(clips.any()):
-            return params, values
-        wide_step, wide_zero = grid.snap(*_fitting(grid))
+            return params, _settled(grid, chosen, was, noise)
+        wide_step, wide_zero = stored_steps(grid)
         wider = self.fmt.grid(old + change, params)
         wider.replace_steps(slice(None), wide_step, wide_zero)
-        again = _rounded(wider, self.rounding, noise)
+        again = _anew(wider, self.rounding)
         # By the error to expect: to choose by what chance made of it would favour few moves, and lose the change.
-        better = clips & (_unit_errors(wider, again.expected) < _unit_errors(grid, made.expected))
+        better = clips & (unit_errors(wider, again.expected) < unit_errors(grid, chosen.expected))
         better &= wide_step != grid.step  # the nearest step that can be stored may be the old one
-        sums.refitted += _count(better, grid)
+        sums.refitted += count_units(better, grid)
         zero = None if wide_zero is None or grid.zero is None else torch.where(better, wide_zero, grid.zero)
-        values = torch.where(grid.spread(better, 0, k), _values(wider, again.levels, k), values)
         grid.replace_steps(slice(None), torch.where(better, wide_step, grid.step), zero)
-        return self.fmt.with_steps(params, grid), values
+        taken = grid.spread(better, 0, k)
+        pairs = ((again.near, chosen.near), (again.far, chosen.far), (again.share, chosen.share))
+        near, far, share = (torch.where(taken, new, kept) for new, kept in pairs)
+        mixed = Choice(near, far, share, chosen.expected)
+        return self.fmt.with_steps(params, grid), _settled(grid, mixed, was, noise)
 
     # ---- other grids ------------------------------------------------------------------------------------------------
 
-    def by_noise(self) -> Added:
-        """By the format's own rounding with noise; fitted anew where too little of the change comes through."""
-        if self.rounding != "nearest" and not self.fmt.stochastic:
-            raise FormatError(
-                f"{self.fmt.name} rounds to nearest only, which loses small changes; attach the LoRA at run time "
-                "instead, or ask for rounding='nearest'"
-            )
-        kept = self._noisy(self.parts)
-        if self.rounding == "nearest" or kept.recovered >= _ENOUGH:
+    def by_codes(self) -> Added:
+        """Move to the next code where codes are ordered as what they mean; fitted anew where that is not enough."""
+        kept = self._coded(self.parts)
+        if kept.recovered >= _ENOUGH or self.rounding == "nearest":
             return kept
-        return _better(kept, self._noisy(self._fitted(), fitted=True))
+        return _better(kept, self._coded(self._fitted(), fitted=True))
 
-    def _noisy(self, params_of: Parts, *, fitted: bool = False) -> Added:
+    def _coded(self, params_of: Parts, *, fitted: bool = False) -> Added:
         out: Parts = {}
         sums = _Sums(refitted=int(fitted), clipped=int(fitted), units=1)
         for start, stop in self._pieces():
             old, change, _ = self.rows(start, stop, self.parts)
             params = narrow_rows(self.fmt.param_rules, params_of, start, stop)
-            noise = dither(self.rounding, self.shape[1], start, stop, self.seed, old.device)
-            codes = self.fmt.encode(old + change, params, noise)
+            codes = self.fmt.encode(old + change, params)
+            noise = rounding_noise(self.rounding, self.shape[1], start, stop, self.seed, old.device)
+            if noise is not None:
+                codes = self._neighbours(codes, old, change, params, noise).to(codes.dtype)
             self._measure(codes, params, start, old, sums)
             self.fmt.store_rows(out, {"qdata": self.fmt.pack(codes), **params}, self.shape, start)
         return sums.result({**self.parts, **out})
+
+    def _neighbours(self, codes: Tensor, old: Tensor, change: Tensor, params: Parts, noise: Tensor) -> Tensor:
+        """The codes [n, K] around those that are nearest to `old + change`."""
+        fmt, wanted, far_out = self.fmt, old + change, 1e4 * (old + change).abs().max() + 1.0
+        lowest, highest = (fmt.encode(torch.full_like(old, sign) * far_out, params) for sign in (-1.0, 1.0))
+        mine = fmt.decode(codes, params)
+        below, above = torch.maximum(codes, lowest + 1) - 1, torch.minimum(codes + 1, highest)
+        ends = fmt.decode(below, params), fmt.decode(above, params)
+        if bool((ends[0] > mine).any() | (ends[1] < mine).any()):
+            raise FormatError(f"{fmt.name}: its codes are not ordered, so no change can be added; use rounding=nearest")
+        over, up = wanted >= mine, change >= 0
+        low, high = torch.where(over, codes, below), torch.where(over, above, codes)
+        low_value, high_value = torch.where(over, mine, ends[0]), torch.where(over, ends[1], mine)
+        near, far = torch.where(up, low_value, high_value), torch.where(up, high_value, low_value)
+        share = torch.where(far == near, 0.0, (wanted - near) / (far - near)).clamp_(0.0, 1.0)
+        near_code, far_code = torch.where(up, low, high).float().t(), torch.where(up, high, low).float().t()
+        reached = torch.lerp(near, far, share) - old
+        share = _spread_out(share.t(), change.t(), reached.t())
+        return Choice(near_code, far_code, share, share).settle(share, noise).t().contiguous()
 
     def _measure(self, codes: Tensor, params: Parts, start: int, old: Tensor, sums: _Sums) -> None:
         """Add what the codes of some rows express of the change, in the weight's own basis."""
@@ -267,74 +286,37 @@ def _better(kept: Added, other: Added) -> Added:
     return other if other.error < kept.error else kept
 
 
-def _values(grid: Grid, levels: Tensor, k: int) -> Tensor:
+def _settled(grid: Grid, chosen: Choice, was: Tensor, noise: Tensor | None) -> Tensor:
+    """The values [K, n] that come of a choice, with what cannot be expressed of a row's change spread over the row.
+
+    was: the target [K, n] before the change.
+    """
+    if noise is None:
+        return _values(grid, chosen.settle(chosen.share, noise))
+    factor = 1.0 if grid.factor is None else grid.factor.unsqueeze(1)
+    reached = (_values(grid, torch.lerp(chosen.near, chosen.far, chosen.share)) - was) * factor
+    share = _spread_out(chosen.share, (grid.target - was) * factor, reached)
+    return _values(grid, chosen.settle(share, noise))
+
+
+def _spread_out(share: Tensor, wanted: Tensor, reached: Tensor) -> Tensor:
+    """Shares [K, n] so much larger that a row's change reaches what is wanted of it, as far as that goes."""
+    whole, kept = wanted.square().sum(0), (wanted * reached).sum(0)
+    more = torch.where(kept > 0, whole / kept, 1.0).clamp_(1.0, _MOST_SPREAD)
+    return (share * more).clamp_(max=1.0)
+
+
+def _values(grid: Grid, levels: Tensor) -> Tensor:
     """What levels [K, n] stand for; writes over them."""
+    k = levels.shape[0]
     values = levels.mul_(grid.spread(grid.step, 0, k))
     return values if grid.zero is None else values.add_(grid.spread(grid.zero, 0, k))
 
 
-def _rounded(grid: Grid, rounding: str, noise: Tensor | None) -> Moved:
-    """The target of a grid [K, n] rounded on it, wherever it was before."""
+def _anew(grid: Grid, rounding: str) -> Choice:
+    """The choice for the target of a grid wherever it was before."""
     step = grid.spread(grid.step, 0, grid.target.shape[0])
     shifted = grid.target if grid.zero is None else grid.target - grid.spread(grid.zero, 0, grid.target.shape[0])
     wanted = shifted / step.masked_fill(step == 0, torch.inf)
     nearest = grid.levels.round_(wanted.clone())
-    return moved(grid.levels, nearest, wanted - nearest, rounding, noise)
-
-
-def _fitting(grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """The smallest steps, and zeros, at which the target fits between the lowest and the highest level: [U, n]."""
-    lowest, highest = extremes(grid.levels)
-    high, low = _largest(grid.target, grid), -_largest(-grid.target, grid)
-    if grid.zero is not None:
-        step = (high - low) / (highest - lowest)
-        return step, low - lowest * step
-    sign = torch.where(grid.step < 0, -1.0, 1.0)
-    above, below = torch.where(sign > 0, high, -low), torch.where(sign > 0, low, -high)
-    need = torch.maximum(above.clamp_min(0) / highest, below.clamp_max(0) / lowest if lowest else above * 0)
-    return torch.maximum(need, grid.step.abs()) * sign, None
-
-
-def _clips(grid: Grid, wanted: Tensor) -> Tensor:
-    """Units [U, n] with a wanted level [K, n] beyond the last one, or with anything but zeros at a step of 0."""
-    lowest, highest = extremes(grid.levels)
-    over = torch.maximum(wanted - highest, lowest - wanted)
-    clips = _largest(over, grid) > _BEYOND
-    return clips | ((grid.step == 0) & (_largest(grid.target.abs(), grid) > 0))
-
-
-def _largest(x: Tensor, grid: Grid) -> Tensor:
-    """The largest x [K, n] of every unit, given to each of its rows: [U, n]."""
-    units = _by_unit(x, grid, -torch.inf).amax(1)
-    if grid.rows == 1:
-        return units
-    tall = _by_rows(units, grid.rows, -torch.inf).amax(2)
-    return tall.repeat_interleave(grid.rows, dim=1)[:, : x.shape[1]]
-
-
-def _unit_errors(grid: Grid, squares: Tensor) -> Tensor:
-    """Squared errors [K, n] in levels, summed over units in the weight's measure, given to each row: [U, n]."""
-    squares = squares * grid.spread(grid.step, 0, squares.shape[0]).square()
-    if grid.factor is not None:
-        squares = squares * grid.factor.square().unsqueeze(1)
-    units = _by_unit(squares, grid, 0.0).sum(1)
-    if grid.rows == 1:
-        return units
-    tall = _by_rows(units, grid.rows, 0.0).sum(2)
-    return tall.repeat_interleave(grid.rows, dim=1)[:, : squares.shape[1]]
-
-
-def _by_unit(x: Tensor, grid: Grid, fill: float) -> Tensor:
-    """[K, n] -> [U, columns, n]."""
-    missing = -x.shape[0] % grid.columns
-    return torch.nn.functional.pad(x, (0, 0, 0, missing), value=fill).unflatten(0, (-1, grid.columns))
-
-
-def _by_rows(x: Tensor, rows: int, fill: float) -> Tensor:
-    """[U, n] -> [U, blocks of rows, rows]."""
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % rows), value=fill).unflatten(1, (-1, rows))
-
-
-def _count(units: Tensor, grid: Grid) -> int:
-    """How many units are marked in [U, n], where each row of a unit has its mark."""
-    return int(units[:, :: grid.rows].sum())
+    return choice(grid.levels, nearest, wanted - nearest, rounding)

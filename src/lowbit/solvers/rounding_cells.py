@@ -8,6 +8,8 @@ error_feedback  what a weight could not take of its change is carried to the nex
                 whole level has come together: nothing is left to chance, and a row as a whole is off by less than one
                 level. Rows start with different remainders (multiples of the golden ratio), so that the share is right
                 at every place, however small p is.
+
+Weights at the end of their grid cannot move outward. What they lose, the others of their row make up for.
 """
 
 from __future__ import annotations
@@ -51,22 +53,35 @@ def extremes(levels: Levels) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Moved:
-    """Levels [K, n], and the squared error in levels that each had to expect before chance or order had their say."""
+class Choice:
+    """Two neighbours for every weight, [K, n] each, before chance or order have their say.
 
-    levels: Tensor
+    `near` is the level on the side that the weight comes from, `far` the other one, `share` how often it should be
+    `far`, in [0, 1]. `expected`: the squared error to expect, in levels, clipping included.
+    """
+
+    near: Tensor
+    far: Tensor
+    share: Tensor
     expected: Tensor
 
+    def settle(self, share: Tensor, noise: Tensor | None) -> Tensor:
+        """The levels, with a share of one's own. noise: see `rounding_noise`; None for choices of one level."""
+        if noise is None:
+            return self.near.clone()
+        if noise.dim() == 2:
+            return torch.where(noise < share, self.far, self.near)
+        passed = share.cumsum(0).add_(noise).floor_()
+        before = torch.cat([torch.zeros_like(passed[:1]), passed[:-1]])
+        return torch.where(passed > before, self.far, self.near)
 
-def moved(levels: Levels, old: Tensor, change: Tensor, rounding: str, noise: Tensor | None) -> Moved:
-    """The levels [K, n] near `old + change`, both in units of the step; `old` holds levels.
 
-    noise: for "stochastic" uniform [K, n] in [0, 1), for "error_feedback" the remainders [n] that rows start with.
-    """
+def choice(levels: Levels, old: Tensor, change: Tensor, rounding: str) -> Choice:
+    """The levels near `old + change`, [K, n] in units of the step; `old` holds levels."""
     wanted = old + change
     if rounding == "nearest":
         chosen = levels.round_(wanted.clone())
-        return Moved(chosen, (chosen - wanted).square_())
+        return Choice(chosen, chosen, torch.zeros_like(chosen), (chosen - wanted).square_())
     low, high = cells(levels, wanted)
     beyond = wanted - torch.maximum(torch.minimum(wanted, high), low)
     up = change >= 0
@@ -74,16 +89,14 @@ def moved(levels: Levels, old: Tensor, change: Tensor, rounding: str, noise: Ten
     width = far - near
     share = torch.where(width == 0, 0.0, (wanted - near) / width).clamp_(0.0, 1.0)
     expected = (share * (1 - share)).mul_(width).mul_(width).add_(beyond.square_())
-    assert noise is not None
-    if rounding == "stochastic":
-        return Moved(torch.where(noise < share, far, near), expected)
-    passed = share.cumsum_(0).add_(noise).floor_()
-    before = torch.cat([torch.zeros_like(passed[:1]), passed[:-1]])
-    return Moved(torch.where(passed > before, far, near), expected)
+    return Choice(near, far, share, expected)
 
 
 def rounding_noise(rounding: str, k: int, start: int, stop: int, seed: int, device: torch.device) -> Tensor | None:
-    """What `moved` needs of chance, or of the order of rows, for rows [start, stop)."""
+    """What `Choice.settle` needs of chance, or of the order of rows, for rows [start, stop).
+
+    "stochastic": uniform [K, n] in [0, 1); "error_feedback": the remainders [n] that rows start with.
+    """
     if rounding == "stochastic":
         return uniform_noise((stop - start, k), seed, start, device).t().contiguous()
     return remainders(start, stop, seed, device) if rounding == "error_feedback" else None
@@ -93,17 +106,3 @@ def remainders(start: int, stop: int, seed: int, device: torch.device) -> Tensor
     """What rows [start, stop) begin with, in [0, 1): float32 [stop - start], evenly spread over any run of rows."""
     rows = torch.arange(start, stop, dtype=torch.float64, device=device) + 0.5 + seed
     return (rows * _GOLDEN).remainder_(1.0).float().clamp_(max=1 - 2.0**-24)
-
-
-def dither(rounding: str, k: int, start: int, stop: int, seed: int, device: torch.device) -> Tensor | None:
-    """Noise [n, K] for `Format.encode` where a format's neighbours are not known; None rounds to nearest.
-
-    For "error_feedback" a fixed pattern that fills [0, 1) evenly along rows and along columns.
-    """
-    if rounding == "nearest":
-        return None
-    if rounding == "stochastic":
-        return uniform_noise((stop - start, k), seed, start, device)
-    columns = torch.arange(k, dtype=torch.float64, device=device) * 0.7548776662466927
-    rows = (torch.arange(start, stop, dtype=torch.float64, device=device) + seed) * 0.5698402909980532
-    return (rows.unsqueeze(1) + columns + 0.25).remainder_(1.0).float().clamp_(max=1 - 2.0**-24)
