@@ -127,12 +127,14 @@ class CompressedTensors:
 
     def stored_specs(self, stored: StoredLayer) -> dict[str, TensorSpec]:
         """See `Dialect.stored_specs`."""
+        self._check(stored)
         storage = _storage(stored)
         names = {part: name for name, part in storage.roles.items()} | {"input_scale": storage.activations}
         return {join_key(stored.layer, names[part]): spec for part, spec in storage.specs(stored).items()}
 
     def store_parts(self, stored: StoredLayer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Dialect.store_parts`."""
+        self._check(stored)
         stored.format.check(parts, stored.shape, stored.place)
         storage = _storage(stored)
         names = {part: name for name, part in storage.roles.items()} | {"input_scale": storage.activations}
@@ -175,6 +177,10 @@ class CompressedTensors:
             "config_groups": groups,
         }
         return {"config.json": {FIELD: config}} if by_scheme else {}
+
+    def _check(self, stored: StoredLayer) -> None:
+        if why := self.refuses(stored):
+            raise PartsError(f"{name_place(stored.where, stored.layer)}: is {stored.format}: {why}")
 
 
 COMPRESSED_TENSORS = CompressedTensors()
