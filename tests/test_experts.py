@@ -261,3 +261,43 @@ def test_bad_calls_are_refused_in_words():
         grouped_linear(x, bank, expert_of_token=torch.zeros(6).long(), bias=torch.zeros(N))
     with pytest.raises(UnsupportedError, match="inner axes differ"):
         torch.bmm(torch.randn(E, 2, K - 1), bank.transpose(1, 2))
+
+
+def test_a_bank_in_a_kernels_layout_comes_back_bit_for_bit():
+    """Every expert is repacked by itself, and the plain parts are restored exactly."""
+    bank = quantize_bank(torch.randn(2, 128, 128), "svdquant_w4a4(rank=16)")
+
+    packed = bank.in_layout("kitchen_tile_packed_w4a4")
+
+    assert packed.spec.endswith("@kitchen_tile_packed_w4a4")
+    assert packed[1].kernel_layout == "kitchen_tile_packed_w4a4"
+    assert packed.in_layout("kitchen_tile_packed_w4a4") is packed
+    assert torch.equal(packed.in_layout(""), bank)
+
+
+def test_the_backend_that_is_asked_for_runs_the_experts():
+    """Each expert is one `linear`, so use_backend is obeyed: eager gives what eager's linear gives."""
+    bank, x = quantize_bank(_weights(), "int8"), torch.randn(6, K)
+    numbers = torch.tensor([0, 0, 4, 3, 4, 1])
+
+    with lowbit.use_backend("eager"):
+        out = grouped_linear(x, bank, expert_of_token=numbers)
+        expected = torch.stack([F.linear(row, bank[number]) for row, number in zip(x, numbers, strict=True)])
+
+    torch.testing.assert_close(out, expected)
+
+
+def test_no_tokens_and_no_rows():
+    """No tokens give no rows; an expert without tokens is not run."""
+    bank = quantize_bank(_weights(), "nvfp4")
+
+    assert grouped_linear(torch.randn(0, K), bank, expert_of_token=torch.zeros(0).long()).shape == (0, N)
+    assert grouped_linear(torch.randn(2, 0, K), bank, expert_of_token=torch.zeros(2, 0).long()).shape == (2, 0, N)
+
+
+def test_what_a_bank_does_not_know_dequantizes_visibly():
+    """Writing with another op is refused; an op without a handler warns with its name."""
+    bank = quantize_bank(_weights(), "int8")
+
+    with pytest.raises(UnsupportedError, match="would write into QuantizedBank"):
+        bank.add_(1)

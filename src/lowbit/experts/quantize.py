@@ -99,6 +99,6 @@ def _by_token(x: Tensor, bank: QuantizedBank, expert_of_token: Tensor, bias: Ten
     numbers = torch.where(numbers < 0, experts, numbers)  # nobody's rows come last
     sorted_numbers, order = numbers.sort(stable=True)
     ends = torch.searchsorted(sorted_numbers, torch.arange(experts, device=x.device), right=True)
-    rows = x.reshape(-1, x.shape[-1])[order]
+    rows = x.reshape(numbers.shape[0], x.shape[-1])[order]
     out = grouped.grouped_linear(rows, bank.part_list, ends, bias, bank.spec)
-    return out[order.argsort()].reshape(*x.shape[:-1], -1)
+    return out[order.argsort()].reshape(*x.shape[:-1], bank.matrix[0])
