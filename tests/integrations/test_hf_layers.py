@@ -138,7 +138,7 @@ def test_a_flat_state_is_what_a_file_holds(tied, tmp_path):
     assert ("head.comfy_quant" in flat) is not tied
     for name, stored in files.found.layers.items():
         layer = model.get_submodule(name)
-        restored = restored_parameter(fitted_to(stored, layer, name), files.dialect, flat, torch.float16)
+        restored = restored_parameter(layer, fitted_to(stored, layer, name), files.dialect, flat, torch.float16)
         assert restored.dtype == torch.float16
         assert torch.equal(restored.qdata, layer.weight.qdata)
         assert torch.equal(restored.scale, layer.weight.scale)

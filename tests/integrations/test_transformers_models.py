@@ -17,7 +17,7 @@ from lowbit.integrations.hf_layers import stored_bytes
 from lowbit.integrations.transformers import LowbitConfig
 from lowbit.nn import quantized_layers
 from lowbit.tensor import QuantizedTensor
-from tests.support.tiny_transformers import MAKERS, TOKENS, answer, llama, saved
+from tests.support.tiny_transformers import MAKERS, TOKENS, answer, gpt2, llama, saved
 
 FORMATS = [name for name, kind in formats().items() if kind().encodable]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -150,6 +150,22 @@ def test_unsigned_activations_and_the_bias_that_they_need(llama_folder, tmp_path
     assert layer.bias.abs().sum() > 0
     loaded.dequantize()
     assert layer.bias.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["int8", "awq_w4a16", "svdquant_w4a4(rank=16,act_unsigned=true)"])
+def test_the_linears_of_gpt2(name, tmp_path):
+    """The linears of GPT-2, whose weights are [K, N], are quantized along K, saved and loaded bit for bit."""
+    folder = saved(gpt2(), tmp_path / "plain")
+    quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=LowbitConfig(name))
+    loaded = AutoModelForCausalLM.from_pretrained(saved(quantized, tmp_path / "quantized"))
+    weight = loaded.transformer.h[0].mlp.c_fc.weight
+
+    assert (tuple(weight.shape), weight.matrix) == ((128, 512), (512, 128))
+    assert_same_weights(quantized, loaded)
+    assert torch.equal(answer(quantized), answer(loaded))
+    plain = loaded.dequantize().transformer.h[0].mlp.c_fc.weight
+    original = AutoModelForCausalLM.from_pretrained(folder).transformer.h[0].mlp.c_fc.weight
+    assert (plain - original).norm() < 0.2 * original.norm()
 
 
 @pytest.mark.parametrize("rule", [{}, {"embed_tokens": "int8"}, {"lm_head": "int8"}], ids=str)

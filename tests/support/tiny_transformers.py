@@ -53,6 +53,13 @@ def t5() -> Any:
     return T5EncoderModel(config).eval()
 
 
+def gpt2() -> Any:
+    """A causal language model of one block, whose linears are `Conv1D`s: their weights are [K, N]."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=128, n_layer=1, n_head=4, n_positions=64)).eval()
+
+
 MAKERS = {"llama": llama, "bert": bert, "t5": t5}
 
 

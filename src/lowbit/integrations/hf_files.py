@@ -25,11 +25,12 @@ from lowbit.checkpoint.dialects import (
     TensorSpec,
     detect_dialect,
 )
-from lowbit.checkpoint.load import OPTIONS
+from lowbit.checkpoint.load import KERNEL, OPTIONS, TURNED
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.checkpoint.strict_json import parse_object
 from lowbit.errors import CheckpointError
-from lowbit.tensor import QuantizedTensor
+from lowbit.integrations.hf_layers import KINDS, is_matrix_layer
+from lowbit.nn import is_conv1d, matrix_shape, shaped_weight
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,20 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
 def fitted_to(stored: StoredLayer, layer: nn.Module, name: str) -> StoredLayer:
     """The stored layer at the shape of the module's layer `name`, on which the file may only know more (padding).
 
-    Raises `CheckpointError` where the layer is no `nn.Linear` or `nn.Embedding`, or of another shape.
+    Raises `CheckpointError` where the layer is of another kind than those quantized here, or of another shape.
     """
-    if not isinstance(layer, nn.Linear | nn.Embedding):
+    turned = bool(stored.options.get(TURNED))
+    if not is_matrix_layer(layer) or KERNEL in stored.options or turned != is_conv1d(layer):
         raise CheckpointError(
-            f"{stored.place}: is quantized, but the model's {name!r} is a {type(layer).__name__}; only nn.Linear and "
-            "nn.Embedding hold quantized weights: convert with this layer kept, or dequantize the file (lowbit "
-            "dequantize)"
+            f"{stored.place}: is quantized, but the model's {name!r} is a {type(layer).__name__}; only an {KINDS} "
+            "holds a quantized weight, and one of the kind that was saved: convert with this layer kept, or dequantize "
+            "the file (lowbit dequantize)"
         )
     if isinstance(layer, nn.Embedding) and not stored.format.supports_embedding:
         raise CheckpointError(
             f"{stored.place}: {stored.format.name} has no lookup for an nn.Embedding; convert it to another format"
         )
-    n, k = layer.weight.shape
+    n, k = matrix_shape(layer)
     padded = bool(stored.notes) and stored.format.part_shapes(n, k) == stored.format.part_shapes(*stored.shape)
     if stored.shape != (n, k) and not padded:
         raise CheckpointError(
@@ -120,14 +122,15 @@ def fitted_to(stored: StoredLayer, layer: nn.Module, name: str) -> StoredLayer:
 
 
 def restored_parameter(
-    stored: StoredLayer, dialect: Dialect, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    layer: nn.Module, stored: StoredLayer, dialect: Dialect, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> nn.Parameter:
-    """The weight that the stored tensors (by key, on one device) of a layer mean, as a frozen parameter.
+    """The weight of a module's layer that the stored tensors (by key, on one device) mean, as a frozen parameter.
 
     `dtype` is the logical dtype, in which results are computed; the parts are taken as they are. Raises `PartsError`.
     """
     parts = dialect.load_parts(stored, tensors.__getitem__)
-    return nn.Parameter(QuantizedTensor(parts, stored.format, stored.shape, dtype), requires_grad=False)
+    assert is_matrix_layer(layer)  # `fitted_to` has said so
+    return nn.Parameter(shaped_weight(layer, parts, stored.format, dtype), requires_grad=False)
 
 
 def remember_options(layer: nn.Module, stored: StoredLayer) -> None:

@@ -4,7 +4,8 @@ Those libraries make a module first, without values, and then bring its weights 
 layer is decided on the empty module (`choose_formats`), a weight is quantized when it arrives (`quantized_parameter`),
 and a module's state is written as a dialect stores it (`flat_state`). `hf_files.py` is the way back.
 
-Only the weights of `nn.Linear` and `nn.Embedding` are quantized here, as in `lowbit convert`.
+Only the weights of `nn.Linear`, `nn.Embedding` and the `Conv1D` of transformers (a linear whose weight is [K, N]) are
+quantized here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,19 @@ from torch import Tensor, nn
 from lowbit.checkpoint.dialects import StoredLayer, TensorSpec, get_dialect
 from lowbit.checkpoint.dialects.base import join_key
 from lowbit.checkpoint.eligibility import better_left, cannot_hold, cannot_store
-from lowbit.checkpoint.load import OPTIONS
+from lowbit.checkpoint.load import OPTIONS, TURNED
 from lowbit.checkpoint.presets import GENERIC, BoundPreset, detect_preset, get_preset
 from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.errors import CheckpointError, PlanError, WeightError
+from lowbit.experts.bank import QuantizedBank
 from lowbit.formats import Format
+from lowbit.nn import is_conv1d, matrix_shape
 from lowbit.solvers import AUTO, solve
 from lowbit.tensor import QuantizedTensor
 
 KEEP = "keep"
-_LAYERS = (nn.Linear, nn.Embedding)
+Matrix = nn.Linear | nn.Embedding  # or a Conv1D, which need not be installed
+KINDS = "nn.Linear, nn.Embedding or Conv1D"
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,16 @@ def choose_formats(
     return _with_ties(chosen, ties or {})
 
 
-def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _layers(module: nn.Module) -> Iterator[tuple[str, Matrix]]:
     """The linears and embeddings that have a weight of their own, by name."""
     for name, layer in module.named_modules():
-        if isinstance(layer, _LAYERS) and "weight" in layer._parameters:  # noqa: SLF001  (a parametrized one has none)
+        if is_matrix_layer(layer) and "weight" in layer._parameters:  # noqa: SLF001  (a parametrized one has none)
             yield name, layer
+
+
+def is_matrix_layer(module: nn.Module) -> TypeGuard[Matrix]:
+    """Whether a module's weight is one of those that are quantized here."""
+    return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
 
 
 def _weights(module: nn.Module) -> list[str]:
@@ -115,19 +124,17 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise PlanError(f"the rule {pattern!r} is no regular expression: {error}; correct it") from error
 
 
-def _refusal(name: str, layer: nn.Module, fmt: Format) -> str | None:
+def _refusal(name: str, layer: Matrix, fmt: Format) -> str | None:
     """Why a format cannot hold a layer's weight, or None."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "it renormalizes its rows in place at every lookup (max_norm)"
-    spec = TensorSpec.of(weight)
+    spec = TensorSpec(layer.weight.dtype, matrix_shape(layer))
     return cannot_hold(join_key(name, "weight"), spec) or cannot_store(
         StoredFormat(fmt), spec.shape, embedding=isinstance(layer, nn.Embedding)
     )
 
 
-def _by_rule(name: str, layer: nn.Module, pattern: re.Pattern[str], fmt: Format | None) -> LayerChoice:
+def _by_rule(name: str, layer: Matrix, pattern: re.Pattern[str], fmt: Format | None) -> LayerChoice:
     if fmt is None:
         return LayerChoice(name, None, f"kept by the rule {pattern.pattern!r}", asked=True)
     if why := _refusal(name, layer, fmt):
@@ -136,15 +143,14 @@ def _by_rule(name: str, layer: nn.Module, pattern: re.Pattern[str], fmt: Format 
 
 
 def _by_default(
-    name: str, layer: nn.Module, fmt: Format, bound: BoundPreset | None, heads: Collection[str]
+    name: str, layer: Matrix, fmt: Format, bound: BoundPreset | None, heads: Collection[str]
 ) -> LayerChoice:
     if bound is not None and name in heads:
         return LayerChoice(name, None, "It is the head of the model, where an error changes the answer.")
     opinion = bound.decide(name) if bound is not None else None
     if opinion is not None and opinion.action == "keep":
         return LayerChoice(name, None, opinion.why)
-    shape = tuple(layer.weight.shape)  # type: ignore[arg-type]  # a Tensor, by `_layers`
-    why = better_left(shape) or _refusal(name, layer, fmt)
+    why = better_left(matrix_shape(layer)) or _refusal(name, layer, fmt)
     return LayerChoice(name, None, why) if why else LayerChoice(name, fmt, "the format for all weights")
 
 
@@ -156,7 +162,9 @@ def _refuse_unused(
 ) -> None:
     """A pattern that matches nothing is a typing error until shown otherwise; a module to keep may be of any kind."""
     if not layers:
-        raise PlanError("the model has no nn.Linear or nn.Embedding to quantize; load it without a quantization config")
+        raise PlanError(
+            "the model has no nn.Linear, nn.Embedding or Conv1D to quantize; load it without a quantization config"
+        )
     for pattern, _ in patterns:
         if not any(map(pattern.search, layers)):
             raise PlanError(
@@ -189,16 +197,22 @@ def _with_ties(chosen: dict[str, LayerChoice], ties: Mapping[str, str]) -> dict[
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
-def quantized_parameter(weight: Tensor, fmt: Format, solver: str = AUTO, *, where: str = "weight") -> nn.Parameter:
-    """A weight [N, K] as a frozen parameter that is a `QuantizedTensor`, of its dtype and on its device.
+def quantized_parameter(
+    weight: Tensor, fmt: Format, solver: str = AUTO, *, where: str = "weight", transposed: bool = False
+) -> nn.Parameter:
+    """A weight [N, K] as a frozen parameter that is a `QuantizedTensor`, of its shape and dtype, on its device.
 
-    Raises `WeightError` naming `where`, or `SolverError` for a solver that needs statistics.
+    `transposed`: the weight is [K, N], that of a `Conv1D`. Raises `WeightError` naming `where`, or `SolverError` for a
+    solver that needs statistics.
     """
+    matrix = weight.detach().t() if transposed else weight.detach()
     try:
-        solution = solve(weight.detach(), fmt, solver, where=where)
+        solution = solve(matrix, fmt, solver, where=where)
     except WeightError as error:
         raise error if str(error).startswith(where) else WeightError(f"{where}: {error}") from error
-    quantized = QuantizedTensor(solution.parts, fmt, tuple(weight.shape), weight.dtype)
+    n, k = matrix.shape
+    shape = tuple(weight.shape)
+    quantized = QuantizedTensor(solution.parts, fmt, shape, weight.dtype, matrix=(n, k), transposed=transposed)
     return nn.Parameter(quantized, requires_grad=False)
 
 
@@ -216,6 +230,8 @@ def flat_state(
     seen: set[int] = set()
     for name in sorted(state, key=lambda name: name in shared):  # owners first, otherwise in order
         value: Any = state[name]  # what a module returns as its extra state may be anything
+        if isinstance(value, QuantizedBank):
+            raise CheckpointError(f"{name}: is a quantized bank of experts; save the model with lowbit.save")
         if not isinstance(value, QuantizedTensor):
             flat[name] = value.detach() if isinstance(value, Tensor) else value
         elif id(value) not in seen:
@@ -227,14 +243,17 @@ def flat_state(
 def _stored_layer(module: nn.Module, name: str, weight: QuantizedTensor) -> StoredLayer:
     layer_name, _, attribute = name.rpartition(".")
     layer = module.get_submodule(layer_name)
-    if attribute != "weight" or not isinstance(layer, _LAYERS):
-        raise CheckpointError(f"{name}: only the weight of an nn.Linear or nn.Embedding is saved quantized")
-    if tuple(weight.shape) != weight.matrix or weight.transposed:
+    if attribute != "weight" or not is_matrix_layer(layer):
+        raise CheckpointError(f"{name}: only the weight of an {KINDS} is saved quantized; use lowbit.save")
+    if weight.matrix != matrix_shape(layer) or weight.transposed != is_conv1d(layer):
         raise CheckpointError(f"{name}: is a view of a quantized matrix; save the whole matrix")
     loaded_as, options = getattr(layer, OPTIONS, ("", {}))
     dtypes = {key: part.dtype for key, part in weight.in_layout("").parts.items()}
     kept: dict[str, Any] = options if loaded_as == weight.format.name else {}  # else it was quantized anew since
-    return StoredLayer(layer_name, weight.format, weight.matrix, weight.dtype, options=kept, dtypes=dtypes)
+    turned = {TURNED: True} if weight.transposed else {}  # files hold matrices [N, K]
+    return StoredLayer(
+        layer_name, weight.format, weight.matrix, weight.dtype, options={**kept, **turned}, dtypes=dtypes
+    )
 
 
 def dequantize_module_(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

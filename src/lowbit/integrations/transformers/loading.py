@@ -95,7 +95,8 @@ class LayerConverter(WeightConverter):
         layer = model.get_submodule(name)
         stored = fitted_to(claims[0].stored, layer, name)
         remember_options(layer, stored)
-        return {layer_name: restored_parameter(stored, self.dialect, by_key, self.dtype or layer.weight.dtype)}
+        dtype = self.dtype or layer.weight.dtype
+        return {layer_name: restored_parameter(layer, stored, self.dialect, by_key, dtype)}
 
 
 def claim_layers(files: DescribedFiles, conversions: Iterable[Any]) -> Claims:

@@ -26,8 +26,7 @@ from lowbit.integrations.hf_layers import (
 from lowbit.integrations.transformers.config import LowbitConfig
 from lowbit.integrations.transformers.loading import LayerConverter, LoadParts, claim_layers, place_layers
 from lowbit.integrations.transformers.merging import MergedLayers, wrap_merging
-from lowbit.nn import fold_bias_, quantized_layers
-from lowbit.tensor import QuantizedTensor
+from lowbit.nn import fold_bias_, is_conv1d, matrix_shape, quantized_layers
 
 _log = logging.getLogger("lowbit")
 
@@ -112,10 +111,10 @@ class LowbitHfQuantizer(HfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes an element of a parameter takes, for planning where it goes."""
         fmt = self._format_of(param_name)
-        if fmt is None or param.dim() != 2:
+        if fmt is None:
             return float(param.element_size())
-        n, k = param.shape
-        return fmt.nbytes(n, k, param.dtype) / max(param.numel(), 1)
+        shape = matrix_shape(model.get_submodule(_layer(param_name)))
+        return fmt.nbytes(*shape, param.dtype) / max(param.numel(), 1)
 
     def _format_of(self, name: str) -> Format | None:
         layer, _, attribute = name.rpartition(".")
@@ -132,7 +131,7 @@ class LowbitHfQuantizer(HfQuantizer):
         """What makes the quantized weight of a plain one."""
         return QuantizeWeight(self)
 
-    def quantized(self, name: str, weight: Tensor) -> Tensor:
+    def quantized(self, name: str, weight: Tensor, layer: nn.Module) -> Tensor:
         """A weight that has arrived in its format; as it is after a first error, which is raised when all is loaded.
 
         (transformers would turn an error here into its own, with the message somewhere in a log.)
@@ -140,7 +139,8 @@ class LowbitHfQuantizer(HfQuantizer):
         fmt = self._format_of(name)
         if self._failed is None and fmt is not None:
             try:
-                return quantized_parameter(weight, fmt, self.quantization_config.solver, where=_layer(name))
+                solver = self.quantization_config.solver
+                return quantized_parameter(weight, fmt, solver, where=_layer(name), transposed=is_conv1d(layer))
             except LowbitError as error:
                 self._failed = error
         return weight
@@ -193,13 +193,13 @@ class QuantizeWeight(ConversionOps):
     def __init__(self, quantizer: LowbitHfQuantizer) -> None:
         self.hf_quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
         """The same names with the quantized weights."""
-        return {name: self._one(name, value) for name, value in input_dict.items()}
-
-    def _one(self, name: str, value: Any) -> Any:
-        weight = value[0] if isinstance(value, list) else value
-        return weight if isinstance(weight, QuantizedTensor) else self.hf_quantizer.quantized(name, weight)
+        made = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            made[name] = self.hf_quantizer.quantized(name, weight, model.get_submodule(_layer(name)))
+        return made
 
 
 def get_memory_footprint(model: nn.Module, return_buffers: bool = True) -> int:
