@@ -13,8 +13,8 @@ from typing import Any
 
 from lowbit.errors import CheckpointError
 
-from .safetensors_file import SafetensorsFile
 from .strict_json import DuplicateNameError, parse_object
+from .weight_file import WeightFile
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
@@ -124,7 +124,7 @@ def _refuse_foreign_name(name: str, index_path: Path) -> None:
         )
 
 
-def check_weight_map(index: ShardIndex, shards: Iterable[SafetensorsFile]) -> None:
+def check_weight_map(index: ShardIndex, shards: Iterable[WeightFile]) -> None:
     """Raise CheckpointError if the index places a tensor in a shard that does not have it."""
     by_path = {shard.path: shard for shard in shards}
     for tensor, name in index.weight_map.items():

@@ -1,4 +1,4 @@
-"""What a user points at: one safetensors file, a sharded set by its index, or a model folder; opened and checked."""
+"""What a user points at: a safetensors or GGUF file, shards by their index, or a model folder; opened and checked."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import torch
 from lowbit.errors import CheckpointError
 
 from .folder import FolderContents, WeightSet, scan_folder
+from .gguf_file import GgufFile
 from .index import check_weight_map, read_index, refuse_pickle, shard_paths
 from .safetensors_file import SafetensorsFile, TensorInfo
+from .weight_file import WeightFile
 
 _log = logging.getLogger("lowbit")
 
@@ -43,7 +45,7 @@ class Component:
 
     name: str
     shards: tuple[Shard, ...]
-    files: dict[str, SafetensorsFile]
+    files: dict[str, WeightFile]
     tensors: dict[str, TensorInfo]
     index: dict[str, Any] | None
     index_name: str | None
@@ -99,7 +101,7 @@ class Source:
         known = ", ".join(repr(component.name) for component in self.components)
         raise CheckpointError(f"{self.root}: has no component {name!r}; it has {known}")
 
-    def _locate(self, component: Component | str, key: str) -> SafetensorsFile:
+    def _locate(self, component: Component | str, key: str) -> WeightFile:
         found = self.component(component) if isinstance(component, str) else component
         if key not in found.tensors:
             where = f" in component {found.name!r}" if found.name else ""
@@ -144,7 +146,7 @@ class Source:
 
 
 def open_source(path: str | Path, dialect: str | None = None) -> Source:
-    """Open a safetensors file, a `*.safetensors.index.json` with its shards, or a model folder, and check every header.
+    """Open a safetensors or .gguf file, a `*.safetensors.index.json` with its shards, or a model folder, and check it.
 
     `dialect`: read it in that one, for files that do not say how their weights are stored.
 
@@ -170,9 +172,13 @@ def open_source(path: str | Path, dialect: str | None = None) -> Source:
     return Source(root, kind, components, contents, dialect)
 
 
+def _open_file(path: Path) -> WeightFile:
+    return GgufFile(path) if path.suffix.lower() == ".gguf" else SafetensorsFile(path)
+
+
 def _open_component(weights: WeightSet, root: Path, stack: contextlib.ExitStack) -> Component:
     shards = tuple(Shard(path, path.relative_to(root).as_posix()) for path in weights.shards)
-    files = {shard.relative: stack.enter_context(SafetensorsFile(shard.path)) for shard in shards}
+    files = {shard.relative: stack.enter_context(_open_file(shard.path)) for shard in shards}
     tensors: dict[str, TensorInfo] = {}
     for file in files.values():
         for name, info in file.tensors.items():

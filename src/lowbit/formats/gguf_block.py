@@ -4,7 +4,7 @@
 
 part           shape              meaning
 qdata          [N, K / c * b]     uint8; c columns in b bytes, row after row, as ggml lays them out
-global_scale   []                 float32, with `global_scale`: NVFP4 weights are multiplied by it
+global_scale   []                 float32, with `global_scale`: what lies beside NVFP4 weights, usually
 
 type    c    b    bits a weight   made here        type    c    b    bits a weight
 Q4_0    32   18   4.5             yes              Q2_K    256  84   2.625
@@ -68,12 +68,12 @@ class GgufBlock(Format):
 
     def __post_init__(self) -> None:
         one_of(self, "type", READABLE)
-        one_of(self, "global_scale", (False, True) if self.type == "NVFP4" else (False,))
+        one_of(self, "global_scale", (False, True))
 
     @property
     def encodable(self) -> bool:
-        """Whether ggml's reference encoder for the type is written here, too."""
-        return self.type in WRITABLE
+        """Whether ggml's reference encoder for the type is written here, too; it knows no global scale."""
+        return self.type in WRITABLE and not self.global_scale
 
     @cached_property
     def spec(self) -> str:

@@ -1,6 +1,6 @@
 """The on-disk conventions: one file each. Importing this package registers them all."""
 
-from lowbit.checkpoint.dialects import awq, bfl, comfy, compressed_tensors, gptq, modelopt
+from lowbit.checkpoint.dialects import awq, bfl, comfy, compressed_tensors, gguf, gptq, modelopt
 from lowbit.checkpoint.dialects.base import (
     CONFIG_FILES,
     Container,
@@ -31,6 +31,7 @@ __all__ = [
     "detect_dialect",
     "dialects",
     "get_dialect",
+    "gguf",
     "gptq",
     "modelopt",
     "register_dialect",
