@@ -11,7 +11,9 @@ from torch import nn
 import lowbit
 from lowbit import QuantizedTensor
 from lowbit.checkpoint.banks import load_bank
+from lowbit.checkpoint.dequantize import dequantize
 from lowbit.checkpoint.dialects.comfy import COMFY
+from lowbit.checkpoint.dialects.comfy_marker import marker_tensor
 from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
 from lowbit.errors import CheckpointError, PartsError
@@ -80,6 +82,35 @@ def test_convolutions_come_back_bit_for_bit(spec, tmp_path):
     x = torch.randn(1, 64, 5, 5, 5)
     assert torch.equal(fresh.three(x), model.three(x))
     assert lowbit.save(fresh, tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_a_decoded_file_has_the_weights_that_the_modules_have(tmp_path):
+    """Dequantizing a file gives kernels their shape and a Conv1D its orientation again, so that it loads anywhere."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(nn.Conv2d(8, 16, (1, 3)), conv1d(32, 32))
+    lowbit.quantize_(model, "int8(activations=none)")
+    path = lowbit.save(model, tmp_path / "model.safetensors")
+
+    with open_source(path) as source:
+        dequantize(source, tmp_path / "plain.safetensors", dtype=torch.float32)
+
+    plain = load_file(tmp_path / "plain.safetensors")
+    for index in (0, 1):
+        assert torch.equal(plain[f"{index}.weight"], model[index].weight.dequantize())
+
+
+def test_a_marker_with_an_impossible_kernel_is_refused(tmp_path):
+    """A kernel shape that is not one of the stored matrix is an error that names the layer and both."""
+    model = nn.Sequential(nn.Conv2d(8, 16, (1, 3)))
+    lowbit.quantize_(model, "int8(activations=none)")
+    tensors = load_file(lowbit.save(model, tmp_path / "good.safetensors"))
+    for kernel in ([16, 8, 3, 3], "16x8", [16, 24]):
+        marker = {**json.loads(tensors["0.comfy_quant"].numpy().tobytes()), "kernel_shape": kernel}
+        tensors["0.comfy_quant"] = marker_tensor(marker)
+        save_file(tensors, tmp_path / "bad.safetensors")
+
+        with pytest.raises(CheckpointError, match=r"layer '0': kernel_shape is .* no kernel of the matrix \[16, 24\]"):
+            lowbit.load(nn.Sequential(nn.Conv2d(8, 16, (1, 3))), tmp_path / "bad.safetensors")
 
 
 def test_a_kernel_loads_only_where_it_belongs(tmp_path):

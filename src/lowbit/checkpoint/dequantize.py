@@ -22,6 +22,7 @@ from .pipeline import Progress
 from .quantized_source import QuantizedComponent, look_for_layers
 from .rewrite import Copy, Made, Piece, Settings, batch_copies, rewrite
 from .source import Source
+from .weight_shape import as_plain, plain_shape
 
 _WORKSPACE = 16 << 20
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -99,7 +100,7 @@ def _pieces(held: QuantizedComponent, staging: Staging, dtype: torch.dtype | Non
     folded: set[str] = set()
     for layer, stored in held.layers.items():
         bias = held.bias_key(layer) if stored.format.folds_bias else None
-        specs = {join_key(layer, "weight"): TensorSpec(dtype or stored.dtype, stored.shape)}
+        specs = {join_key(layer, "weight"): TensorSpec(dtype or stored.dtype, plain_shape(stored))}
         if stored.format.folds_bias:
             key = join_key(layer, "bias")
             specs[key] = held.specs[key] if bias is not None else TensorSpec(dtype or stored.dtype, stored.shape[:1])
@@ -124,7 +125,7 @@ class _Decode:
     def __call__(self) -> Made:
         weight, bias = join_key(self.stored.layer, "weight"), join_key(self.stored.layer, "bias")
         w, share = self.held.dequantized(self.stored, self.specs[weight].dtype)
-        tensors = {weight: w}
+        tensors = {weight: as_plain(w, self.stored)}
         if bias in self.specs:
             true = self.held.read(bias).float() if bias in self.held.specs else torch.zeros(self.stored.shape[0])
             tensors[bias] = (true if share is None else true + share).to(self.specs[bias].dtype)

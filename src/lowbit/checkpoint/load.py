@@ -19,10 +19,9 @@ from .dialects import StoredLayer
 from .dialects.base import join_key
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source, open_source
+from .weight_shape import KERNEL, TURNED, plain_shape
 
 OPTIONS = "lowbit_options"  # attribute of a layer: a format's name, and what the checkpoint says besides it, for saving
-KERNEL = "kernel_shape"  # an option of a stored layer: the shape of the kernel whose matrix is stored
-TURNED = "turned_over"  # another one: the module's weight is [K, N], as in the Conv1D of transformers
 _SHOWN = 5
 
 
@@ -244,11 +243,11 @@ def _kind(layer: Layer) -> tuple[bool, bool]:
 def _fit_shape(stored: StoredLayer, layer: Layer) -> StoredLayer:
     """The stored layer at the module's shape. Where the file only knows the padded shape, the module's is right."""
     n, k = matrix_shape(layer)
-    wanted, kernel = list(layer.weight.shape), stored.options.get(KERNEL)
-    if kernel is not None and kernel != wanted:
+    wanted = tuple(layer.weight.shape)
+    if KERNEL in stored.options and plain_shape(stored) != wanted:
         raise CheckpointError(
-            f"{stored.place}: holds a kernel of shape {kernel}, the module expects {wanted}; load it into the right "
-            "model"
+            f"{stored.place}: holds a kernel of shape {stored.options[KERNEL]}, the module expects {list(wanted)}; "
+            "load it into the right model"
         )
     rules_fit = stored.format.part_shapes(n, k) == stored.format.part_shapes(*stored.shape)
     if stored.shape != (n, k) and not (rules_fit and stored.notes):

@@ -18,8 +18,9 @@ from lowbit.tensor import QuantizedTensor
 from .banks import bank_specs, check_bank_dialect, store_bank, stored_bank
 from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
 from .dialects.base import join_key
-from .load import KERNEL, OPTIONS, TURNED
+from .load import OPTIONS
 from .target import check_file_target
+from .weight_shape import KERNEL, TURNED
 from .writer import CheckpointWriter
 
 
