@@ -1,0 +1,288 @@
+"""Writing a model as one GGUF file, through the gguf package: in blocks of one type, or as a plan says.
+
+Weights are made into blocks one at a time. The file appears in one step, when it is complete. What runs it wants more
+than tensors: hyperparameters and a vocabulary go in as `metadata`, or come with a source that is a GGUF file itself.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError, DependencyError, PlanError, WriteError
+from lowbit.formats import Format, Parts, parse_spec
+from lowbit.formats.gguf_block import GgufBlock
+from lowbit.numerics.gguf_encode import WRITABLE
+from lowbit.solvers.solve import solve
+
+from .dialects import StoredLayer, TensorSpec
+from .dialects.base import join_key, layer_of
+from .gguf_file import GgufFile
+from .gguf_names import ARCHITECTURES, Naming, name_tensors
+from .gguf_writer import FLOATS, PLAIN, Entry, as_bytes, write_gguf
+from .layer_statistics import LayerStatistics
+from .plan_data import Plan, TensorPlan
+from .quantized_source import QuantizedComponent, look_for_layers
+from .source import Source
+from .target import check_file_target
+
+KEEP = "keep"
+TYPES = (*WRITABLE, *FLOATS, KEEP)
+_MAX_NAME = 63  # bytes; ggml keeps names in 64
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written: the file, the type of every tensor by its name there, the file's bytes, and what to know."""
+
+    target: Path
+    types: dict[str, str]
+    bytes: int
+    notes: tuple[str, ...] = ()
+
+
+def export_gguf(
+    source: Source,
+    target: str | Path,
+    types: str | Plan = "Q8_0",
+    *,
+    architecture: str = "",
+    metadata: Mapping[str, Any] | None = None,
+    requantize: bool = False,
+    statistics: LayerStatistics | None = None,
+    component: str | None = None,
+) -> ExportReport:
+    """Write a model of `source` as the GGUF file `target`.
+
+    types: one of `TYPES` for all weights of two axes and more whose rows its blocks divide, by plain rounding: the
+        bytes of ggml's own encoder ("keep": all as they are); or a plan whose formats are `gguf(type=...)`, with its
+        solvers. Other tensors keep their dtype, but vectors become F32, as llama.cpp wants them.
+    architecture: written as general.architecture. For one in `gguf_names.ARCHITECTURES`, the tensors of a transformers
+        model get llama.cpp's names and order of rows. Of a source that is a GGUF file, names and fields are kept.
+    metadata: further fields, name -> text, flag, whole number, number or list of these.
+    requantize: let weights that are quantized in another format be decoded and quantized again. Blocks of GGUF that
+        stay in their type are copied bit for bit, also those that can only be read.
+    statistics: for the plan's solvers. component: which model, where the source has several.
+
+    Raises:
+        DependencyError: the package gguf is missing.
+        CheckpointError: quantized weights without `requantize`, a tensor that the file cannot hold, an unsound source.
+        WriteError: the target cannot be written. PlanError: a plan of other formats. WeightError: NaN in a weight.
+    """
+    if util.find_spec("gguf") is None:
+        raise DependencyError("writing GGUF files needs the package gguf: pip install gguf")
+    target = Path(target)
+    _check_target(source, target)
+    if isinstance(types, str) and types not in TYPES:
+        raise CheckpointError(f"{types!r} is no GGUF type that is made here; those are {', '.join(TYPES)}")
+    chosen = _only_component(source, component)
+    held = look_for_layers(source, source.component(chosen))
+    file = next(iter(held.component.files.values()))
+    naming = Naming({}, {})
+    if architecture in ARCHITECTURES and not isinstance(file, GgufFile):
+        keys = [join_key(layer, "weight") for layer in held.layers] + held.found.plain
+        naming = name_tensors(keys, architecture, held.configs.get("config.json", {}), held.where)
+    work = _Export(held, types, naming, requantize, statistics)
+    entries = work.entries()
+    fields = {**_file_type(types), **(metadata or {})}
+    write_gguf(target, entries, architecture, fields, file.path if isinstance(file, GgufFile) else None)
+    return ExportReport(target, {entry.name: entry.kind for entry in entries}, target.stat().st_size, tuple(work.notes))
+
+
+class _Export:
+    """Decides what becomes of every tensor of one model."""
+
+    def __init__(
+        self,
+        held: QuantizedComponent,
+        types: str | Plan,
+        naming: Naming,
+        requantize: bool,
+        statistics: LayerStatistics | None,
+    ) -> None:
+        self._held, self._types, self._naming = held, types, naming
+        self._requantize, self._statistics = requantize, statistics
+        self._planned: dict[str, TensorPlan] = {}
+        if isinstance(types, Plan):
+            types.check_against(held.source)
+            self._planned = {tensor.key: tensor for tensor in types.component(held.component.name).tensors}
+        self.notes: list[str] = []
+
+    def entries(self) -> list[Entry]:
+        """Every tensor of the file, in the order of the source's data."""
+        by_key = {stored.keys.get("qdata", ""): stored for stored in self._held.layers.values()}
+        plain = set(self._held.found.plain)
+        found: list[Entry] = []
+        for key, spec in self._held.specs.items():
+            if self._planned and key in self._planned and self._planned[key].action == "drop":
+                continue
+            if key in by_key:
+                found += self._coded(by_key[key], self._planned.get(key))
+            elif key in plain:
+                found.append(self._plain(key, spec))
+        names = [entry.name for entry in found]
+        for name in names:
+            if len(name.encode()) > _MAX_NAME:
+                raise CheckpointError(
+                    f"{self._held.where}: the name {name!r} is longer than the {_MAX_NAME} bytes that ggml has for one"
+                )
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{self._held.where}: two tensors would be named {twice!r}; name none as the other")
+        return found
+
+    def _plain(self, key: str, spec: TensorSpec) -> Entry:
+        planned = self._planned.get(key)
+        read = partial(self._read, key)
+        if planned is not None and planned.action == "quantize":
+            return self._solved(key, spec.shape, _blocks_of(planned), planned.solver, read)
+        if spec.dtype not in PLAIN:
+            raise CheckpointError(
+                f"{self._held.where}: tensor {key!r} is {spec}, which GGUF has no type for; convert or drop it first"
+            )
+        if len(spec.shape) < 2:
+            kind = "F32" if spec.dtype.is_floating_point else PLAIN[spec.dtype]
+            return Entry(self._naming.of(key), kind, spec.shape, partial(self._bytes_of, key, kind))
+        kind = PLAIN[spec.dtype]
+        if isinstance(self._types, str) and spec.dtype.is_floating_point and layer_of(key) is not None:
+            kind = self._chosen(key, spec.shape, kind)
+        if kind in WRITABLE:
+            return self._solved(key, spec.shape, _format(kind), "rtn", read)
+        return Entry(self._naming.of(key), kind, spec.shape, partial(self._bytes_of, key, kind))
+
+    def _chosen(self, key: str, shape: tuple[int, ...], kind: str) -> str:
+        """The type asked for, or its own where that does not fit."""
+        wanted = kind if self._types == KEEP else str(self._types)
+        if wanted in WRITABLE and (why := _format(wanted).check_shape(math.prod(shape[:-1]), shape[-1])):
+            self.notes.append(f"{key}: {list(shape)} {why}; kept as {kind}")
+            return kind
+        return wanted
+
+    def _coded(self, stored: StoredLayer, planned: TensorPlan | None) -> list[Entry]:
+        """The tensors of a layer that is quantized already."""
+        fmt = stored.format
+        wanted = _blocks_of(planned) if planned is not None and planned.action == "quantize" else None
+        if isinstance(self._types, str) and self._types in WRITABLE:
+            wanted = _format(self._types)
+        decoded = isinstance(self._types, str) and self._types in FLOATS
+        if isinstance(fmt, GgufBlock) and not decoded and (wanted is None or wanted.type == fmt.type):
+            return self._copied(stored, fmt)
+        if not self._requantize and not decoded:
+            raise CheckpointError(
+                f"{stored.place}: is quantized already, as {fmt}; quantizing again loses more than quantizing the "
+                "original, which is better to start from. To do it anyway, ask for requantize"
+            )
+        if fmt.folds_bias:
+            raise CheckpointError(
+                f"{stored.place}: the bias of {fmt} holds a share of the weight; decode the model first (lowbit "
+                "dequantize)"
+            )
+        key = join_key(stored.layer, "weight")
+        if decoded:
+            kind = str(self._types)
+            make = partial(self._decoded_bytes, stored, FLOATS[kind])
+            return [Entry(self._naming.of(key), kind, stored.shape, make)]
+        if wanted is None:
+            raise PlanError(f"{stored.place}: a GGUF file cannot keep {fmt}; choose gguf(type=...) for this layer")
+        solver = planned.solver if planned is not None else "rtn"
+        return [self._solved(key, stored.shape, wanted, solver, partial(self._decoded, stored, torch.float32))]
+
+    def _copied(self, stored: StoredLayer, fmt: GgufBlock) -> list[Entry]:
+        """Blocks as they are, and the scales beside them."""
+        loaded = partial(self._held.load, stored)
+        key = join_key(stored.layer, "weight")
+        entries = [Entry(self._naming.of(key), fmt.type, stored.shape, partial(self._loaded_blocks, stored))]
+        for part, suffix in (("global_scale", "scale"), ("input_scale", "input_scale")):
+            if part in fmt.part_names:
+                name = join_key(self._naming.of(key).removesuffix(".weight"), suffix)
+                entries.append(Entry(name, "F32", (1,), partial(_part_bytes, loaded, part)))
+        return entries
+
+    def _solved(
+        self, key: str, shape: tuple[int, ...], fmt: GgufBlock, solver: str, read: Callable[[], Tensor]
+    ) -> Entry:
+        layer = layer_of(key) or key
+        known = None if self._statistics is None else self._statistics.get(self._held.full_name(layer))
+
+        def make() -> Tensor:
+            w = read().reshape(-1, shape[-1])
+            where = f"{self._held.where}: layer {layer!r}"
+            qdata = solve(w, fmt, solver or "rtn", known, where=where).parts["qdata"]
+            return qdata.reshape(*shape[:-1], qdata.shape[-1])
+
+        return Entry(self._naming.of(key), fmt.type, shape, make)
+
+    def _loaded_blocks(self, stored: StoredLayer) -> Tensor:
+        return self._ordered(join_key(stored.layer, "weight"), self._held.load(stored)["qdata"])
+
+    def _read(self, key: str) -> Tensor:
+        return self._ordered(key, self._held.read(key))
+
+    def _ordered(self, key: str, tensor: Tensor) -> Tensor:
+        order = self._naming.order(key, tensor.shape[0]) if tensor.dim() else None
+        return tensor if order is None else tensor[order]
+
+    def _decoded(self, stored: StoredLayer, dtype: torch.dtype) -> Tensor:
+        w, _ = self._held.dequantized(stored, dtype)
+        return self._ordered(join_key(stored.layer, "weight"), w)
+
+    def _decoded_bytes(self, stored: StoredLayer, dtype: torch.dtype) -> Tensor:
+        return as_bytes(self._decoded(stored, dtype))
+
+    def _bytes_of(self, key: str, kind: str) -> Tensor:
+        tensor = self._read(key)
+        return as_bytes(tensor.to(FLOATS[kind]) if kind in FLOATS else tensor)
+
+
+def _part_bytes(load: Callable[[], Parts], name: str) -> Tensor:
+    return as_bytes(load()[name].reshape(1))
+
+
+def _format(kind: str) -> GgufBlock:
+    fmt = parse_spec(f"gguf(type={kind})")
+    assert isinstance(fmt, GgufBlock)
+    return fmt
+
+
+def _blocks_of(planned: TensorPlan) -> GgufBlock:
+    """The format of a planned tensor. Raises `PlanError` for one that GGUF has no blocks for."""
+    fmt: Format = planned.fmt
+    if not isinstance(fmt, GgufBlock) or not fmt.encodable or len(fmt.part_names) > 1:
+        raise PlanError(
+            f"layer {planned.layer!r}: the plan says {fmt}, and a GGUF file is given gguf(type=...) of "
+            f"{', '.join(WRITABLE)}"
+        )
+    return fmt
+
+
+def _file_type(types: str | Plan) -> dict[str, int]:
+    """llama.cpp's number for files that are mostly of one type."""
+    import gguf
+
+    names = {f"{prefix}_{types}{suffix}" for prefix in ("MOSTLY", "ALL") for suffix in ("", "_MOE")}
+    number = next((int(kind) for kind in gguf.LlamaFileType if kind.name in names), None)
+    return {} if number is None else {"general.file_type": number}
+
+
+def _only_component(source: Source, name: str | None) -> str:
+    if name is not None:
+        return name
+    if len(source.components) > 1:
+        names = ", ".join(repr(component.name) for component in source.components)
+        raise CheckpointError(f"{source.place}: holds several models, a GGUF file holds one; name one of {names}")
+    return source.components[0].name
+
+
+def _check_target(source: Source, target: Path) -> None:
+    check_file_target(target)
+    if any(os.path.realpath(target) == os.path.realpath(file.path) for file in source.files.values()):
+        raise WriteError(f"{target}: is the input itself; choose another output, so that the input stays as it is")

@@ -1,0 +1,222 @@
+"""Writing GGUF files: the gguf package reads what was meant, blocks are ggml's own, nothing is left half written."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowbit.checkpoint.convert import convert
+from lowbit.checkpoint.export_gguf import export_gguf
+from lowbit.checkpoint.layer_statistics import InMemory
+from lowbit.checkpoint.plan import make_plan
+from lowbit.checkpoint.quantized_source import look_for_layers
+from lowbit.checkpoint.source import open_source
+from lowbit.errors import CheckpointError, DependencyError, PlanError, WeightError, WriteError
+from lowbit.solvers.base import Statistics
+from tests.checkpoint.gguf_files import blocks, gguf, read_file, write_file
+from tests.support import outlier_weight
+
+MODEL = {
+    "a.weight": outlier_weight(48, 128),
+    "b.weight": outlier_weight(8, 40, seed=1).half(),
+    "bank.weight": outlier_weight(12, 64, seed=2).reshape(3, 4, 64),
+    "norm.weight": torch.rand(9).bfloat16(),
+    "steps": torch.arange(5),
+    "table": torch.rand(4, 64).bfloat16(),
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A small plain model."""
+    save_file(MODEL, tmp_path / "in.safetensors")
+    return tmp_path / "in.safetensors"
+
+
+def export(path, target, *args, **options):
+    """Open, export, close."""
+    with open_source(path) as source:
+        return export_gguf(source, target, *args, **options)
+
+
+def parts_of(path):
+    """The parts of the layers of a file."""
+    with open_source(path) as source:
+        held = look_for_layers(source, source.components[0])
+        return {name: (stored.format.spec, held.load(stored)) for name, stored in held.layers.items()}
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "MXFP4", "Q4_1", "Q5_0", "Q5_1"])
+def test_blocks_are_those_of_the_package(path, tmp_path, kind):
+    """Weights are the bytes of gguf.quantize, banks of experts too; other tensors keep their values."""
+    report = export(path, tmp_path / "out.gguf", kind, architecture="flux", metadata={"general.name": "tiny"})
+    found = read_file(tmp_path / "out.gguf")
+
+    for name in ("a.weight", "bank.weight"):
+        expected = gguf.quantize(MODEL[name].numpy(), gguf.GGMLQuantizationType[kind])
+        assert found[name][0] == kind
+        assert np.array_equal(found[name][1], expected)
+    assert found["norm.weight"][0] == "F32"
+    assert np.array_equal(found["norm.weight"][1], MODEL["norm.weight"].float().numpy())
+    assert found["b.weight"][0] == "F16"
+    assert np.array_equal(found["b.weight"][1], MODEL["b.weight"].numpy())
+    assert np.array_equal(found["steps"][1], np.arange(5))
+    assert found["table"][0] == "BF16"
+    assert report.types == {name: entry[0] for name, entry in found.items()}
+    assert report.bytes == (tmp_path / "out.gguf").stat().st_size
+    assert report.notes == (
+        "b.weight: [8, 40] has 40 columns, not a multiple of the 32 of a " + kind + " block; kept as F16",
+    )
+
+
+def test_our_reader_reads_it(path, tmp_path):
+    """The file is sound to our own reader, with its fields and with the shapes of the source."""
+    export(path, tmp_path / "out.gguf", "F16", architecture="flux", metadata={"q.n": 3, "q.f": 0.5, "q.on": True})
+
+    with open_source(tmp_path / "out.gguf") as source:
+        file = next(iter(source.files.values()))
+        assert {name: info.shape for name, info in file.tensors.items()} == {
+            k: tuple(v.shape) for k, v in MODEL.items()
+        }
+        assert torch.equal(source.read("", "a.weight"), MODEL["a.weight"].half())
+        assert file.metadata["general.architecture"] == "flux"
+        assert [file.metadata[f"q.{name}"] for name in ("n", "f", "on")] == ["3", "0.5", "true"]
+        assert file.metadata["general.file_type"] == str(int(gguf.LlamaFileType.MOSTLY_F16))
+
+
+def test_blocks_are_copied_bit_for_bit(tmp_path):
+    """Of a GGUF source, blocks in their type stay as they are, with scales beside them, and all fields go along."""
+    tensors = {
+        "q.weight": ("Q6_K", blocks("Q6_K", 4, 256)),
+        "k.weight": ("NVFP4", blocks("NVFP4", 4, 128)),
+        "k.scale": ("F32", np.array([0.25], dtype=np.float32)),
+        "norm.weight": ("F32", np.ones(5, dtype=np.float32)),
+    }
+    write_file(tmp_path / "in.gguf", tensors, {"llama.block_count": 7, "tokenizer.ggml.tokens": ["a", "b", "c"]})
+
+    export(tmp_path / "in.gguf", tmp_path / "out.gguf", "keep", metadata={"general.name": "again"})
+
+    found, reader = read_file(tmp_path / "out.gguf"), gguf.GGUFReader(tmp_path / "out.gguf")
+    assert set(found) == set(tensors)
+    for name, (kind, array) in tensors.items():
+        assert found[name][0] == kind
+        assert np.array_equal(found[name][1], array)
+    assert reader.fields["llama.block_count"].contents() == 7
+    assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "b", "c"]
+    assert reader.fields["general.architecture"].contents() == "llama"
+    assert reader.fields["general.name"].contents() == "again"
+
+
+def test_blocks_of_a_safetensors_file_are_copied(tmp_path):
+    """Layers that were converted to gguf(type=...) in another dialect are the same bytes in a GGUF file."""
+    save_file({"a.weight": MODEL["a.weight"]}, tmp_path / "in.safetensors")
+    with open_source(tmp_path / "in.safetensors") as source:
+        convert(source, tmp_path / "q.safetensors", make_plan(source, "gguf(type=Q4_0)", preset="none", solver="rtn"))
+    export(tmp_path / "q.safetensors", tmp_path / "out.gguf", "Q4_0")
+
+    before, after = parts_of(tmp_path / "q.safetensors"), parts_of(tmp_path / "out.gguf")
+
+    assert before["a"][0] == after["a"][0] == "gguf(type=Q4_0)"
+    assert torch.equal(before["a"][1]["qdata"], after["a"][1]["qdata"])
+
+
+def test_other_formats_are_quantized_again_only_when_asked(path, tmp_path):
+    """int8 layers become blocks with `requantize` alone, from what they decode to; decoding to floats is no loss."""
+    with open_source(path) as source:
+        convert(
+            source, tmp_path / "q.safetensors", make_plan(source, "int8(granularity=row)", preset="none", solver="rtn")
+        )
+    with pytest.raises(CheckpointError, match=r"layer 'a': is quantized already, as int8.*ask for requantize"):
+        export(tmp_path / "q.safetensors", tmp_path / "out.gguf", "Q8_0")
+    assert not (tmp_path / "out.gguf").exists()
+    export(tmp_path / "q.safetensors", tmp_path / "out.gguf", "Q8_0", requantize=True)
+    export(tmp_path / "q.safetensors", tmp_path / "f32.gguf", "F32")
+
+    decoded = read_file(tmp_path / "f32.gguf")["a.weight"][1]
+    expected = gguf.quantize(decoded, gguf.GGMLQuantizationType.Q8_0)
+    assert np.array_equal(read_file(tmp_path / "out.gguf")["a.weight"][1], expected)
+
+
+def test_a_plan_chooses_types_and_solvers(path, tmp_path):
+    """A plan of gguf formats is followed, its refinements with statistics included; other formats are refused."""
+    hessian = (outlier_weight(128, 128, seed=3) * 50).float()
+    hessian = hessian @ hessian.t() + torch.eye(128)
+    known = InMemory({"a": Statistics(hessian=hessian, tokens=64)})
+    with open_source(path) as source:
+        plan = make_plan(source, "gguf(type=Q4_0)", preset="none", solver="rtn+gptq", statistics=known)
+        report = export_gguf(source, tmp_path / "out.gguf", plan, statistics=known)
+        other = make_plan(source, "int8", preset="none", solver="rtn")
+        with pytest.raises(PlanError, match=r"layer 'a': the plan says int8, and a GGUF file is given gguf"):
+            export_gguf(source, tmp_path / "other.gguf", other)
+
+    plain = gguf.quantize(MODEL["a.weight"].numpy(), gguf.GGMLQuantizationType.Q4_0)
+    found = read_file(tmp_path / "out.gguf")["a.weight"][1]
+    errors = [
+        gguf.dequantize(raw, gguf.GGMLQuantizationType.Q4_0) - MODEL["a.weight"].numpy() for raw in (plain, found)
+    ]
+    plain_loss, loss = (float(np.trace(error @ hessian.numpy() @ error.T)) for error in errors)
+    assert report.types["a.weight"] == "Q4_0"
+    assert report.types["bank.weight"] == "F32"
+    assert loss < plain_loss
+
+
+def test_names_of_llama_cpp(tmp_path):
+    """Of a transformers model, tensors get llama.cpp's names, and llama's queries and keys the order of its rotary."""
+    q, k = torch.arange(16.0).unsqueeze(1).expand(16, 32), torch.arange(8.0).unsqueeze(1).expand(8, 32)
+    prefix = "model.layers.1.self_attn"
+    tensors = {f"{prefix}.q_proj.weight": q, f"{prefix}.k_proj.weight": k, "model.norm.weight": torch.ones(32)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no config\.json tells num_attention_heads"):
+        export(tmp_path, tmp_path.parent / "no.gguf", "F32", architecture="llama")
+    config = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    export(tmp_path, tmp_path.parent / "llama.gguf", "F32", architecture="llama")
+    export(tmp_path, tmp_path.parent / "qwen.gguf", "F32", architecture="qwen2")
+    llama, qwen = read_file(tmp_path.parent / "llama.gguf"), read_file(tmp_path.parent / "qwen.gguf")
+
+    assert set(llama) == set(qwen) == {"blk.1.attn_q.weight", "blk.1.attn_k.weight", "output_norm.weight"}
+    assert qwen["blk.1.attn_q.weight"][1][:, 0].tolist() == list(range(16))
+    assert llama["blk.1.attn_q.weight"][1][:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+    assert llama["blk.1.attn_k.weight"][1][:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    save_file({"strange.weight": q.contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="have no name in the architecture 'qwen2'"):
+        export(tmp_path, tmp_path.parent / "no.gguf", "F32", architecture="qwen2")
+
+
+def test_nothing_is_left_behind(tmp_path):
+    """An error in the middle leaves no file, and a file that was there stays as it was."""
+    target = tmp_path / "out.gguf"
+    target.write_bytes(b"before")
+    save_file({"a.weight": torch.full((4, 32), torch.nan)}, tmp_path / "nan.safetensors")
+    with pytest.raises(WeightError, match="layer 'a': holds NaN"):
+        export(tmp_path / "nan.safetensors", target)
+
+    assert target.read_bytes() == b"before"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_cannot_be_done_is_said(path, tmp_path, monkeypatch):
+    """Unknown types, places, names and dtypes, and a missing package, each give one error that says what to do."""
+    with pytest.raises(CheckpointError, match="'Q4_K' is no GGUF type that is made here; those are Q4_0"):
+        export(path, tmp_path / "out.gguf", "Q4_K")
+    with pytest.raises(WriteError, match="is a folder"):
+        export(path, tmp_path)
+    with pytest.raises(WriteError, match="is the input itself"):
+        export(path, path)
+    with pytest.raises(CheckpointError, match="metadata 'x' is None"):
+        export(path, tmp_path / "out.gguf", metadata={"x": None})
+    save_file({"x" * 64: torch.ones(4)}, tmp_path / "long.safetensors")
+    with pytest.raises(CheckpointError, match="longer than the 63 bytes"):
+        export(tmp_path / "long.safetensors", tmp_path / "out.gguf")
+    save_file({"x": torch.ones(4, dtype=torch.uint8)}, tmp_path / "bytes.safetensors")
+    with pytest.raises(CheckpointError, match=r"tensor 'x' is uint8 \[4\], which GGUF has no type for"):
+        export(tmp_path / "bytes.safetensors", tmp_path / "out.gguf")
+    monkeypatch.setattr("lowbit.checkpoint.export_gguf.util.find_spec", lambda _: None)
+    with pytest.raises(DependencyError, match="pip install gguf"):
+        export(path, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
