@@ -144,12 +144,26 @@ def test_copies_and_conversions_keep_the_branch():
     assert block.up.lora_branch.down.dtype == torch.bfloat16
 
 
-def test_layers_that_are_no_linears_are_refused_in_words():
+def test_convolutions_have_branches_too():
+    """Strides, padding and quantized kernels: the branch is the convolution with the change's kernel."""
+    layer = nn.Conv2d(4, 8, 3, stride=2, padding=1, padding_mode="reflect")
+    delta = LoraDelta(torch.randn(2, 4, 3, 3), torch.randn(8, 2), scale=0.3)
+    whole = copy.deepcopy(layer)
+    with torch.no_grad():
+        whole.weight += delta.dense().view(8, 4, 3, 3)
+    x = torch.randn(2, 4, 9, 9)
+    attach_lora(layer, {"": delta})
+
+    torch.testing.assert_close(layer(x), whole(x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer(x[0]), whole(x[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_layers_without_a_product_are_refused_in_words():
     """An embedding has no input to multiply: refused with the layer's name and the remedy, nothing attached."""
     module = nn.Sequential(nn.Embedding(48, 64), nn.Linear(64, 48))
     delta = adapter(names=("out",))["out"]
 
-    with pytest.raises(UnsupportedError, match=r"0: is a Embedding, .*bake"):
+    with pytest.raises(UnsupportedError, match=r"0: is Embedding, .*bake"):
         attach_lora(module, {"1": delta, "0": delta})
     assert not hasattr(module[1], "lora_branch")
     with pytest.raises(CheckpointError, match="no finite number"):

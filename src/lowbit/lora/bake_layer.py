@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowbit.errors import FormatError
 from lowbit.formats.base import Format
-from lowbit.formats.parts import Parts
+from lowbit.formats.parts import Parts, narrow_rows
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
 from lowbit.lora.adapter import LoraDelta
 from lowbit.solvers.added_delta import add_delta, refuse_addition
@@ -31,6 +31,7 @@ LOW_RANK = "low_rank"
 PLAIN = "plain"
 METHODS = (LOW_RANK, *ROUNDINGS)
 _NEARLY_ALL = 0.97
+_SAMPLE = 128  # rows that the choice looks at
 _RANK_MULTIPLE = 16  # kernels like the rank to be one; a rank that is stays one
 
 
@@ -63,7 +64,7 @@ class BakedWeight:
 
 
 def methods_for(fmt: Format, rounding: str | None) -> tuple[str, ...]:
-    """The ways to bake that are tried in turn, until one brings nearly all of the change through."""
+    """The ways to bake: the last one where the first does not bring nearly all of the change through."""
     if rounding is not None:
         return (rounding,)
     return (LOW_RANK,) if isinstance(fmt, SvdquantW4A4) else ("nearest", "error_feedback")
@@ -113,14 +114,21 @@ def bake_weight(
         assert isinstance(fmt, SvdquantW4A4)
         made, account = _in_low_rank(fmt, grown, parts, delta, strength, dense)
         return BakedWeight(grown, made, None, account)
-    own_seed = seed + zlib.crc32(where.encode())
-    for method in methods:
-        added = add_delta(fmt, parts, dense, rounding=method, seed=own_seed, where=where)
-        if added.recovered >= _NEARLY_ALL:
-            break
+    method = methods[0]
+    if len(methods) > 1 and _sample_recovered(fmt, parts, dense, method, where) < _NEARLY_ALL:
+        method = methods[-1]
+    added = add_delta(fmt, parts, dense, rounding=method, seed=seed + zlib.crc32(where.encode()), where=where)
     before, after = fmt.bias_share(parts), fmt.bias_share(added.parts)
     account = LayerBake(method, added.recovered, added.error**0.5, added.refitted, added.clipped, added.units)
     return BakedWeight(fmt, added.parts, None if before is None or after is None else before - after, account)
+
+
+def _sample_recovered(fmt: Format, parts: Mapping[str, Tensor], dense: Tensor, method: str, where: str) -> float:
+    """How much of a change some rows keep with a method."""
+    n, per = dense.shape[0], fmt.row_multiple
+    stop = min(n, -(-_SAMPLE // per) * per)
+    cut = {name: part.contiguous() for name, part in narrow_rows(fmt.rules, parts, 0, stop).items()}
+    return add_delta(fmt, cut, dense[:stop], rounding=method, where=where).recovered
 
 
 def bake_plain(weight: Tensor, delta: LoraDelta, strength: float) -> tuple[Tensor, LayerBake]:

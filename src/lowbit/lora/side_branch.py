@@ -1,6 +1,6 @@
 """LoRA at run time: a low-rank branch beside the layer, whose quantized weight and kernel stay as they are.
 
-    y = layer(x) + (x down^T) up^T
+    y = layer(x) + (x down^T) up^T            of a convolution: its own with `down` as kernel, then `up` at each place
 
 The branch is a forward hook, so it sees the layer's own input: before a pre-quant scale, before the shift of unsigned
 activations, and before any rounding. That makes it right for every format, and exact but for the rounding of its
@@ -43,7 +43,7 @@ class LoraBranch(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         weight = weight_of(layer)
-        for name, shape in (("down", (0, weight.shape[1])), ("up", (weight.shape[0], 0))):
+        for name, shape in (("down", (0, weight.shape[1:].numel())), ("up", (weight.shape[0], 0))):
             empty = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
             self.register_buffer(name, empty, persistent=False)
         self._deltas: dict[int, tuple[LoraDelta, float]] = {}
@@ -52,7 +52,12 @@ class LoraBranch(nn.Module):
     def _add(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = args[0] if args else kwargs["input"]
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
-        return output + F.linear(F.linear(x, down), up).to(output.dtype)
+        if isinstance(layer, nn.Linear):
+            return output + F.linear(F.linear(x, down), up).to(output.dtype)
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        channel = -1 - len(layer.kernel_size)
+        low: Tensor = layer._conv_forward(x, down.view(-1, *weight_of(layer).shape[1:]), None)  # noqa: SLF001
+        return output + F.linear(low.movedim(channel, -1), up).movedim(-1, channel).to(output.dtype)
 
     def put(self, key: int, delta: LoraDelta, strength: float) -> None:
         """Add an adapter's change."""
@@ -141,8 +146,8 @@ def attach_lora(module: nn.Module, adapter: AnyAdapter, strength: float = 1.0, *
     adapter: a file, what `read_adapter` made of one, or changes by layer. `strict`: as in `Adapter.match`. Compile the
     module after attaching; a strength may change afterwards.
 
-    Raises `UnsupportedError` for a layer that is no linear, and as `read_adapter` and `Adapter.match`; the module is
-    then as it was.
+    Raises `UnsupportedError` for an embedding and for a convolution in groups, and as `read_adapter` and
+    `Adapter.match`; the module is then as it was.
 
     >>> import torch, lowbit
     >>> from lowbit.lora import LoraDelta, attach_lora
@@ -155,9 +160,10 @@ def attach_lora(module: nn.Module, adapter: AnyAdapter, strength: float = 1.0, *
     check_strength(strength)
     found, matched = match_module(module, adapter, strict=strict)
     for name, layer, _ in found:
-        if not isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Embedding) or getattr(layer, "groups", 1) != 1:
+            kind = type(layer).__name__ if isinstance(layer, nn.Embedding) else "convolution in groups"
             remedy = "bake the adapter (bake_lora), or leave this layer out of it"
-            raise UnsupportedError(f"{name}: is a {type(layer).__name__}, beside which no branch can run; {remedy}")
+            raise UnsupportedError(f"{name}: is {kind}, beside which no branch can run; {remedy}")
     return LoraHandle([(name, layer, delta) for name, layer, delta in found], matched.unmatched, strength)
 
 

@@ -22,7 +22,8 @@ from lowbit.numerics.groups import row_chunks
 from .grid_units import clipped_units, count_units, stored_steps, unit_errors
 from .rounding_cells import ROUNDINGS, Choice, choice, has_cells, rounding_noise
 
-_ELEMENTS = 1 << 20  # of a piece of rows
+_ELEMENTS = 1 << 18  # of a piece of rows: stays in a core's cache
+_WORTH = 0.05  # of a unit's error: what clipping must cost before a larger step is tried
 _MOST_SPREAD = 1.3  # how much more often weights move at most, for those of their row that cannot
 _ENOUGH = 0.9  # of the change: with less, a format whose grid is not a set of levels is fitted anew
 
@@ -206,9 +207,11 @@ class _Job:
         levels = grid.levels_of(was, 0, k)
         difference = (grid.target - was).div_(step.masked_fill(step == 0, torch.inf))
         chosen = choice(grid.levels, levels, difference, self.rounding)
-        clips = clipped_units(grid, levels + difference)
+        clips, loss = clipped_units(grid, levels + difference)
         sums.clipped += count_units(clips, grid)
         sums.units += count_units(torch.ones_like(clips), grid)
+        expected = unit_errors(grid, chosen.expected)
+        clips &= (loss > _WORTH * expected) | (grid.step == 0)
         if not refit or not bool(clips.any()):
             return params, _settled(grid, chosen, was, noise)
         wide_step, wide_zero = stored_steps(grid)
@@ -216,7 +219,7 @@ class _Job:
         wider.replace_steps(slice(None), wide_step, wide_zero)
         again = _anew(wider, self.rounding)
         # By the error to expect: to choose by what chance made of it would favour few moves, and lose the change.
-        better = clips & (unit_errors(wider, again.expected) < unit_errors(grid, chosen.expected))
+        better = clips & (unit_errors(wider, again.expected) < expected)
         better &= wide_step != grid.step  # the nearest step that can be stored may be the old one
         sums.refitted += count_units(better, grid)
         zero = None if wide_zero is None or grid.zero is None else torch.where(better, wide_zero, grid.zero)

@@ -39,12 +39,17 @@ def fitting_steps(grid: Grid) -> tuple[Tensor, Tensor | None]:
     return torch.maximum(need, grid.step.abs()) * sign, None
 
 
-def clipped_units(grid: Grid, wanted: Tensor) -> Tensor:
-    """Units [U, n] with a wanted level [K, n] beyond the last one, or with anything but zeros at a step of 0."""
+def clipped_units(grid: Grid, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Units [U, n] with a wanted level [K, n] beyond the last one, or with anything but zeros at a step of 0.
+
+    And what that costs: the squared error of clipping alone, as `unit_errors`.
+    """
     lowest, highest = extremes(grid.levels)
-    over = torch.maximum(wanted - highest, lowest - wanted)
-    clips = _largest(over, grid) > _BEYOND
-    return clips | ((grid.step == 0) & (_largest(grid.target.abs(), grid) > 0))
+    over = (wanted - wanted.clamp(lowest, highest)).square_()
+    clips = _largest(over, grid) > _BEYOND**2
+    if bool((grid.step == 0).any()):
+        clips |= (grid.step == 0) & (_largest(grid.target.abs(), grid) > 0)
+    return clips, unit_errors(grid, over)
 
 
 def _largest(x: Tensor, grid: Grid) -> Tensor:
