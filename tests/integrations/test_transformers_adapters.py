@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("transformers", "5.0", reason="needs transformers 5")
+pytest.importorskip("transformers", "5.21", reason="needs transformers 5.21")
 pytest.importorskip("peft")
 
 import peft

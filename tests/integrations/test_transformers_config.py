@@ -11,7 +11,7 @@ from importlib import metadata
 import pytest
 import torch
 
-pytest.importorskip("transformers", "5.0", reason="needs transformers 5")
+pytest.importorskip("transformers", "5.21", reason="needs transformers 5.21")
 
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import (
@@ -154,7 +154,7 @@ def test_an_old_transformers_is_refused_at_import(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
 
     with pytest.raises(
-        DependencyError, match=r"needs transformers 5\.0 or later, and 4\.57\.1 .* pip install"
+        DependencyError, match=r"needs transformers 5\.21 or later, and 4\.57\.1 .* pip install"
     ) as caught:
         importlib.import_module(integration.__name__)
     assert isinstance(caught.value, ImportError)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-pytest.importorskip("transformers", "5.0", reason="needs transformers 5")
+pytest.importorskip("transformers", "5.21", reason="needs transformers 5.21")
 
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification

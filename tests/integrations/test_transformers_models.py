@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-pytest.importorskip("transformers", "5.0", reason="needs transformers 5")
+pytest.importorskip("transformers", "5.21", reason="needs transformers 5.21")
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from lowbit.formats import formats
 from lowbit.formats.parts import raw_bytes
@@ -17,7 +17,7 @@ from lowbit.integrations.hf_layers import stored_bytes
 from lowbit.integrations.transformers import LowbitConfig
 from lowbit.nn import quantized_layers
 from lowbit.tensor import QuantizedTensor
-from tests.support.tiny_transformers import MAKERS, TOKENS, answer, gpt2, llama, saved
+from tests.support.tiny_transformers import MAKERS, TOKENS, answer, bert, gpt2, llama, saved
 
 FORMATS = [name for name, kind in formats().items() if kind().encodable]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -117,6 +117,19 @@ def test_what_the_preset_keeps_stays_plain(llama_folder):
     assert len(dict(quantized_layers(model))) == 14
     assert "head" in choices["lm_head"].why
     assert choices["model.layers.0.mlp.up_proj"].format.name == "int8"
+
+
+def test_a_layer_that_is_new_stays_plain(tmp_path):
+    """A head that the files lack is made anew, stays plain, and is said to be."""
+    folder = saved(bert(), tmp_path / "plain")
+    config = LowbitConfig("int8", layers={"classifier": "int8"})
+    model = AutoModelForTokenClassification.from_pretrained(folder, quantization_config=config, num_labels=64)
+
+    assert not isinstance(model.classifier.weight, QuantizedTensor)
+    assert model.hf_quantizer.choices["classifier"].format is None
+    assert "new" in model.hf_quantizer.choices["classifier"].why
+    with torch.no_grad():
+        assert model(TOKENS).logits.isfinite().all()
 
 
 def test_rules_and_modules_to_keep(llama_folder, tmp_path):

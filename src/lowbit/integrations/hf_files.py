@@ -25,9 +25,10 @@ from lowbit.checkpoint.dialects import (
     TensorSpec,
     detect_dialect,
 )
-from lowbit.checkpoint.load import KERNEL, OPTIONS, TURNED
+from lowbit.checkpoint.load import OPTIONS
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.checkpoint.strict_json import parse_object
+from lowbit.checkpoint.weight_shape import KERNEL, TURNED
 from lowbit.errors import CheckpointError
 from lowbit.integrations.hf_layers import KINDS, is_matrix_layer
 from lowbit.nn import is_conv1d, matrix_shape, shaped_weight

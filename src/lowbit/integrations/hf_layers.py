@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from lowbit.checkpoint.dialects import StoredLayer, TensorSpec, get_dialect
 from lowbit.checkpoint.dialects.base import join_key
 from lowbit.checkpoint.eligibility import better_left, cannot_hold, cannot_store
-from lowbit.checkpoint.load import OPTIONS, TURNED
+from lowbit.checkpoint.load import OPTIONS
 from lowbit.checkpoint.presets import GENERIC, BoundPreset, detect_preset, get_preset
 from lowbit.checkpoint.stored_format import StoredFormat
+from lowbit.checkpoint.weight_shape import TURNED
 from lowbit.errors import CheckpointError, PlanError, WeightError
 from lowbit.experts.bank import QuantizedBank
 from lowbit.formats import Format

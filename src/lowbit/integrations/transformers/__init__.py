@@ -1,4 +1,4 @@
-"""Run and save models of Hugging Face transformers (5 and later) with lowbit's weights.
+"""Run and save models of Hugging Face transformers (5.21 and later) with lowbit's weights.
 
 Importing this package registers the quantization method "lowbit" with transformers:
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
 from lowbit.checkpoint.dialects import Dialect
+from lowbit.checkpoint.weight_shape import as_plain
 from lowbit.errors import CheckpointError
 from lowbit.integrations.transformers.loading import Claims
 
@@ -61,7 +62,8 @@ class MergedLayers(WeightConverter):
                 yield tensor.to(self.dtype)
                 continue
             parts = self.dialect.load_parts(claim.stored, held.__getitem__)
-            yield claim.stored.format.dequantize(parts, claim.stored.shape, self.dtype or claim.stored.dtype)
+            weight = claim.stored.format.dequantize(parts, claim.stored.shape, self.dtype or claim.stored.dtype)
+            yield as_plain(weight, claim.stored)
 
     def reverse_transform(self) -> Any:
         """For saving: the model's own, as the weights are plain now."""

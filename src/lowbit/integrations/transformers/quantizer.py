@@ -27,6 +27,7 @@ from lowbit.integrations.transformers.config import LowbitConfig
 from lowbit.integrations.transformers.loading import LayerConverter, LoadParts, claim_layers, place_layers
 from lowbit.integrations.transformers.merging import MergedLayers, wrap_merging
 from lowbit.nn import fold_bias_, is_conv1d, matrix_shape, quantized_layers
+from lowbit.tensor import QuantizedTensor
 
 _log = logging.getLogger("lowbit")
 
@@ -148,9 +149,12 @@ class LowbitHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._failed is not None:
             raise self._failed
-        for name, layer in quantized_layers(model):
-            if not self.pre_quantized and self.choices[name].format is not None:
-                fold_bias_(layer)
+        for name, choice in self.choices.items():
+            layer = model.get_submodule(name)
+            if choice.format is not None and not isinstance(layer.weight, QuantizedTensor):
+                self.choices[name] = LayerChoice(name, None, "its weight is not in the files: it is new")
+        for _, layer in quantized_layers(model) if self.choices else ():
+            fold_bias_(layer)
         self._paths, self._placed = [], {}
         if self.pre_quantized and self.quantization_config.dequantize:
             return dequantize_module_(model)

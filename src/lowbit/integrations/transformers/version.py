@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from lowbit.integrations.requirements import require
 
-LEAST = "5.0"  # the hooks of 4.x are others
+LEAST = "5.21"  # the first with the hook that keeps scales from being cast; those of 4.x are others altogether
 VERSION = require("transformers", LEAST, "lowbit.integrations.transformers")
