@@ -133,6 +133,32 @@ def test_shards_keep_their_layout(tmp_path):
         assert float((after[name][1] - before[name][1] - change).norm() / change.norm()) < 0.5
 
 
+@pytest.mark.parametrize(
+    ("dialect", "spec"),
+    [
+        ("compressed_tensors", "wna16(group_size=64)"),
+        ("gptq", "wna16(group_size=64)"),
+        ("modelopt", "nvfp4"),
+    ],
+)
+def test_folders_of_other_dialects_stay_what_they_are(dialect, spec, tmp_path):
+    """A folder for another program is baked in its own convention, described by the same configuration."""
+    save_shards(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "x"}')
+    with open_source(tmp_path / "model") as source:
+        plan = make_plan(source, spec, preset="none", only=["blocks"], solver="rtn", dialect=dialect)
+        convert(source, tmp_path / "out", plan)
+    adapter, dense = lora(tmp_path / "lora.safetensors")
+
+    report = bake_checkpoint(tmp_path / "out", tmp_path / "baked", adapter)
+
+    before, after = decoded(tmp_path / "out"), decoded(tmp_path / "baked")
+    assert (tmp_path / "out/config.json").read_text() == (tmp_path / "baked/config.json").read_text()
+    assert all(layer.recovered > 0.9 for layer in report.layers.values())
+    for name in before.keys() - dense.keys():
+        assert torch.equal(after[name][1], before[name][1])
+
+
 def test_the_result_does_not_depend_on_jobs_or_order(tmp_path):
     """The same file comes out bit for bit with one worker and with several, for both kinds of chance."""
     path = quantized(tmp_path, "awq_w4a16")

@@ -194,3 +194,19 @@ def test_combined_adapters_add_up():
 
     torch.testing.assert_close(both["a"].dense(), first.dense(2.0) + second.dense(-0.5))
     torch.testing.assert_close(both["b"].dense(), second.dense(-0.5))
+
+
+def test_parts_of_fused_projections_are_put_together(tmp_path):
+    """q, k and v of an adapter change their own rows of a fused weight; a part that is absent leaves its rows alone."""
+    names = ["attn.to_q", "attn.to_v"]
+    for pattern in ("transformer.{}", "lora_unet_{}"):
+        spelled = [name.replace(".", "_") if "_{" in pattern else name for name in names]
+        path = write(tmp_path / "lora.safetensors", pattern + ".lora_down.weight", pattern + ".lora_up.weight", spelled)
+        matched = read_adapter(path).match({"attn.to_qkv": (64, 16)})
+        (first, up_first), (second, up_second) = factors(0), factors(1)
+
+        expected = torch.cat([up_first @ first, torch.zeros(16, 16), up_second @ second])
+        torch.testing.assert_close(matched.layers["attn.to_qkv"].dense(), expected)
+        assert matched.unmatched == ()
+    with pytest.raises(WeightError, match=r"do not fit the fused weight \[40, 16\]"):
+        read_adapter(path).match({"attn.to_qkv": (40, 16)})

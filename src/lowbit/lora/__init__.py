@@ -5,7 +5,8 @@ bake_lora        into the codes of a module's weights, with `unbake`
 bake_checkpoint  into a file, without loading a model
 """
 
-from lowbit.lora.adapter import Adapter, LoraDelta, combined
+from lowbit.lora.adapter import Adapter, combined
+from lowbit.lora.adapter_delta import LoraDelta
 from lowbit.lora.adapter_file import read_adapter
 from lowbit.lora.bake import BakedHandle, bake_lora
 from lowbit.lora.bake_checkpoint import BakeReport, bake_checkpoint

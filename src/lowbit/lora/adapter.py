@@ -4,18 +4,19 @@
 
 Names in adapter files are those of a model somewhere in a program: with that program's prefix, or with underscores for
 dots. `Adapter.match` finds the layers of a model or checkpoint at hand that they mean, and never guesses: a name that
-could mean two layers is an error that lists them.
+could mean two layers is an error that lists them. Parts of projections that the model holds fused are put together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from lowbit.errors import CheckpointError, WeightError
+from lowbit.lora.adapter_delta import LoraDelta
+from lowbit.lora.fused import fused_delta, fused_layers
 
 # What programs put before the name of a layer of the denoiser (or of a language model), longest first.
 _PREFIXES = (
@@ -35,33 +36,6 @@ _KOHYA = ("lora_prior_unet_", "lora_transformer_", "lora_unet_", "lycoris_", "lo
 _KOHYA_PLAIN = ("lora_te_", "lora_")
 _KOHYA_TEXT = ("lora_te1_", "lora_te2_", "lora_te3_", "lora_te_")
 _SHOWN = 4
-
-
-@dataclass(frozen=True)
-class LoraDelta:
-    """The change of one layer, times a strength: `scale * up @ down`.
-
-    down: [R, K], or [R, K, ...] of a convolution; up: [N, R]; any float dtype, on any device.
-    """
-
-    down: Tensor
-    up: Tensor
-    scale: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return self.down.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight that it changes: [N, K], or a convolution's."""
-        return (self.up.shape[0], *self.down.shape[1:])
-
-    def dense(self, strength: float = 1.0, device: torch.device | None = None) -> Tensor:
-        """The change as a matrix: float32 [N, K]."""
-        down, up = self.down.to(device, torch.float32).flatten(1), self.up.to(device, torch.float32)
-        return (up * (strength * self.scale)) @ down
 
 
 @dataclass(frozen=True)
@@ -91,25 +65,30 @@ class Adapter:
         """`match` that does not mind layers without a match."""
         names = _Names(shapes)
         found: dict[str, LoraDelta] = {}
-        came_from: dict[str, str] = {}
+        layer_of: dict[str, str] = {}
         for own, delta in self.layers.items():
             name = names.find(own, self.where)
             if name is None:
                 continue
             if name in found:
-                raise CheckpointError(f"{self.where}: {came_from[name]!r} and {own!r} both change {name!r}; remove one")
+                first = next(other for other, layer in layer_of.items() if layer == name)
+                raise CheckpointError(f"{self.where}: {first!r} and {own!r} both change {name!r}; remove one")
             if delta.shape != tuple(shapes[name]) and not _is_pointwise(delta.shape, tuple(shapes[name])):
                 raise WeightError(
                     f"{self.where}: {own!r} changes a weight {list(delta.shape)}, but {name!r} is "
                     f"{list(shapes[name])}; this LoRA is for another model"
                 )
-            found[name], came_from[name] = delta, own
-        missing = tuple(own for own in self.layers if own not in came_from.values())
-        return Matched(found, missing, came_from)
+            found[name], layer_of[own] = delta, name
+        left = [own for own in self.layers if own not in layer_of]
+        for name, (parts, owns) in fused_layers(left, lambda own: names.find(own, self.where)).items():
+            if name not in found:
+                present = {part: self.layers[own] for part, own in owns.items()}
+                found[name] = fused_delta(parts, present, shapes[name], f"{self.where}: {name!r}")
+                layer_of |= dict.fromkeys(owns.values(), name)
+        return Matched(found, tuple(own for own in left if own not in layer_of), layer_of)
 
-    def check(self, names: Mapping[str, str], layers: Iterable[str], *, strict: bool) -> None:
-        """Raise `CheckpointError` unless enough was found. names: layers found -> the adapter's names of them."""
-        used = set(names.values())
+    def check(self, used: Collection[str], layers: Iterable[str], *, strict: bool) -> None:
+        """Raise `CheckpointError` unless enough was found. used: those of the adapter's names that found a layer."""
         kinds = {_is_text(own) for own in used}
         stray = [own for own in self.layers if own not in used and (not kinds or _is_text(own) in kinds)]
         there = _some(list(layers))
@@ -129,7 +108,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Matched:
-    """Changes by layer; the adapter's own names of those that are for no layer here, and of the others, by layer."""
+    """Changes by layer; the adapter's own names of those that are for no layer here; the layers of the others."""
 
     layers: dict[str, LoraDelta]
     unmatched: tuple[str, ...]

@@ -23,7 +23,8 @@ from torch import Tensor
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.formats.parts import FLOATS
-from lowbit.lora.adapter import Adapter, LoraDelta
+from lowbit.lora.adapter import Adapter
+from lowbit.lora.adapter_delta import LoraDelta
 
 _DOWN = r"lora_down|lora_A|lora\.down|lora_linear_layer\.down"
 _UP = r"lora_up|lora_B|lora\.up|lora_linear_layer\.up"

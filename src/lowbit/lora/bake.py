@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import UnsupportedError
-from lowbit.lora.adapter import LoraDelta
+from lowbit.lora.adapter_delta import LoraDelta
 from lowbit.lora.bake_layer import LayerBake, bake_plain, bake_weight, baked_format
 from lowbit.lora.layers import Adaptable, AnyAdapter, adaptable_layers, check_strength, match_module
 from lowbit.tensor import QuantizedTensor

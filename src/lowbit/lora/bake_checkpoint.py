@@ -29,7 +29,8 @@ from lowbit.checkpoint.respell import Respelled
 from lowbit.checkpoint.rewrite import Copy, Made, Piece, Settings, batch_copies, rewrite
 from lowbit.checkpoint.source import Source, open_source
 from lowbit.formats.parts import FLOATS
-from lowbit.lora.adapter import Adapter, LoraDelta
+from lowbit.lora.adapter import Adapter
+from lowbit.lora.adapter_delta import LoraDelta
 from lowbit.lora.bake_layer import LayerBake, bake_plain, bake_weight, baked_format
 from lowbit.lora.layers import AnyAdapter, as_adapter, check_strength
 
@@ -84,7 +85,7 @@ def bake_checkpoint(
         work = _Work(Staging(opened, target), _Setting(float(strength), rounding, seed))
         for component in opened.components:
             work.add(look_for_layers(opened, component), read)
-        read.check(work.names, work.known, strict=strict)
+        read.check(work.used, work.known, strict=strict)
         work.staging.replaced = work.configs.texts()
         about = {"file": Path(read.where).name, "strength": float(strength), "rounding": rounding or "auto"}
         metadata = {file: _with_note(entries, about) for file, entries in work.metadata.items()}
@@ -93,7 +94,7 @@ def bake_checkpoint(
         settings = Settings(jobs, resume, verify=True, progress=progress)
         done = rewrite(opened, work.staging, work.pieces, metadata, fingerprint=fingerprint, settings=settings)
     accounts = {name: LayerBake(**done.records[name]["bake"]) for name in work.changed}
-    unmatched = tuple(own for own in read.layers if own not in work.names.values())
+    unmatched = tuple(own for own in read.layers if own not in work.used)
     copied = sum(len(piece.specs) for piece in work.pieces if isinstance(piece, Copy))
     seconds = time.perf_counter() - began
     return BakeReport(str(target), accounts, unmatched, (*read.notes, *work.notes), copied, done.resumed, seconds)
@@ -115,7 +116,7 @@ class _Work:
         self.pieces: list[Piece | Copy] = []
         self.changed: list[str] = []
         self.known: list[str] = []
-        self.names: dict[str, str] = {}
+        self.used: set[str] = set()
         self.notes: list[str] = []
         self.configs = FolderConfigs()
 
@@ -124,7 +125,7 @@ class _Work:
         shapes = _shapes(held)
         matched = adapter.find(shapes)
         self.known += [held.full_name(name) for name in shapes]
-        self.names |= {held.full_name(name): own for name, own in matched.names.items()}
+        self.used |= matched.names.keys()
         self.notes += held.found.notes
         owned: set[str] = set()
         stored: dict[str, list[StoredLayer]] = {}

@@ -23,7 +23,7 @@ from lowbit.errors import FormatError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, narrow_rows
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
-from lowbit.lora.adapter import LoraDelta
+from lowbit.lora.adapter_delta import LoraDelta
 from lowbit.solvers.added_delta import add_delta, refuse_addition
 from lowbit.solvers.rounding_cells import ROUNDINGS
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError
-from lowbit.lora.adapter import Adapter, LoraDelta, Matched
+from lowbit.lora.adapter import Adapter, Matched
+from lowbit.lora.adapter_delta import LoraDelta
 from lowbit.lora.adapter_file import read_adapter
 
 AnyAdapter = Adapter | Mapping[str, LoraDelta] | str | Path

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowbit.errors import UnsupportedError
-from lowbit.lora.adapter import LoraDelta
+from lowbit.lora.adapter_delta import LoraDelta
 from lowbit.lora.layers import AnyAdapter, check_strength, match_module, weight_of
 
 _ATTRIBUTE = "lora_branch"

@@ -1,0 +1,62 @@
+"""Adapters for separate projections on models that hold them fused: rows of q, k and v one below the other.
+
+Quantized checkpoints often join what reads the same input (nunchaku's do), while adapters are trained on the parts. The
+change of the whole is that of the parts, each on its own rows; parts without a change leave theirs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from lowbit.errors import WeightError
+from lowbit.lora.adapter_delta import LoraDelta
+
+_PARTS = {  # the name of a fused projection -> its parts, in the order of their rows
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "add_qkv_proj": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+def fused_layers(
+    owns: Sequence[str], find: Callable[[str], str | None]
+) -> dict[str, tuple[tuple[str, ...], dict[str, str]]]:
+    """Fused layers that some of an adapter's names are parts of: layer -> (its parts, part -> the adapter's name)."""
+    found: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {}
+    for own in owns:
+        for whole, parts in _PARTS.items():
+            part = next((part for part in parts if own.endswith((f".{part}", f"_{part}"))), None)
+            name = None if part is None else find(own[: -len(part)] + whole)
+            if part is not None and name is not None:
+                found.setdefault(name, (parts, {}))[1][part] = own
+    return found
+
+
+def fused_delta(parts: Sequence[str], present: Mapping[str, LoraDelta], shape: Sequence[int], where: str) -> LoraDelta:
+    """One change for a fused weight [N, K] from those of its parts. Absent parts share the other rows equally.
+
+    Raises `WeightError` where the rows do not add up.
+    """
+    n, absent = shape[0], [part for part in parts if part not in present]
+    rest = n - sum(delta.shape[0] for delta in present.values())
+    columns = {delta.shape[1:] for delta in present.values()}
+    if columns != {tuple(shape[1:])} or rest < 0 or (rest % len(absent) if absent else rest):
+        shapes = ", ".join(f"{part} {list(delta.shape)}" for part, delta in present.items())
+        raise WeightError(f"{where}: the changes of {shapes} do not fit the fused weight {list(shape)}")
+    ups, downs, start = [], [], 0
+    for part in parts:
+        delta = present.get(part)
+        if delta is None:
+            start += rest // len(absent)
+            continue
+        rows = delta.shape[0]
+        up = torch.zeros((n, delta.rank), dtype=torch.float32, device=delta.up.device)
+        up[start : start + rows] = delta.up.float() * delta.scale
+        ups.append(up)
+        downs.append(delta.down.float())
+        start += rows
+    return LoraDelta(torch.cat(downs), torch.cat(ups, dim=1))
