@@ -220,3 +220,22 @@ def test_what_cannot_be_done_is_said(path, tmp_path, monkeypatch):
     with pytest.raises(DependencyError, match="pip install gguf"):
         export(path, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(("spec", "kind"), [("mxfp4", "MXFP4"), ("nvfp4", "NVFP4")])
+def test_four_bit_floats_keep_their_codes(tmp_path, spec, kind):
+    """mxfp4 and nvfp4 layers become the blocks of the same codes, and the package decodes the same weights."""
+    save_file({"a.weight": MODEL["a.weight"]}, tmp_path / "in.safetensors")
+    with open_source(tmp_path / "in.safetensors") as source:
+        convert(source, tmp_path / "q.safetensors", make_plan(source, spec, preset="none", solver="rtn"))
+    with open_source(tmp_path / "q.safetensors") as source:
+        held = look_for_layers(source, source.components[0])
+        weight = held.dequantized(held.layers["a"], torch.float32)[0]
+
+    export(tmp_path / "q.safetensors", tmp_path / "out.gguf", "keep")
+    found = read_file(tmp_path / "out.gguf")
+
+    kept = gguf.dequantize(found["a.weight"][1], gguf.GGMLQuantizationType[kind])
+    scale = found["a.scale"][1] if kind == "NVFP4" else np.float32(1)
+    assert found["a.weight"][0] == kind
+    torch.testing.assert_close(torch.from_numpy(kept * scale), weight, rtol=2e-7, atol=0)

@@ -7,6 +7,7 @@ import torch
 
 from lowbit.errors import FormatError, WeightError
 from lowbit.formats import Format, parse_spec
+from lowbit.formats.gguf_recast import SAME_CODES, block_format, put_together
 from lowbit.numerics.gguf_blocks import GGML_TYPES, READABLE
 from lowbit.numerics.gguf_encode import WRITABLE
 from lowbit.solvers.base import Statistics
@@ -129,3 +130,39 @@ def test_values_near_a_weight_come_back_under_its_scales():
     moved = fmt.project(w + 0.4 * step, {"qdata": raw})
 
     assert sqnr(w, moved) == float("inf") or torch.equal(moved, w)
+
+
+@pytest.mark.parametrize("name", SAME_CODES)
+def test_other_formats_hold_the_same_codes(name):
+    """Recast to the format of the same codes, blocks keep their values; and nothing else is promised."""
+    fmt = of(name)
+    raw = torch.randint(0, 256, (6, fmt.nbytes(1, 256)), dtype=torch.uint8) & 0xBF
+    values = fmt.dequantize({"qdata": raw}, (6, 256), torch.float32)
+
+    for other in fmt.equivalents():
+        parts = fmt.recast({"qdata": raw}, other)
+        other.check(parts, (6, 256))
+        assert torch.equal(other.dequantize(parts, (6, 256), torch.float32), values)
+    with pytest.raises(FormatError, match="quantize again"):
+        fmt.recast({"qdata": raw}, parse_spec("int8"))
+
+
+@pytest.mark.parametrize("spec", ["mxfp4", "nvfp4"])
+def test_blocks_are_put_together(spec):
+    """mxfp4 and nvfp4 weights become blocks with their codes, and come back from them bit for bit."""
+    fmt, w = parse_spec(spec), outlier_weight(5, 192)
+    parts = fmt.quantize(w)
+    blocks = block_format(fmt, (5, 192))
+    made = put_together(fmt, parts, (5, 192), "w")
+    blocks.check(made, (5, 192))
+    back = blocks.recast(made, fmt)
+
+    assert sqnr(fmt.dequantize(parts, (5, 192), torch.float32), blocks.dequantize(made, (5, 192), torch.float32)) > 120
+    for part, tensor in parts.items():
+        assert torch.equal(raw_view(tensor), raw_view(back[part]))
+    assert block_format(fmt, (5, 80)) is None
+
+
+def raw_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor of some axes."""
+    return tensor.view(torch.uint8) if tensor.dim() else tensor

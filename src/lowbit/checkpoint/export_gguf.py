@@ -21,6 +21,7 @@ from torch import Tensor
 from lowbit.errors import CheckpointError, DependencyError, PlanError, WriteError
 from lowbit.formats import Format, Parts, parse_spec
 from lowbit.formats.gguf_block import GgufBlock
+from lowbit.formats.gguf_recast import block_format, put_together
 from lowbit.numerics.gguf_encode import WRITABLE
 from lowbit.solvers.solve import solve
 
@@ -70,7 +71,8 @@ def export_gguf(
         model get llama.cpp's names and order of rows. Of a source that is a GGUF file, names and fields are kept.
     metadata: further fields, name -> text, flag, whole number, number or list of these.
     requantize: let weights that are quantized in another format be decoded and quantized again. Blocks of GGUF that
-        stay in their type are copied bit for bit, also those that can only be read.
+        stay in their type are copied bit for bit, also those that can only be read; mxfp4 becomes MXFP4, and with
+        "keep" nvfp4 becomes NVFP4, with the codes that there are.
     statistics: for the plan's solvers. component: which model, where the source has several.
 
     Raises:
@@ -175,7 +177,10 @@ class _Export:
             wanted = _format(self._types)
         decoded = isinstance(self._types, str) and self._types in FLOATS
         if isinstance(fmt, GgufBlock) and not decoded and (wanted is None or wanted.type == fmt.type):
-            return self._copied(stored, fmt)
+            return self._copied(stored, fmt, partial(self._held.load, stored))
+        same = block_format(fmt, stored.shape)
+        if isinstance(same, GgufBlock) and not decoded and (wanted is None or wanted.type == same.type):
+            return self._copied(stored, same, partial(self._put_together, stored))
         if not self._requantize and not decoded:
             raise CheckpointError(
                 f"{stored.place}: is quantized already, as {fmt}; quantizing again loses more than quantizing the "
@@ -196,11 +201,10 @@ class _Export:
         solver = planned.solver if planned is not None else "rtn"
         return [self._solved(key, stored.shape, wanted, solver, partial(self._decoded, stored, torch.float32))]
 
-    def _copied(self, stored: StoredLayer, fmt: GgufBlock) -> list[Entry]:
-        """Blocks as they are, and the scales beside them."""
-        loaded = partial(self._held.load, stored)
+    def _copied(self, stored: StoredLayer, fmt: GgufBlock, loaded: Callable[[], Parts]) -> list[Entry]:
+        """Blocks with the codes that there are, and the scales beside them."""
         key = join_key(stored.layer, "weight")
-        entries = [Entry(self._naming.of(key), fmt.type, stored.shape, partial(self._loaded_blocks, stored))]
+        entries = [Entry(self._naming.of(key), fmt.type, stored.shape, partial(self._ordered_blocks, key, loaded))]
         for part, suffix in (("global_scale", "scale"), ("input_scale", "input_scale")):
             if part in fmt.part_names:
                 name = join_key(self._naming.of(key).removesuffix(".weight"), suffix)
@@ -221,8 +225,11 @@ class _Export:
 
         return Entry(self._naming.of(key), fmt.type, shape, make)
 
-    def _loaded_blocks(self, stored: StoredLayer) -> Tensor:
-        return self._ordered(join_key(stored.layer, "weight"), self._held.load(stored)["qdata"])
+    def _put_together(self, stored: StoredLayer) -> Parts:
+        return put_together(stored.format, self._held.load(stored), stored.shape, stored.place)
+
+    def _ordered_blocks(self, key: str, loaded: Callable[[], Parts]) -> Tensor:
+        return self._ordered(key, loaded()["qdata"])
 
     def _read(self, key: str) -> Tensor:
         return self._ordered(key, self._held.read(key))

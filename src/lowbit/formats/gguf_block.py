@@ -23,14 +23,14 @@ count.
 >>> from lowbit.formats import parse_spec
 >>> fmt = parse_spec("gguf(type=Q8_0)")
 >>> parts = fmt.quantize(torch.arange(32.0).unsqueeze(0))
->>> parts["qdata"].shape, fmt.dequantize(parts, (1, 32), torch.float32)[0, -1]
-(torch.Size([1, 34]), tensor(31.0049))
+>>> parts["qdata"].shape, fmt.dequantize(parts, (1, 32), torch.float32)[0, -1].item()
+(torch.Size([1, 34]), 31.005859375)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -38,9 +38,10 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.base import Format
+from lowbit.formats.gguf_recast import SAME_CODES, take_apart
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
-from lowbit.formats.registry import one_of, register
+from lowbit.formats.registry import one_of, parse_spec, register
 from lowbit.numerics.gguf_blocks import READABLE, BlockType, block_type
 from lowbit.numerics.gguf_encode import WRITABLE, encode_blocks, set_steps, snap_steps
 
@@ -161,6 +162,23 @@ class GgufBlock(Format):
         blocks = _blocks(params["qdata"], self.block.size).clone()
         self.block.put_headers(blocks, set_steps(self.block, step, zero))
         return {"qdata": _rows(blocks, params["qdata"], self.block.size)}
+
+    def equivalents(self) -> tuple[Format, ...]:
+        """The format of the same codes, where there is one (see `gguf_recast`), and those that are its own equals."""
+        if self.type not in SAME_CODES or (self.global_scale and self.type != "NVFP4"):
+            return ()
+        same = parse_spec(SAME_CODES[self.type])
+        same = replace(same, pre_quant_scale=self.pre_quant_scale, input_scale=self.input_scale)
+        return (same, *same.equivalents())
+
+    def recast(self, parts: Mapping[str, Tensor], other: Format) -> Parts:
+        """See `Format.recast`."""
+        if other not in self.equivalents():
+            return super().recast(parts, other)
+        same = self.equivalents()[0]
+        beside = {name: part for name, part in parts.items() if name in ("pre_quant_scale", "input_scale")}
+        found = {**take_apart(self.block, parts, same), **beside}
+        return found if other == same else same.recast(found, other)
 
     def scales(self, parts: Mapping[str, Tensor]) -> Tensor:
         """As stored where there is one a block; of the K-quants the products [N, K / unit]."""

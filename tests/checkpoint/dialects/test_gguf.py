@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.dequantize import dequantize
 from lowbit.checkpoint.dialects import get_dialect
+from lowbit.checkpoint.migrate import migrate
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
@@ -132,3 +135,28 @@ def test_converting_and_decoding_a_file(tmp_path):
     held, parts = look(tmp_path / "int8.safetensors")
     assert held.dialect is get_dialect("comfy")
     assert parts["a"]["qdata"].dtype == torch.int8
+
+
+def test_codes_go_to_another_dialect(tmp_path):
+    """migrate writes NVFP4 as the nvfp4 that ComfyUI knows, and other blocks, which it does not, as they are."""
+    tensors = {"a.weight": ("Q4_K", blocks("Q4_K", 64, 256)), "b.weight": ("NVFP4", blocks("NVFP4", 64, 128))}
+    with open_source(write_file(tmp_path / "m.gguf", tensors)) as source:
+        migrate(source, tmp_path / "out.safetensors", "comfy")
+
+    held, parts = look(tmp_path / "out.safetensors")
+    weight = held.layers["b"].format.dequantize(parts["b"], (64, 128), torch.float32)
+    expected = torch.from_numpy(gguf.dequantize(tensors["b.weight"][1], gguf.GGMLQuantizationType.NVFP4))
+
+    assert [stored.format.spec for stored in held.layers.values()] == ["gguf(type=Q4_K)", "nvfp4"]
+    assert np.array_equal(parts["a"]["qdata"].numpy(), tensors["a.weight"][1])
+    assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "MXFP4", "NVFP4"])
+def test_compressed_tensors_has_a_place_for_the_codes(tmp_path, kind):
+    """What that dialect refuses as blocks it takes as the format of the same codes, which migrating a folder uses."""
+    held, _ = look(write_file(tmp_path / "m.gguf", {"a.weight": (kind, blocks(kind, 64, 128))}))
+    stored, dialect = held.layers["a"], get_dialect("compressed_tensors")
+
+    assert dialect.refuses(stored)
+    assert None in [dialect.refuses(replace(stored, format=other)) for other in stored.format.equivalents()]
