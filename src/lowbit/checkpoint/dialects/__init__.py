@@ -1,6 +1,6 @@
 """The on-disk conventions: one file each. Importing this package registers them all."""
 
-from lowbit.checkpoint.dialects import awq, bfl, comfy, compressed_tensors, gguf, gptq, modelopt
+from lowbit.checkpoint.dialects import awq, bfl, comfy, compressed_tensors, gguf, gptq, modelopt, torchao
 from lowbit.checkpoint.dialects.base import (
     CONFIG_FILES,
     Container,
@@ -35,5 +35,6 @@ __all__ = [
     "gptq",
     "modelopt",
     "register_dialect",
+    "torchao",
     "undescribed",
 ]
