@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lowbit.checkpoint import convert as convert_module
 from lowbit.checkpoint.convert import convert
+from lowbit.checkpoint.dequantize import dequantize
 from lowbit.checkpoint.plan import Plan, make_plan
 from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
@@ -208,7 +209,7 @@ def test_shards_can_become_one_file(tmp_path):
 
 
 def test_a_model_folder_keeps_its_other_files(tmp_path):
-    """A pipeline folder comes out with every config and tokenizer file, each model converted in its place."""
+    """A pipeline folder comes out with every file, each model converted in its place and its config saying so."""
     root = tmp_path / "pipe"
     for name in ("text_encoder", "transformer"):
         save_shards(root / name)
@@ -222,8 +223,14 @@ def test_a_model_folder_keeps_its_other_files(tmp_path):
     before, after = files_below(root), files_below(tmp_path / "out")
 
     assert before.keys() == after.keys()
-    for name in ("model_index.json", "tokenizer/vocab.txt", "transformer/config.json", "text_encoder/config.json"):
+    for name in ("model_index.json", "tokenizer/vocab.txt"):
         assert after[name] == before[name]
+    for name in ("transformer", "text_encoder"):
+        config = json.loads(after[f"{name}/config.json"])
+        assert config == {"name": name, "quantization_config": {"quant_method": "lowbit"}}
+    with open_source(tmp_path / "out") as source:
+        dequantize(source, tmp_path / "back")
+    assert json.loads(files_below(tmp_path / "back")["transformer/config.json"]) == {"name": "transformer"}
     assert {layer.component for layer in report.layers} == {"text_encoder", "transformer"}
     assert "transformer/blocks.0.up" in {layer.name for layer in report.layers}
 

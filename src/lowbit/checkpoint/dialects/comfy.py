@@ -44,6 +44,7 @@ from lowbit.checkpoint.dialects.comfy_marker import (
     read_descriptions,
 )
 from lowbit.checkpoint.dialects.comfy_match import check_stored, suffixes, taken_as
+from lowbit.checkpoint.dialects.described import FIELD
 from lowbit.errors import CheckpointError, LowbitError, PartsError
 from lowbit.formats import Format, Parts
 from lowbit.layouts.base import get_layout
@@ -57,7 +58,7 @@ class Comfy:
     writes = True
     needs_folder = False
     owned_metadata: tuple[str, ...] = (HEADER,)
-    owned_configs: Mapping[str, tuple[str, ...]] = {}
+    owned_configs: Mapping[str, tuple[str, ...]] = {"config.json": (FIELD,)}
 
     def detect(self, held: Container) -> bool:
         """Whether there is a marker, the header's entry, or what a `scaled_fp8` file has."""
@@ -142,8 +143,11 @@ class Comfy:
     def config_fields(
         self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]
     ) -> dict[str, dict[str, Any]]:
-        """Nothing: markers and headers say it all."""
-        return {}
+        """In a model folder, that these weights are lowbit's: a loader that does not know it reads codes as floats.
+
+        How each is stored, the markers say.
+        """
+        return {"config.json": {FIELD: {"quant_method": "lowbit"}}} if list(layers) else {}
 
     def _check(self, stored: StoredLayer) -> None:
         if why := self.refuses(stored):
