@@ -7,7 +7,21 @@ from typing import Annotated
 import typer
 
 from lowbit import __version__
-from lowbit.cli import calibrate, compare, convert, demo, dequantize, doctor, formats, inspect, migrate, plan, verify
+from lowbit.cli import (
+    calibrate,
+    compare,
+    convert,
+    demo,
+    dequantize,
+    doctor,
+    export,
+    formats,
+    inspect,
+    lora,
+    migrate,
+    plan,
+    verify,
+)
 from lowbit.cli.output import epilog
 
 app = typer.Typer(
@@ -55,11 +69,19 @@ for _module, _command in (
     (compare, compare.compare),
     (dequantize, dequantize.dequantize),
     (migrate, migrate.migrate),
+    (export, export.export),
     (formats, formats.formats),
     (doctor, doctor.doctor),
     (demo, demo.demo),
 ):
     app.command(help=_paragraphs(_command.__doc__), epilog=_module.EPILOG)(_command)
+
+_lora = typer.Typer(
+    help="LoRA adapters on quantized checkpoints.", no_args_is_help=True, rich_markup_mode="rich", epilog=lora.EPILOG
+)
+_lora.command(help=_paragraphs(lora.inspect.__doc__), epilog=lora.EPILOG)(lora.inspect)
+_lora.command(help=_paragraphs(lora.bake.__doc__), epilog=lora.EPILOG)(lora.bake)
+app.add_typer(_lora, name="lora")
 
 
 def main() -> None:

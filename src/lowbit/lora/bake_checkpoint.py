@@ -122,7 +122,7 @@ class _Work:
 
     def add(self, held: QuantizedComponent, adapter: Adapter) -> None:
         """Add one model."""
-        shapes = _shapes(held)
+        shapes = layer_shapes(held)
         matched = adapter.find(shapes)
         self.known += [held.full_name(name) for name in shapes]
         self.used |= matched.names.keys()
@@ -236,7 +236,7 @@ class _BakePlain:
         return Made({self.key: new}, {"bake": asdict(account)})
 
 
-def _shapes(held: QuantizedComponent) -> dict[str, tuple[int, ...]]:
+def layer_shapes(held: QuantizedComponent) -> dict[str, tuple[int, ...]]:
     """The layers of a model that an adapter may change, with the logical shapes of their weights."""
     shapes: dict[str, tuple[int, ...]] = {name: stored.shape for name, stored in held.layers.items()}
     for key in held.found.plain:

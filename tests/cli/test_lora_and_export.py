@@ -1,0 +1,95 @@
+"""`lowbit lora` and `lowbit export`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.cli.conftest import tiny_model
+
+NAMES = {"transformer.blocks.0.attn.q": (64, 64), "transformer.blocks.1.mlp.up": (128, 64)}
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A LoRA file of rank 4 on two layers, as diffusers names them."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, (n, k) in NAMES.items():
+        tensors[f"{name}.lora_A.weight"] = torch.randn(4, k, generator=generator) * 0.05
+        tensors[f"{name}.lora_B.weight"] = torch.randn(n, 4, generator=generator) * 0.05
+    save_file(tensors, tmp_path / "style.safetensors")
+    return tmp_path / "style.safetensors"
+
+
+def test_an_adapter_is_shown_with_its_places(lowbit, tmp_path, adapter):
+    """Layers, ranks and where they are in a checkpoint, as a table and as JSON."""
+    model = tiny_model(tmp_path / "m.safetensors")
+    done = lowbit("lora", "inspect", adapter, "--for", model, "--json")
+    assert done.code == 0
+    assert {row["layer"]: row["in"] for row in done.json["layers"]} == {
+        name: name.removeprefix("transformer.") for name in NAMES
+    }
+    assert {row["rank"] for row in done.json["layers"]} == {4}
+    shown = lowbit("lora", "inspect", adapter)
+    assert "changes 2 layers" in shown.out
+
+
+def test_a_lora_is_baked_into_a_quantized_file(lowbit, tmp_path, adapter):
+    """The changed layers stay in their format, the change is in them, and nothing else differs."""
+    model = tiny_model(tmp_path / "m.safetensors")
+    assert lowbit("convert", model, "-o", tmp_path / "q.safetensors", "-f", "int8").code == 0
+    done = lowbit("lora", "bake", tmp_path / "q.safetensors", adapter, "-o", tmp_path / "b.safetensors", "--json")
+    assert done.code == 0, done.err
+    assert len(done.json["layers"]) == 2
+    assert all(0.9 < layer["recovered"] < 1.1 for layer in done.json["layers"].values())
+    before, after = load_file(tmp_path / "q.safetensors"), load_file(tmp_path / "b.safetensors")
+    assert before.keys() == after.keys()
+    differ = {key for key in before if not torch.equal(before[key], after[key])}
+    assert differ
+    assert all(key.startswith(("blocks.0.attn.q", "blocks.1.mlp.up")) for key in differ)
+
+
+def test_wrong_adapters_and_options_of_lora_end_with_their_codes(lowbit, tmp_path, adapter):
+    """An unknown rounding is a wrong option, a LoRA of another model bad input; nothing is written."""
+    model, out = tiny_model(tmp_path / "m.safetensors"), tmp_path / "b.safetensors"
+    done = lowbit("lora", "bake", model, adapter, "-o", out, "--rounding", "hope")
+    assert (done.code, out.exists()) == (2, False)
+    assert "error_feedback" in done.err
+    save_file({"other.lora_A.weight": torch.ones(2, 8), "other.lora_B.weight": torch.ones(8, 2)}, adapter)
+    done = lowbit("lora", "bake", model, adapter, "-o", out)
+    assert (done.code, out.exists()) == (3, False)
+    assert "is a layer of the model" in done.err
+
+
+def test_a_checkpoint_is_exported_and_read_again(lowbit, tmp_path):
+    """A GGUF file is written, inspected like any checkpoint, and converted back."""
+    pytest.importorskip("gguf")
+    model = tiny_model(tmp_path / "m.safetensors")
+    done = lowbit("export", model, "-o", tmp_path / "m.gguf", "--type", "Q8_0", "--json")
+    assert done.code == 0, done.err
+    assert set(done.json["types"].values()) >= {"Q8_0", "F32"}
+    found = lowbit("inspect", tmp_path / "m.gguf", "--json")
+    assert found.code == 0, found.err
+    assert any(group["format"].startswith("gguf") for group in found.json["groups"])
+    assert lowbit("dequantize", tmp_path / "m.gguf", "-o", tmp_path / "back.safetensors").code == 0
+    back, plain = load_file(tmp_path / "back.safetensors"), load_file(model)
+    w = plain["blocks.0.mlp.up.weight"].float()
+    assert (back["blocks.0.mlp.up.weight"].float() - w).norm() < 0.02 * w.norm()
+
+
+def test_an_unknown_type_is_a_wrong_option(lowbit, tmp_path):
+    """The types that can be written are named."""
+    model = tiny_model(tmp_path / "m.safetensors")
+    done = lowbit("export", model, "-o", tmp_path / "m.gguf", "--type", "Q4_K")
+    assert done.code == 2
+    assert "Q8_0" in done.err
+
+
+def test_no_safetensors_file_gets_the_name_of_a_gguf_file(lowbit, tmp_path):
+    """`convert` to a .gguf path is refused with the command that writes one."""
+    model = tiny_model(tmp_path / "m.safetensors")
+    done = lowbit("convert", model, "-o", tmp_path / "m.gguf", "-f", "int8")
+    assert (done.code, (tmp_path / "m.gguf").exists()) == (4, False)
+    assert "lowbit export" in done.err
