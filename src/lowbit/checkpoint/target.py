@@ -15,7 +15,7 @@ def check_target(source: Source, target: str | Path) -> None:
     """Raise `WriteError` if writing to `target` would touch the source, also through links, or cannot succeed."""
     target = Path(target)
     if target.suffix == ".gguf":
-        raise WriteError(f"{target}: would be safetensors under the name of a GGUF file; write those with lowbit export")
+        raise WriteError(f"{target}: would be safetensors under the name of GGUF; write that with lowbit export")
     inputs = [*(file.path for file in source.files.values()), *source.extra_files]
     below = [target / path.relative_to(source.root) for path in inputs] if target.is_dir() else []
     partial = target.with_name(target.name + ".partial")
