@@ -109,8 +109,10 @@ class _Rules:
     picked: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise for a format that needs calibration, and for an unknown solver."""
-        for fmt in (self.stored.format, *(stored.format for _, stored in self.by_layer)):
+        """Raise for a layout that no file holds, a format that needs calibration, and an unknown solver."""
+        for wanted in (self.stored, *(stored for _, stored in self.by_layer)):
+            wanted.check_stored()
+            fmt = wanted.format
             if fmt.plain != fmt and self.statistics is None:
                 raise PlanError(
                     f"{fmt}: has a pre_quant_scale or input_scale, which needs calibration; calibrate (lowbit "

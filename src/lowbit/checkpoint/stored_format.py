@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowbit.errors import FormatError
 from lowbit.formats.base import Format
 from lowbit.formats.registry import as_format
 from lowbit.layouts.base import get_layout
@@ -34,6 +35,14 @@ class StoredFormat:
         if at:
             get_layout(layout, fmt)
         return cls(fmt, layout)
+
+    def check_stored(self) -> None:
+        """Raise `FormatError` for a layout that no file holds."""
+        if self.layout and not get_layout(self.layout, self.format).stored:
+            raise FormatError(
+                f"{self.spec}: {self.layout} is made of plain parts when a weight is loaded, and no file holds it; "
+                f"write {self.format.spec}"
+            )
 
     @property
     def spec(self) -> str:

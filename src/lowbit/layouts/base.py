@@ -31,6 +31,8 @@ class Layout:
     pack: Repack
     unpack: Repack
     refuses: Callable[[Format, int, int], str | None]
+    stored: bool = True
+    """Whether files hold it, too; if not, it is made at load alone."""
 
 
 _REGISTRY: dict[str, Layout] = {}

@@ -8,6 +8,7 @@ from lowbit.ops.fp8 import (
 )
 from lowbit.ops.generic import dequantize, embedding, linear, quantize
 from lowbit.ops.grouped import grouped_linear
+from lowbit.ops.int4_plain import int4_plain_mm
 from lowbit.ops.int8 import (
     dequantize_int8,
     int8_linear,
@@ -28,6 +29,7 @@ __all__ = [
     "embedding",
     "gemv_awq_w4a16",
     "grouped_linear",
+    "int4_plain_mm",
     "int8_linear",
     "linear",
     "quantize",
