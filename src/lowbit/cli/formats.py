@@ -76,7 +76,7 @@ def _describe(cls: type[Format]) -> dict[str, Any]:
         "default_solver": cls.data_free_solver,
         "stochastic_rounding": cls.stochastic,
         "embedding": cls.supports_embedding,
-        "layouts": [name for name, layout in layouts().items() if cls.name in layout.formats],
+        "layouts": [name for name, layout in layouts().items() if layout.stored and cls.name in layout.formats],
         "variants": variants,
     }
 
