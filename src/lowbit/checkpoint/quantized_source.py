@@ -98,6 +98,8 @@ def look_for_layers(source: Source, component: Component, *, strict: bool = True
     found = FoundLayers(plain=list(specs))
     if dialect is not None:
         found = dialect.find_layers(held, lambda key: source.read(component, key), strict=strict)
+        for key, places in found.orders.items():
+            source.reorder(component, key, places)
     return QuantizedComponent(source, component, where, specs, metadata, configs, dialect, found)
 
 

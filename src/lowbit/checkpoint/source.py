@@ -87,6 +87,7 @@ class Source:
         self.extra_files = contents.extra_files
         self.skipped_files = contents.skipped_files
         self._by_path = {file.path: file for file in self.files.values()}
+        self._places: dict[tuple[str, str], torch.Tensor] = {}
 
     @property
     def place(self) -> Path:
@@ -114,11 +115,21 @@ class Source:
         Raises:
             CheckpointError: no such component or tensor, a dtype that torch lacks, or the file cannot be read.
         """
-        return self._locate(component, key).read(key)
+        tensor, places = self._locate(component, key).read(key), self._places_of(component, key)
+        return tensor if places is None else tensor[places]
 
     def read_rows(self, component: Component | str, key: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of a tensor along dimension 0; otherwise as `read`."""
+        if self._places_of(component, key) is not None:
+            return self.read(component, key)[start:stop]
         return self._locate(component, key).read_rows(key, start, stop)
+
+    def reorder(self, component: Component, key: str, places: torch.Tensor) -> None:
+        """From now on `read` gives the values of a tensor in another order along dimension 0: value i is places[i]."""
+        self._places[component.name, key] = places
+
+    def _places_of(self, component: Component | str, key: str) -> torch.Tensor | None:
+        return self._places.get((component if isinstance(component, str) else component.name, key))
 
     def read_bytes(self, component: Component | str, key: str) -> bytes:
         """Return a tensor's bytes as stored; works for every dtype, known to torch or not."""

@@ -47,6 +47,14 @@ class DescribedFiles:
     dialect: Dialect | None
     found: FoundLayers
 
+    def __post_init__(self) -> None:
+        """Plain tensors come from the frameworks, as the file has them: refuse those in a kernel's order."""
+        if self.found.orders:
+            raise CheckpointError(
+                f"{self.where}: {next(iter(self.found.orders))!r} lies in the order of a kernel, which the framework "
+                "does not undo; write the model anew first (lowbit migrate --to comfy, or lowbit dequantize)"
+            )
+
     def owners(self) -> dict[str, tuple[StoredLayer, str]]:
         """Key -> the layer it belongs to and its role there (a part's name, or "marker")."""
         return {key: (stored, role) for stored in self.found.layers.values() for role, key in stored.keys.items()}

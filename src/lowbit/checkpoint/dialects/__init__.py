@@ -1,6 +1,6 @@
 """The on-disk conventions: one file each. Importing this package registers them all."""
 
-from lowbit.checkpoint.dialects import awq, bfl, comfy, compressed_tensors, gguf, gptq, modelopt, torchao
+from lowbit.checkpoint.dialects import awq, bfl, comfy, compressed_tensors, gguf, gptq, modelopt, nunchaku, torchao
 from lowbit.checkpoint.dialects.base import (
     CONFIG_FILES,
     Container,
@@ -34,6 +34,7 @@ __all__ = [
     "gguf",
     "gptq",
     "modelopt",
+    "nunchaku",
     "register_dialect",
     "torchao",
     "undescribed",
