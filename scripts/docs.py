@@ -1,84 +1,88 @@
-"""Write the tables of formats in README.md and docs/formats.md from the registry; --check says if they are right."""
+"""Write what the docs say of formats, dialects and measurements from the registries and results; --check compares.
+
+Whole pages: docs/formats/*.md, docs/dialects/*.md. Marked places: README.md, docs/*.md, the navigation in mkdocs.yml.
+Nothing is kept between runs, and two runs give the same bytes.
+"""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from docs_dialects import dialect_pages, every_dialect_table
+from docs_formats import every_format, every_spec, format_pages
+from docs_measured import diffusion, sentences
+from docs_presets import every_preset
 
-import lowbit
-from lowbit.formats import Format, formats
-from lowbit.solvers import AUTO, pick_solver, solver
+from lowbit.checkpoint.dialects import dialects
+from lowbit.formats import formats
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- formats: made by scripts/docs.py -->", "<!-- formats: end -->"
-SHAPE = (3072, 3072)
-USES = {
-    "awq_w4a16": "4-bit weights, 16-bit activations: layers that see few tokens",
-    "convrot_w4a4": "rotated 4-bit weights with one scale a row, 4-bit activations (ConvRot); also int4_tensorwise",
-    "fp8_e4m3": "8-bit float; a scale for the tensor, each row or each block of any size",
-    "fp8_e5m2": "the same with more range and less precision",
-    "int8": "8-bit integer with 8-bit activations; row, tensor, block, or rotated (ConvRot)",
-    "mxfp8": "8-bit float with a power-of-two scale every 32 weights",
-    "nvfp4": "4-bit float with an 8-bit scale every 16 weights",
-    "svdquant_w4a4": "4-bit weights and activations with a 16-bit low-rank branch",
-    "w4a8_codebook": "rotated 4- or 6-bit weights that expand to int8, 8-bit activations (asym_w4a8_int8)",
+FOLDERS = ("docs/formats", "docs/dialects")
+
+
+def _nav(folder: str, names: Callable[[], dict]) -> Callable[[], str]:
+    return lambda: "\n".join(f"      - {name}: {folder}/{name}.md" for name in names())
+
+
+# file, name of the place in it -> what stands there
+PLACES: dict[tuple[str, str], Callable[[], str]] = {
+    ("README.md", "formats"): every_format,
+    ("docs/formats.md", "formats"): every_spec,
+    ("docs/dialects.md", "dialects"): every_dialect_table,
+    ("docs/manual.md", "presets"): every_preset,
+    ("docs/which-format.md", "sentences"): sentences,
+    ("docs/which-format.md", "diffusion"): diffusion,
+    ("mkdocs.yml", "formats"): _nav("formats", formats),
+    ("mkdocs.yml", "dialects"): _nav("dialects", dialects),
 }
 
 
-def bits(fmt: Format) -> float:
-    """Bits a weight of a 3072 x 3072 bfloat16 matrix takes, side tensors included."""
-    return fmt.nbytes(*SHAPE) * 8 / (SHAPE[0] * SHAPE[1])
+def marks(file: str, place: str) -> tuple[str, str]:
+    """What stands before and after a place."""
+    if file.endswith(".yml"):
+        return f"      # {place}: made by scripts/docs.py", f"      # {place}: end"
+    return f"<!-- {place}: made by scripts/docs.py -->", f"<!-- {place}: end -->"
 
 
-def every_spec() -> str:
-    """One row for each spec that a format gives a golden number for."""
-    rows = ["| spec | bits a weight | SQNR, dB | stored tensors |", "|---|---|---|---|"]
-    for cls in formats().values():
-        for spec, decibels in cls.golden_sqnr.items():
-            fmt = lowbit.parse_spec(spec)
-            rows.append(f"| `{spec}` | {bits(fmt):.2f} | {decibels:.1f} | {', '.join(fmt.part_names)} |")
-    return "\n".join(rows)
+def filled(file: str, place: str, text: str, made: str) -> str:
+    """The text of a file with a place filled."""
+    begin, end = marks(file, place)
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        sys.exit(f"{file}: lacks the marks {begin} and {end}")
+    return f"{head}{begin}\n{made}\n{end}{tail}"
 
 
-def every_format() -> str:
-    """One row a format: size, error by rounding and by the solver that `auto` takes, use."""
-    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-    rows = ["| format | bits a weight | SQNR, dB | what it is |", "|---|---|---|---|"]
-    for name, cls in formats().items():
-        fmt = cls()
-        shown = []
-        for chosen in dict.fromkeys(("rtn", pick_solver(AUTO, fmt)[0])):
-            back = fmt.dequantize(solver(chosen)(weight, fmt), (1024, 1024), torch.float32)
-            shown.append(f"{20 * math.log10(weight.norm() / (weight - back).norm()):.1f}")
-        rows.append(f"| `{name}` | {bits(fmt):.2f} | {' -> '.join(shown)} | {USES[name]} |")
-    return "\n".join(rows)
-
-
-PAGES: dict[str, Callable[[], str]] = {"README.md": every_format, "docs/formats.md": every_spec}
+def wanted() -> dict[str, str]:
+    """Path -> what should stand in it, of every file that is made or has a place."""
+    texts = {**format_pages(), **dialect_pages()}
+    for (file, place), make in PLACES.items():
+        texts[file] = filled(file, place, texts.get(file) or (ROOT / file).read_text(), make())
+    return texts
 
 
 def main() -> int:
-    """Update the pages, or compare; the exit code says whether they were (or are) right."""
-    stale = []
-    for name, table in PAGES.items():
-        page = ROOT / name
-        old = page.read_text()
-        head, begin, rest = old.partition(BEGIN)
-        _, end, tail = rest.partition(END)
-        if not begin or not end:
-            sys.exit(f"{name}: lacks the marks {BEGIN} and {END}")
-        new = f"{head}{BEGIN}\n{table()}\n{END}{tail}"
-        if new != old:
-            stale.append(name)
-        if "--check" not in sys.argv:
-            page.write_text(new)
-    if stale and "--check" in sys.argv:
-        print(f"{', '.join(stale)}: out of date; run python scripts/docs.py")
-        return 1
+    """Update the files, or compare; the exit code says whether they were (or are) right."""
+    texts = wanted()
+    stale = [name for name, text in texts.items() if not (ROOT / name).is_file() or (ROOT / name).read_text() != text]
+    extra = [
+        path.relative_to(ROOT).as_posix()
+        for folder in FOLDERS
+        for path in (ROOT / folder).glob("*.md")
+        if path.relative_to(ROOT).as_posix() not in texts
+    ]
+    if "--check" in sys.argv:
+        if stale or extra:
+            print(f"{', '.join(sorted(stale + extra))}: out of date; run python scripts/docs.py")
+        return 1 if stale or extra else 0
+    for name in extra:
+        (ROOT / name).unlink()
+    for name in stale:
+        (ROOT / name).parent.mkdir(exist_ok=True)
+        (ROOT / name).write_text(texts[name])
     return 0
 
 

@@ -1,0 +1,73 @@
+"""Every dialect with every format, as tests/checkpoint/dialects/test_every_pair.py proves it."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import sys
+from collections.abc import Iterable
+from types import ModuleType
+
+import lowbit
+from lowbit.checkpoint import dialects as package
+from lowbit.checkpoint.dialects import Dialect, StoredLayer, dialects
+from lowbit.formats import formats
+
+SHAPE = (128, 1024)  # that of the test
+TESTED, READ_ONLY, NOT_HELD = "tested", "read only", "no"
+
+
+def specs() -> list[str]:
+    """The specs of all formats with a golden number, and each format with both optional parts; all are in the test."""
+    found = []
+    for name, cls in formats().items():
+        found += [*cls.golden_sqnr, f"{name}(pre_quant_scale=true,input_scale=true)"]
+    return found
+
+
+def modules_of(dialect: Dialect) -> list[ModuleType]:
+    """The module that a dialect is written in, and those beside it that carry its name in front."""
+    own = sys.modules[type(dialect).__module__]
+    prefix = own.__name__.rpartition(".")[2] + "_"
+    names = [found.name for found in pkgutil.iter_modules(package.__path__) if found.name.startswith(prefix)]
+    return [own, *(importlib.import_module(f"{package.__name__}.{name}") for name in names)]
+
+
+def is_read(dialect: Dialect, name: str) -> bool:
+    """Whether a dialect that is only read has the format: its docstrings name those that it has."""
+    return any(re.search(rf"\b{name}\b", module.__doc__ or "") for module in modules_of(dialect))
+
+
+def verdict(dialect: Dialect, spec: str) -> tuple[str, str]:
+    """TESTED, READ_ONLY or NOT_HELD, and for the last the reason."""
+    fmt = lowbit.parse_spec(spec)
+    if not dialect.writes:
+        return (READ_ONLY, "") if is_read(dialect, fmt.name) else (NOT_HELD, "")
+    why = dialect.refuses(StoredLayer("blocks.0.proj", fmt, SHAPE))
+    return (NOT_HELD, why) if why else (TESTED, "")
+
+
+def grouped(dialect: Dialect, wanted: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The specs that a dialect has, and those that it has not by the reason."""
+    held, refused = [], {}
+    for spec in wanted:
+        found, why = verdict(dialect, spec)
+        if found == NOT_HELD:
+            refused.setdefault(why, []).append(spec)
+        else:
+            held.append(spec)
+    return held, refused
+
+
+def every_dialect() -> list[Dialect]:
+    """All dialects, those that are written first."""
+    return sorted(dialects().values(), key=lambda dialect: (not dialect.writes, dialect.name))
+
+
+def by_format(found: Iterable[str]) -> dict[str, list[str]]:
+    """Format -> its specs among these."""
+    grouped_specs: dict[str, list[str]] = {}
+    for spec in found:
+        grouped_specs.setdefault(spec.partition("(")[0], []).append(spec)
+    return grouped_specs
