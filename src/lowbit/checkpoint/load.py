@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,12 +18,14 @@ from lowbit.tensor import QuantizedTensor
 from .banks import experts_of, fit_bank, load_bank
 from .dialects import StoredLayer
 from .dialects.base import join_key
+from .pipeline import Unit, run_units
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source, open_source
 from .weight_shape import KERNEL, TURNED, plain_shape
 
 OPTIONS = "lowbit_options"  # attribute of a layer: a format's name, and what the checkpoint says besides it, for saving
 _SHOWN = 5
+_IN_WORK = 256 << 20  # bytes of layers that are read and unpacked at the same time
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class _Loader:
 
     def apply(self) -> LoadReport:
         """Read everything, then put it in place."""
-        weights = {name: self._quantized(name, stored) for name, stored in self.layers.items()}
+        weights = self._weights()
         banks = {name: self._bank(name, stored) for name, stored in self.banks.items()}
         plain = {name: self._plain(name, key) for name, key in self.plain.items()}
         for name, weight in weights.items():
@@ -199,6 +202,20 @@ class _Loader:
             unexpected=self.unexpected,
             notes=[*self.notes, *self.content.found.notes, *(note for s in described.values() for note in s.notes)],
         )
+
+    def _weights(self) -> dict[str, QuantizedTensor]:
+        """All quantized weights, several read and unpacked at a time."""
+        found: dict[str, QuantizedTensor] = {}
+
+        def read(name: str, stored: StoredLayer) -> None:
+            found[name] = self._quantized(name, stored)
+
+        units = []
+        for name, stored in self.layers.items():
+            size = sum(self.content.specs[key].nbytes for key in stored.keys.values())
+            units.append(Unit(name, size, 2 * size, partial(read, name, stored)))
+        run_units(units, budget=_IN_WORK)
+        return {name: found[name] for name in self.layers}
 
     def _quantized(self, name: str, stored: StoredLayer) -> QuantizedTensor:
         parts = self.content.load(stored)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit.errors import UnsupportedError
 from lowbit.formats.parts import concat_rows, gather_rows, narrow_rows
-from lowbit.tensor import QuantizedTensor, implements
+from lowbit.tensor import QuantizedTensor, implements, shortcut
 
 aten = torch.ops.aten
 
@@ -21,6 +21,13 @@ aten = torch.ops.aten
 @implements(aten.detach.default, aten.alias.default)
 def _alias(func: Any, args: Any, kwargs: Any) -> Any:
     return args[0].with_parts(args[0].parts)
+
+
+@shortcut(torch.Tensor.detach)
+def _detach(w: QuantizedTensor) -> QuantizedTensor:
+    # nn.Parameter detaches what it is given, and the first op that PyTorch dispatches to a tensor subclass makes it
+    # import half a second of torch.distributed and sympy; this way a model is loaded without them.
+    return w.with_parts(w.parts)
 
 
 def _flip(w: QuantizedTensor) -> QuantizedTensor:

@@ -4,8 +4,6 @@ A program may register its own: a `QuantizedLayout` subclass with a `Params` dat
 the aten ops it understands. Handlers are looked up along the class's bases, so a subclass inherits them.
 """
 
-# ruff: noqa: ARG003  (the hooks of layouts share their signatures)
-
 from __future__ import annotations
 
 import dataclasses

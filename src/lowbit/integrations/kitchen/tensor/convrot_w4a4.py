@@ -1,7 +1,5 @@
 """TensorCoreConvRotW4A4Layout: signed 4-bit codes of the rotated weight with one float32 scale a row."""
 
-# ruff: noqa: ARG003  (the hooks of layouts share their signatures)
-
 from __future__ import annotations
 
 from dataclasses import dataclass

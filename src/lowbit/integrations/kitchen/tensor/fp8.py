@@ -1,7 +1,5 @@
 """TensorCoreFP8Layout: float8 codes of any shape and one float32 scale."""
 
-# ruff: noqa: ARG003  (the hooks of layouts share their signatures)
-
 from __future__ import annotations
 
 import dataclasses

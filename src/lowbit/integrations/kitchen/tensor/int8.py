@@ -1,7 +1,5 @@
 """TensorWiseINT8Layout: int8 codes with one scale, or one a row, of the weight or of the rotated weight."""
 
-# ruff: noqa: ARG003  (the hooks of layouts share their signatures)
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ and then mm or addmm, so all four have to lead there. The gradient of x is a pro
 is dequantized for it.
 """
 
-# ruff: noqa: ARG003  (the hooks of layouts share their signatures)
-
 from __future__ import annotations
 
 import dataclasses

@@ -1,7 +1,5 @@
 """AsymW4A8Int8Layout: 4- or 6-bit codes that stand for int8 values, of the rotated weight."""
 
-# ruff: noqa: ARG003  (the hooks of layouts share their signatures)
-
 from __future__ import annotations
 
 from dataclasses import dataclass
