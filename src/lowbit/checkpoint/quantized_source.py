@@ -56,7 +56,8 @@ class QuantizedComponent:
 
     def strip_description(self, metadata: dict[str, str]) -> None:
         """Remove from a file's header metadata what the dialect says there about its layers."""
-        for name in self.dialect.owned_metadata if self.dialect is not None else ():
+        owned = self.dialect.owned_metadata if self.dialect is not None else ()
+        for name in (*owned, *self.found.entries):
             metadata.pop(name, None)
 
     def read(self, key: str) -> Tensor:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import lowbit
 from lowbit.checkpoint.dialects import Container, StoredLayer, TensorSpec, detect_dialect, get_dialect
+from lowbit.checkpoint.migrate import migrate
+from lowbit.checkpoint.source import open_source
 from lowbit.errors import CheckpointError, PartsError
 from lowbit.formats import parse_spec
 from tests.checkpoint.dialects.comfy_files import assert_same_bits
@@ -365,3 +369,22 @@ def test_a_saved_module_loads_in_torchao(ao, tmp_path):
     assert_same_bits(theirs["net.0.weight"].dequantize(), model[0].weight.dequantize())
     lowbit.load(fresh, path)
     assert_same_bits(fresh["net"][1].weight.dequantize(), model[1].weight.dequantize())
+
+
+def test_nothing_of_the_description_outlives_its_layers(tmp_path):
+    """Shards migrated to another dialect have no entry of torchao's header left, and every layer is there."""
+    stored, parts = layer_and_parts("int8")
+    index = {}
+    for name in ("a", "b"):
+        layer = replace(stored, layer=f"net.{name}")
+        tensors = {**DIALECT.store_parts(layer, parts), f"net.{name}.bias": torch.zeros(N)}
+        plain = {f"net.{name}.bias": TensorSpec(torch.float32, (N,))}
+        save_file(tensors, tmp_path / f"{name}.safetensors", metadata=DIALECT.header_metadata([layer], plain))
+        index |= dict.fromkeys(tensors, f"{name}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    with open_source(tmp_path / "model.safetensors.index.json") as source:
+        report = migrate(source, tmp_path / "out", to="comfy")
+    assert set(report.layers) == {"net.a", "net.b"}
+    with open_source(tmp_path / "out") as source:
+        metadata = [file.metadata for file in source.files.values()]
+    assert not [key for entry in metadata for key in entry if key.startswith("net.") or key == "tensor_names"]

@@ -122,6 +122,8 @@ class FoundLayers:
     """Keys that only describe the file or mean nothing (a `scaled_fp8` marker, a scale of 1 beside a plain weight)."""
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    entries: list[str] = field(default_factory=list)
+    """Entries of the header metadata that describe single layers, beside the dialect's `owned_metadata`."""
     orders: dict[str, Tensor] = field(default_factory=dict)
     """Plain vectors that lie in a kernel's order: key -> where each value lies, int64 [N]. Readers get them in their
     natural order."""

@@ -1,7 +1,7 @@
 """The convention of torchao's safetensors: the data of tensor subclasses, described in the header of the file.
 
-What the classes mean is in `torchao_integers` and `torchao_floats`, how they are described in `torchao_description`.
-Unlike torchao, layers of which parts lie in another shard are told from ones that lack them.
+What the classes mean is in `torchao_int4`, `torchao_integers` and `torchao_floats`, how they are described in
+`torchao_description`. Layers that lie in a shard which is not at hand are told from ones that lack a part.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from lowbit.checkpoint.dialects.torchao_description import (
     tagged,
 )
 from lowbit.checkpoint.dialects.torchao_floats import Float8, Mx, Nv
-from lowbit.checkpoint.dialects.torchao_integers import Int4, Int8Codes, IntxUnpackedToInt8
+from lowbit.checkpoint.dialects.torchao_int4 import Int4
+from lowbit.checkpoint.dialects.torchao_integers import Int8Codes, IntxUnpackedToInt8
 from lowbit.errors import CheckpointError, LowbitError, PartsError
 from lowbit.formats import Parts
 
@@ -70,8 +71,9 @@ class TorchAO:
         self, held: Container, read: Read, *, infer_act_unsigned: bool = True, strict: bool = True
     ) -> FoundLayers:
         """See `Dialect.find_layers`. Zero points are read, too: where all are 0, the format has none."""
-        found = FoundLayers()
-        for tensor, entry in entries(held.metadata).items():
+        described = entries(held.metadata)
+        found = FoundLayers(entries=list(described))
+        for tensor, entry in described.items():
             if entry["_type"] == PLAIN:
                 continue
             layer = layer_of(tensor)

@@ -17,8 +17,10 @@ from lowbit.checkpoint.dialects.base import Read, Shape, StoredLayer, TensorSpec
 from lowbit.checkpoint.dialects.torchao_description import Described
 from lowbit.errors import CheckpointError, PartsError
 from lowbit.formats import Format, Parts
+from lowbit.formats.granular import Granular
 
 OPTION = "torchao"  # the entry that a layer came with, and the specs of its data
+_NO_TILE = (128, 128)  # the block_size of a format that has no blocks
 _ROLES = {"per_tensor_scale": "global_scale", "act_pre_scale": "pre_quant_scale"}
 
 
@@ -160,3 +162,40 @@ def vector(found: Described, name: str, k: int) -> bool:
 def widened(tensor: Tensor) -> Tensor:
     """A 16-bit scale as float32, exactly."""
     return tensor if tensor.dtype == torch.float32 else tensor.float()
+
+
+def integers(stored: StoredLayer, values: Tensor, low: int, high: int) -> Tensor:
+    """Values that must be integers from `low` to `high`, of any dtype. Raises `PartsError`."""
+    if not values.numel():
+        return values
+    least, most = values.aminmax()
+    whole = not values.is_floating_point() or torch.equal(values, values.round())
+    if not whole or float(least) < low or float(most) > high:
+        raise PartsError(
+            f"{stored.place}: has values from {float(least):g} to {float(most):g}, expected integers from {low} to "
+            f"{high}; fractional zero points have no format here. Take the 16-bit model"
+        )
+    return values
+
+
+def granularity_of(block: tuple[int, int], shape: tuple[int, int]) -> tuple[str, tuple[int, int]]:
+    """The granularity that a `block_size` means, and the tile where that counts."""
+    if block == (1, shape[1]):
+        return "row", _NO_TILE
+    return ("tensor", _NO_TILE) if block == shape else ("block", block)
+
+
+def block_of(granularity: str, tile: tuple[int, int], shape: tuple[int, int]) -> list[int]:
+    """The inverse of `granularity_of`."""
+    return {"row": [1, shape[1]], "tensor": list(shape)}.get(granularity, list(tile))
+
+
+def blocks_refused(fmt: Granular, shape: tuple[int, int]) -> str | None:
+    """Why a file cannot say in which blocks a weight is, or None."""
+    (rows, columns), (n, k) = fmt.block_size, shape
+    if fmt.granularity != "block":
+        lost = fmt.block_size != _NO_TILE
+        return f"torchao has no place for a block_size that granularity={fmt.granularity} ignores" if lost else None
+    if granularity_of(fmt.block_size, shape)[0] != "block":
+        return f"its one block a row, or in all, is granularity=row or tensor to torchao, for a weight {n} x {k}"
+    return f"torchao wants whole blocks of {rows} x {columns}, and it is {n} x {k}" if n % rows or k % columns else None

@@ -21,9 +21,15 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.dialects.base import Read, StoredLayer
-from lowbit.checkpoint.dialects.torchao_classes import TensorClass, matrix, widened
+from lowbit.checkpoint.dialects.torchao_classes import (
+    TensorClass,
+    block_of,
+    blocks_refused,
+    granularity_of,
+    matrix,
+    widened,
+)
 from lowbit.checkpoint.dialects.torchao_description import Described, dtype_json, tagged
-from lowbit.checkpoint.dialects.torchao_integers import block_of, blocks_refused, granularity_of
 from lowbit.errors import PartsError
 from lowbit.formats import Format, Parts
 from lowbit.formats.fp8 import Fp8E4M3, Fp8E5M2

@@ -1,14 +1,8 @@
-"""torchao's classes of integers: Int4Tensor, IntxUnpackedToInt8Tensor and Int8Tensor.
+"""torchao's classes with a byte a code: IntxUnpackedToInt8Tensor and Int8Tensor.
 
-    class                     qdata                       scale, zero_point   format
-    Int4Tensor                int8 [N, K/2], signed       [K/g, N] floats     awq_w4a16: w = q * scale + zero_point
-    Int4Tensor (ExecuTorch)   the same, unsigned          [K/g, N]            wna16: w = (q - zero_point) * scale
-    IntxUnpackedToInt8Tensor  int8 [N, K], `target_dtype` [N, K/g]            wna16: w = (q - zero_point) * scale
-    Int8Tensor                int8 [N, K]                 by `block_size`     int8, or wna16 with zero points
-
-Nibbles have the even column low. ExecuTorch used Int4Tensor with integer zero points for a while: integer dtypes show
-it; zero points that are integers by value alone could be either, so they are refused, and read when its dialect is
-named.
+class                     qdata                       scale, zero_point   format
+IntxUnpackedToInt8Tensor  int8 [N, K], `target_dtype` [N, K/g]            wna16: w = (q - zero_point) * scale
+Int8Tensor                int8 [N, K]                 by `block_size`     int8, or wna16 with zero points
 """
 
 # ruff: noqa: D102  (the methods are documented in `TensorClass`)
@@ -22,91 +16,22 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.dialects.base import Read, StoredLayer
-from lowbit.checkpoint.dialects.torchao_classes import TensorClass, matrix, vector, widened
+from lowbit.checkpoint.dialects.torchao_classes import (
+    TensorClass,
+    block_of,
+    blocks_refused,
+    granularity_of,
+    integers,
+    matrix,
+    vector,
+    widened,
+)
 from lowbit.checkpoint.dialects.torchao_description import Described, dtype_json, tagged
 from lowbit.errors import PartsError
 from lowbit.formats import Parts
-from lowbit.formats.awq_w4a16 import AwqW4A16
-from lowbit.formats.granular import Granular
 from lowbit.formats.int8 import Int8
 from lowbit.formats.wna16 import WNA16
 from lowbit.numerics.bit_packing import CODES, pack_bits, unpack_bits
-
-_NO_TILE = Int8().block_size  # what a format says that has no blocks
-_LARGEST = 15  # of 4 bits
-_FLIP = 0x88  # a two's-complement nibble and the same plus 8 differ in its highest bit
-
-
-class Int4(TensorClass):
-    """Int4Tensor; with `integer_zeros` all of them are ExecuTorch's."""
-
-    kind = "Int4Tensor"
-    formats = ("awq_w4a16",)
-    required = ("qdata", "scale", "zero_point")
-
-    def __init__(self, *, integer_zeros: bool = False) -> None:
-        self._integer_zeros = integer_zeros
-
-    def find(self, found: Described, read: Read) -> StoredLayer:
-        n, half = matrix(found)
-        shape = found.sizes("shape") or (n, 2 * half)
-        block, scale = found.sizes("block_size"), found.tensors.specs["scale"]
-        if block is None or block[0] != 1 or shape != (n, 2 * half):
-            raise found.tensors.error(
-                f"is Int4Tensor of {list(shape)} in blocks of {block} with qdata {found.tensors.specs['qdata']}; only "
-                "groups along K are read. Take the 16-bit model"
-            )
-        dtypes = {"scale": scale.dtype, "pre_quant_scale": torch.float32}
-        scaled = vector(found, "act_pre_scale", shape[1])
-        if scaled:
-            dtypes["pre_quant_scale"] = found.tensors.specs["act_pre_scale"].dtype
-        zero = found.tensors.specs["zero_point"].dtype
-        if self._integer_zeros or not zero.is_floating_point:
-            fmt: WNA16 | AwqW4A16 = WNA16(group_size=block[1], zero_point=True, pre_quant_scale=scaled)
-            return self.layer(found, fmt, shape, scale.dtype, dtypes, ["zero points are integers, as ExecuTorch's"])
-        fmt = AwqW4A16(group_size=block[1], pre_quant_scale=scaled)
-        return self.layer(found, fmt, shape, scale.dtype, {**dtypes, "zero": zero})
-
-    def why_not(self, stored: StoredLayer) -> str | None:
-        if isinstance(stored.format, WNA16) and stored.shape[1] % CODES:
-            return f"it has {stored.shape[1]} columns, and only multiples of {CODES} are read"
-        return "torchao has no static scale for the input of Int4Tensor" if stored.format.input_scale else None
-
-    def read(self, stored: StoredLayer, data: Mapping[str, Tensor]) -> Parts:
-        qdata = data["qdata"].view(torch.uint8)
-        extra = {name: data[name].reshape(-1) for name in ("pre_quant_scale",) if name in data}
-        if isinstance(stored.format, WNA16):
-            zeros = _integers(stored, data["zero_point"], 0, _LARGEST).to(torch.uint8)
-            by_row = {"scale": data["scale"].t().contiguous(), "zero_point": zeros.t().contiguous()}
-            return {"qdata": qdata, **by_row, **extra}
-        _refuse_either_reading(stored, data["zero_point"])
-        return {
-            "qdata": (qdata ^ _FLIP).view(torch.int8),
-            "scale": data["scale"],
-            "zero": data["zero_point"],
-            **extra,
-        }
-
-    def write(self, stored: StoredLayer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        qdata = parts["qdata"].view(torch.uint8)
-        if isinstance(stored.format, WNA16):
-            data = {"scale": parts["scale"].t(), "zero_point": parts["zero_point"].t()}
-        else:
-            qdata = qdata ^ _FLIP
-            data = {"scale": parts["scale"], "zero_point": parts["zero"]}
-        unsigned = self.had(stored, "qdata") and self.kept(stored)["tensors"]["qdata"][0] == "uint8"
-        written = {"qdata": qdata if unsigned else qdata.view(torch.int8), **data}
-        written["zero_point"] = self.as_found(stored, "zero_point", written["zero_point"])
-        if "pre_quant_scale" in parts:
-            written["act_pre_scale"] = self.as_found(stored, "act_pre_scale", parts["pre_quant_scale"])
-        return written
-
-    def attributes(self, stored: StoredLayer) -> dict[str, Any]:
-        return {
-            "activation_dtype": self.attribute(stored, "activation_dtype", dtype_json(torch.bfloat16)),
-            "block_size": [1, stored.format.config()["group_size"]],
-            "shape": list(stored.shape),
-        }
 
 
 class IntxUnpackedToInt8(TensorClass):
@@ -125,7 +50,7 @@ class IntxUnpackedToInt8(TensorClass):
             raise found.tensors.error(f"has blocks of {block}, expected groups along K; take the 16-bit model")
         half = 1 << (int(bits) - 1)
         place = StoredLayer(found.tensors.layer, WNA16(), shape, where=found.tensors.where)
-        zeros = _integers(place, read(found.tensors.keys["zero_point"]), -half, half - 1)
+        zeros = integers(place, read(found.tensors.keys["zero_point"]), -half, half - 1)
         size = 0 if block[1] == shape[1] else block[1]
         fmt = WNA16(bits=int(bits), group_size=size, zero_point=bool(zeros.any()))
         dtypes = {"scale": found.tensors.specs["scale"].dtype}
@@ -263,29 +188,6 @@ class Int8Codes(TensorClass):
         }
 
 
-def granularity_of(block: tuple[int, int], shape: tuple[int, int]) -> tuple[str, tuple[int, int]]:
-    """The granularity that a `block_size` means, and the tile where that counts."""
-    if block == (1, shape[1]):
-        return "row", _NO_TILE
-    return ("tensor", _NO_TILE) if block == shape else ("block", block)
-
-
-def block_of(granularity: str, tile: tuple[int, int], shape: tuple[int, int]) -> list[int]:
-    """The inverse of `granularity_of`."""
-    return {"row": [1, shape[1]], "tensor": list(shape)}.get(granularity, list(tile))
-
-
-def blocks_refused(fmt: Granular, shape: tuple[int, int]) -> str | None:
-    """Why a file cannot say in which blocks a weight is, or None."""
-    (rows, columns), (n, k) = fmt.block_size, shape
-    if fmt.granularity != "block":
-        lost = fmt.block_size != _NO_TILE
-        return f"torchao has no place for a block_size that granularity={fmt.granularity} ignores" if lost else None
-    if granularity_of(fmt.block_size, shape)[0] != "block":
-        return f"its one block a row, or in all, is granularity=row or tensor to torchao, for a weight {n} x {k}"
-    return f"torchao wants whole blocks of {rows} x {columns}, and it is {n} x {k}" if n % rows or k % columns else None
-
-
 def _activations(*, static: bool) -> dict[str, Any]:
     """How torchao quantizes activations to int8: by rows on the fly, or with a stored scale."""
     granularity = tagged("PerTensor", {}) if static else tagged("PerRow", {"dim": -1})
@@ -297,11 +199,11 @@ def _unsigned_parts(stored: StoredLayer, data: Mapping[str, Tensor]) -> Parts:
     """wna16 of signed bytes: 2 ** (bits - 1) more, packed; columns beyond K hold the code of 0."""
     config = stored.format.config()
     bits, half, (n, k) = config["bits"], 1 << (config["bits"] - 1), stored.shape
-    codes = _integers(stored, data["qdata"], -half, half - 1).to(torch.int16).add_(half).to(torch.uint8)
+    codes = integers(stored, data["qdata"], -half, half - 1).to(torch.int16).add_(half).to(torch.uint8)
     parts = {"scale": data["scale"]}
     last = torch.full((n, 1), half, dtype=torch.uint8)
     if config["zero_point"]:
-        zeros = _integers(stored, data["zero_point"], -half, half - 1).to(torch.int16).add_(half)
+        zeros = integers(stored, data["zero_point"], -half, half - 1).to(torch.int16).add_(half)
         parts["zero_point"] = zeros.to(torch.uint8)
         last = parts["zero_point"][:, -1:]
     filled = torch.cat([codes, last.expand(-1, -k % CODES)], dim=1)
@@ -326,29 +228,3 @@ def _signed_data(stored: StoredLayer, parts: Mapping[str, Tensor]) -> dict[str, 
             f"{stored.place}: has a zero point of {int(zeros.max()) + half}, and torchao stores {bits} bits"
         )
     return {"qdata": codes, "scale": parts["scale"], "zero_point": zeros.to(torch.int8)}
-
-
-def _integers(stored: StoredLayer, values: Tensor, low: int, high: int) -> Tensor:
-    """Values that must be integers from `low` to `high`, of any dtype. Raises `PartsError`."""
-    if not values.numel():
-        return values
-    least, most = values.aminmax()
-    whole = not values.is_floating_point() or torch.equal(values, values.round())
-    if not whole or float(least) < low or float(most) > high:
-        raise PartsError(
-            f"{stored.place}: has values from {float(least):g} to {float(most):g}, expected integers from {low} to "
-            f"{high}; fractional zero points have no format here. Take the 16-bit model"
-        )
-    return values
-
-
-def _refuse_either_reading(stored: StoredLayer, zeros: Tensor) -> None:
-    """Raise `PartsError` for floating zero points that torchao and ExecuTorch would read differently."""
-    could = zeros.numel() and bool(zeros.any()) and torch.equal(zeros, zeros.round())
-    if could and float(zeros.min()) >= 0 and float(zeros.max()) <= _LARGEST:
-        raise PartsError(
-            f"{stored.place}: all its zero points are integers from 0 to {_LARGEST}. To torchao they are offsets, "
-            "w = q * scale + zero_point with signed q; in ExecuTorch's Int4Tensor they are codes, w = (q - zero_point) "
-            "* scale with unsigned q, and nothing in the file says which. If ExecuTorch wrote it, name its dialect "
-            "(--source-dialect executorch); else take the 16-bit model"
-        )
