@@ -60,7 +60,8 @@ def every_spec() -> str:
     for cls in formats().values():
         for spec, decibels in cls.golden_sqnr.items():
             fmt = lowbit.parse_spec(spec)
-            rows.append((f"`{spec}`", f"{bits(fmt):.2f}", f"{decibels:.1f}", ", ".join(fmt.part_names)))
+            named = f"[`{spec}`](formats/{cls.name}.md)"
+            rows.append((named, f"{bits(fmt):.2f}", f"{decibels:.1f}", ", ".join(fmt.part_names)))
     return table(("spec", "bits a weight", "SQNR, dB", "stored tensors"), rows)
 
 
@@ -75,7 +76,7 @@ def every_format() -> str:
             back = fmt.dequantize(solver(chosen)(weight, fmt), (1024, 1024), torch.float32)
             shown.append(f"{20 * math.log10(weight.norm() / (weight - back).norm()):.1f}")
         use = USES.get(name) or first_sentence(cls.__doc__).rstrip(".")
-        rows.append((f"`{name}`", f"{bits(fmt):.2f}", " -> ".join(shown), use))
+        rows.append((f"[`{name}`](docs/formats/{name}.md)", f"{bits(fmt):.2f}", " -> ".join(shown), use))
     return table(("format", "bits a weight", "SQNR, dB", "what it is"), rows)
 
 
