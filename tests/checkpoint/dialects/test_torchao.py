@@ -131,6 +131,23 @@ def test_what_is_written_decodes_the_same_in_torchao(spec, ao):
     assert_same_bits(theirs.dequantize(), ours)
 
 
+@pytest.mark.parametrize("spec", [spec for spec, kind in SPECS.items() if kind == "Int4Tensor"])
+def test_int4_tensors_are_made_of_what_is_written(spec, ao):
+    """torchao makes its Int4Tensor, which has no dequantize, of our files: signed codes * scale + zero point."""
+    stored, parts = layer_and_parts(spec)
+    theirs = ao["unflatten_tensor_state_dict"](*written(spec))[0][f"{LAYER}.weight"]
+    assert (type(theirs).__name__, theirs.shape, theirs.dtype) == ("Int4Tensor", (N, K), torch.bfloat16)
+    size = stored.format.config()["group_size"]
+    assert theirs.block_size == [1, size]
+    assert theirs.qdata.dtype == torch.int8
+    signed = nibbles(theirs.qdata)
+    signed = (signed - 16 * (signed > 7)).float()
+    scale, zero = (part.float().t().repeat_interleave(size, 1) for part in (theirs.scale, theirs.zero_point))
+    plain = {name: part for name, part in parts.items() if name != "pre_quant_scale"}
+    assert torch.equal(signed * scale + zero, stored.format.plain.dequantize(plain, (N, K), torch.float32))
+    assert (theirs.act_pre_scale is not None) == stored.format.pre_quant_scale
+
+
 def torchao_weights(ao, w):
     """Name -> a weight of every class that torchao can make on a CPU, and the format it is."""
     row, tensor, group, block = ao["PerRow"](), ao["PerTensor"](), ao["PerGroup"](32), ao["PerBlock"]([16, 64])

@@ -24,7 +24,7 @@ from lowbit.checkpoint.dialects.base import (
     name_place,
     register_dialect,
 )
-from lowbit.checkpoint.dialects.described import FIELD
+from lowbit.checkpoint.dialects.described import FIELD, plain_layers
 from lowbit.checkpoint.dialects.read_only import ReadOnly
 from lowbit.checkpoint.dialects.torchao_classes import OPTION, TensorClass
 from lowbit.checkpoint.dialects.torchao_description import (
@@ -139,8 +139,17 @@ class TorchAO:
     def config_fields(
         self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]
     ) -> dict[str, dict[str, Any]]:
-        """Nothing: the header says it all."""
-        return {}
+        """`quantization_config`, by which transformers and diffusers know that they need torchao.
+
+        What a layer is, the header says; of the settings only the name counts, and it is that of the first layer.
+        """
+        first = next(iter(layers), None)
+        if first is None:
+            return {}
+        name, version = self._class(first).config_of(first)
+        settings = {**tagged(name, {}), "_version": version}
+        facts = {"quant_type": {"default": settings}, "modules_to_not_convert": plain_layers(plain)}
+        return {"config.json": {FIELD: {"quant_method": "torchao", **facts}}}
 
     def _find(
         self, held: Container, read: Read, tensor: str, layer: str | None, entry: Mapping[str, Any]

@@ -32,6 +32,8 @@ class TensorClass:
     formats: Sequence[str] = ()
     """The formats that are written as this class; the first class that names one takes it."""
     required: Sequence[str] = ("qdata", "scale")
+    config: tuple[str, int] = ("", 0)
+    """The name and version of the settings with which torchao makes such tensors."""
     input_scale: str = ""
     """The data that is a static scale for activations, if the class has one."""
 
@@ -54,6 +56,10 @@ class TensorClass:
     def attributes(self, stored: StoredLayer) -> dict[str, Any]:
         """The fields of `_data`, in torchao's order; those that a layer came with win over `None` and defaults."""
         raise NotImplementedError
+
+    def config_of(self, stored: StoredLayer) -> tuple[str, int]:
+        """`config`, where it depends on the layer."""
+        return self.config
 
     # ---- what follows from that -------------------------------------------------------------------------------------
 

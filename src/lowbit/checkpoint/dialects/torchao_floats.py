@@ -48,6 +48,7 @@ class Float8(TensorClass):
 
     kind = "Float8Tensor"
     formats = ("fp8_e4m3", "fp8_e5m2")
+    config = ("Float8WeightOnlyConfig", 2)
 
     def find(self, found: Described, read: Read) -> StoredLayer:
         shape, codes, scale = matrix(found), found.tensors.specs["qdata"], found.tensors.specs["scale"]
@@ -143,6 +144,7 @@ class Mx(Blocks):
 
     kind = "MXTensor"
     formats = ("mxfp8", "mxfp4")
+    config = ("MXDynamicActivationMXWeightConfig", 1)
     group = 32
 
     def find(self, found: Described, read: Read) -> StoredLayer:
@@ -185,6 +187,7 @@ class Nv(Blocks):
 
     kind = "NVFP4Tensor"
     formats = ("nvfp4",)
+    config = ("NVFP4WeightOnlyConfig", 1)
     group = 16
     input_scale = "act_per_tensor_scale"
 

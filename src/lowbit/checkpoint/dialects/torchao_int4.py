@@ -37,6 +37,7 @@ class Int4(TensorClass):
     kind = "Int4Tensor"
     formats = ("awq_w4a16",)
     required = ("qdata", "scale", "zero_point")
+    config = ("Int4WeightOnlyConfig", 2)
 
     def __init__(self, *, integer_zeros: bool = False) -> None:
         self._integer_zeros = integer_zeros

@@ -40,6 +40,7 @@ class IntxUnpackedToInt8(TensorClass):
     kind = "IntxUnpackedToInt8Tensor"
     formats = ("wna16",)
     required = ("qdata", "scale", "zero_point")
+    config = ("IntxWeightOnlyConfig", 2)
 
     def find(self, found: Described, read: Read) -> StoredLayer:
         shape, block, target = matrix(found), found.sizes("block_size"), found.dtype("target_dtype")
@@ -91,6 +92,7 @@ class Int8Codes(TensorClass):
     kind = "Int8Tensor"
     formats = ("int8",)
     input_scale = "act_quant_scale"
+    config = ("Int8WeightOnlyConfig", 2)
 
     def find(self, found: Described, read: Read) -> StoredLayer:
         shape, block = matrix(found), found.sizes("block_size")
@@ -133,6 +135,10 @@ class Int8Codes(TensorClass):
         fmt = WNA16(bits=8, group_size=size, zero_point=True)
         dtypes = {"scale": found.tensors.specs["scale"].dtype}
         return self.layer(found, fmt, shape, found.dtype("dtype"), dtypes)
+
+    def config_of(self, stored: StoredLayer) -> tuple[str, int]:
+        rounds = isinstance(stored.format, Int8) and stored.format.activations == "int8"
+        return ("Int8DynamicActivationInt8WeightConfig", 2) if rounds else self.config
 
     def why_not(self, stored: StoredLayer) -> str | None:
         fmt = stored.format
