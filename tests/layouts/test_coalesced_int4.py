@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import lowbit
+from lowbit.checkpoint.plan import make_plan
+from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.errors import FormatError, PartsError
 from lowbit.formats import parse_spec
@@ -75,6 +78,18 @@ def test_offsets_without_a_zero_point_are_refused():
         coalesced_int4.pack(fmt, fmt.quantize(gaussian(24, 128, dtype=torch.bfloat16)))
 
 
+def test_a_group_of_zeros_has_a_zero_point():
+    """A scale and an offset of 0 are packed and unpacked; an offset without a scale is refused."""
+    fmt, plain = parts_of("awq_w4a16(group_size=64)")
+    plain["scale"][1, 3] = plain["zero"][1, 3] = 0
+    packed = coalesced_int4.pack(fmt, plain)
+    assert packed["zero"][3, 1] == 8
+    assert torch.equal(coalesced_int4.unpack(fmt, packed)["zero"], plain["zero"])
+    plain["zero"][1, 3] = 0.5
+    with pytest.raises(PartsError, match="no multiples of its scales"):
+        coalesced_int4.pack(fmt, plain)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_packed_weight_works_like_a_plain_one(spec):
     """linear, embedding, dequantize and the gradient of x give the results of the plain parts; packing is undone."""
@@ -102,6 +117,14 @@ def test_is_registered_with_a_version_and_never_stored():
     with pytest.raises(FormatError, match="no file holds it; write wna16"):
         StoredFormat.parse("wna16@coalesced_int4").check_stored()
     StoredFormat.parse("svdquant_w4a4@kitchen_tile_packed_w4a4").check_stored()
+
+
+@pytest.mark.parametrize("rules", [[], [("blocks", "wna16@coalesced_int4")]])
+def test_a_plan_with_it_is_refused(tmp_path, rules):
+    """Before anything is read, for the format of all layers and for that of some."""
+    save_file({"blocks.0.weight": gaussian(128, 128)}, tmp_path / "in.safetensors")
+    with open_source(tmp_path / "in.safetensors") as source, pytest.raises(FormatError, match="no file holds it"):
+        make_plan(source, "int8" if rules else "wna16@coalesced_int4", layer_rules=rules)
 
 
 @pytest.mark.parametrize(

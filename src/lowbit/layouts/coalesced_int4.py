@@ -122,7 +122,8 @@ def check(qdata: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> None:
 def _zero_points(scale: Tensor, zero: Tensor) -> Tensor:
     """8 - zero / scale [N, G] in the dtype of zero, exactly. Raises `PartsError`."""
     wide = scale.double()
-    found = (MIDDLE - zero.double() / wide).to(zero.dtype)
+    steps = zero.double() / wide.masked_fill(wide == 0, 1.0)  # a scale of 0 is right for an offset of 0 alone
+    found = (MIDDLE - steps).to(zero.dtype)
     if not found.is_meta and not torch.equal((MIDDLE - found.double()) * wide, zero.double()):
         raise PartsError(
             f"its offsets are no multiples of its scales that {str(zero.dtype).removeprefix('torch.')} can hold, so "
