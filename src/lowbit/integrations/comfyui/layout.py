@@ -158,7 +158,7 @@ def layout_for(fmt: Format) -> Any:
 def _make_layout(fmt: Format, kit: ModuleType) -> Any:
     _register_handlers(kit)
     name = f"Lowbit[{fmt.spec}]"
-    members = {"FORMAT": fmt, "NAME": name, "Params": _make_params(fmt, kit), "__doc__": f"{fmt.spec}, by lowbit."}
+    members = {"FORMAT": fmt, "NAME": name, "Params": _make_params(fmt, kit), "__module__": __name__}
     made = type(f"Lowbit_{fmt.name}", (LowbitLayout, kit.QuantizedLayout), members)
     kit.register_layout_class(name, made)
     return made

@@ -69,11 +69,12 @@ def lowbit_ops(
     )
     if not hasattr(base.Linear, "_forward"):
         raise DependencyError("this ComfyUI is too old for lowbit's operations: update it to 0.18 or later")
-    own = {"lowbit_reading": reading, "lowbit_comfy": comfy}
+    own = {"lowbit_reading": reading, "lowbit_comfy": comfy, "__module__": __name__}
     members: dict[str, Any] = {
         "Linear": type("Linear", (_Linear, base.Linear), dict(own)),
         "Embedding": type("Embedding", (_Embedding, base.Embedding), dict(own)),
         "__doc__": "ComfyUI's mixed-precision operations with lowbit's formats.",
+        "__module__": __name__,
     }
     for name in (*_CONVOLUTIONS, "MoEExperts"):
         if hasattr(base, name):
