@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -208,6 +211,38 @@ def test_a_copy_is_saved_as_it_is(folder, tmp_path):
         copied.proj_out.bias.fill_(7)
 
     assert (load(saved(copied, tmp_path)).proj_out.bias == 7).all()
+
+
+def test_a_pickled_model_is_whole(folder, tmp_path):
+    """A model that went through a pickle counts its own memory and saves its own weights."""
+    model = load(folder, "awq_w4a16")
+    again = pickle.loads(pickle.dumps(model))
+    assert again.get_memory_footprint() == model.get_memory_footprint()
+    del model
+
+    assert_same_weights(again, load(saved(again, tmp_path)))
+
+
+def test_a_dropped_model_frees_its_memory(folder):
+    """Nothing keeps a model alive that is dropped: its memory is free at once, not at the next garbage collection."""
+    model = load(folder, "int8")
+    weight = weakref.ref(model.single_transformer_blocks[0].proj_out)
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_compiled_blocks(folder):
+    """Blocks compile without a break in the graph, and answer the same."""
+    model = load(folder, "awq_w4a16")
+    before = answer(model)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+
+    assert model.hf_quantizer.is_compileable
+    torch.testing.assert_close(answer(model), before)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])

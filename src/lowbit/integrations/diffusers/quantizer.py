@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from lowbit.errors import CheckpointError, PlanError
 from lowbit.formats import Format
 from lowbit.formats.parts import FLOATS
 from lowbit.integrations.diffusers.config import LowbitConfig
+from lowbit.integrations.diffusers.own_model import Footprint, OwnModel
 from lowbit.integrations.diffusers.single_file import WHERE, SingleFile
 from lowbit.integrations.diffusers.stored_layers import StoredLayers, add_biases, refuse_missing
 from lowbit.integrations.hf_files import describe_files
@@ -26,7 +26,6 @@ from lowbit.integrations.hf_layers import (
     dequantize_module_,
     flat_state,
     quantized_parameter,
-    stored_bytes,
 )
 from lowbit.nn import fold_bias_
 from lowbit.tensor import QuantizedTensor
@@ -49,7 +48,7 @@ class LowbitQuantizer(DiffusersQuantizer):
         self._from_folder = False
         self._stored: StoredLayers | None = None
         self._single: SingleFile | None = None
-        self._model: Any = None
+        self._own: OwnModel | None = None
 
     # ---- what there is to load --------------------------------------------------------------------------------------
 
@@ -62,7 +61,7 @@ class LowbitQuantizer(DiffusersQuantizer):
                 "device_map: quantized weights cannot be offloaded one by one, to disk or CPU; place the model on one "
                 "device (device_map=None) and use enable_model_cpu_offload() or enable_group_offload()"
             )
-        if self.quantization_config.format is not None:
+        if self.quantization_config.format is not None and not self.pre_quantized:
             self.quantization_config.rules()
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
@@ -212,12 +211,12 @@ class LowbitQuantizer(DiffusersQuantizer):
         if self._stored is not None:
             self._stored.refuse_incomplete()
         self._stored = self._single = None
-        self._model = model
+        self._own = OwnModel(model)
         model.register_to_config(quantization_config=self.quantization_config)
         if self.quantization_config.dequantize:
             model.is_quantized = False
             return self._dequantize(model)
-        model.get_memory_footprint = MethodType(get_memory_footprint, model)
+        model.get_memory_footprint = Footprint(model)
         return model
 
     # ---- afterwards -------------------------------------------------------------------------------------------------
@@ -229,15 +228,16 @@ class LowbitQuantizer(DiffusersQuantizer):
 
         Raises `CheckpointError` for a pickle instead of safetensors, and for a model that carries adapters.
         """
+        assert self._own is not None  # only what has been loaded is saved
         if not safe_serialization:
             raise CheckpointError("quantized weights are saved as safetensors only; drop safe_serialization=False")
         if any(".base_layer." in key for key in state_dict):
             raise CheckpointError(
-                f"{type(self._model).__name__}: carries adapters, which save_pretrained would mix with the weights; "
-                "save them by themselves (peft.get_peft_model_state_dict), call fuse_lora() where they are to stay in "
+                f"{type(self._own.model).__name__}: carries adapters, which would be mixed with the weights; save "
+                "them by themselves (peft.get_peft_model_state_dict), call fuse_lora() where they are to stay in "
                 "the weights, then unload_lora(), and save"
             )
-        return flat_state(self._model), {}
+        return flat_state(self._own.model), {}
 
     def _dequantize(self, model: Any) -> Any:
         model.__dict__.pop("get_memory_footprint", None)
@@ -264,11 +264,3 @@ class LowbitQuantizer(DiffusersQuantizer):
     def is_compileable(self) -> bool:
         """Whether the model can be compiled."""
         return True
-
-
-def get_memory_footprint(model: nn.Module, return_buffers: bool = True) -> int:
-    """Bytes that a model takes, quantized weights through their parts; with its buffers or without.
-
-    In place of the method of diffusers, which counts two bytes for each element of a bfloat16 weight.
-    """
-    return stored_bytes(model, buffers=return_buffers)
