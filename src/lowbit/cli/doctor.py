@@ -144,7 +144,8 @@ def _reasons(stored: StoredFormat, shape: tuple[int, int], x: torch.Tensor) -> d
     fmt = stored.format.plain
     parts = fmt.empty_parts(shape, x.device, x.dtype)
     if stored.layout:
-        parts = get_layout(stored.layout, fmt).pack(fmt, parts)
+        zeros = {name: part.zero_() for name, part in parts.items()}  # not every content has every layout
+        parts = get_layout(stored.layout, fmt).pack(fmt, zeros)
     return explain("linear", fmt.name, stored.layout, x.device.type, (fmt, x, parts, None))
 
 
