@@ -34,7 +34,7 @@ def dialect_page(dialect: Dialect) -> str:
     sections = [
         MADE,
         f"# {dialect.name}",
-        f"{dialect.summary[0].upper()}{dialect.summary[1:]}.",
+        f"{dialect.summary}.",
         _facts(dialect),
         from_docstring(module.__doc__ or ""),
         *(_section(helper) for helper in helpers),

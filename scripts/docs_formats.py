@@ -39,6 +39,10 @@ USES = {
     "wna16": "integers of 2 to 8 bits with a scale a group, 16-bit inputs: GPTQ, AWQ, llm-compressor",
 }
 
+_NOTES = {
+    "gguf": "GGUF files themselves are written by `lowbit export`: see [llama.cpp](../recipes/llama-cpp.md).",
+}
+_KINDS = {bool: "False, True", int: "a whole number", tuple: "rows x columns", str: "text"}
 _MEASURED = (
     "Bits are those of a 3072 x 3072 bfloat16 weight with all its side tensors. The SQNR is that of rounding "
     "to nearest on a Gaussian 1024 x 1024 weight."
@@ -89,6 +93,7 @@ def format_page(cls: type[Format]) -> str:
         f"# {cls.name}",
         from_docstring(cls.__doc__ or ""),
         fenced("bash", example.replace("'" + cls.name + "'", cls.name)),
+        _NOTES.get(cls.name, ""),
         from_docstring(module.__doc__ or ""),
         f"All in one file: [`{_source(module.__file__)}`](../../{_source(module.__file__)}).",
         "## Variants",
@@ -124,10 +129,24 @@ def _variants(cls: type[Format]) -> str:
 
 def _fields(cls: type[Format]) -> str:
     fields = {field.name: field.default for field in dataclasses.fields(cls)}
-    own = [name for name in fields if name not in _COMMON]
-    rows = [(f"`{name}`", f"`{_value(fields[name])}`", "") for name in own]
+    stated, rows = _stated_values(cls), []
+    for name, default in fields.items():
+        if name not in _COMMON:
+            values = stated.get(name) or _KINDS[type(default)]
+            rows.append((f"`{name}`", f"`{_value(default)}`", values))
     rows += [(f"`{name}`", f"`{_value(fields[name])}`", what) for name, what in _COMMON.items()]
-    return table(("field", "default", ""), rows)
+    return table(("field", "default", "values"), rows)
+
+
+def _stated_values(cls: type[Format]) -> dict[str, str]:
+    """Field -> its values, of those for which the class says `one_of(self, field, values)`."""
+    found: dict[str, str] = {}
+    for module in reversed([sys.modules[base.__module__] for base in cls.__mro__ if issubclass(base, Format)]):
+        for node in ast.walk(ast.parse(Path(module.__file__ or "").read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "one_of":
+                values = eval(compile(ast.Expression(node.args[2]), cls.name, "eval"), vars(module))  # noqa: S307
+                found[ast.literal_eval(node.args[1])] = ", ".join(map(_value, values))
+    return found
 
 
 def _value(value: object) -> str:
