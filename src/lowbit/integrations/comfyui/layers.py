@@ -115,15 +115,22 @@ def take_parts(stored: StoredLayer, state_dict: dict[str, Tensor], device: torch
     return {name: part if device is None else part.to(device) for name, part in parts.items()}
 
 
-def saved_layer(stored: StoredLayer, weight: Any, bias: Tensor | None, prefix: str) -> dict[str, Tensor]:
-    """A layer's tensors by key as a ComfyUI file holds them: canonical keys, the marker, and the bias."""
+def saved_layer(
+    stored: StoredLayer, weight: Any, bias: Tensor | None, prefix: str, bias_dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """A layer's tensors by key as a ComfyUI file holds them: canonical keys, the marker, and the bias.
+
+    bias_dtype: what the bias was in the file; ComfyUI widens it where it computes in more.
+    """
     layer = replace(stored, layer=prefix.removesuffix("."))
     saved = COMFY.store_parts(layer, parts_of(weight))
     gain = bias_gain(weight)
     if gain is not None:
-        dtype = stored.dtype if bias is None else bias.dtype
-        bias = (gain if bias is None else bias.float() + gain.to(bias.device)).to(dtype)
-    return saved if bias is None else {join_key(layer.layer, "bias"): bias, **saved}
+        bias = gain if bias is None else bias.float() + gain.to(bias.device)
+        bias_dtype = bias_dtype or stored.dtype
+    if bias is not None:
+        saved[join_key(layer.layer, "bias")] = bias if bias_dtype is None else bias.to(bias_dtype)
+    return saved
 
 
 def _fitted(stored: StoredLayer, shape: tuple[int, int]) -> StoredLayer:

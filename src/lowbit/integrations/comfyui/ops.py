@@ -126,6 +126,7 @@ class _Layer(nn.Module):
     lowbit_comfy: Any
     lowbit_stored: StoredLayer | None = None
     lowbit_layout: type[LowbitLayout] | None = None
+    lowbit_bias_dtype: torch.dtype | None = None
     weight: Any
     bias: Any
 
@@ -149,8 +150,10 @@ class _Layer(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *rest)
             return
         self._lowbit_take(stored, state_dict)
-        if stored.format.folds_bias and self.bias is None and f"{prefix}bias" in state_dict:
-            self.bias = nn.Parameter(state_dict[f"{prefix}bias"].clone(), requires_grad=False)
+        bias = state_dict.get(f"{prefix}bias")
+        self.lowbit_bias_dtype = None if bias is None else bias.dtype
+        if stored.format.folds_bias and self.bias is None and bias is not None:
+            self.bias = nn.Parameter(bias.clone(), requires_grad=False)
         nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)
         missing_keys[:] = [key for key in missing_keys if key != f"{prefix}weight"]
 
@@ -174,7 +177,7 @@ class _Layer(nn.Module):
         if self.lowbit_stored is None or not is_lowbit(self.weight):
             return super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
         made = {} if destination is None else destination
-        made.update(saved_layer(self.lowbit_stored, self.weight, self.bias, prefix))
+        made.update(saved_layer(self.lowbit_stored, self.weight, self.bias, prefix, self.lowbit_bias_dtype))
         return made
 
 
