@@ -111,6 +111,21 @@ def test_a_plain_file_is_quantized_while_it_loads(published, tmp_path):
         load(published, file)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_a_file_of_plain_float8_is_taken_as_its_numbers(published, dtype, tmp_path):
+    """Files whose every tensor is E4M3 without a scale: what is not quantized again gets the dtype of the model."""
+    *_, state = published
+    narrow = {key: value.to(torch.float8_e4m3fn) for key, value in state.items()}
+    plain = {key: value.float() for key, value in narrow.items()}
+    model = load(published, file_of(narrow, tmp_path / "8.safetensors"), "int8", torch_dtype=dtype)
+    expected = load(published, file_of(plain, tmp_path / "32.safetensors"), "int8", torch_dtype=dtype)
+
+    assert_same_weights(model, expected)
+    assert {value.dtype for value in model.parameters()} == {dtype or torch.float32}
+    assert torch.equal(model.proj_out.weight, expected.proj_out.weight)
+    assert answer(model).isfinite().all()
+
+
 def test_prefix_and_header(published, tmp_path):
     """ComfyUI's prefix is taken off, and a file whose layers only its header describes is read with our reader."""
     *_, state = published

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from lowbit.checkpoint.dialects.base import join_key, layer_of
 from lowbit.errors import CheckpointError, PlanError
 from lowbit.formats import Format
-from lowbit.formats.parts import FLOATS
 from lowbit.integrations.diffusers.config import LowbitConfig
 from lowbit.integrations.diffusers.own_model import Footprint, OwnModel
 from lowbit.integrations.diffusers.single_file import WHERE, SingleFile
-from lowbit.integrations.diffusers.stored_layers import StoredLayers, add_biases, refuse_missing
+from lowbit.integrations.diffusers.stored_layers import StoredLayers, add_biases, refuse_missing, widened
 from lowbit.integrations.hf_files import describe_files
 from lowbit.integrations.hf_layers import (
     LayerChoice,
@@ -94,7 +93,7 @@ class LowbitQuantizer(DiffusersQuantizer):
             if self._single.quantized:
                 self._refuse_format()
             return self._single.state
-        return state_dict if self._stored is None else self._stored.take(state_dict)
+        return widened(state_dict if self._stored is None else self._stored.take(state_dict))
 
     def _refuse_format(self) -> None:
         if self.quantization_config.format is not None:
@@ -188,8 +187,6 @@ class LowbitQuantizer(DiffusersQuantizer):
         name, _, attribute = param_name.rpartition(".")
         layer = model.get_submodule(name)
         value = param_value.to(target_device)
-        if value.dtype not in FLOATS:  # plain E4M3, which diffusers does not cast where there is a quantizer
-            value = value.to(layer.weight.dtype)
         fmt = self._format_of(join_key(name, "weight")) if self.choices else None
         if isinstance(value, QuantizedTensor):  # rows of another weight become a weight of their own
             layer.weight = nn.Parameter(value.clone() if value.view_of else value.detach(), requires_grad=False)

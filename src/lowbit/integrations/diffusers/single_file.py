@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from lowbit.checkpoint.dialects import StoredLayer
 from lowbit.errors import CheckpointError
-from lowbit.integrations.diffusers.stored_layers import StoredLayers, add_biases, describe_state, refuse_missing
+from lowbit.integrations.diffusers.stored_layers import (
+    StoredLayers,
+    add_biases,
+    describe_state,
+    refuse_missing,
+    widened,
+)
 from lowbit.integrations.hf_files import describe_files, fitted_to, remember_options
 from lowbit.tensor import QuantizedTensor
 from lowbit.tensor.handlers import fallbacks
@@ -43,7 +49,7 @@ class SingleFile:
         given = any(isinstance(value, QuantizedTensor) for value in state.values())
         files = None if given else describe_state(state, WHERE)
         self._stored = StoredLayers(files) if files is not None and files.found.layers else None
-        self.state = dict(state) if self._stored is None else self._stored.take(state)
+        self.state = widened(dict(state) if self._stored is None else self._stored.take(state))
         self.quantized = given or self._stored is not None
         self._storages = {_storage(v) for v in self.state.values() if isinstance(v, Tensor) and _is_plain(v)}
         self._fallbacks = fallbacks()

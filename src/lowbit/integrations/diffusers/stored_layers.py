@@ -20,13 +20,15 @@ from lowbit.errors import CheckpointError
 from lowbit.integrations.hf_files import DescribedFiles, fitted_to, remember_options
 from lowbit.tensor import QuantizedTensor
 
+_PLAIN_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-def describe_state(state: Mapping[str, Tensor], where: str) -> DescribedFiles:
+
+def describe_state(state: Mapping[str, Any], where: str) -> DescribedFiles:
     """What the tensors of a file say, without its header and the JSON files beside it.
 
     Raises `CheckpointError` (or `PartsError`, `FormatError`, `UnknownFormatError`) for whatever is not sound.
     """
-    specs = {key: TensorSpec.of(value) for key, value in state.items()}
+    specs = {key: TensorSpec.of(value) for key, value in state.items() if isinstance(value, Tensor)}
     held = Container(specs, where=where)
     try:
         dialect = detect_dialect(held)
@@ -37,6 +39,17 @@ def describe_state(state: Mapping[str, Tensor], where: str) -> DescribedFiles:
         ) from error
     found = FoundLayers(plain=list(specs)) if dialect is None else dialect.find_layers(held, state.__getitem__)
     return DescribedFiles(where, specs, dialect, found)
+
+
+def widened(state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a file with plain 8-bit floats as bfloat16, which holds all their values.
+
+    diffusers would leave them as they are where there is a quantizer, and no layer can compute with them.
+    """
+    return {
+        key: value.bfloat16() if isinstance(value, Tensor) and value.dtype in _PLAIN_FLOAT8 else value
+        for key, value in state.items()
+    }
 
 
 class StoredLayers:
