@@ -336,9 +336,14 @@ def test_another_shape_is_another_model(comfy):
 
 
 def test_options_and_surroundings_are_checked(comfy, monkeypatch):
-    """An unknown choice of kernels is refused with the choices; a ComfyUI without these operations is too old."""
+    """An unknown choice of kernels is refused with the choices; a ComfyUI that rounds every input is too old."""
     with pytest.raises(UnsupportedError, match="auto, lowbit, comfy"):
         lowbit_ops(kernels="fast")
+    lowbit_ops()
+    with monkeypatch.context() as older:
+        older.setattr(comfy.quant_ops, "QUANT_ALGOS", {"lowbit_x": {"quantize_input": False}, "nvfp4": {}})
+        with pytest.raises(DependencyError, match="too old"):
+            lowbit_ops()
     monkeypatch.delattr(comfy.ops, "mixed_precision_ops")
     with pytest.raises(DependencyError, match="update it"):
         lowbit_ops()

@@ -2,7 +2,8 @@
 
 It keeps what matters to a quantized weight: the order in which operations are asked, weights cast to a device and a
 dtype before a product, functions (a LoRA) run on a decoded weight, a weight baked through `convert_weight` and
-`set_weight`. Of ComfyUI's own formats it runs float8_e4m3fn. Models are one linear ("lin") behind a prefix.
+`set_weight`. Of ComfyUI's own formats it runs float8_e4m3fn and int8_tensorwise. Models are one linear ("lin") behind a
+prefix.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
-
-FP8 = "float8_e4m3fn"
 
 
 class Cast:
@@ -188,7 +187,10 @@ def make_modules() -> dict[str, types.ModuleType]:
     content = {
         "quant_ops": {
             "QuantizedTensor": QuantizedTensor,
-            "QUANT_ALGOS": {FP8: {"storage_t": torch.float8_e4m3fn, "comfy_tensor_layout": "TensorCoreFP8Layout"}},
+            "QUANT_ALGOS": {
+                "float8_e4m3fn": {"storage_t": torch.float8_e4m3fn, "comfy_tensor_layout": "TensorCoreFP8Layout"},
+                "int8_tensorwise": {"comfy_tensor_layout": "TensorWiseINT8Layout", "quantize_input": False},
+            },
         },
         "ops": {
             "mixed_precision_ops": mixed_precision_ops,

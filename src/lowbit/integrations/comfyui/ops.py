@@ -12,7 +12,7 @@ runs itself stay with its own code, unless it cannot run them on the device at h
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from lowbit.ops import generic
 
 _LOG = logging.getLogger(__name__)
 KERNELS = ("auto", "lowbit", "comfy")
+_OWN = "lowbit_"
+_TOO_OLD = "this ComfyUI is too old for lowbit's operations: update it to 0.29 or later"
 _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d")
 # ComfyUI's questions about a device, and the formats of its table that hang on the answer.
 _SUPPORT = {
@@ -67,8 +69,8 @@ def lowbit_ops(
     base = comfy.ops.mixed_precision_ops(
         {}, compute_dtype, full_precision_mm=full_precision_mm, disabled=set(unavailable)
     )
-    if not hasattr(base.Linear, "_forward"):
-        raise DependencyError("this ComfyUI is too old for lowbit's operations: update it to 0.18 or later")
+    if not hasattr(base.Linear, "_forward") or not _knows_weight_only(table):
+        raise DependencyError(_TOO_OLD)
     own = {"lowbit_reading": reading, "lowbit_comfy": comfy, "__module__": __name__}
     members: dict[str, Any] = {
         "Linear": type("Linear", (_Linear, base.Linear), dict(own)),
@@ -92,8 +94,13 @@ def _comfy() -> Any:
             f"this works inside ComfyUI only: {error}; run it from a custom node, or put ComfyUI's folder on sys.path"
         ) from error
     if not hasattr(comfy.ops, "mixed_precision_ops"):
-        raise DependencyError("this ComfyUI has no mixed_precision_ops: update it to 0.18 or later")
+        raise DependencyError(_TOO_OLD)
     return comfy
+
+
+def _knows_weight_only(table: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether this ComfyUI has formats whose input it leaves alone: an older one would quantize every input."""
+    return any(not entry.get("quantize_input", True) for name, entry in table.items() if not name.startswith(_OWN))
 
 
 def _unavailable(comfy: Any) -> set[str]:
@@ -115,8 +122,8 @@ def _register_format(table: Any, name: str, layout: Any) -> str:
         "comfy_tensor_layout": layout.NAME,
         "quantize_input": layout.QUANTIZES_INPUT,
     }
-    table.setdefault(f"lowbit_{name}", entry)
-    return f"lowbit_{name}"
+    table.setdefault(f"{_OWN}{name}", entry)
+    return f"{_OWN}{name}"
 
 
 class _Layer(nn.Module):
