@@ -163,15 +163,18 @@ def replaced(kernels: dict[nn.Module, partial[Tensor]]) -> Any:
 
 
 def compare(ours: Callable[[], object], bare: Callable[[], object], pairs: int) -> dict[str, Any]:
-    """How much longer one takes than the other, run in turn; the order changes with every pair."""
+    """How much longer one takes than the other, run in turn; the order changes with every pair.
+
+    Seconds of the process, which other processes on the machine disturb less than those of the clock.
+    """
     ours()
     bare()
     times: dict[int, list[float]] = {0: [], 1: []}
     for pair in range(pairs):
         for which in (0, 1) if pair % 2 else (1, 0):
-            start = time.perf_counter()
+            start = time.process_time()
             (ours, bare)[which]()
-            times[which].append(time.perf_counter() - start)
+            times[which].append(time.process_time() - start)
     ratios = [one / other for one, other in zip(times[0], times[1], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {
