@@ -142,7 +142,7 @@ def test_without_the_import_transformers_only_warns(monkeypatch, caplog):
     """What the documentation warns of: an unknown method is skipped with a warning."""
     monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "lowbit")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING), caplog.at_level(logging.WARNING, logger="transformers"):
         assert not AutoHfQuantizer.supports_quant_method({"quant_method": "lowbit"})
     assert "Unknown quantization type, got lowbit" in caplog.text
 

@@ -235,6 +235,7 @@ def load_model(folder: str | Path) -> DigitsDiT:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path}: is no JSON object: {error}; repair it, or train again") from error
+    data.pop("quantization_config", None)  # of a converted folder: `load` finds out by itself
     names = {field.name for field in fields(Config)}
     if data.pop("_class_name", None) != CLASS_NAME or data.keys() != names:
         raise CheckpointError(f"{path}: does not describe a {CLASS_NAME}; name the folder of one")
