@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from docs_dialects import dialect_pages, every_dialect_table
 from docs_formats import every_format, every_spec, format_pages
 from docs_measured import diffusion, sentences
@@ -66,6 +67,7 @@ def wanted() -> dict[str, str]:
 
 def main() -> int:
     """Update the files, or compare; the exit code says whether they were (or are) right."""
+    torch.set_num_threads(1)  # small tensors: a busy machine makes threads wait for each other
     texts = wanted()
     stale = [name for name, text in texts.items() if not (ROOT / name).is_file() or (ROOT / name).read_text() != text]
     extra = [
