@@ -75,11 +75,25 @@ def test_the_header_describes_layers_by_their_full_keys():
     assert made.quantized == 1
 
 
-def test_a_header_without_the_prefix_is_an_error_that_says_so():
-    """A layer that is not there under that name is named with the one that was meant."""
-    state = {f"{PREFIX}a.weight": torch.zeros(4, 4)}
-    with pytest.raises(CheckpointError, match=r"'model\.diffusion_model\.a\.weight'.*full key prefix"):
-        describe_layers(state, header_entry({"a": {"format": "awq_w4a16"}}), "f.safetensors")
+@pytest.mark.parametrize(("in_header", "in_keys"), [("", PREFIX), (PREFIX, ""), (PREFIX, PREFIX), ("", "")])
+def test_a_header_with_another_prefix_than_the_keys_is_understood(in_header, in_keys):
+    """One prefix, too much or too little, that fits all described layers is put right, with a note."""
+    state = {f"{in_keys}{name}.weight": torch.zeros(4, 4) for name in ("a.lin", "b.lin", "c.lin")}
+    header = header_entry({f"{in_header}{name}.lin": {"format": "float8_e4m3fn"} for name in "ab"})
+    made = describe_layers(state, header)
+
+    marked = {key for key in made.state_dict if key.endswith(MARKER)}
+    assert marked == {f"{in_keys}{name}.lin.comfy_quant" for name in "ab"}
+    assert bool(made.notes) == (in_header != in_keys)
+
+
+@pytest.mark.parametrize("names", [("a",), ("x.a",), ("x.lin", "y.other")])
+def test_a_described_layer_that_is_not_there_is_an_error(names):
+    """No prefix, or more than one, leads to layers of the file: nothing is guessed."""
+    state = {f"{name}.weight": torch.zeros(4, 4) for name in ("x.lin", "y.a", "z.a")}
+    header = header_entry({name: {"format": "awq_w4a16"} for name in names})
+    with pytest.raises(CheckpointError, match=r"f\.safetensors: describes a quantized layer '(a|x\.a|y\.other)'"):
+        describe_layers(state, header, "f.safetensors")
 
 
 def test_a_header_that_cannot_be_read_is_an_error():

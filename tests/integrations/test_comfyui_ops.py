@@ -16,7 +16,7 @@ from lowbit.checkpoint.dialects.comfy_marker import marker_tensor
 from lowbit.errors import CheckpointError, DependencyError, LowbitError, PartsError, UnsupportedError
 from lowbit.formats import parse_spec
 from lowbit.integrations.comfyui import is_lowbit, lowbit_ops
-from tests.support.comfy_tree import BOTH, install, loaded, same_tensors, stored_linear
+from tests.support.comfy_tree import BOTH, OneLinear, install, loaded, same_tensors, stored_linear
 
 SPECS = (
     "awq_w4a16",
@@ -120,6 +120,15 @@ def test_an_unquantized_layer_is_comfyuis(comfy):
 
     assert same_tensors(model.state_dict(), tensors)
     torch.testing.assert_close(model(torch.eye(4)), tensors["lin.weight"].t() + tensors["lin.bias"])
+
+
+def test_a_weight_that_no_file_has_is_zeros_and_reported(comfy):
+    """A CLIP-L has no projection in many files: the key is reported, and the layer runs."""
+    model = OneLinear(lowbit_ops(torch.float32), 8, 4)
+    result = model.load_state_dict({"lin.bias": torch.ones(8)}, strict=False)
+
+    assert result.missing_keys == ["lin.weight"]
+    assert torch.equal(model(torch.randn(2, 4)), torch.ones(2, 8))
 
 
 @pytest.mark.parametrize("spec", ["nvfp4", "mxfp8"])

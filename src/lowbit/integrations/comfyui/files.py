@@ -12,11 +12,11 @@ from pathlib import Path
 from torch import Tensor
 
 from lowbit.checkpoint.dialects import FoundLayers, TensorSpec
-from lowbit.checkpoint.dialects.base import join_key
+from lowbit.checkpoint.dialects.base import join_key, layer_of
 from lowbit.checkpoint.dialects.comfy import COMFY
 from lowbit.checkpoint.dialects.comfy_banks import EXPERTS
 from lowbit.checkpoint.dialects.comfy_legacy import SCALE_INPUT, SCALE_WEIGHT, add_legacy
-from lowbit.checkpoint.dialects.comfy_marker import HEADER, MARKER, marker_tensor, read_descriptions
+from lowbit.checkpoint.dialects.comfy_marker import HEADER, MARKER, Description, marker_tensor, read_descriptions
 from lowbit.checkpoint.quantized_source import QuantizedComponent, look_for_layers
 from lowbit.checkpoint.source import Component, Source, open_source
 from lowbit.errors import CheckpointError
@@ -65,9 +65,7 @@ def describe_layers(state_dict: dict[str, Tensor], metadata: dict[str, str] | No
     if found.problems:
         raise found.problems[0].error
     made = {key: tensor for key, tensor in state_dict.items() if key not in found.container}
-    for layer, description in described.items():
-        if join_key(layer, "weight") not in specs and layer not in specs:
-            raise _missing_layer(layer, specs, where)
+    for layer, description in _placed(described, specs, where, found.notes).items():
         made[join_key(layer, MARKER)] = marker_tensor(description.fields)
         if description.legacy:
             _rename(made, layer)
@@ -84,13 +82,48 @@ def _rename(made: dict[str, Tensor], layer: str) -> None:
         made[join_key(layer, "input_scale")] = scale
 
 
-def _missing_layer(layer: str, specs: dict[str, TensorSpec], where: str) -> CheckpointError:
-    longer = [key for key in specs if key.endswith(f".{layer}.weight")]
-    hint = f"; there is {longer[0]!r}: the description must carry the full key prefix" if longer else ""
-    return CheckpointError(
-        f"{where or 'the file'}: describes a quantized layer {layer!r}, but there is no tensor "
-        f"{join_key(layer, 'weight')!r}{hint}. Get the complete file, or remove the description"
+def _placed(
+    described: dict[str, Description], specs: dict[str, TensorSpec], where: str, notes: list[str]
+) -> dict[str, Description]:
+    """The descriptions by the layers that the file has.
+
+    Some programs write a header with a prefix that the keys do not have, or without theirs. Where one prefix, put in
+    front or taken away, leads from all such names to layers of the file, those are meant, and it is noted.
+    """
+    layers = {name for key in specs if (name := layer_of(key)) is not None} | set(specs)
+    lost = [layer for layer in described if layer not in layers]
+    if not lost:
+        return described
+    fitting = [added for added in _prefixes(lost[0], layers) if all(added + layer in layers for layer in lost)]
+    extra = [cut for cut in _prefixes_of(lost[0]) if all(_cut(layer, cut) in layers for layer in lost)]
+    if len(fitting) + len(extra) != 1:
+        raise CheckpointError(
+            f"{where or 'the file'}: describes a quantized layer {lost[0]!r}, but there is no tensor "
+            f"{join_key(lost[0], 'weight')!r}, nor one prefix by which the {len(lost)} descriptions like it would fit. "
+            "Get the complete file, or remove the description"
+        )
+    notes.append(
+        f"the header names {len(lost)} layers without {fitting[0]!r}, which their keys have in front"
+        if fitting
+        else f"the header names {len(lost)} layers with {extra[0]!r} in front, which their keys do not have"
     )
+    meant = {layer: fitting[0] + layer if fitting else _cut(layer, extra[0]) for layer in lost}
+    return {meant.get(layer, layer): description for layer, description in described.items()}
+
+
+def _prefixes(layer: str, layers: set[str]) -> set[str]:
+    """What layers of the file have in front of this name."""
+    return {name.removesuffix(layer) for name in layers if name.endswith(f".{layer}")}
+
+
+def _prefixes_of(layer: str) -> list[str]:
+    """The prefixes of a name: "a.b.c" has "a." and "a.b."."""
+    pieces = layer.split(".")
+    return [".".join(pieces[:count]) + "." for count in range(1, len(pieces))]
+
+
+def _cut(layer: str, prefix: str) -> str:
+    return layer.removeprefix(prefix) if layer.startswith(prefix) else ""
 
 
 def _only(source: Source) -> Component:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -134,6 +135,7 @@ class _Layer(nn.Module):
     lowbit_stored: StoredLayer | None = None
     lowbit_layout: type[LowbitLayout] | None = None
     lowbit_bias_dtype: torch.dtype | None = None
+    factory_kwargs: Mapping[str, Any] = MappingProxyType({})
     weight: Any
     bias: Any
 
@@ -153,8 +155,12 @@ class _Layer(nn.Module):
         rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         stored = find_layer(state_dict, prefix, self._lowbit_shape(), self.lowbit_reading)
         self.lowbit_stored = stored
-        if stored is None:
+        if stored is None and (f"{prefix}weight" in state_dict or isinstance(self, _Embedding)):
             super()._load_from_state_dict(state_dict, prefix, *rest)
+            return
+        if stored is None:
+            self._lowbit_fill()
+            nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)
             return
         self._lowbit_take(stored, state_dict)
         bias = state_dict.get(f"{prefix}bias")
@@ -164,9 +170,14 @@ class _Layer(nn.Module):
         nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)
         missing_keys[:] = [key for key in missing_keys if key != f"{prefix}weight"]
 
+    def _lowbit_fill(self) -> None:
+        """Zeros for a weight that no file has (a CLIP-L without its projection), where ComfyUI would leave None."""
+        if getattr(self, "weight", None) is None:
+            self.weight = nn.Parameter(torch.zeros(self._lowbit_shape(), **self.factory_kwargs), requires_grad=False)
+
     def _lowbit_take(self, stored: StoredLayer, state_dict: dict[str, Tensor]) -> None:
         """Put the weight in place; everything that a forward needs to know is settled here, once."""
-        kept: dict[str, Any] = getattr(self, "factory_kwargs", {})
+        kept = self.factory_kwargs
         dtype = kept.get("dtype") or getattr(self, "weight_comfy_model_dtype", None) or stored.dtype
         parts = take_parts(stored, state_dict, kept.get("device"))
         layout = layout_for(stored.format)
