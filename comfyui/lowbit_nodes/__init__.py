@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 try:
     import lowbit.integrations.comfyui  # noqa: F401  (only to see whether it is there)
 except ImportError as error:
     message = (
-        "The lowbit nodes need the package lowbit in the Python that runs ComfyUI: "
-        f"`python -m pip install lowbit` with that Python, then start ComfyUI again ({error})"
+        "The lowbit nodes need the package lowbit in the Python that runs ComfyUI, and it cannot be imported "
+        f"({error}). In lowbit's folder, run\n    {sys.executable} -m pip install .\nand start ComfyUI again."
     )
     raise ImportError(message) from None
 

@@ -190,7 +190,8 @@ def test_nodes_without_lowbit_say_how_to_install_it(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
 
     assert run.returncode == 1
-    assert "pip install lowbit" in run.stderr
+    assert "need the package lowbit" in run.stderr
+    assert f"{sys.executable} -m pip install ." in run.stderr
 
 
 def test_convert_file_refuses_a_missing_folder(tmp_path):

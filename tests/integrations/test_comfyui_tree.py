@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed")
-from lowbit.integrations.comfyui import convert_file, is_lowbit, load_diffusion_model
-from tests.support.comfy_tree import REAL, TREE, install, same_tensors
+from lowbit.integrations.comfyui import convert_file, is_lowbit, load_diffusion_model, lowbit_ops
+from tests.support.comfy_tree import REAL, TREE, install, loaded, same_tensors, stored_linear
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not TREE, reason="COMFYUI_PATH does not name a ComfyUI source tree")
@@ -141,3 +141,21 @@ def test_a_lora_is_baked_by_comfyuis_patcher_and_taken_out_again(flux, comfy, tm
     assert float((moved * wanted).sum() / (moved.norm() * wanted.norm())) > 0.7
     patched.unpatch_model(device_to=torch.device("cpu"))
     assert torch.equal(_run(small), before)
+
+
+@pytest.mark.parametrize("spec", ["svdquant_w4a4(rank=16,act_unsigned=true)", "awq_w4a16", "w4a8_codebook"])
+def test_comfyuis_streaming_takes_every_part_along(comfy, spec):
+    """A weight packed into one buffer of bytes, as ComfyUI streams it to a device, gives the same product there."""
+    tensors, *_ = stored_linear(spec)
+    linear, x = loaded(lowbit_ops(kernels="lowbit"), tensors).lin, torch.randn(3, 256).bfloat16()
+    pair = [linear.weight, linear.bias]
+    memory = comfy.memory_management
+    buffer = torch.empty(memory.vram_aligned_size(pair), dtype=torch.uint8)
+
+    weight, bias = memory.interpret_gathered_like(pair, buffer)
+    weight.copy_(linear.weight)
+    bias.copy_(linear.bias)
+
+    assert is_lowbit(weight)
+    assert torch.equal(torch.nn.functional.linear(x, weight, bias), linear(x))
+    assert torch.equal(memory.tensors_to_geometries(pair)[0].dequantize(), linear.weight.dequantize())

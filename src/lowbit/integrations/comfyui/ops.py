@@ -63,8 +63,7 @@ def lowbit_ops(
     """
     if kernels not in KERNELS:
         raise UnsupportedError(f"kernels is {kernels!r}, expected one of {', '.join(KERNELS)}")
-    comfy = _comfy()
-    table = comfy.quant_ops.QUANT_ALGOS
+    comfy, table = _comfy()
     unavailable = frozenset(_unavailable(comfy) if disabled is None else disabled)
     reading = Reading(table, kernels, unavailable, infer_act_unsigned, where)
     base = comfy.ops.mixed_precision_ops(
@@ -85,7 +84,8 @@ def lowbit_ops(
     return type("LowbitOps", (base,), members)
 
 
-def _comfy() -> Any:
+def _comfy() -> tuple[Any, Any]:
+    """The package `comfy`, and its table of formats."""
     try:
         import comfy.model_management
         import comfy.ops
@@ -96,7 +96,7 @@ def _comfy() -> Any:
         ) from error
     if not hasattr(comfy.ops, "mixed_precision_ops"):
         raise DependencyError(_TOO_OLD)
-    return comfy
+    return comfy, comfy.quant_ops.QUANT_ALGOS
 
 
 def _knows_weight_only(table: Mapping[str, Mapping[str, Any]]) -> bool:
