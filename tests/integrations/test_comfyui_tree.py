@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -159,3 +161,26 @@ def test_comfyuis_streaming_takes_every_part_along(comfy, spec):
     assert is_lowbit(weight)
     assert torch.equal(torch.nn.functional.linear(x, weight, bias), linear(x))
     assert torch.equal(memory.tensors_to_geometries(pair)[0].dequantize(), linear.weight.dequantize())
+
+
+def test_the_nodes_run_in_comfyui(flux, monkeypatch):
+    """With ComfyUI's own folders, progress bar and types: convert a file, look into it, load it by the nodes."""
+    folders = importlib.import_module("folder_paths")
+    monkeypatch.setitem(folders.folder_names_and_paths, "diffusion_models", ([str(flux.parent)], {".safetensors"}))
+    monkeypatch.setattr(folders, "filename_list_cache", {})
+    spec = importlib.util.spec_from_file_location("lowbit_nodes", ROOT / "comfyui" / "lowbit_nodes" / "__init__.py")
+    package = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "lowbit_nodes", package)
+    spec.loader.exec_module(package)
+    nodes = package.NODE_CLASS_MAPPINGS
+    monkeypatch.delitem(sys.modules, "lowbit_nodes.nodes")
+
+    assert "diffusion_models/flux.safetensors" in nodes["LowbitConvert"].INPUT_TYPES()["required"]["model"][0]
+    assert "qwen_image" in nodes["LowbitLoadCLIP"].INPUT_TYPES()["required"]["type"][0]
+    nodes["LowbitConvert"]().convert("diffusion_models/flux.safetensors", "awq_w4a16", "rtn", "auto", "small")
+    (text,) = nodes["LowbitInspect"]().inspect("diffusion_models/small.safetensors")["result"]
+    (model,) = nodes["LowbitLoadDiffusionModel"]().load("small.safetensors", "bf16", "auto", False)
+
+    assert "awq_w4a16" in text
+    assert model.model.diffusion_model.single_blocks[0].linear1.weight.dtype == torch.bfloat16
+    assert bool(_run(model).isfinite().all())
