@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lowbit.calibration import calibrate
-from lowbit.checkpoint import convert as convert_module
+from lowbit.checkpoint import convert_layer
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.layer_statistics import InMemory
 from lowbit.checkpoint.plan import make_plan
@@ -161,7 +161,7 @@ def interrupted(monkeypatch, source, target, plan, statistics) -> None:
         return solve(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_module, "solve", dies)
+        patch.setattr(convert_layer, "solve", dies)
         with pytest.raises(KeyboardInterrupt):
             convert(source, target, plan, statistics=statistics, jobs=1)
 

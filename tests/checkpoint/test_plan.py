@@ -131,11 +131,11 @@ def test_patterns_choose_layers(source):
 
 
 def test_a_layer_rule_overrides_size_but_not_what_is_impossible(source):
-    """A rule that names a small layer quantizes it; one that names a convolution cannot."""
-    plan = make_plan(source, "fp8_e4m3", preset="none", layer_rules=[("tiny|patch", "fp8_e5m2")])
+    """A rule that names a small layer, or a convolution, quantizes it; one that names a vector cannot."""
+    plan = make_plan(source, "fp8_e4m3", preset="none", layer_rules=[("tiny|patch|norm", "fp8_e5m2")])
 
-    assert by_key(plan)["tiny.weight"].format == "fp8_e5m2"
-    assert by_key(plan)["patch.weight"].action == "keep"
+    assert by_key(plan)["tiny.weight"].format == by_key(plan)["patch.weight"].format == "fp8_e5m2"
+    assert by_key(plan)["blocks.0.norm.weight"].action == "keep"
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,8 @@ def test_an_edited_plan_is_what_runs(source, tmp_path):
         ("ragged.weight", {"format": "awq_w4a16"}, r"cannot become awq_w4a16: \[64, 100\]"),
         (
             "patch.weight",
-            {"action": "quantize", "format": "int8", "solver": "rtn"},
-            "cannot become int8: .*convolution",
+            {"action": "quantize", "format": "int8", "solver": "rtn", "axes": ""},
+            r"cannot become int8: \[8, 4, 2, 2\] has 4 axes",
         ),
         ("steps", {"action": "quantize", "format": "int8", "solver": "rtn"}, "cannot become int8: .*int64 values"),
     ],

@@ -274,6 +274,7 @@ def test_a_family_is_well_formed(preset: Preset):
         *preset.detect_all,
         *preset.detect_none,
         *preset.embedding,
+        *preset.bank_transposed,
         *(rule.pattern for rule in rules),
         *edges,
     ):
@@ -288,7 +289,7 @@ def test_a_family_is_well_formed(preset: Preset):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"kep": []}, "unknown field kep; the fields are aliases, detect"),
+        ({"kep": []}, "unknown field kep; the fields are aliases, bank_transposed, detect"),
         ({"detect": {"all": []}}, "detect: misses none"),
         ({"keep": [{"pattern": "^a$"}]}, "keep: misses why"),
         ({"keep": ["^a$"]}, "keep: expected an object"),

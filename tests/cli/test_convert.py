@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lowbit.checkpoint import source
 from lowbit.cli import convert as convert_command
@@ -66,6 +66,28 @@ def test_options_choose_format_by_layer(lowbit, model, tmp_path):
         "blocks.1.mlp.up": SPEC,
         "blocks.1.mlp.down": "int8(granularity=tensor,activations=none)",
     }
+
+
+def test_convolutions_and_banks_are_converted_as_asked(lowbit, tmp_path):
+    """--convolutions takes kernels in, --bank-transposed says how a bank lies; both are shown, verified and decoded."""
+    tensors = {"conv.weight": torch.randn(64, 32, 2, 2), "mlp.experts.down_proj": torch.randn(2, 64, 64)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    wishes = ("--format", "int8", "--convolutions", "--bank-transposed", "down_proj")
+
+    shown = lowbit("plan", tmp_path / "in.safetensors", *wishes, "--json").json["components"][""]["tensors"]
+    done = lowbit("convert", tmp_path / "in.safetensors", "-o", tmp_path / "out.safetensors", *wishes, "--json").json
+    seen = lowbit("inspect", tmp_path / "out.safetensors").out
+    lowbit("verify", tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+    lowbit("dequantize", tmp_path / "out.safetensors", "-o", tmp_path / "plain.safetensors")
+
+    assert {name: tensor["axes"] for name, tensor in shown.items()} == {
+        "conv.weight": "O I ...",
+        "mlp.experts.down_proj": "E K N",
+    }
+    assert sorted(layer["shape"] for layer in done["layers"]) == [[2, 64, 64], [64, 32, 2, 2]]
+    assert "64x32x2x2" in seen
+    plain = load_file(tmp_path / "plain.safetensors")
+    assert {name: tensor.shape for name, tensor in plain.items()} == {k: t.shape for k, t in tensors.items()}
 
 
 def test_solver_is_taken(lowbit, model, tmp_path):

@@ -61,6 +61,21 @@ TEXT_FAMILIES: dict[str, dict[str, str]] = {
             Q transformer.resblocks.#.{attn.out_proj,mlp.c_fc,mlp.c_proj}
             K transformer.resblocks.#.ln_{1,2}""",
     },
+    "gpt_oss": {
+        "transformers": """
+            Q model.layers.#.self_attn.{q_proj,k_proj,v_proj,o_proj}
+            - =model.layers.#.self_attn.sinks
+            Q =model.layers.#.mlp.experts.{gate_up_proj,down_proj}
+            K =model.layers.#.mlp.experts.gate_up_proj_bias
+            K model.layers.#.mlp.router
+            K model.layers.#.{input_layernorm,post_attention_layernorm}
+            K {lm_head,model.embed_tokens,model.norm}""",
+        "published": """
+            Q model.layers.#.self_attn.{q_proj,k_proj,v_proj,o_proj}
+            - =model.layers.#.{self_attn.sinks,mlp.experts.gate_up_proj_blocks,mlp.experts.gate_up_proj_scales}
+            K model.layers.#.mlp.router
+            K {lm_head,model.embed_tokens,model.norm}""",
+    },
     "llama": {
         "transformers": _LANGUAGE.format("model.", "Q") + "K lm_head\nK model.layers.#.self_attn.{q_norm,k_norm}",
         "experts": _LANGUAGE.format("model.", "Q")

@@ -1,8 +1,8 @@
 """Banks of experts in files: every tensor of a layer with a leading axis E, and `num_experts` in its marker.
 
 A dialect knows one matrix; a bank is stored as its experts would be, stacked, and read expert by expert. Markers are
-not stacked: one describes all. `StoredLayer.shape` is that of one expert, and `options` say what else there is:
-`num_experts`, and `bank_transposed` for a parameter [E, K, N], whose parts are those of [E, N, K] all the same.
+not stacked: one describes all. `StoredLayer.shape` is that of one expert, and `options` say what else there is
+(`weight_shape`). The parts of a bank [E, K, N] are those of [E, N, K] all the same.
 
 The layer of a bank that is a parameter (`experts.down_proj`) has the parameter's name; its codes are at
 `experts.down_proj.weight`.
@@ -17,21 +17,23 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError
 from lowbit.experts import QuantizedBank
-from lowbit.formats.parts import raw_bytes
+from lowbit.formats.parts import Parts, raw_bytes
 from lowbit.tensor import QuantizedTensor
 
 from .dialects import Dialect, StoredLayer, TensorSpec
 from .dialects.base import Read, layer_of, name_place
 from .dialects.comfy_banks import EXPERTS
 from .dialects.comfy_marker import MARKER
-
-TRANSPOSED = "bank_transposed"
+from .quantized_source import QuantizedComponent
+from .weight_shape import PARAMETER, TRANSPOSED, plain_shape
 
 
 def stored_bank(name: str, bank: QuantizedBank) -> StoredLayer:
     """The bank at a parameter of this name, as it is to be written."""
-    options = {EXPERTS: bank.shape[0], **({TRANSPOSED: True} if bank.transposed else {})}
     layer = layer_of(name)
+    options = {EXPERTS: bank.shape[0], **({TRANSPOSED: True} if bank.transposed else {})}
+    if layer is None:
+        options[PARAMETER] = True
     return StoredLayer(
         name if layer is None else layer,
         bank.format,
@@ -56,13 +58,38 @@ def check_bank_dialect(dialect: Dialect, stored: StoredLayer) -> None:
         )
 
 
-def bank_specs(dialect: Dialect, stored: StoredLayer) -> dict[str, TensorSpec]:
-    """Key -> spec of what `store_bank` gives, before the data exists."""
-    experts = experts_of(stored)
+def stored_specs(dialect: Dialect, stored: StoredLayer) -> dict[str, TensorSpec]:
+    """Key -> spec of what a layer becomes, before the data exists: with a leading axis E where it is a bank."""
+    specs, experts = dialect.stored_specs(stored), experts_of(stored)
+    if not experts:
+        return specs
     return {
-        key: spec if _is_marker(key) else TensorSpec(spec.dtype, (experts, *spec.shape))
-        for key, spec in dialect.stored_specs(stored).items()
+        key: spec if is_marker(key) else TensorSpec(spec.dtype, (experts, *spec.shape)) for key, spec in specs.items()
     }
+
+
+def one_expert(stored: StoredLayer) -> StoredLayer:
+    """A bank as if it were one of its experts, for dialects, which know matrices only."""
+    return replace(stored, options={name: value for name, value in stored.options.items() if name != EXPERTS})
+
+
+def expert_parts(held: QuantizedComponent, stored: StoredLayer, index: int) -> Parts:
+    """The canonical parts of one expert of a bank; nothing of the others is read. Raises `PartsError`."""
+    assert held.dialect is not None  # a layer was found, so there is one
+
+    def read(key: str) -> Tensor:
+        if is_marker(key):
+            return held.read(key)
+        return held.source.read_rows(held.component, key, index, index + 1)[0]
+
+    return held.dialect.load_parts(one_expert(stored), read)
+
+
+def decoded_expert(held: QuantizedComponent, stored: StoredLayer, index: int, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] of one expert in `dtype`; of a layer that is no bank, its own. Raises `PartsError`."""
+    if not experts_of(stored):
+        return held.dequantized(stored, dtype)[0]
+    return stored.format.dequantize(expert_parts(held, stored, index), stored.shape, dtype)
 
 
 def store_bank(dialect: Dialect, stored: StoredLayer, bank: QuantizedBank) -> dict[str, Tensor]:
@@ -73,7 +100,7 @@ def store_bank(dialect: Dialect, stored: StoredLayer, bank: QuantizedBank) -> di
         for index in range(experts_of(stored))
     ]
     return {
-        key: first if _is_marker(key) else _stacked([one[key] for one in experts]) for key, first in experts[0].items()
+        key: first if is_marker(key) else _stacked([one[key] for one in experts]) for key, first in experts[0].items()
     }
 
 
@@ -83,7 +110,7 @@ def fit_bank(stored: StoredLayer, shape: tuple[int, ...]) -> StoredLayer:
     Raises `CheckpointError` for one that does not fit.
     """
     turned, experts, fmt = bool(stored.options.get(TRANSPOSED)), experts_of(stored), stored.format
-    held = (experts, *(stored.shape[::-1] if turned else stored.shape))
+    held = plain_shape(stored)
     if held == shape:
         return stored
     if len(shape) == 3 and shape[0] == experts and stored.notes:
@@ -104,11 +131,11 @@ def load_bank(dialect: Dialect, stored: StoredLayer, read: Read, dtype: torch.dt
         def read_one(key: str) -> Tensor:
             if key not in held:
                 held[key] = read(key)
-            return held[key] if _is_marker(key) else held[key][index]
+            return held[key] if is_marker(key) else held[key][index]
 
         return read_one
 
-    single = replace(stored, options={name: value for name, value in stored.options.items() if name != EXPERTS})
+    single = one_expert(stored)
     experts = [
         QuantizedTensor(dialect.load_parts(single, reader(index)), stored.format, stored.shape, dtype)
         for index in range(experts_of(stored))
@@ -120,5 +147,6 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return torch.stack([raw_bytes(tensor) for tensor in tensors]).view(tensors[0].dtype)
 
 
-def _is_marker(key: str) -> bool:
+def is_marker(key: str) -> bool:
+    """Whether it is the key of a marker, which one bank has one of."""
     return key.rpartition(".")[2] == MARKER

@@ -18,7 +18,7 @@ from lowbit.solvers import Statistics
 
 from .accuracy import Accuracy, AccuracyMeter
 from .compare_layer import LayerReference, error_histogram, measure
-from .compare_sources import Candidate, Layer, contents_of, matrices
+from .compare_sources import Candidate, Layer, axes_of, contents_of, layers_of
 from .comparison import Comparison, LayerComparison
 from .dialects import StoredLayer
 from .dialects.base import join_key
@@ -64,9 +64,14 @@ def compare(
     """
     labels = [str(source.place) for source in candidates] if names is None else list(names)
     held = contents_of(reference)
-    made = [Candidate(label, source, held, reference) for label, source in zip(labels, candidates, strict=True)]
+    contents = [contents_of(source) for source in candidates]
+    axes = {name: axes_of([content, *(c[name] for c in contents if name in c)]) for name, content in held.items()}
+    made = [
+        Candidate(label, source, content, held, reference, axes)
+        for label, source, content in zip(labels, candidates, contents, strict=True)
+    ]
     known = _Statistics(statistics)
-    work = _Work(held, made, known, rtn=rtn)
+    work = _Work(held, made, known, axes, rtn=rtn)
     run_units(work.units, jobs=jobs, progress=progress)
     if statistics is not None and work.layers_quantized and not known.found:
         raise CheckpointError(
@@ -107,18 +112,25 @@ class _Work:
     """All there is to measure."""
 
     def __init__(
-        self, held: dict[str, QuantizedComponent], made: list[Candidate], known: _Statistics, *, rtn: bool
+        self,
+        held: dict[str, QuantizedComponent],
+        made: list[Candidate],
+        known: _Statistics,
+        axes: dict[str, dict[str, str]],
+        *,
+        rtn: bool,
     ) -> None:
         self._made, self._known, self._rtn = made, known, rtn
         self._layers: dict[str, Layer] = {}
         self.units: list[Unit] = []
         for component, content in held.items():
-            layers = [Layer(component, content, layer, shape) for layer, shape in matrices(content)]
+            layers = layers_of(component, content, axes[component])
             for layer in layers:
                 self._layers[layer.name] = layer
                 self.units.append(Unit(layer.name, self._size(layer), self._memory(layer), partial(self._run, layer)))
             # A bias is compared with its layer.
-            done = {join_key(layer.layer, suffix) for layer in layers for suffix in ("weight", "bias")}
+            done = {layer.key(content) for layer in layers}
+            done |= {join_key(layer.layer, "bias") for layer in layers if layer.expert is None}
             for key in content.found.plain:
                 if key not in done:
                     self._add_tensor(component, content, key)
@@ -151,14 +163,14 @@ class _Work:
         self, layer: Layer, candidate: Candidate, reference: LayerReference, stored: StoredLayer
     ) -> LayerComparison:
         content = candidate.contents[layer.component]
-        parts = content.load(stored)
+        parts = layer.parts(content, stored)
         found = measure(reference, stored.format, parts, rtn=self._rtn)
         self._compare_bias(layer, candidate, stored.format.bias_share(parts))
         return self._row(layer, content, "quantized", found.accuracy, found.output_sqnr, measure=found)
 
     def _plain(self, layer: Layer, candidate: Candidate, reference: LayerReference) -> LayerComparison:
         content = candidate.contents[layer.component]
-        weight = content.read(layer.key)
+        weight = layer.plain(content)
         self._compare_bias(layer, candidate, None)
         if layer.stored is None and _same_bytes(weight, reference.w):
             exact = Accuracy(math.inf, 1.0, 0.0)
@@ -188,8 +200,8 @@ class _Work:
     def _compare_bias(self, layer: Layer, candidate: Candidate, share: Tensor | None) -> None:
         """Compare the true biases, without the constants that formats put into stored ones."""
         content, key = candidate.contents[layer.component], join_key(layer.layer, "bias")
-        if key not in content.found.plain:
-            return  # a missing one is told elsewhere
+        if key not in content.found.plain or layer.expert is not None:
+            return  # a missing one, and that of a bank, are told elsewhere
         now = content.read(key).float()
         before = layer.held.read(key).float() if key in layer.held.specs else torch.zeros_like(now)
         if before.shape != now.shape:
@@ -243,7 +255,7 @@ class _Work:
     def _count_errors(self, candidate: Candidate, layer: Layer) -> None:
         stored = candidate.stored(layer.component, layer.layer, layer.shape)
         assert stored is not None
-        parts = candidate.contents[layer.component].load(stored)
+        parts = layer.parts(candidate.contents[layer.component], stored)
         counted = error_histogram(layer.weight(), stored.format, parts)
         candidate.layers[layer.name] = dataclasses.replace(candidate.layers[layer.name], histogram=counted)
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
+from lowbit.formats.parts import Parts
 
+from .banks import decoded_expert, expert_parts
 from .comparison import CandidateComparison, LayerComparison
 from .dialects import StoredLayer
 from .dialects.base import join_key, layer_of
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
+from .weight_shape import KERNEL_AXES, WeightShape, weight_shape
 
 _PADDING = 32  # a file that pads, and does not tell the shape, adds less than this to rows and columns
 _SHOWN = 5
@@ -24,9 +27,10 @@ _SHOWN = 5
 def layer_shapes(source: Source) -> dict[str, tuple[int, int]]:
     """The name and logical shape [N, K] of every weight matrix of a source, quantized or plain."""
     return {
-        content.full_name(layer): shape
+        content.full_name(layer): weight.matrix
         for content in contents_of(source).values()
-        for layer, shape in matrices(content)
+        for layer, weight in weights(content, axes_of([content]))
+        if not weight.is_bank
     }
 
 
@@ -37,22 +41,39 @@ def contents_of(source: Source) -> dict[str, QuantizedComponent]:
     return {component.name: look_for_layers(source, component) for component in source.components}
 
 
-def matrices(content: QuantizedComponent) -> list[tuple[str, tuple[int, int]]]:
-    """Every layer with a weight matrix, in the order of the file's data where it is plain, quantized ones first."""
-    found = [(layer, stored.shape) for layer, stored in content.layers.items()]
+def axes_of(contents: Iterable[QuantizedComponent]) -> dict[str, str]:
+    """The axes of the layers that are no matrices [N, K], by name: kernels and banks that one of the files quantizes.
+
+    Where none does, they are compared as the tensors that they are.
+    """
+    stored = (stored for content in contents for stored in content.layers.values())
+    return {layer.layer: axes for layer in stored if (axes := weight_shape(layer).axes)}
+
+
+def weights(content: QuantizedComponent, axes: Mapping[str, str]) -> list[tuple[str, WeightShape]]:
+    """Every layer with a weight, in the order of the file's data where it is plain, quantized ones first."""
+    found = [(layer, weight_shape(stored)) for layer, stored in content.layers.items()]
     for key in content.found.plain:
-        spec, layer = content.specs[key], layer_of(key)
-        if layer is not None and len(spec.shape) == 2 and spec.dtype.is_floating_point:
-            found.append((layer, (spec.shape[0], spec.shape[1])))
+        spec, layer = content.specs[key], key if key in axes else layer_of(key)
+        if layer is not None and spec.dtype.is_floating_point:
+            weight = WeightShape(spec.shape, axes.get(layer, ""))
+            found += [(layer, weight)] if weight.problem is None else []
     return found
 
 
 class Candidate:
     """One candidate beside the reference: checked, and what its layers and tensors came out as."""
 
-    def __init__(self, label: str, source: Source, held: dict[str, QuantizedComponent], reference: Source) -> None:
-        self.label, self.source = label, source
-        self.contents = contents_of(source)
+    def __init__(
+        self,
+        label: str,
+        source: Source,
+        contents: dict[str, QuantizedComponent],
+        held: dict[str, QuantizedComponent],
+        reference: Source,
+        axes: Mapping[str, Mapping[str, str]],
+    ) -> None:
+        self.label, self.source, self.contents = label, source, contents
         if self.contents.keys() != held.keys():
             raise CheckpointError(
                 f"{source.place}: holds the models {sorted(self.contents)}, {reference.place} holds {sorted(held)}; "
@@ -65,14 +86,15 @@ class Candidate:
         self.missing: list[str] = []
         self.extra: list[str] = []
         for name, content in self.contents.items():
-            _check_layers(held[name], content, str(source.place), str(reference.place))
-            self._check_others(held[name], content)
+            _check_layers(held[name], content, axes[name], str(source.place), str(reference.place))
+            self._check_others(held[name], content, axes[name])
         self.order: list[str] = []
 
-    def _check_others(self, held: QuantizedComponent, made: QuantizedComponent) -> None:
-        weights = {join_key(layer, "weight") for layer, _ in (*matrices(held), *matrices(made))}
+    def _check_others(self, held: QuantizedComponent, made: QuantizedComponent, axes: Mapping[str, str]) -> None:
+        layers = {layer for layer, _ in (*weights(held, axes), *weights(made, axes))}
+        known = {join_key(layer, "weight") for layer in layers} | axes.keys()
         made_biases = {join_key(x, "bias") for x, stored in made.layers.items() if stored.format.folds_bias}
-        before, after = set(held.found.plain) - weights, set(made.found.plain) - weights
+        before, after = set(held.found.plain) - known, set(made.found.plain) - known
         self.missing += [held.full_name(key) for key in sorted(before - after)]
         self.extra += [made.full_name(key) for key in sorted(after - before - made_biases)]
 
@@ -96,15 +118,17 @@ class Candidate:
         )
 
 
-def _check_layers(held: QuantizedComponent, made: QuantizedComponent, where: str, source: str) -> None:
+def _check_layers(
+    held: QuantizedComponent, made: QuantizedComponent, axes: Mapping[str, str], where: str, source: str
+) -> None:
     """Raise `CheckpointError` naming layers that only one of the two has, or that differ in shape."""
-    before, after = dict(matrices(held)), dict(matrices(made))
+    before, after = dict(weights(held, axes)), dict(weights(made, axes))
     missing = [layer for layer in before if layer not in after]
     extra = [layer for layer in made.layers if layer not in before]
     misshapen = [
-        f"{layer} {list(after[layer])} for {list(shape)}"
-        for layer, shape in before.items()
-        if layer in after and not _fits(shape, after[layer], padded=layer in made.layers)
+        f"{layer} {list(after[layer].shape)} for {list(weight.shape)}"
+        for layer, weight in before.items()
+        if layer in after and not _fits(weight, after[layer], padded=layer in made.layers)
     ]
     wrong = [
         f"{what} {_some(which)}"
@@ -117,10 +141,11 @@ def _check_layers(held: QuantizedComponent, made: QuantizedComponent, where: str
         )
 
 
-def _fits(shape: tuple[int, int], found: tuple[int, int], *, padded: bool) -> bool:
-    if not padded:
-        return shape == found
-    return all(a <= b < a + _PADDING for a, b in zip(shape, found, strict=True))
+def _fits(weight: WeightShape, found: WeightShape, *, padded: bool) -> bool:
+    if not padded or weight.axes == KERNEL_AXES:
+        return weight == found
+    near = all(a <= b < a + _PADDING for a, b in zip(weight.matrix, found.matrix, strict=True))
+    return near and (weight.axes, weight.experts) == (found.axes, found.experts)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -130,22 +155,27 @@ def _some(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight matrix of the reference."""
+    """A weight matrix of the reference: that of a layer, or of one `expert` of a bank."""
 
     component: str
     held: QuantizedComponent
     layer: str
-    shape: tuple[int, int]
+    whole: WeightShape
+    expert: int | None = None
 
     @property
     def name(self) -> str:
         """With the model's in front, where that has one."""
-        return self.held.full_name(self.layer)
+        return self.held.full_name(self.layer if self.expert is None else f"{self.layer}[{self.expert}]")
 
     @property
-    def key(self) -> str:
-        """The key of its weight where that is plain."""
-        return join_key(self.layer, "weight")
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.whole.matrix
+
+    def key(self, content: QuantizedComponent) -> str:
+        """The key of its weight in a file where that is plain."""
+        return self.layer if self.layer in content.specs else join_key(self.layer, "weight")
 
     @property
     def stored(self) -> StoredLayer | None:
@@ -155,16 +185,40 @@ class Layer:
     def weight(self) -> Tensor:
         """[N, K], decoded to float32 where it is quantized."""
         if self.stored is None:
-            return self.held.read(self.key)
-        return self.held.dequantized(self.stored, torch.float32)[0]
+            return self.plain(self.held)
+        return decoded_expert(self.held, self.stored, self.expert or 0, torch.float32)
+
+    def plain(self, content: QuantizedComponent) -> Tensor:
+        """[N, K] in one of the files, where it is plain."""
+        key, index = self.key(content), self.expert
+        if index is None:
+            return self.whole.as_matrix(content.read(key)).contiguous()
+        rows = content.source.read_rows(content.component, key, index, index + 1)
+        return self.whole.as_matrix(rows[0]).contiguous()
+
+    def parts(self, content: QuantizedComponent, stored: StoredLayer) -> Parts:
+        """Its parts in one of the files, where it is quantized."""
+        return content.load(stored) if self.expert is None else expert_parts(content, stored, self.expert)
 
     def bytes(self, content: QuantizedComponent) -> int:
         """The bytes of the weight in one of the files, with its scales and other parts."""
         stored = content.layers.get(self.layer)
-        keys = [self.key] if stored is None else [key for role, key in stored.keys.items() if role != "marker"]
-        return sum(content.specs[key].nbytes for key in keys)
+        coded = [] if stored is None else [key for role, key in stored.keys.items() if role != "marker"]
+        keys = coded or [self.key(content)]
+        return sum(content.specs[key].nbytes for key in keys) // self.whole.count
 
     def format(self, content: QuantizedComponent) -> str:
         """Its spec in one of the files, or its dtype."""
         stored = content.layers.get(self.layer)
-        return str(content.specs[self.key].dtype).removeprefix("torch.") if stored is None else stored.format.spec
+        if stored is not None:
+            return stored.format.spec
+        return str(content.specs[self.key(content)].dtype).removeprefix("torch.")
+
+
+def layers_of(component: str, content: QuantizedComponent, axes: Mapping[str, str]) -> list[Layer]:
+    """All there is to compare in a model of the reference, each expert of a bank for itself."""
+    found = []
+    for layer, weight in weights(content, axes):
+        experts: Sequence[int | None] = range(weight.experts) if weight.is_bank else [None]
+        found += [Layer(component, content, layer, weight, expert) for expert in experts]
+    return found

@@ -21,7 +21,7 @@ class LayerReport:
     layer: str
     format: str
     solver: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     seconds: float
     bytes_before: int
     bytes_after: int

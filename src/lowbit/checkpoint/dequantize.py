@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from lowbit.errors import CheckpointError
 
+from .banks import decoded_expert, experts_of
 from .dialects import StoredLayer, TensorSpec
 from .dialects.base import join_key
 from .eligibility import dtype_name
@@ -22,7 +24,7 @@ from .pipeline import Progress
 from .quantized_source import QuantizedComponent, look_for_layers
 from .rewrite import Copy, Made, Piece, Settings, batch_copies, rewrite
 from .source import Source
-from .weight_shape import as_plain, plain_shape
+from .weight_shape import as_plain, plain_key, plain_shape
 
 _WORKSPACE = 16 << 20
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -100,13 +102,13 @@ def _pieces(held: QuantizedComponent, staging: Staging, dtype: torch.dtype | Non
     folded: set[str] = set()
     for layer, stored in held.layers.items():
         bias = held.bias_key(layer) if stored.format.folds_bias else None
-        specs = {join_key(layer, "weight"): TensorSpec(dtype or stored.dtype, plain_shape(stored))}
+        specs = {plain_key(stored): TensorSpec(dtype or stored.dtype, plain_shape(stored))}
         if stored.format.folds_bias:
             key = join_key(layer, "bias")
             specs[key] = held.specs[key] if bias is not None else TensorSpec(dtype or stored.dtype, stored.shape[:1])
             folded.add(key)
         size = sum(held.specs[key].nbytes for key in stored.keys.values())
-        memory = 2 * size + 2 * sum(spec.nbytes for spec in specs.values()) + _WORKSPACE
+        memory = (2 * size + 2 * sum(spec.nbytes for spec in specs.values())) // (experts_of(stored) or 1) + _WORKSPACE
         file = staging.file_of(held.component, stored.keys["qdata"])
         pieces.append(Piece(held.full_name(layer), file, specs, size, memory, _Decode(held, stored, specs)))
     plain = [key for key in held.found.plain if key not in folded]
@@ -123,10 +125,18 @@ class _Decode:
     specs: dict[str, TensorSpec]
 
     def __call__(self) -> Made:
-        weight, bias = join_key(self.stored.layer, "weight"), join_key(self.stored.layer, "bias")
+        weight, bias = plain_key(self.stored), join_key(self.stored.layer, "bias")
+        if experts_of(self.stored):
+            return Made({}, slices=self._experts(weight))
         w, share = self.held.dequantized(self.stored, self.specs[weight].dtype)
         tensors = {weight: as_plain(w, self.stored)}
         if bias in self.specs:
             true = self.held.read(bias).float() if bias in self.held.specs else torch.zeros(self.stored.shape[0])
             tensors[bias] = (true if share is None else true + share).to(self.specs[bias].dtype)
         return Made(tensors)
+
+    def _experts(self, key: str) -> Iterator[Made]:
+        """A bank, one expert at a time."""
+        for index in range(experts_of(self.stored)):
+            w = decoded_expert(self.held, self.stored, index, self.specs[key].dtype)
+            yield Made({key: as_plain(w, self.stored)})

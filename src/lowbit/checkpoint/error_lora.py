@@ -33,6 +33,7 @@ from .pipeline import Progress, Unit, run_units
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
 from .target import check_file_target
+from .weight_shape import weight_shape
 from .writer import CheckpointWriter
 
 
@@ -168,11 +169,13 @@ class _Layer:
 
 
 def _layers(source: Source, converted: Source, name: str) -> list[_Layer]:
-    """The layers of one model that were quantized, by the names and formats in both checkpoints."""
+    """The matrices of one model that were quantized, by the names and formats in both checkpoints."""
     plain = look_for_layers(source, source.component(name))
     held = look_for_layers(converted, converted.component(name))
     found = []
     for layer, stored in held.layers.items():
+        if weight_shape(stored).axes:
+            continue  # a kernel or a bank of experts, for which such a LoRA has no place
         was, key = plain.layers.get(layer), join_key(layer, "weight")
         if was is not None and was.format == stored.format:
             continue

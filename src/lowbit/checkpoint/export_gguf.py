@@ -35,6 +35,7 @@ from .plan_data import Plan, TensorPlan
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
 from .target import check_file_target
+from .weight_shape import weight_shape
 
 KEEP = "keep"
 TYPES = (*WRITABLE, *FLOATS, KEEP)
@@ -185,6 +186,11 @@ class _Export:
             raise CheckpointError(
                 f"{stored.place}: is quantized already, as {fmt}; quantizing again loses more than quantizing the "
                 "original, which is better to start from. To do it anyway, ask for requantize"
+            )
+        if (weight := weight_shape(stored)).axes:
+            raise CheckpointError(
+                f"{stored.place}: is the {weight.kind}, which is not decoded here; decode the model first (lowbit "
+                "dequantize)"
             )
         if fmt.folds_bias:
             raise CheckpointError(

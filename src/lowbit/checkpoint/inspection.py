@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
+from lowbit.errors import CheckpointError, LowbitError
 
 from .dialects import StoredLayer, TensorSpec
 from .layer_groups import grouped
 from .quantized_source import QuantizedComponent, look_for_layers
 from .safetensors_header import TensorInfo
 from .source import Component, Source
+from .weight_shape import plain_shape
 
 _SMALL = 64 << 20  # bytes: scales beyond this are not read
 
@@ -119,14 +121,22 @@ def _prefixed(component: Component, name: str) -> str:
 def _layer_groups(held: QuantizedComponent) -> Iterator[LayerGroup]:
     layers = held.layers.values()
     for name, found in grouped(
-        layers, lambda s: _prefixed(held.component, s.layer), lambda s: (s.format, s.shape, s.layout)
+        layers, lambda s: _prefixed(held.component, s.layer), lambda s: (s.format, _shape(s), s.layout)
     ):
         first = found[0]
         tensors = {role: str(held.specs[key]) for role, key in first.keys.items()}
         count = sum(held.specs[key].nbytes for stored in found for key in stored.keys.values())
         spec = f"{first.format}@{first.layout}" if first.layout else first.format.spec
-        weights = len(found) * first.shape[0] * first.shape[1]
-        yield LayerGroup(name, len(found), spec, first.shape, tensors, count, weights)
+        shape = _shape(first)
+        yield LayerGroup(name, len(found), spec, shape, tensors, count, len(found) * math.prod(shape))
+
+
+def _shape(stored: StoredLayer) -> tuple[int, ...]:
+    """That of the weight; of the matrix, where the marker cannot be true (`_bad_values` tells)."""
+    try:
+        return plain_shape(stored)
+    except CheckpointError:
+        return stored.shape
 
 
 def _plain_groups(component: Component, tensors: Mapping[str, TensorInfo]) -> Iterator[LayerGroup]:
@@ -142,7 +152,11 @@ def _plain_groups(component: Component, tensors: Mapping[str, TensorInfo]) -> It
 
 
 def _bad_values(held: QuantizedComponent, stored: StoredLayer) -> Iterator[str]:
-    """What is wrong with the scales of a layer, in words."""
+    """What is wrong with the shape and the scales of a layer, in words."""
+    try:
+        plain_shape(stored)
+    except CheckpointError as error:
+        yield str(error)
     for role, key in stored.keys.items():
         if role in ("qdata", "marker") or held.specs[key].nbytes > _SMALL:
             continue

@@ -15,6 +15,7 @@ from typing import Any
 
 from lowbit.errors import CheckpointError
 
+from .banks import experts_of
 from .dialects import Container, dialects, get_dialect
 from .dialects.base import Read, StoredLayer
 from .dialects.comfy import COMFY
@@ -118,7 +119,7 @@ class _Work:
         for plan in plans:
             size = sum(held.specs[key].nbytes for key in plan.old.keys.values())
             file = self._add(held, plan.old.layer, plan.old, plan.new)
-            self.pieces.append(Piece(held.full_name(plan.old.layer), file, plan.specs, size, 6 * size, plan))
+            self.pieces.append(Piece(held.full_name(plan.old.layer), file, plan.specs, size, plan.memory, plan))
         self.pieces += batch_copies(component, held.found.plain, partial(self._staging.file_of, component))
         self.notes += [*held.found.notes, *(f"{plan.old.layer}: {note}" for plan in plans for note in plan.old.notes)]
         self.notes += [plan.note for plan in plans if plan.note]
@@ -155,7 +156,11 @@ def _pieces(held: QuantizedComponent, migration: Migration, staging: Staging) ->
             key, name = step.layer.keys["qdata"], step.layer.layer
             size = sum(held.specs[key].nbytes for key in step.layer.keys.values())
         file = staging.file_of(held.component, key)
-        yield Piece(held.full_name(name), file, step.specs, size, 6 * size, _OtherSpelling(held, step))
+        if step.layer is not None and experts_of(step.layer):  # expert by expert
+            plan = Respelled.plan(held, step.layer, COMFY)
+            yield Piece(held.full_name(name), file, plan.specs, size, plan.memory, plan)
+        else:
+            yield Piece(held.full_name(name), file, step.specs, size, 6 * size, _OtherSpelling(held, step))
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def find_choices(
             name = f"{component.name}/{tensor.layer}" if component.name else tensor.layer
             choices = list(found.values())
             if not any(rule.search(name) for rule in rules):
-                kept = TensorPlan(tensor.key, "keep", "", tensor.shape, tensor.dtype)
+                kept = TensorPlan(tensor.key, "keep", "", tensor.shape, tensor.dtype, axes=tensor.axes)
                 choices.append(Choice(kept, kept.bytes_before))
             layers.append(LayerChoices(component.name, name, join_key(tensor.layer, "bias") in keys, tuple(choices)))
     if not layers:

@@ -1,13 +1,7 @@
-"""The plan: what becomes of every tensor, and why. Data only; it can be written, edited and run.
-
->>> from lowbit.checkpoint.plan_data import TensorPlan
->>> TensorPlan("a.weight", "keep", "1-D", (8,), "bfloat16").bytes_before
-16
-"""
+"""The plan of a checkpoint: that of every tensor, by model. Data only; it can be written, edited and run."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,82 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lowbit.errors import LowbitError, PlanError, WriteError
-from lowbit.formats.base import Format
-from lowbit.formats.registry import parse_spec
-from lowbit.solvers import Pipeline, misfit, parse_pipeline
+from lowbit.errors import PlanError, WriteError
 
-from .dialects.base import Dialect, StoredLayer, TensorSpec, get_dialect, join_key, layer_of
-from .eligibility import cannot_hold, cannot_store, dtype_name
-from .safetensors_header import DTYPES
+from .dialects.base import Dialect, TensorSpec, get_dialect, join_key
+from .eligibility import dtype_name
 from .source import Component, Source
-from .stored_format import StoredFormat
 from .strict_json import parse_object
+from .tensor_plan import TensorPlan, known_fields
 
-ACTIONS = ("quantize", "keep", "drop")
+__all__ = ["ComponentPlan", "Plan", "TensorPlan"]
 _VERSION = 1
-_DTYPE_OF = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """What becomes of one tensor. `shape` and `dtype` are those of the source; a quantized source's are logical.
-
-    `action`: "quantize" stores it in `format` (a spec, with "@" and a layout behind it or without) with codes chosen by
-    `solver`; "keep" copies it; "drop" leaves it out. `why` is for readers. `was`: the format in which the source stores
-    it, when it is quantized already. `name`: the layer, where the key does not tell (another tool's codes).
-    """
-
-    key: str
-    action: str
-    why: str
-    shape: tuple[int, ...]
-    dtype: str
-    format: str = ""
-    solver: str = ""
-    was: str = ""
-    name: str = ""
-
-    @property
-    def layer(self) -> str:
-        """The layer whose weight this is; of another tensor, its key."""
-        if self.name:
-            return self.name
-        layer = layer_of(self.key)
-        return self.key if layer is None else layer
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Dtype and shape."""
-        return TensorSpec(_DTYPE_OF[self.dtype], self.shape)
-
-    @cached_property
-    def fmt(self) -> Format:
-        """The format to store it in. Raises `FormatError` for an empty or wrong spec."""
-        return self.stored.format
-
-    @cached_property
-    def stored(self) -> StoredFormat:
-        """The format and its arrangement in the file. Raises `FormatError` for an empty or wrong spec."""
-        return StoredFormat.parse(self.format)
-
-    @property
-    def stored_layer(self) -> StoredLayer:
-        """The layer as it is to be written."""
-        shape = (self.shape[0], self.shape[1])
-        return StoredLayer(self.layer, self.fmt, shape, self.spec.dtype, layout=self.stored.layout)
-
-    @property
-    def pipeline(self) -> Pipeline:
-        """The solver as it is run. Raises `SolverError` for a wrong name."""
-        return parse_pipeline(self.solver)
-
-    @property
-    def bytes_before(self) -> int:
-        """Its size in the source, in bytes."""
-        if self.was:
-            return parse_spec(self.was).nbytes(self.shape[0], self.shape[1], self.spec.dtype)
-        return self.spec.nbytes
 
 
 @dataclass(frozen=True)
@@ -107,11 +35,11 @@ class ComponentPlan:
 
         Raises `PlanError` when two of them would have one name.
         """
-        made = {tensor.key: _made_of(tensor, dialect) for tensor in self.tensors}
+        made = {tensor.key: tensor.outputs(dialect) for tensor in self.tensors}
         biases = {join_key(t.layer, "bias"): t for t in self.tensors if t.action == "quantize" and t.fmt.folds_bias}
         for key, tensor in biases.items():
             if key not in made:  # the format moves a constant into the bias, so there has to be one
-                made[tensor.key][key] = TensorSpec(tensor.spec.dtype, tensor.shape[:1])
+                made[tensor.key][key] = TensorSpec(tensor.spec.dtype, tensor.weight.matrix[:1])
         owner: dict[str, str] = {}
         for source_key, specs in made.items():
             for key in specs:
@@ -181,7 +109,7 @@ class Plan:
                 if tensor.key in seen:
                     raise PlanError(f"plan: tensor {tensor.key!r} stands in it twice; remove one entry")
                 seen.add(tensor.key)
-                _validate(tensor)
+                tensor.validate()
         self.sizes_after  # noqa: B018  (raises for two outputs of one name)
 
     def check_against(self, source: Source) -> None:
@@ -211,7 +139,7 @@ class Plan:
         """Read and validate. Raises `PlanError`, naming `where` and the tensor, for anything wrong in it."""
         if data.get("lowbit_plan") != _VERSION:
             raise PlanError(f"{where}: is no lowbit plan of version {_VERSION}; write one with `lowbit plan`")
-        _known_fields(data, {"lowbit_plan", "source", "dialect", "notes", "components"}, where)
+        known_fields(data, {"lowbit_plan", "source", "dialect", "notes", "components"}, where)
         components, notes = data.get("components"), data.get("notes", [])
         if not isinstance(components, dict) or not isinstance(notes, list):
             raise PlanError(f"{where}: 'components' must be an object by name and 'notes' a list")
@@ -246,40 +174,6 @@ class Plan:
         return cls.from_json(data, str(path))
 
 
-def _made_of(tensor: TensorPlan, dialect: Dialect) -> dict[str, TensorSpec]:
-    """The output tensors of one source tensor by name."""
-    if tensor.action == "drop":
-        return {}
-    if tensor.action == "keep":
-        return {tensor.key: tensor.spec}
-    if why := dialect.refuses(tensor.stored_layer):
-        raise PlanError(
-            f"layer {tensor.layer!r} as {tensor.format}: {why}; keep this layer, or choose another format or dialect"
-        )
-    return dialect.stored_specs(tensor.stored_layer)
-
-
-def _validate(tensor: TensorPlan) -> None:
-    place = f"plan: tensor {tensor.key!r}"
-    if tensor.action not in ACTIONS:
-        raise PlanError(f"{place}: action is {tensor.action!r}, expected one of {', '.join(ACTIONS)}")
-    if tensor.dtype not in _DTYPE_OF:
-        raise PlanError(f"{place}: dtype {tensor.dtype!r} is unknown; leave it as `lowbit plan` wrote it")
-    if tensor.action != "quantize":
-        return
-    try:
-        fmt = tensor.fmt
-        misfits = misfit(tensor.pipeline, fmt)
-    except LowbitError as error:
-        raise PlanError(f"{place}: {error}") from error
-    if misfits:
-        raise PlanError(f"{place}: {fmt} {misfits}")
-    why = cannot_hold(join_key(tensor.layer, "weight") if tensor.name else tensor.key, tensor.spec)
-    why = why or cannot_store(tensor.stored, tensor.shape, embedding=False)
-    if why:
-        raise PlanError(f"{place} cannot become {fmt}: {list(tensor.shape)} {why}; set its action to keep")
-
-
 def _check_component(plan: ComponentPlan, component: Component, source: Source) -> None:
     planned = {tensor.key: tensor for tensor in plan.tensors}
     if strange := next((key for key in planned if key not in component.tensors), None):
@@ -296,40 +190,16 @@ def _check_component(plan: ComponentPlan, component: Component, source: Source) 
 
 
 def _component_to_json(component: ComponentPlan, sizes: Mapping[str, int]) -> dict[str, Any]:
-    tensors = {}
-    for tensor in component.tensors:
-        entry = {name: value for name, value in dataclasses.asdict(tensor).items() if value != "" and name != "key"}
-        entry["shape"] = list(tensor.shape)
-        tensors[tensor.key] = {**entry, "bytes": [tensor.bytes_before, sizes[tensor.key]]}
+    tensors = {tensor.key: tensor.to_json(sizes[tensor.key]) for tensor in component.tensors}
     return {"preset": component.preset, "preset_why": component.preset_why, "tensors": tensors}
 
 
 def _component_from_json(name: str, entry: Any, where: str) -> ComponentPlan:
     if not isinstance(entry, dict) or not isinstance(entry.get("tensors"), dict):
         raise PlanError(f"component {name!r} must be an object with 'tensors' by key")
-    _known_fields(entry, {"preset", "preset_why", "tensors"}, f"component {name!r}")
-    tensors = tuple(_tensor_from_json(key, fields) for key, fields in entry["tensors"].items())
+    known_fields(entry, {"preset", "preset_why", "tensors"}, f"component {name!r}")
+    tensors = tuple(TensorPlan.from_json(key, fields) for key, fields in entry["tensors"].items())
     return ComponentPlan(name, tensors, str(entry.get("preset", "")), str(entry.get("preset_why", "")))
-
-
-def _tensor_from_json(key: str, entry: Any) -> TensorPlan:
-    place = f"tensor {key!r}"
-    if not isinstance(entry, dict):
-        raise PlanError(f"{place}: must be an object")
-    known = {item.name for item in dataclasses.fields(TensorPlan)} - {"key"}
-    _known_fields(entry, known | {"bytes"}, place)
-    shape = entry.get("shape")
-    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise PlanError(f"{place}: shape is {shape!r}, expected a list of sizes as `lowbit plan` wrote it")
-    texts = {name: entry.get(name, "") for name in known - {"shape"}}
-    if wrong := next((name for name, value in texts.items() if not isinstance(value, str)), None):
-        raise PlanError(f"{place}: {wrong} is {texts[wrong]!r}, expected text")
-    return TensorPlan(key=key, shape=tuple(shape), **texts)
-
-
-def _known_fields(entry: Mapping[str, Any], known: set[str], place: str) -> None:
-    if unknown := sorted(set(entry) - known):
-        raise PlanError(f"{place}: has no field {unknown[0]!r}; the fields are {', '.join(sorted(known))}")
 
 
 def _dump(data: dict[str, Any]) -> str:

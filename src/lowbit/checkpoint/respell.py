@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowbit.errors import CheckpointError
 from lowbit.formats.parts import Parts, raw_bytes
 
+from .banks import expert_parts, experts_of, is_marker, one_expert, stored_specs
 from .dialects import Container, Dialect, StoredLayer, TensorSpec
 from .dialects.base import Read
 from .quantized_source import QuantizedComponent
 from .rewrite import Made
+from .weight_shape import lacks_place, refusal, shape_options, weight_shape
 
 
 @dataclass(frozen=True)
@@ -35,24 +38,26 @@ class Respelled:
         """How a layer of `held` is written in `dialect`."""
         same = held.dialect is dialect
         layout = old.layout if same else ""
-        options = old.options if same else {}
-        refusal = ""
+        options = old.options if same else shape_options(old.options)
+        reason = ""
         forms = (old.format, *old.format.equivalents())
         for fmt in forms if same else sorted(forms, key=lambda fmt: len(fmt.spec)):  # plain ones are more widely read
             new = replace(old, format=fmt, keys={}, notes=[], layout=layout, options=options)
-            why = dialect.refuses(new)
+            why = refusal(dialect, new)
             if why is None:
                 return cls(held, old, dialect, new)
-            refusal = refusal or why
+            reason = reason or why
+        if why := lacks_place(dialect, weight_shape(old)):
+            raise CheckpointError(f"{old.place}: {why}; leave it in comfy, or decode it (lowbit dequantize)")
         raise CheckpointError(
-            f"{old.place}: is {old.format}, and {refusal}; its codes cannot be kept. Convert it again instead "
+            f"{old.place}: is {old.format}, and {reason}; its codes cannot be kept. Convert it again instead "
             f"(lowbit convert --requantize --dialect {dialect.name})"
         )
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
         """The tensors that the layer becomes."""
-        return self.dialect.stored_specs(self.new)
+        return stored_specs(self.dialect, self.new)
 
     @property
     def note(self) -> str:
@@ -61,23 +66,52 @@ class Respelled:
             return ""
         return f"{self.old.layer}: {self.old.format} written as {self.new.format}, with the same codes"
 
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes at most."""
+        size = sum(self.held.specs[key].nbytes for key in self.old.keys.values())
+        return 6 * size // (experts_of(self.old) or 1)
+
     def __call__(self) -> Made:
         """Read, rearrange and store."""
-        parts = self._parts()
+        if experts_of(self.old):
+            markers: dict[str, Tensor] = {}
+            return Made(markers, slices=self._experts(markers))
+        parts = self._recast(self.held.load(self.old))
         return Made(self.dialect.store_parts(self.new, parts), check=partial(self._check, self.specs))
 
-    def _parts(self) -> Parts:
-        parts = self.held.load(self.old)
+    def _experts(self, markers: dict[str, Tensor]) -> Iterator[Made]:
+        """A bank, one expert at a time; the marker, which is the same for all, goes into `markers`."""
+        for index in range(experts_of(self.old)):
+            tensors = self.dialect.store_parts(self.new, self._expert(index))
+            markers |= {key: tensor for key, tensor in tensors.items() if is_marker(key)}
+            stacked = {key: tensor for key, tensor in tensors.items() if not is_marker(key)}
+            yield Made(stacked, check=partial(self._check_expert, index, markers))
+
+    def _expert(self, index: int) -> Parts:
+        return self._recast(expert_parts(self.held, self.old, index))
+
+    def _recast(self, parts: Parts) -> Parts:
         return parts if self.new.format == self.old.format else self.old.format.recast(parts, self.new.format)
 
     def _check(self, specs: Mapping[str, TensorSpec], read: Read) -> dict[str, Any]:
-        alone = described(self.dialect, self.new, specs)
-        again = self.dialect.find_layers(alone, read).layers.get(self.new.layer)
-        if again is None:
-            raise CheckpointError(f"{self.old.place}: is not found again as {self.dialect.name} writes it; report this")
-        parts, back = self._parts(), self.dialect.load_parts(replace(again, shape=self.new.shape), read)
-        refuse_changed(self.old, parts, back)
+        again = self._found(specs, read)
+        back = self.dialect.load_parts(replace(again, shape=self.new.shape), read)
+        refuse_changed(self.old, self._recast(self.held.load(self.old)), back)
         return {}
+
+    def _check_expert(self, index: int, markers: dict[str, Tensor], read: Read) -> dict[str, Any]:
+        again = self._found(self.specs, lambda key: markers[key] if is_marker(key) else read(key).unsqueeze(0))
+        back = self.dialect.load_parts(replace(one_expert(again), shape=self.new.shape), read)
+        refuse_changed(self.old, self._expert(index), back)
+        return {}
+
+    def _found(self, specs: Mapping[str, TensorSpec], read: Read) -> StoredLayer:
+        """The layer as a loader finds it."""
+        again = self.dialect.find_layers(described(self.dialect, self.new, specs), read).layers.get(self.new.layer)
+        if again is None or shape_options(again.options) != shape_options(self.old.options):
+            raise CheckpointError(f"{self.old.place}: is not found again as {self.dialect.name} writes it; report this")
+        return again
 
 
 def refuse_changed(layer: StoredLayer, parts: Parts, back: Parts) -> None:

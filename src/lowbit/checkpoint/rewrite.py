@@ -28,11 +28,16 @@ BATCH_BYTES = 4 << 20  # small plain tensors are copied together, up to this siz
 
 @dataclass(frozen=True)
 class Made:
-    """What a piece made: its tensors, JSON data to report, and a check of what the file gives back."""
+    """What a piece made: its tensors, JSON data to report, and a check of what the file gives back.
+
+    `slices`: further tensors, which are too large to be made as a whole: what stands at 0, 1, 2 ... of their first
+    axis, made one by one and before all else is looked at. What their checks return does not count.
+    """
 
     tensors: dict[str, Tensor]
     record: dict[str, Any] = field(default_factory=dict)
     check: Callable[[Read], dict[str, Any]] | None = None
+    slices: Iterable[Made] = ()
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,8 @@ class _Work:
 
     def _make(self, piece: Piece) -> dict[str, Any]:
         made = piece.make()
+        for index, part in enumerate(made.slices):
+            self._make_slice(index, part)
         for key, tensor in made.tensors.items():
             self.writer.write(key, tensor)
         if not self.verify:
@@ -180,6 +187,19 @@ class _Work:
             self._compare(key, tensor, back[key])
         made.tensors.clear()  # from here on only what the file holds counts
         return {**made.record, **(made.check(back.__getitem__) if made.check is not None else {})}
+
+    def _make_slice(self, index: int, part: Made) -> None:
+        for key, tensor in part.tensors.items():
+            self.writer.write_rows(key, index, tensor.unsqueeze(0))
+        if not self.verify:
+            return
+        back: dict[str, Tensor] = {}
+        for key, tensor in part.tensors.items():
+            back[key] = self.writer.read_back_rows(key, index, index + 1)[0]
+            self._compare(key, tensor, back[key])
+        part.tensors.clear()
+        if part.check is not None:
+            part.check(back.__getitem__)
 
     def _copy(self, piece: Copy) -> dict[str, Any]:
         for key, spec in piece.specs.items():

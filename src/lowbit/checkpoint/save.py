@@ -15,7 +15,7 @@ from lowbit.experts import QuantizedBank
 from lowbit.nn import Layer, is_conv1d, matrix_shape, quantized_layers
 from lowbit.tensor import QuantizedTensor
 
-from .banks import bank_specs, check_bank_dialect, store_bank, stored_bank
+from .banks import check_bank_dialect, store_bank, stored_bank, stored_specs
 from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
 from .dialects.base import join_key
 from .load import OPTIONS
@@ -98,7 +98,7 @@ def _coded_banks(module: nn.Module, dialect: Dialect) -> list[_Coded]:
         def tensors(bank: QuantizedBank = bank, stored: StoredLayer = stored) -> dict[str, Tensor]:
             return store_bank(dialect, stored, bank)
 
-        found.append(_Coded(name, stored, bank_specs(dialect, stored), tensors))
+        found.append(_Coded(name, stored, stored_specs(dialect, stored), tensors))
     return found
 
 

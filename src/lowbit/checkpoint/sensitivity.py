@@ -3,7 +3,7 @@
 H is the second moment of the layer's input on the samples held out, or on all there are; without statistics it is the
 identity, and the ratio is that of the weight. The codes come from a solver, by default the start of the pipeline that
 will convert the layer. Rows of a weight are alike, so by default some of them, spread evenly, stand for all; formats
-whose low-rank part depends on all rows get all of them.
+whose low-rank part depends on all rows get all of them. Of a bank of experts the one in the middle stands for all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .dialects.base import name_place
 from .layer_statistics import LayerStatistics
 from .pipeline import Progress, Unit, run_units
 from .plan_data import TensorPlan
-from .source import Source
+from .source import Component, Source
 from .strict_json import parse_object
 
 START, PLANNED = "start", "planned"
@@ -203,7 +203,7 @@ class _Layer:
     ) -> None:
         self.source, self.candidate, self.missing, self.reader = source, candidate, missing, reader
         self.plan = candidate.plans[0]
-        self.shape = (self.plan.shape[0], self.plan.shape[1])
+        self.shape = self.plan.weight.matrix
         self.rows, self.found = rows, found
 
     @property
@@ -217,11 +217,20 @@ class _Layer:
         square = 2 * k * k if self.reader.full(self.candidate.name) else 0
         if any(parse_pipeline(solver).steps for _, solver in self.missing):
             square = 6 * k * k + 5 * min(looked_at * k, DRAFT_ELEMENTS)
-        return self.plan.spec.nbytes + 3 * looked_at * k * self.plan.spec.dtype.itemsize + 4 * square + _WORKSPACE
+        one = self.plan.spec.nbytes // self.plan.weight.count
+        return one + 3 * looked_at * k * self.plan.spec.dtype.itemsize + 4 * square + _WORKSPACE
+
+    def _matrix(self, component: Component) -> Tensor:
+        """The weight as a matrix [N, K]; of a bank the expert in the middle, which stands for all."""
+        weight = self.plan.weight
+        if not weight.is_bank:
+            return weight.as_matrix(self.source.read(component, self.plan.key)).contiguous()
+        middle = weight.experts // 2
+        return weight.as_matrix(self.source.read_rows(component, self.plan.key, middle, middle + 1)[0]).contiguous()
 
     def run(self) -> None:
         component = self.source.component(self.candidate.component)
-        w = self.source.read(component, self.plan.key)
+        w = self._matrix(component)
         statistics = self.reader.get(self.candidate.name)
         formats = [plan.fmt for plan, _ in self.missing]
         some = sample_rows(w, self.rows, _step(formats, self.shape)) if self.rows else w

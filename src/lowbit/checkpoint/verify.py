@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, LowbitError
+from lowbit.formats.parts import Parts
 from lowbit.numerics.groups import row_chunks
 
 from .accuracy import Accuracy, AccuracyMeter
+from .banks import decoded_expert, expert_parts
 from .dialects import StoredLayer
 from .dialects.base import join_key, layer_of
 from .pipeline import Progress, Unit, run_units
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source
+from .weight_shape import KERNEL_AXES, WeightShape, plain_key, weight_shape
 
 _PIECE = 16 << 20  # bytes compared at a time
 _PADDING = 32  # a file that pads, and does not tell the shape, adds less than this to rows and columns
@@ -31,7 +34,7 @@ class LayerResult:
 
     name: str
     format: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     accuracy: Accuracy | None
     problem: str = ""
 
@@ -115,8 +118,8 @@ def _pairs(source: Source, output: Source) -> list[tuple[Component, Component]]:
 
 def _missing(held: QuantizedComponent, made: QuantizedComponent) -> list[str]:
     """Tensors that only one of the two has, in words. Those of a layer that cannot be read are its own problem."""
-    before = {*held.found.plain, *(join_key(layer, "weight") for layer in held.layers)}
-    after = {*made.found.plain, *(join_key(layer, "weight") for layer in made.layers)}
+    before = {*held.found.plain, *map(plain_key, held.layers.values())}
+    after = {*made.found.plain, *map(plain_key, made.layers.values())}
     made_biases = {join_key(layer, "bias") for layer, stored in made.layers.items() if stored.format.folds_bias}
     place = made.component.shards[0].path
     lost = [f"{place}: {key!r} of the source is missing" for key in sorted(before - after) if not _broken(made, key)]
@@ -130,8 +133,9 @@ def _broken(made: QuantizedComponent, key: str) -> bool:
 
 
 def _tasks(held: QuantizedComponent, made: QuantizedComponent) -> list[_Task]:
-    weights = {*held.specs, *(join_key(layer, "weight") for layer in held.layers)}
-    layers = [_Task(held, made, key, layer) for layer, key in _weight_keys(made).items() if key in weights]
+    weights = {*held.specs, *map(plain_key, held.layers.values())}
+    keys = {layer: plain_key(stored) for layer, stored in made.layers.items()}
+    layers = [_Task(held, made, key, layer) for layer, key in keys.items() if key in weights]
     folded = {
         join_key(layer, "bias") for layer, stored in (*held.layers.items(), *made.layers.items())
         if stored.format.folds_bias
@@ -139,10 +143,6 @@ def _tasks(held: QuantizedComponent, made: QuantizedComponent) -> list[_Task]:
     plain = (key for key in made.found.plain if key in held.specs and not _broken(made, key))
     both = [key for key in plain if key not in folded]
     return [*layers, *(_Task(held, made, key, None) for key in both)]
-
-
-def _weight_keys(made: QuantizedComponent) -> dict[str, str]:
-    return {layer: join_key(layer, "weight") for layer in made.layers}
 
 
 class _Task:
@@ -166,36 +166,53 @@ class _Task:
 
     def _compare_layer(self, stored: StoredLayer) -> LayerResult:
         accuracy, problem = None, ""
+        shape: tuple[int, ...] = stored.shape
         try:
-            shape, rows = self._source_rows(stored.shape)
-            stored = dataclasses.replace(stored, shape=shape)  # a padded file may not tell it
-            parts = self.made.load(stored)
+            weight = weight_shape(stored)
+            shape = weight.shape
+            weight = self._source_shape(weight)
+            shape = weight.shape
+            stored = dataclasses.replace(stored, shape=weight.matrix)  # a padded file may not tell it
             meter = AccuracyMeter()
-            for start, stop in row_chunks(*shape, stored.format.row_multiple):
-                meter.add(
-                    rows(start, stop).float(),
-                    stored.format.dequantize_rows(parts, shape[1], start, stop, torch.float32),
-                )
+            for index in range(weight.count):
+                parts = self.made.load(stored) if not weight.is_bank else expert_parts(self.made, stored, index)
+                _add(meter, stored, parts, self._source_rows(weight, index))
             accuracy = meter.result()
             problem = self._compare_bias(stored, stored.format.bias_share(parts))
         except LowbitError as error:
             problem = str(error)
-        return LayerResult(self.name, stored.format.spec, stored.shape, accuracy, problem)
+        return LayerResult(self.name, stored.format.spec, shape, accuracy, problem)
 
-    def _source_rows(self, shape: tuple[int, int]) -> tuple[tuple[int, int], Callable[[int, int], Tensor]]:
-        """The logical shape of the source's weight, and its rows [start, stop)."""
+    def _source_shape(self, weight: WeightShape) -> WeightShape:
+        """The true shape of a weight of the output: that of the source's."""
         before = self.held.layers.get(self.layer or "")
         if before is not None:
-            w, _ = self.held.dequantized(before, torch.float32)
-            return before.shape, lambda start, stop: w[start:stop]
-        spec = self.held.specs[self.key]
-        fits = len(spec.shape) == 2 and all(a <= b < a + _PADDING for a, b in zip(spec.shape, shape, strict=True))
+            found = weight_shape(before)
+        else:
+            found = WeightShape(self.held.specs[self.key].shape, weight.axes)
+        fits = found.axes == weight.axes and found.problem is None and found.experts == weight.experts
+        if weight.axes == KERNEL_AXES:
+            fits = fits and found.shape == weight.shape
+        elif fits:
+            fits = all(a <= b < a + _PADDING for a, b in zip(found.matrix, weight.matrix, strict=True))
         if not fits:
-            raise CheckpointError(f"{self.name}: has shape {list(shape)} here and {list(spec.shape)} in the source")
-        component = self.held.component
-        return (spec.shape[0], spec.shape[1]), lambda start, stop: self.held.source.read_rows(
-            component, self.key, start, stop
-        )
+            raise CheckpointError(
+                f"{self.name}: has shape {list(weight.shape)} here and {list(found.shape)} in the source"
+            )
+        return found
+
+    def _source_rows(self, weight: WeightShape, index: int) -> Callable[[int, int], Tensor]:
+        """What gives rows [start, stop) of the source's matrix; `index`: of which expert, in a bank."""
+        held, before = self.held, self.held.layers.get(self.layer or "")
+        if before is not None:
+            w = decoded_expert(held, before, index, torch.float32)
+        elif weight.is_bank:
+            w = weight.as_matrix(held.source.read_rows(held.component, self.key, index, index + 1)[0]).contiguous()
+        elif weight.turned:
+            w = weight.as_matrix(held.read(self.key)).contiguous()
+        else:
+            return lambda start, stop: held.source.read_rows(held.component, self.key, start, stop).flatten(1)
+        return lambda start, stop: w[start:stop]
 
     def _compare_bias(self, stored: StoredLayer, share: Tensor | None) -> str:
         """Whether the true bias is what it was, when the format put a constant into the stored one."""
@@ -246,6 +263,14 @@ class _Task:
             )
             for a in range(0, shape[0], rows)
         )
+
+
+def _add(meter: AccuracyMeter, stored: StoredLayer, parts: Parts, rows: Callable[[int, int], Tensor]) -> None:
+    """Add a matrix that the parts decode to, and the rows of the true one, to a meter."""
+    n, k = stored.shape
+    for start, stop in row_chunks(n, k, stored.format.row_multiple):
+        approx = stored.format.dequantize_rows(parts, k, start, stop, torch.float32)
+        meter.add(rows(start, stop).float(), approx)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -94,6 +94,8 @@ class Target:
             layer_rules=[split_rule(rule) for rule in wishes.layer],
             dialect=wishes.dialect,
             statistics=statistics,
+            convolutions=wishes.convolutions,
+            bank_transposed=wishes.bank_transposed,
         ).weighted(self.weight_rules)
         file = self.sensitivities
         known = Sensitivities.load(file) if file is not None and file.exists() else None

@@ -48,6 +48,8 @@ def convert(
     keep: options.Keep = None,
     only: options.Only = None,
     layer: options.LayerRules = None,
+    convolutions: options.Convolutions = False,
+    bank_transposed: options.BankTransposed = None,
     dialect: options.Dialect = "comfy",
     requantize: options.Requantize = False,
     stats: options.Stats = None,
@@ -77,7 +79,8 @@ def convert(
     The output appears under its name when all of it is written and checked. An interrupted run goes on where it stopped
     when the same command is given again.
     """
-    wishes = Wishes(format, solver, preset, keep or (), only or (), layer or (), dialect, requantize)
+    patterns = (keep or (), only or (), layer or ())
+    wishes = Wishes(format, solver, preset, *patterns, dialect, requantize, convolutions, bank_transposed or ())
     refuse_both(wishes, plan)
     with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
         if error_lora is not None:

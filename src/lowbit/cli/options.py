@@ -74,6 +74,23 @@ LayerRules = Annotated[
         show_default=False,
     ),
 ]
+Convolutions = Annotated[
+    bool,
+    typer.Option(
+        "--convolutions",
+        help="Quantize the kernels of convolutions, too, which otherwise only --layer does; not of transposed ones, "
+        "which a file does not tell apart: keep those (--keep).",
+    ),
+]
+BankTransposed = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX",
+        help="Banks of experts whose weight is [experts, in, out], as GPT-OSS has them; all others are taken for "
+        "[experts, out, in].",
+        show_default=False,
+    ),
+]
 Dialect = Annotated[
     str,
     typer.Option(metavar="NAME", help=f"How layers are written: {', '.join(_WRITTEN)}. See `lowbit formats`."),

@@ -51,6 +51,8 @@ def plan(
     keep: options.Keep = None,
     only: options.Only = None,
     layer: options.LayerRules = None,
+    convolutions: options.Convolutions = False,
+    bank_transposed: options.BankTransposed = None,
     dialect: options.Dialect = "comfy",
     requantize: options.Requantize = False,
     stats: options.Stats = None,
@@ -82,7 +84,8 @@ def plan(
     With --target-size or --target-sqnr, measure what each layer's output loses in each of some formats, and choose for
     every layer so that all of them together lose least in that size, or take least for that quality.
     """
-    wishes = Wishes(format, solver, preset, keep or (), only or (), layer or (), dialect, requantize)
+    patterns = (keep or (), only or (), layer or ())
+    wishes = Wishes(format, solver, preset, *patterns, dialect, requantize, convolutions, bank_transposed or ())
     target = Target(target_size, target_sqnr, formats or (), weight or (), measure_with, rows, sensitivities, jobs)
     mixed = None
     if target_size is None and target_sqnr is None:

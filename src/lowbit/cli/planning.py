@@ -30,6 +30,8 @@ class Wishes:
     layer: Sequence[str] = ()
     dialect: str = "comfy"
     requantize: bool = False
+    convolutions: bool = False
+    bank_transposed: Sequence[str] = ()
 
     def check(self) -> None:
         """Refuse what no source could make right, before any file is opened. Raises `Failure`."""
@@ -65,6 +67,8 @@ class Wishes:
             dialect=self.dialect,
             requantize=self.requantize,
             statistics=statistics,
+            convolutions=self.convolutions,
+            bank_transposed=self.bank_transposed,
         )
 
 
@@ -84,7 +88,7 @@ def refuse_both(wishes: Wishes, file: Path | None) -> None:
         return
     given = [name for name, value in vars(wishes).items() if value != getattr(Wishes(), name)]
     if given:
-        names = ", ".join(f"--{name}" for name in given)
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         with asking():
             raise PlanError(f"{names}: the plan file says this already; edit {file} or leave --plan out")
 

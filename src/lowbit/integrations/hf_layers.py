@@ -24,7 +24,7 @@ from lowbit.checkpoint.eligibility import better_left, cannot_hold, cannot_store
 from lowbit.checkpoint.load import OPTIONS
 from lowbit.checkpoint.presets import GENERIC, BoundPreset, detect_preset, get_preset
 from lowbit.checkpoint.stored_format import StoredFormat
-from lowbit.checkpoint.weight_shape import TURNED
+from lowbit.checkpoint.weight_shape import TURNED, WeightShape
 from lowbit.errors import CheckpointError, PlanError, WeightError
 from lowbit.experts.bank import QuantizedBank
 from lowbit.formats import Format
@@ -131,7 +131,7 @@ def _refusal(name: str, layer: Matrix, fmt: Format) -> str | None:
         return "it renormalizes its rows in place at every lookup (max_norm)"
     spec = TensorSpec(layer.weight.dtype, matrix_shape(layer))
     return cannot_hold(join_key(name, "weight"), spec) or cannot_store(
-        StoredFormat(fmt), spec.shape, embedding=isinstance(layer, nn.Embedding)
+        StoredFormat(fmt), WeightShape(spec.shape), embedding=isinstance(layer, nn.Embedding)
     )
 
 
@@ -264,6 +264,9 @@ def dequantize_module_(module: nn.Module, dtype: torch.dtype | None = None) -> n
     """
     made: dict[int, nn.Parameter] = {}
     for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if isinstance(parameter, QuantizedBank):
+                setattr(owner, name, nn.Parameter(parameter.dequantize(dtype)))
         weight: Any = owner._parameters.get("weight")  # noqa: SLF001  (of every kind of module)
         if not isinstance(weight, QuantizedTensor):
             continue
@@ -282,4 +285,5 @@ def dequantize_module_(module: nn.Module, dtype: torch.dtype | None = None) -> n
 def stored_bytes(module: nn.Module, *, buffers: bool = True) -> int:
     """Bytes that a module's parameters take, quantized ones through their parts; with its buffers or without."""
     held = [*module.parameters(), *(module.buffers() if buffers else ())]
-    return sum(t.nbytes_stored() if isinstance(t, QuantizedTensor) else t.numel() * t.element_size() for t in held)
+    coded = QuantizedTensor | QuantizedBank
+    return sum(t.nbytes_stored() if isinstance(t, coded) else t.numel() * t.element_size() for t in held)

@@ -21,7 +21,7 @@ class LayerRow:
     name: str
     format: str
     solver: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bytes_before: int
     bytes_after: int
     seconds: float
@@ -72,7 +72,7 @@ def conversion_html(page: ConversionPage) -> str:
     formats = sorted({row.format for row in layers})
     colours = {name: index % COLOURS + 1 for index, name in enumerate(formats)}
     measured = sorted((row for row in layers if row.sqnr is not None), key=_sqnr)
-    weights = sum(row.shape[0] * row.shape[1] for row in layers)
+    weights = sum(math.prod(row.shape) for row in layers)
     return render(
         "conversion.html.jinja",
         page=page,

@@ -7,6 +7,9 @@ written and say the same. The fields of the JSON object, beside those of each fo
 format                       which format; required
 orig_dtype, orig_shape       logical dtype ("torch.bfloat16") and shape, the latter where padding hides it
 full_precision_matrix_mult   the runtime must not quantize activations; written only when true
+kernel_shape                 [O, I / groups, ...]: the convolution's kernel whose matrix [N, K] this is
+turned_over                  true: the weight is [K, N], as in the Conv1D of transformers
+num_experts                  every tensor but the marker has a leading axis of so many experts (`comfy_banks`)
 lowbit                       our own config, only where the fields above cannot say all of it; others ignore it
 
 Whatever else a marker says is kept in `StoredLayer.options` and written again.

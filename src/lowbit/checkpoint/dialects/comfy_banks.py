@@ -1,7 +1,8 @@
 """Banks of experts in comfy files: `num_experts` in the marker, and a leading axis E on every tensor but the marker.
 
 A bank is described as one of its experts would be, with `num_experts` among the options; `checkpoint.banks` reads and
-writes the experts one by one.
+writes the experts one by one. `bank_transposed`: the plain weight is [E, K, N], for experts that are multiplied as
+`x @ w`; the parts are those of [E, N, K] all the same. `bank_parameter`: its key has no `.weight` behind the name.
 """
 
 from __future__ import annotations
@@ -48,6 +49,6 @@ def check_no_bank(layer: StoredLayer) -> None:
     experts = layer.options.get(EXPERTS)
     if experts is not None:
         raise PartsError(
-            f"{layer.place}: {join_key(layer.layer, 'weight')!r} is a bank of {experts} experts, which only "
-            "lowbit.load reads; convert from the original and keep this layer"
+            f"{layer.place}: {join_key(layer.layer, 'weight')!r} is a bank of {experts} experts, which is no "
+            "matrix; load it with lowbit.load, or decode the file (lowbit dequantize)"
         )

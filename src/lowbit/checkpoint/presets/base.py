@@ -8,6 +8,7 @@ Every `*.json` here but base.json is one family:
     prefixes               what may stand before every key of the model, the longest first; no prefix is always tried
     keep, drop             rules {pattern, why}: layers that stay as they are, layers that the model can do without
     embedding              patterns of weights whose rows are looked up, not multiplied
+    bank_transposed        patterns of banks of experts that are [E, K, N]; others are [E, N, K]
     keep_first_blocks      {pattern, count}: the first blocks stay as they are; group 1 is the block's number
     keep_last_blocks       the same for the last ones, at any depth
 
@@ -65,6 +66,7 @@ class Preset:
     embedding: tuple[str, ...]
     keep_first_blocks: EdgeBlocks | None
     keep_last_blocks: EdgeBlocks | None
+    bank_transposed: tuple[str, ...] = ()
 
     def find_prefix(self, keys: Iterable[str]) -> str | None:
         """The prefix under which these keys are a model of this family, or None where they are not."""
@@ -132,6 +134,11 @@ class BoundPreset:
         """Whether the layer's weight is a table whose rows are looked up."""
         name = layer.removeprefix(self.prefix)
         return any(_compiled(pattern).search(name) for pattern in self.preset.embedding)
+
+    def is_transposed_bank(self, layer: str) -> bool:
+        """Whether the layer, which is a bank of experts, has the axes [E, K, N]."""
+        name = layer.removeprefix(self.prefix)
+        return any(_compiled(pattern).search(name) for pattern in self.preset.bank_transposed)
 
 
 def sample_keys(keys: Iterable[str]) -> tuple[str, ...]:

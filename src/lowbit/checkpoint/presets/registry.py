@@ -20,7 +20,10 @@ __all__ = ["GENERIC", "detect_preset", "get_preset", "presets"]
 
 _FOLDER = Path(__file__).parent
 _BASE = "base.json"
-_OPTIONAL = {"aliases", "prefixes", "keep", "drop", "embedding", "keep_first_blocks", "keep_last_blocks"}
+_OPTIONAL = {
+    *("aliases", "prefixes", "keep", "drop", "embedding", "bank_transposed"),
+    *("keep_first_blocks", "keep_last_blocks"),
+}
 
 
 def presets() -> dict[str, Preset]:
@@ -95,6 +98,7 @@ def read_family(path: Path) -> Preset:
         _texts(data.get("embedding", []), f"{path.name}: embedding") + embedding,
         _edge(data.get("keep_first_blocks"), f"{path.name}: keep_first_blocks"),
         _edge(data.get("keep_last_blocks"), f"{path.name}: keep_last_blocks"),
+        _texts(data.get("bank_transposed", []), f"{path.name}: bank_transposed"),
     )
 
 

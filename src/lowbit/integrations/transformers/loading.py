@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 
+from lowbit.checkpoint.banks import experts_of, fit_bank, load_bank
 from lowbit.checkpoint.dialects import Dialect, StoredLayer
 from lowbit.checkpoint.dialects.base import layer_of
+from lowbit.checkpoint.weight_shape import plain_key
 from lowbit.errors import CheckpointError
 from lowbit.integrations.hf_files import DescribedFiles, fitted_to, remember_options, restored_parameter
 
@@ -91,6 +93,11 @@ class LayerConverter(WeightConverter):
         claims = [self.claims.by_key[key] for key in next(iter(self.layer_targets.values()))]
         tensors = self.materialize_tensors()
         by_key = {claim.key: tensors[claim.role][0] for claim in claims}
+        if experts_of(claims[0].stored):
+            current = model.get_parameter(layer_name)
+            bank = fit_bank(claims[0].stored, tuple(current.shape))
+            made = load_bank(self.dialect, bank, by_key.__getitem__, self.dtype or current.dtype)
+            return {layer_name: nn.Parameter(made, requires_grad=False)}
         name = layer_name.rpartition(".")[0]
         layer = model.get_submodule(name)
         stored = fitted_to(claims[0].stored, layer, name)
@@ -104,7 +111,7 @@ def claim_layers(files: DescribedFiles, conversions: Iterable[Any]) -> Claims:
     renamings = _renamings(conversions)
     claims = Claims({}, {})
     for stored in files.found.layers.values():
-        weight = _renamed(stored.keys["qdata"], renamings)
+        weight = _renamed(plain_key(stored), renamings)
         for role, key in stored.keys.items():
             claims.by_key[key] = claims.by_renamed[_renamed(key, renamings)] = Claim(stored, role, key, weight)
     return claims
@@ -123,7 +130,7 @@ def _renamed(key: str, renamings: Iterable[Any]) -> str:
 def place_layers(
     model: Any, files: DescribedFiles, conversions: list[Any], merged: Collection[str] = ()
 ) -> dict[str, StoredLayer]:
-    """The stored layers by the names of the model's layers that they are for.
+    """The stored layers by the names of the model's layers that they are for; banks of experts are only checked.
 
     Left out are layers whose codes have a key in `merged`: no layer of the model is theirs alone. Layers of a head that
     the model lacks may be in the file, and the model may have a head that the file lacks. What must not be, and raises
@@ -134,11 +141,13 @@ def place_layers(
     renamings = _renamings(conversions)
     placed, there = {}, set()
     for stored in files.found.layers.values():
-        name, _ = rename_source_key(stored.keys["qdata"], renamings, [], base, state)
+        name, _ = rename_source_key(plain_key(stored), renamings, [], base, state)
         there.add(name)
         if stored.keys["qdata"] in merged:
             continue
-        if name in state:
+        if name in state and experts_of(stored):
+            fit_bank(stored, tuple(state[name].shape))
+        elif name in state:
             layer = name.rpartition(".")[0]
             placed[layer] = fitted_to(stored, model.get_submodule(layer), layer)
         elif not _is_of_a_head(name, base, state, files) and not _ignored(name, model):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
+from lowbit.checkpoint.banks import experts_of, load_bank
 from lowbit.checkpoint.dialects import Dialect
 from lowbit.checkpoint.weight_shape import as_plain
 from lowbit.errors import CheckpointError
@@ -60,6 +61,10 @@ class MergedLayers(WeightConverter):
             claim = self.claims.by_key.get(key)
             if claim is None:
                 yield tensor.to(self.dtype)
+                continue
+            if experts_of(claim.stored):
+                dtype = self.dtype or claim.stored.dtype
+                yield load_bank(self.dialect, claim.stored, held.__getitem__, dtype).dequantize().contiguous()
                 continue
             parts = self.dialect.load_parts(claim.stored, held.__getitem__)
             weight = claim.stored.format.dequantize(parts, claim.stored.shape, self.dtype or claim.stored.dtype)

@@ -1,0 +1,152 @@
+"""What a user asked for, as far as it decides what becomes of a weight: formats, patterns of names, the dialect."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from lowbit.errors import PlanError
+from lowbit.formats.base import Format
+from lowbit.solvers import AUTO, parse_pipeline, pick_solver
+
+from .dialects import Dialect, StoredLayer
+from .eligibility import axes_of
+from .layer_statistics import LayerStatistics, knowledge
+from .plan_data import ComponentPlan, TensorPlan
+from .stored_format import StoredFormat
+from .weight_shape import BANK_AXES, TURNED_BANK_AXES, WeightShape, refusal
+
+TURNED_BANKS = "bank-transposed"
+
+
+@dataclass
+class Pattern:
+    """A regular expression that a user gave, and whether any layer matched it."""
+
+    option: str
+    text: str
+    used: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            self._expression = re.compile(self.text)
+        except re.error as error:
+            raise PlanError(f"--{self.option} {self.text!r} is no regular expression: {error}; correct it") from error
+
+    def matches(self, name: str) -> bool:
+        """Whether it is found in a layer's name; remembers that it was."""
+        found = self._expression.search(name) is not None
+        self.used |= found
+        return found
+
+
+@dataclass
+class Rules:
+    """What the user asked for. `turned_banks`: patterns of banks [E, K, N]; `convolutions`: kernels are wanted, too."""
+
+    stored: StoredFormat
+    solver: str
+    keep: list[Pattern]
+    only: list[Pattern]
+    by_layer: list[tuple[Pattern, StoredFormat]]
+    dialect: Dialect
+    statistics: LayerStatistics | None = None
+    turned_banks: list[Pattern] = field(default_factory=list)
+    convolutions: bool = False
+    picked: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise for a layout that no file holds, a format that needs calibration, and an unknown solver."""
+        for wanted in (self.stored, *(stored for _, stored in self.by_layer)):
+            wanted.check_stored()
+            fmt = wanted.format
+            if fmt.plain != fmt and self.statistics is None:
+                raise PlanError(
+                    f"{fmt}: has a pre_quant_scale or input_scale, which needs calibration; calibrate (lowbit "
+                    "calibrate) and give the file with --stats, or leave it out"
+                )
+            pick_solver(self.solver, fmt, "full")
+
+    def match(self, name: str) -> tuple[Pattern | None, Pattern | None, tuple[Pattern, StoredFormat] | None]:
+        """The keep and only patterns and the layer rule that hold for a name; all are tried, to learn which match."""
+        kept = [pattern for pattern in self.keep if pattern.matches(name)]
+        only = [pattern for pattern in self.only if pattern.matches(name)]
+        rules = [(pattern, stored) for pattern, stored in self.by_layer if pattern.matches(name)]
+        return kept[0] if kept else None, only[0] if only else None, rules[0] if rules else None
+
+    def pick(self, fmt: Format, layer: str, *, has_bias: bool) -> str:
+        """The solver for a layer in a format, noted for the plan."""
+        known = knowledge(self.statistics, layer)
+        if fmt.plain != fmt and not known:
+            raise PlanError(
+                f"{layer!r}: {fmt} needs to know the layer's input, and there are no statistics of it; calibrate it, "
+                "or keep it (--keep) or give it another format (--layer)"
+            )
+        name, why = pick_solver(self.solver, fmt, known, has_bias=has_bias)
+        if self.statistics is not None and known != "full" and parse_pipeline(name).steps:
+            # A table of embeddings has no input to measure; refusing it would make the solver useless for the rest.
+            name, why = pick_solver(AUTO, fmt, known, has_bias=has_bias)
+            why = f"{self.solver} needs second moments, which are not known of some layers; {why}"
+        self.picked[fmt.spec, name] = f"{fmt}: solver {name} ({why})"
+        return name
+
+    def fit(self, stored: StoredFormat, layer: str) -> tuple[StoredFormat, str]:
+        """The variant of a format that suits a layer's input, and the reason to add where it is another one."""
+        smallest = None if self.statistics is None else self.statistics.smallest(layer)
+        if smallest is None or (fitted := stored.format.fitted_to(smallest)) == stored.format:
+            return stored, ""
+        return replace(stored, format=fitted), f"; its input is never below {smallest:.3g}"
+
+    def oriented(self, weight: WeightShape, name: str, family: str) -> tuple[WeightShape, str]:
+        """A weight with the axes that the user says it has, and the reason to add where it is a bank.
+
+        `family`: the preset by which it is [E, K, N], or "".
+        """
+        if not weight.is_bank:
+            return weight, ""
+        turned = [pattern for pattern in self.turned_banks if pattern.matches(name)]
+        axes = TURNED_BANK_AXES if turned or family else BANK_AXES
+        why = f"the preset {family} says" if family else "transformers documents"
+        if turned:
+            why = f"--{TURNED_BANKS} {turned[0].text!r} says"
+        shown = ", ".join(axes.split())
+        return WeightShape(weight.shape, axes), f"; {weight.experts} experts, each for itself, [{shown}] as {why}"
+
+    def spelled(self, stored: StoredFormat, layer: StoredLayer) -> StoredFormat:
+        """The form of a format that the dialect writes, where it holds the same codes in several."""
+        for fmt in (stored.format, *stored.format.equivalents()):
+            if refusal(self.dialect, replace(layer, format=fmt)) is None:
+                return replace(stored, format=fmt)
+        return stored
+
+    def notes(self) -> Iterable[str]:
+        """Which solver was taken for which format."""
+        return self.picked.values()
+
+    def refuse_unused(self, components: Iterable[ComponentPlan]) -> None:
+        """A pattern that matches nothing is a typing error until shown otherwise."""
+        for pattern in (*self.keep, *self.only, *(pattern for pattern, _ in self.by_layer), *self.turned_banks):
+            if not pattern.used:
+                banks = pattern.option == TURNED_BANKS
+                what, short = ("bank of experts", "bank") if banks else ("layer", "layer")
+                names = list(_names(components, banks=banks))
+                example = f"; a {short}'s name is, for example, {names[len(names) // 2]!r}" if names else ""
+                raise PlanError(f"--{pattern.option} {pattern.text!r} matches no {what}{example}; correct the pattern")
+
+
+def _names(components: Iterable[ComponentPlan], *, banks: bool) -> Iterable[str]:
+    """Names that a pattern could have meant."""
+    for part in components:
+        for tensor in part.tensors:
+            if _is_bank(tensor) if banks else len(tensor.shape) == 2:
+                yield full_name(part.name, tensor.layer)
+
+
+def _is_bank(tensor: TensorPlan) -> bool:
+    return WeightShape(tensor.shape, tensor.axes or axes_of(tensor.key, tensor.shape)).is_bank
+
+
+def full_name(component: str, layer: str) -> str:
+    """A layer's name as patterns see it."""
+    return f"{component}/{layer}" if component else layer
