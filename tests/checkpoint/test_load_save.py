@@ -1,6 +1,7 @@
 """lowbit.save and lowbit.load: modules with quantized layers through files, all or nothing."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -297,3 +298,22 @@ def test_a_buffer_that_the_module_makes_by_itself_is_left_out(model, tmp_path):
 
     assert report.notes == ["steps: left out, the module makes it by itself"]
     assert torch.equal(fresh.steps, torch.arange(4))
+
+
+@pytest.mark.parametrize("spec", ["nvfp4", "mxfp8"])
+def test_a_file_that_only_tells_the_padded_shape_takes_the_modules(spec, tmp_path):
+    """Files of ComfyUI's own nvfp4 and mxfp8 pad rows and columns and do not say so: they load where they fit."""
+    layer = nn.Linear(40, 33, bias=False)
+    lowbit.quantize_(layer, spec)
+    path = lowbit.save(layer, tmp_path / "model.safetensors")
+    tensors = load_file(path)
+    marker = json.loads(bytes(tensors["comfy_quant"].tolist()))
+    del marker["orig_shape"]
+    tensors["comfy_quant"] = torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
+    save_file(tensors, path)
+    again = nn.Linear(40, 33, bias=False)
+    lowbit.load(again, path)
+    assert torch.equal(again.weight.dequantize(), layer.weight.dequantize())
+    for shape in ((40, 14), (40, 70), (7, 33)):
+        with pytest.raises(CheckpointError, match="the module expects"):
+            lowbit.load(nn.Linear(*shape, bias=False), path)

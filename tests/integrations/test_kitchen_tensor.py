@@ -291,7 +291,7 @@ def test_a_layout_from_scratch_works_with_its_own_handlers():
             extra: torch.Tensor | None = None
 
         @classmethod
-        def quantize(cls, tensor, **kwargs):  # noqa: ARG003
+        def quantize(cls, tensor, **kwargs):
             params = cls.Params(tensor.abs().mean(), tensor.dtype, tuple(tensor.shape))
             return tensor.sign().to(torch.int8), params
 

@@ -18,9 +18,8 @@ from .dialects import StoredLayer
 from .dialects.base import join_key, layer_of
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
-from .weight_shape import KERNEL_AXES, WeightShape, weight_shape
+from .weight_shape import KERNEL_AXES, WeightShape, may_pad, weight_shape
 
-_PADDING = 32  # a file that pads, and does not tell the shape, adds less than this to rows and columns
 _SHOWN = 5
 
 
@@ -144,7 +143,7 @@ def _check_layers(
 def _fits(weight: WeightShape, found: WeightShape, *, padded: bool) -> bool:
     if not padded or weight.axes == KERNEL_AXES:
         return weight == found
-    near = all(a <= b < a + _PADDING for a, b in zip(weight.matrix, found.matrix, strict=True))
+    near = may_pad(found.matrix, weight.matrix)
     return near and (weight.axes, weight.experts) == (found.axes, found.experts)
 
 

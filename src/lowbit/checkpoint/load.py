@@ -21,7 +21,7 @@ from .dialects.base import join_key
 from .pipeline import Unit, run_units
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source, open_source
-from .weight_shape import KERNEL, TURNED, plain_shape
+from .weight_shape import KERNEL, TURNED, may_pad, plain_shape
 
 OPTIONS = "lowbit_options"  # attribute of a layer: a format's name, and what the checkpoint says besides it, for saving
 _SHOWN = 5
@@ -258,7 +258,7 @@ def _kind(layer: Layer) -> tuple[bool, bool]:
 
 
 def _fit_shape(stored: StoredLayer, layer: Layer) -> StoredLayer:
-    """The stored layer at the module's shape. Where the file only knows the padded shape, the module's is right."""
+    """The stored layer at the module's shape. Where the file only tells the padded shape, the module's is right."""
     n, k = matrix_shape(layer)
     wanted = tuple(layer.weight.shape)
     if KERNEL in stored.options and plain_shape(stored) != wanted:
@@ -266,8 +266,7 @@ def _fit_shape(stored: StoredLayer, layer: Layer) -> StoredLayer:
             f"{stored.place}: holds a kernel of shape {stored.options[KERNEL]}, the module expects {list(wanted)}; "
             "load it into the right model"
         )
-    rules_fit = stored.format.part_shapes(n, k) == stored.format.part_shapes(*stored.shape)
-    if stored.shape != (n, k) and not (rules_fit and stored.notes):
+    if stored.shape != (n, k) and not (stored.padded and may_pad(stored.shape, (n, k))):
         raise CheckpointError(
             f"{stored.place}: holds a weight of shape {list(stored.shape)}, the module expects {[n, k]}; "
             "load it into the right model"

@@ -22,10 +22,9 @@ from .dialects.base import join_key, layer_of
 from .pipeline import Progress, Unit, run_units
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source
-from .weight_shape import KERNEL_AXES, WeightShape, plain_key, weight_shape
+from .weight_shape import KERNEL_AXES, WeightShape, may_pad, plain_key, weight_shape
 
 _PIECE = 16 << 20  # bytes compared at a time
-_PADDING = 32  # a file that pads, and does not tell the shape, adds less than this to rows and columns
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ class _Task:
         if weight.axes == KERNEL_AXES:
             fits = fits and found.shape == weight.shape
         elif fits:
-            fits = all(a <= b < a + _PADDING for a, b in zip(found.matrix, weight.matrix, strict=True))
+            fits = may_pad(weight.matrix, found.matrix)
         if not fits:
             raise CheckpointError(
                 f"{self.name}: has shape {list(weight.shape)} here and {list(found.shape)} in the source"

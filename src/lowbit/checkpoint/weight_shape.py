@@ -28,8 +28,14 @@ KERNEL, TURNED = "kernel_shape", "turned_over"
 TRANSPOSED, PARAMETER = "bank_transposed", "bank_parameter"
 _OPTIONS = (KERNEL, TURNED, EXPERTS, TRANSPOSED, PARAMETER)
 
+_PADDING = 32  # a file that pads, and does not tell the shape, adds less than this to rows and columns
 MATRIX_AXES, TURNED_AXES, KERNEL_AXES, BANK_AXES, TURNED_BANK_AXES = "", "K N", "O I ...", "E N K", "E K N"
 AXES = (MATRIX_AXES, TURNED_AXES, KERNEL_AXES, BANK_AXES, TURNED_BANK_AXES)
+
+
+def may_pad(held: tuple[int, int], shape: tuple[int, int]) -> bool:
+    """Whether a file that does not tell the shape may hold a matrix of `shape` as one of shape `held`."""
+    return all(size <= larger < size + _PADDING for size, larger in zip(shape, held, strict=True))
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ class StoredLayer:
     """The file, for messages."""
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     """The dtypes of the parts that a format leaves open, as the file has them."""
+    padded: bool = False
+    """Whether `shape` is that of padded codes, because the file does not tell the logical one."""
 
     @property
     def place(self) -> str:

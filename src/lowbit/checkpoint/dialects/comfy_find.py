@@ -77,6 +77,7 @@ def find_layer(
         notes=description.notes,
         where=description.where,
         dtypes=dtypes,
+        padded=storage.pads(description),
     )
     check_stored(stored, specs)
     return stored

@@ -72,6 +72,9 @@ class Nvfp4(Storage):
             )
         return given or (n, width * self._columns())
 
+    def pads(self, found: Description) -> bool:
+        return found.shape() is None
+
     def write(self, fmt: Format, parts: Mapping[str, Tensor], layout: str) -> Parts:
         codes = parts["qdata"].view(torch.uint8)
         rows, columns = (

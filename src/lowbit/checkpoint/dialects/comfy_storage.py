@@ -56,6 +56,10 @@ class Storage:
         n, k = found.tensor("qdata").shape
         return found.shape() or (n, k)
 
+    def pads(self, found: Description) -> bool:
+        """Whether `shape_of` can only give the padded shape."""
+        return False
+
     def layout_of(self, found: Description) -> str:
         """The kernel arrangement of the stored tensors."""
         if layout := found.fields.get("layout"):
