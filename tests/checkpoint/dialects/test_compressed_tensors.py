@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowbit.checkpoint.dialects import Container, StoredLayer, TensorSpec, get_dialect
+from lowbit.checkpoint.dialects import Container, StoredLayer, TensorSpec, detect_dialect, get_dialect
 from lowbit.errors import CheckpointError, PartsError
 from lowbit.formats import parse_spec
 from tests.checkpoint.dialects.comfy_files import assert_same_bits
@@ -281,3 +281,24 @@ def test_static_activation_scales_travel():
     again = DIALECT.store_parts(layer, parts)
     assert_same_bits(again[f"{LAYER}.input_scale"], tensors[f"{LAYER}.input_scale"])
     assert DIALECT.refuses(replace(layer, options={})) is None
+
+
+@pytest.mark.parametrize("value", [1 / 2688, 0.0, float("nan"), float("inf")])
+def test_a_factor_in_place_of_a_divisor_is_caught(value):
+    """A global scale that no weight can have is an error that names both readings, or says that it was never set."""
+    tensors, _, config = compressed("nvfp4a16", torch.bfloat16)
+    tensors[f"{LAYER}.weight_global_scale"] = torch.tensor([value])
+    with pytest.raises(CheckpointError, match=r"ModelOpt and ComfyUI store|never set"):
+        DIALECT.find_layers(container(tensors, config), tensors.__getitem__)
+
+
+def test_a_method_that_nobody_reads_is_refused_by_name():
+    """Codes of bitsandbytes are neither plain weights nor guessed at; plain weights beside such a config are plain."""
+    config = {"config.json": {"quantization_config": {"quant_method": "bitsandbytes"}}}
+    held = Container({"a.weight": TensorSpec(torch.uint8, (512, 1))}, configs=config, where="folder")
+    with pytest.raises(
+        CheckpointError, match=r"folder: config\.json says quant_method 'bitsandbytes'.*lowbit reads awq"
+    ):
+        detect_dialect(held)
+    plain = Container({"a.weight": TensorSpec(torch.bfloat16, (32, 32))}, configs=config)
+    assert detect_dialect(plain) is None

@@ -55,6 +55,7 @@ class Awq:
     needs_folder = True
     owned_metadata: tuple[str, ...] = ()
     owned_configs: Mapping[str, tuple[str, ...]] = {"config.json": (FIELD,)}
+    methods: tuple[str, ...] = ("awq",)
 
     def detect(self, held: Container) -> bool:
         """Whether config.json says so, and there are codes."""

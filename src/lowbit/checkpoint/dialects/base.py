@@ -145,6 +145,8 @@ class Dialect(Protocol):
     """Entries of the header metadata that describe layers: removed when a file is written anew."""
     owned_configs: Mapping[str, tuple[str, ...]]
     """File name -> its top-level fields that describe layers; no fields: the whole file."""
+    methods: tuple[str, ...]
+    """The `quant_method`s of config.json that mean this dialect."""
 
     def detect(self, held: Container) -> bool:
         """Whether this is written in this dialect. Several never say so: names or fields tell them apart."""
@@ -224,6 +226,7 @@ def detect_dialect(held: Container) -> Dialect | None:
     for dialect in _REGISTRY.values():
         if dialect.detect(held):
             return dialect
+    _refuse_unknown_method(held)
     if foreign := undescribed(held.tensors, held.tensors):
         raise CheckpointError(
             f"{held.where or 'the file'}: {foreign[0]!r} and {len(foreign) - 1} more look like quantized weights, but "
@@ -233,6 +236,22 @@ def detect_dialect(held: Container) -> Dialect | None:
             "16-bit file"
         )
     return None
+
+
+def _refuse_unknown_method(held: Container) -> None:
+    """Raise `CheckpointError` for codes that config.json says are of a method which no dialect reads."""
+    config = held.configs.get("config.json", {}).get("quantization_config")
+    method = str(config.get("quant_method", "")).lower() if isinstance(config, Mapping) else ""
+    known = sorted({name for dialect in _REGISTRY.values() for name in dialect.methods})
+    if not method or method in known:
+        return
+    codes = (*_CODE_DTYPES, torch.int32, torch.int16)
+    coded = [key for key, spec in held.tensors.items() if "weight" in key and spec.shape and spec.dtype in codes]
+    if coded:
+        raise CheckpointError(
+            f"{held.where or 'the file'}: config.json says quant_method {method!r}, and {coded[0]!r} is "
+            f"{held.tensors[coded[0]]}; lowbit reads {', '.join(known)}. Take the 16-bit model"
+        )
 
 
 def undescribed(keys: Iterable[str], tensors: Mapping[str, TensorSpec]) -> list[str]:

@@ -62,6 +62,7 @@ class Comfy:
     needs_folder = False
     owned_metadata: tuple[str, ...] = (HEADER,)
     owned_configs: Mapping[str, tuple[str, ...]] = {"config.json": (FIELD,)}
+    methods: tuple[str, ...] = ("lowbit",)
 
     def detect(self, held: Container) -> bool:
         """Whether there is a marker, the header's entry, or what a `scaled_fp8` file has."""

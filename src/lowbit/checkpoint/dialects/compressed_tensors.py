@@ -6,6 +6,7 @@ belongs to the group that names it: by its full name first, then by an expressio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ class CompressedTensors:
     needs_folder = True
     owned_metadata: tuple[str, ...] = ()
     owned_configs: Mapping[str, tuple[str, ...]] = {"config.json": (FIELD, "compression_config")}
+    methods: tuple[str, ...] = (METHOD,)
 
     def detect(self, held: Container) -> bool:
         """Whether config.json says so, and there are scales."""
@@ -83,6 +85,8 @@ class CompressedTensors:
                     keys[f"kept {name}"] = tensors.keys[name]
             if kept := [name for name in keys if name.startswith("kept ")]:
                 raise tensors.error(f"has {kept[0].removeprefix('kept ')}, which {scheme.name} does not know")
+            if "global_scale" in keys:
+                _check_divisor(tensors, float(read(keys["global_scale"]).reshape(-1)[0]))
             shape = storage.shape_of(tensors, scheme, read)
             return StoredLayer(
                 layer=tensors.layer,
@@ -241,6 +245,17 @@ def _scheme_for(tensors: LayerTensors, groups: Sequence[tuple[list[str], Scheme]
     raise tensors.error(
         "has scales, but no group of config.json names it; correct config.json, or download the model again"
     )
+
+
+def _check_divisor(tensors: LayerTensors, value: float) -> None:
+    """Raise `CheckpointError` for a global scale that cannot be what this convention stores: 2688 / amax."""
+    if not math.isfinite(value) or value <= 0:
+        raise tensors.error(f"its weight_global_scale is {value}; it was never set. Download the model again")
+    if value <= 1:
+        raise tensors.error(
+            f"its weight_global_scale is {value}: as a divisor, weights would reach {2688 / value:.3g}; as a factor "
+            f"(what ModelOpt and ComfyUI store) {2688 * value:.3g}. It mixes two conventions: convert the original"
+        )
 
 
 def _by_name(target: str, name: str) -> bool:

@@ -44,6 +44,7 @@ class Gguf:
     needs_folder = False
     owned_metadata: tuple[str, ...] = (TYPES, "gguf.version")
     owned_configs: Mapping[str, tuple[str, ...]] = {}
+    methods: tuple[str, ...] = ()
 
     def detect(self, held: Container) -> bool:
         """Whether the header was that of a GGUF file."""

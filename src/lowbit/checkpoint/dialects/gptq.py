@@ -62,6 +62,7 @@ class Gptq:
     needs_folder = True
     owned_metadata: tuple[str, ...] = ()
     owned_configs: Mapping[str, tuple[str, ...]] = {"config.json": (FIELD,), OWN_FILE: ()}
+    methods: tuple[str, ...] = ("gptq",)
 
     def detect(self, held: Container) -> bool:
         """Whether one of the two files says so, and there are codes."""

@@ -62,6 +62,7 @@ class ModelOpt:
     needs_folder = True
     owned_metadata: tuple[str, ...] = ()
     owned_configs: Mapping[str, tuple[str, ...]] = {"config.json": (FIELD,), OWN_FILE: ()}
+    methods: tuple[str, ...] = ("modelopt", "modelopt_fp4")
 
     def detect(self, held: Container) -> bool:
         """Whether one of the two files says so, and there are scales."""

@@ -18,6 +18,7 @@ class ReadOnly:
     needs_folder = False
     owned_metadata: tuple[str, ...] = ()
     owned_configs: Mapping[str, tuple[str, ...]] = {}
+    methods: tuple[str, ...] = ()
 
     def refuses(self, stored: StoredLayer) -> str | None:
         """Every layer."""

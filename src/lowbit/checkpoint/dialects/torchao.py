@@ -54,6 +54,7 @@ class TorchAO:
     needs_folder = False
     owned_metadata: tuple[str, ...] = (NAMES,)
     owned_configs: Mapping[str, tuple[str, ...]] = {"config.json": (FIELD,)}
+    methods: tuple[str, ...] = ("torchao",)
 
     _integer_zeros = False
 
