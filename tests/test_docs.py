@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from lowbit.checkpoint.dialects import base as dialects
 from lowbit.cli import app
 from lowbit.formats import registry
 from lowbit.solvers import base as solvers, refinement
+from lowbit.tensor import handlers
 from tests.checkpoint.dialects.comfy_files import every_spec
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +56,7 @@ def name_of(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if PYTHON.search(page.read_text())], ids=name_of)
 def test_python_blocks_run(page, registries, tmp_path, monkeypatch):
     """Every ```python block of a page runs, one after the other, in an empty folder."""
+    monkeypatch.setattr(handlers, "_FALLBACKS", Counter())  # a reader begins with a new process
     text = page.read_text()
     for needed in ", ".join(NEEDS.findall(text)).split(", "):
         package, _, version = needed.partition(">=")
