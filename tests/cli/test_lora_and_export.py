@@ -93,3 +93,19 @@ def test_no_safetensors_file_gets_the_name_of_a_gguf_file(lowbit, tmp_path):
     done = lowbit("convert", model, "-o", tmp_path / "m.gguf", "-f", "int8")
     assert (done.code, (tmp_path / "m.gguf").exists()) == (4, False)
     assert "lowbit export" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("convert", "-f", "gguf(type=Q4_K)", "-o"), "Q8_0"),
+        (("convert", "-f", "int8", "--dialect", "bfl", "-o"), "compressed_tensors"),
+        (("dequantize", "--source-dialect", "nope", "-o"), "bfl_swapped"),
+    ],
+)
+def test_what_cannot_be_written_or_read_is_a_wrong_option(lowbit, tmp_path, arguments, names):
+    """A format or dialect that is only read, and an unknown one, end with 2 before anything is opened."""
+    command, *options = arguments
+    done = lowbit(command, tmp_path / "absent.safetensors", *options, tmp_path / "out.safetensors")
+    assert done.code == 2
+    assert names in done.err

@@ -37,9 +37,9 @@ class FolderConfigs:
         """Put in what a dialect says about its layers. A file that the source lacks is made only where it is needed."""
         for name, fields in dialect.config_fields(layers, plain).items():
             path = _path(held, name)
-            content = self.contents.get(path) or dict(held.configs.get(name, {}))
+            content = self.contents[path] if path in self.contents else held.configs.get(name)
             if name in held.configs or (dialect.needs_folder and name != "config.json"):
-                self.contents[path] = {**content, **fields}
+                self.contents[path] = {**(content or {}), **fields}
 
     def texts(self) -> dict[str, str | None]:
         """What takes the place of the source's files, by path; None for a file that is left out."""

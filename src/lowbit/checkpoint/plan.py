@@ -15,7 +15,7 @@ from lowbit.errors import PlanError
 from lowbit.formats.base import Format
 from lowbit.solvers import AUTO
 
-from .dialects import StoredLayer, TensorSpec, get_dialect
+from .dialects import StoredLayer, TensorSpec, written_dialect
 from .dialects.base import join_key, layer_of
 from .eligibility import axes_of, better_left, cannot_hold, cannot_store, dtype_name, not_by_default
 from .layer_statistics import LayerStatistics
@@ -66,7 +66,7 @@ def make_plan(
     by_layer = [(Pattern("layer", text), StoredFormat.parse(spec)) for text, spec in layer_rules]
     kept, chosen = [Pattern("keep", text) for text in keep], [Pattern("only", text) for text in only]
     turned = [Pattern(TURNED_BANKS, text) for text in bank_transposed]
-    stored, into = StoredFormat.parse(format), get_dialect(dialect)
+    stored, into = StoredFormat.parse(format), written_dialect(dialect)
     rules = Rules(stored, solver, kept, chosen, by_layer, into, statistics, turned, convolutions)
     rules.check()
     components = []

@@ -37,7 +37,8 @@ class StoredFormat:
         return cls(fmt, layout)
 
     def check_stored(self) -> None:
-        """Raise `FormatError` for a layout that no file holds."""
+        """Raise `FormatError` for a format that can only be read, and for a layout that no file holds."""
+        self.format.check_encodable("convert")
         if self.layout and not get_layout(self.layout, self.format).stored:
             raise FormatError(
                 f"{self.spec}: {self.layout} is made of plain parts when a weight is loaded, and no file holds it; "

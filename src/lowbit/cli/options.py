@@ -95,9 +95,18 @@ Dialect = Annotated[
     str,
     typer.Option(metavar="NAME", help=f"How layers are written: {', '.join(_WRITTEN)}. See `lowbit formats`."),
 ]
+
+
+def _known_dialect(name: str | None) -> str | None:
+    if name is not None and name not in dialects():
+        raise typer.BadParameter(f"{name!r} is unknown; the dialects are {', '.join(dialects())}")
+    return name
+
+
 SourceDialect = Annotated[
     str | None,
     typer.Option(
+        callback=_known_dialect,
         metavar="NAME",
         help="Read the source in this dialect, for files that do not say how their weights are stored, such as bfl.",
         show_default=False,

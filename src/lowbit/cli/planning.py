@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.dialects import get_dialect
+from lowbit.checkpoint.dialects import written_dialect
 from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.layer_statistics import LayerStatistics
 from lowbit.checkpoint.plan import Plan, TensorPlan, make_plan
@@ -41,17 +41,17 @@ class Wishes:
                     "say what to convert to with --format SPEC, or give a plan with --plan FILE; "
                     "`lowbit formats` lists the formats"
                 )
-            StoredFormat.parse(self.format)
+            StoredFormat.parse(self.format).check_stored()
         self.check_rules()
 
     def check_rules(self) -> None:
         """The same of everything but the format for all weights."""
         with asking():
             for rule in self.layer:
-                StoredFormat.parse(split_rule(rule)[1])
+                StoredFormat.parse(split_rule(rule)[1]).check_stored()
             if self.solver != AUTO:
                 parse_pipeline(self.solver)
-            get_dialect(self.dialect)
+            written_dialect(self.dialect)
 
     def plan(self, source: Source, statistics: LayerStatistics | None = None) -> Plan:
         """The plan for this source."""

@@ -292,13 +292,15 @@ def test_a_factor_in_place_of_a_divisor_is_caught(value):
         DIALECT.find_layers(container(tensors, config), tensors.__getitem__)
 
 
-def test_a_method_that_nobody_reads_is_refused_by_name():
-    """Codes of bitsandbytes are neither plain weights nor guessed at; plain weights beside such a config are plain."""
-    config = {"config.json": {"quantization_config": {"quant_method": "bitsandbytes"}}}
-    held = Container({"a.weight": TensorSpec(torch.uint8, (512, 1))}, configs=config, where="folder")
-    with pytest.raises(
-        CheckpointError, match=r"folder: config\.json says quant_method 'bitsandbytes'.*lowbit reads awq"
-    ):
+@pytest.mark.parametrize(
+    ("method", "key", "shape"),
+    [("bitsandbytes", "a.weight", (512, 1)), ("mxfp4", "mlp.experts.gate_up_proj_blocks", (4, 64, 2, 16))],
+)
+def test_a_method_that_nobody_reads_is_refused_by_name(method, key, shape):
+    """Codes of another method are neither plain nor guessed at; plain weights beside such a config are plain."""
+    config = {"config.json": {"quantization_config": {"quant_method": method}}}
+    held = Container({key: TensorSpec(torch.uint8, shape)}, configs=config, where="folder")
+    with pytest.raises(CheckpointError, match=rf"folder: config\.json says quant_method '{method}'.*reads awq"):
         detect_dialect(held)
     plain = Container({"a.weight": TensorSpec(torch.bfloat16, (32, 32))}, configs=config)
     assert detect_dialect(plain) is None

@@ -14,6 +14,7 @@ from lowbit.checkpoint.dialects.base import (
     get_dialect,
     register_dialect,
     undescribed,
+    written_dialect,
 )
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "register_dialect",
     "torchao",
     "undescribed",
+    "written_dialect",
 ]

@@ -217,6 +217,15 @@ def get_dialect(name: str) -> Dialect:
     return _REGISTRY[name]
 
 
+def written_dialect(name: str) -> Dialect:
+    """The dialect of that name, to write in. Raises `CheckpointError` for one that is only read, too."""
+    dialect = get_dialect(name)
+    if not dialect.writes:
+        written = ", ".join(sorted(other for other, each in _REGISTRY.items() if each.writes))
+        raise CheckpointError(f"the dialect {name} is only read; those that are written are {written}")
+    return dialect
+
+
 def detect_dialect(held: Container) -> Dialect | None:
     """The dialect of a model, or None for a plain one.
 
@@ -246,7 +255,7 @@ def _refuse_unknown_method(held: Container) -> None:
     if not method or method in known:
         return
     codes = (*_CODE_DTYPES, torch.int32, torch.int16)
-    coded = [key for key, spec in held.tensors.items() if "weight" in key and spec.shape and spec.dtype in codes]
+    coded = [key for key, spec in held.tensors.items() if len(spec.shape) > 1 and spec.dtype in codes]
     if coded:
         raise CheckpointError(
             f"{held.where or 'the file'}: config.json says quant_method {method!r}, and {coded[0]!r} is "

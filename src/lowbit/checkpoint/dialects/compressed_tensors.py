@@ -80,11 +80,8 @@ class CompressedTensors:
             keys = {part: tensors.keys[name] for name, part in storage.roles.items() if name in tensors.keys}
             if static:
                 keys["input_scale"] = tensors.keys[static]
-            for name in tensors.keys.keys() - storage.roles.keys() - {static}:
-                if name != "weight":
-                    keys[f"kept {name}"] = tensors.keys[name]
-            if kept := [name for name in keys if name.startswith("kept ")]:
-                raise tensors.error(f"has {kept[0].removeprefix('kept ')}, which {scheme.name} does not know")
+            if strange := sorted(tensors.keys.keys() - storage.roles.keys() - {static, "weight"}):
+                raise tensors.error(f"has {strange[0]}, which {scheme.name} does not know")
             if "global_scale" in keys:
                 _check_divisor(tensors, float(read(keys["global_scale"]).reshape(-1)[0]))
             shape = storage.shape_of(tensors, scheme, read)
