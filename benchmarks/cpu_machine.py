@@ -1,0 +1,121 @@
+"""What the processor can do at best, measured: reading and copying memory, and products of large matrices.
+
+The product of two large matrices by PyTorch stands for the peak of the arithmetic units. It is what a good library
+reaches in each dtype; where a processor has no instructions for a dtype, that line says so by being low.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.minilm_model import machine
+from lowbit import dispatch
+
+READ_MB = 512
+PEAK_SIZE = 2048
+PACKAGES = ("comfy-kitchen", "torchao", "numpy")
+_DEFAULT_CACHE = 32 << 20
+_RUNS = 5
+
+
+def about() -> dict[str, Any]:
+    """Everything that a result depends on: processor, its features, caches, threads, commit, versions, settings."""
+    return {
+        **machine(),
+        "platform": platform.platform(),
+        "features": features(),
+        "cache_bytes": cache_bytes(),
+        "isa": instruction_set(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "settings": {name: os.environ[name] for name in sorted(os.environ) if _matters(name)},
+        "load": os.getloadavg()[0],
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _matters(name: str) -> bool:
+    return name.startswith(("OMP_", "KMP_", "GOMP_", "MKL_", "ONEDNN_", "LOWBIT_CPU"))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def features() -> list[str]:
+    """Those flags of the processor that say which products of matrices it is fast at."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    wanted = ("fma", "f16c", "avx2", "avx512", "avx_vnni", "amx", "asimd", "i8mm", "bf16", "sve")
+    return [flag for flag in flags if flag.startswith(wanted)]
+
+
+def cache_bytes() -> int:
+    """The size of the last-level cache."""
+    sizes = [_DEFAULT_CACHE]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="utf-8").strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
+    return max(sizes[1:] or sizes)
+
+
+def instruction_set() -> str | None:
+    """Which of its modules the cpu backend uses, or None where that backend is not there."""
+    if dispatch.load("cpu") is not None:
+        return None
+    from lowbit.backends.cpu import native
+
+    return native.isa()
+
+
+def readers(megabytes: int = READ_MB) -> dict[str, Callable[[int], object]]:
+    """Ways to read a whole buffer of so many MB with all threads, each taking (and ignoring) the number of a copy."""
+    buffer = torch.ones(megabytes << 18, dtype=torch.float32)
+    found: dict[str, Callable[[int], object]] = {"torch sum": lambda _: buffer.sum()}
+    if dispatch.load("cpu") is None:
+        from lowbit.backends.cpu import read_bandwidth
+
+        found["lowbit read_bandwidth"] = lambda _: read_bandwidth(buffer)
+    return found
+
+
+def copy_gb_s(megabytes: int = 256) -> float:
+    """GB/s of copying a buffer, bytes read and bytes written both counted."""
+    source = torch.ones(megabytes << 20, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _seconds(lambda: target.copy_(source)) / 1e9
+
+
+def peaks(size: int = PEAK_SIZE) -> dict[str, float]:
+    """GFLOP/s of the best of some products of two matrices [size, size], by dtype."""
+    plain = torch.randn(size, size)
+    halves = plain.bfloat16()
+    codes = torch.randint(-127, 128, (size, size), dtype=torch.int8)
+    work = 2 * size**3 / 1e9
+    return {
+        "float32": work / _seconds(lambda: plain @ plain, best=True),
+        "bfloat16": work / _seconds(lambda: F.linear(halves, halves), best=True),
+        "int8": work / _seconds(lambda: torch._int_mm(codes, codes.t()), best=True),
+    }
+
+
+def _seconds(run: Callable[[], object], *, best: bool = False) -> float:
+    times = []
+    for _ in range(_RUNS + 1):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return min(times) if best else statistics.median(times[1:])
