@@ -1,0 +1,60 @@
+# One module an instruction set. Sources are found by themselves: a kernel is backends/cpu/NAME.cpp with a bind_NAME().
+set(cpu "${CMAKE_CURRENT_SOURCE_DIR}/src/lowbit/backends/cpu")
+file(GLOB kernels CONFIGURE_DEPENDS "${cpu}/*.cpp")
+set(binds "// Made by cmake/modules.cmake: every kernel source, by name.\n")
+foreach(source IN LISTS kernels)
+  get_filename_component(name "${source}" NAME_WE)
+  string(APPEND binds "LOWBIT_BIND(${name})\n")
+endforeach()
+file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/generated/binds.inc" CONTENT "${binds}" @ONLY)
+
+# No -ffast-math: infinities and NaN mean something, and sums keep their order. What is given up here cannot change a
+# result: errno and floating-point traps. No contraction: a kernel says fma where it means fma.
+set(flags -Wall -Wextra -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  # No vector crosses the border of a module; and GCC's own vector headers look uninitialized to it.
+  list(APPEND flags -Wno-psabi -Wno-maybe-uninitialized)
+endif()
+if(LOWBIT_SANITIZE)
+  set(sanitize -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g)
+  list(APPEND flags ${sanitize} -U_FORTIFY_SOURCE -UNDEBUG -D_GLIBCXX_ASSERTIONS)
+  set(strip NOSTRIP)
+endif()
+
+# Only the entry point is visible, so that nothing of one set's code can be taken for another's.
+file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/generated/exports.map" "{ global: PyInit_*; local: *; };\n")
+list(JOIN LOWBIT_CHOSEN "\n" names)
+file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/generated/sets" "${names}\n") # scripts/build_native reads it
+
+# What the machine can run is asked of a module that any machine can run.
+nanobind_add_module(_machine NB_STATIC STABLE_ABI NOMINSIZE ${strip} NB_DOMAIN lowbit "${cpu}/native/machine.cpp")
+
+set(modules _machine)
+foreach(isa IN LISTS LOWBIT_CHOSEN)
+  set(module _native_${isa})
+  string(REGEX REPLACE "_emulated$" "" set "${isa}")
+  string(TOUPPER "LOWBIT_ISA_${set}=1" macros)
+  if(NOT set STREQUAL isa)
+    list(APPEND macros LOWBIT_EMULATE=1)
+  endif()
+  nanobind_add_module(${module} NB_STATIC STABLE_ABI NOMINSIZE ${strip} NB_DOMAIN lowbit
+    ${kernels} "${cpu}/native/module.cpp" "${cpu}/native/parallel.cpp")
+  target_include_directories(${module} PRIVATE "${cpu}" "${CMAKE_CURRENT_BINARY_DIR}/generated")
+  target_compile_definitions(${module} PRIVATE LOWBIT_MODULE=${module} LOWBIT_ISA_NAME="${isa}" ${macros})
+  target_compile_options(${module} PRIVATE ${LOWBIT_FLAGS_${isa}})
+  target_link_libraries(${module} PRIVATE ${CMAKE_DL_LIBS})
+  list(APPEND modules ${module})
+endforeach()
+
+foreach(module IN LISTS modules)
+  target_compile_options(${module} PRIVATE ${flags})
+  target_link_options(${module} PRIVATE ${sanitize})
+  if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
+    target_link_options(${module} PRIVATE "-Wl,--version-script=${CMAKE_CURRENT_BINARY_DIR}/generated/exports.map")
+  endif()
+  if(SKBUILD_STATE STREQUAL "editable") # the sources are what is imported, so the modules lie beside them
+    install(TARGETS ${module} LIBRARY DESTINATION "${cpu}")
+  else()
+    install(TARGETS ${module} LIBRARY DESTINATION lowbit/backends/cpu)
+  endif()
+endforeach()

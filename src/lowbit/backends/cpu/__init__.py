@@ -1,0 +1,13 @@
+"""Compiled kernels for CPUs, C++ for every instruction set. The import fails, in words, where none are built."""
+
+from lowbit.backends.cpu import native
+
+native.module()  # before any kernel is registered: a backend is there as a whole, or not at all
+
+from lowbit.backends.cpu.bandwidth import copy_bandwidth, read_bandwidth
+
+__all__ = [
+    "copy_bandwidth",
+    "native",
+    "read_bandwidth",
+]

@@ -1,0 +1,48 @@
+// What a kernel's source needs to be called from Python: nanobind, and pointers that travel as ints.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "parallel.h"
+
+namespace lowbit {
+
+namespace nb = nanobind;
+
+// An address as `tensor.data_ptr()` gives it, with the type that it has on this side; 0 is null. Nothing checks that
+// it is one: shapes, dtypes and contiguity are the launcher's to check, and it keeps the tensor alive.
+template <class T>
+class Ptr {
+ public:
+  Ptr(T* at = nullptr) : at_(at) {}
+  operator T*() const { return at_; }
+
+ private:
+  T* at_;
+};
+
+}  // namespace lowbit
+
+namespace nanobind::detail {
+
+template <class T>
+struct type_caster<lowbit::Ptr<T>> {
+  NB_TYPE_CASTER(lowbit::Ptr<T>, const_name("int"))
+
+  template <class Flags>  // its type is not the same in all versions of nanobind
+  bool from_python(handle from, Flags, cleanup_list*) noexcept {
+    if (!PyLong_Check(from.ptr())) return false;
+    void* at = PyLong_AsVoidPtr(from.ptr());
+    if (!at && PyErr_Occurred()) {
+      PyErr_Clear();  // it does not fit in a pointer: the call is refused with the signature
+      return false;
+    }
+    value = static_cast<T*>(at);
+    return true;
+  }
+};
+
+}  // namespace nanobind::detail
