@@ -119,11 +119,23 @@ def test_two_kernels_for_one_place_are_refused(kernels):
             return None
 
 
-def test_a_layout_is_only_given_to_a_kernel_that_reads_it():
-    """Plain eager kernels refuse an unknown layout, naming both and the remedy."""
-    args = _call()
+def test_a_layout_is_only_given_to_a_kernel_that_reads_it(kernels):
+    """A kernel for plain parts is passed over for packed ones; eager unpacks them, and the reasons say so."""
+    kernels.loaded["cpu"] = None
 
-    with pytest.raises(UnsupportedError, match="reads layout 'plain', not 'swizzled'; repack at load"):
+    @dispatch.kernel("linear", backend="cpu", format="fp8_e4m3")
+    def linear_fp8(fmt, x, parts, bias):
+        return None
+
+    args = _call()
+    entry = dispatch.select("linear", "fp8_e4m3", "swizzled", "cpu", args)
+    reasons = dispatch.explain("linear", "fp8_e4m3", "swizzled", "cpu", args)
+
+    assert (entry.backend, entry.layout) == ("eager", dispatch.ANY_LAYOUT)
+    assert reasons["cpu:linear_fp8"].startswith("reads layout 'plain', not 'swizzled'; repack at load")
+    assert reasons["eager:linear"] == "runs, but unpacks the layout at every call"
+    assert dispatch.explain("linear", "fp8_e4m3", "", "cpu", args)["eager:linear"] == "runs"
+    with dispatch.use_backend("cpu"), pytest.raises(UnsupportedError, match="not 'swizzled'; repack at load"):
         dispatch.select("linear", "fp8_e4m3", "swizzled", "cpu", args)
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lowbit.errors import UnsupportedError
+from lowbit.formats.base import Format
+from lowbit.layouts.base import fitting_layout
 
 Refusal = Callable[..., "str | None"]
 Fn = TypeVar("Fn", bound=Callable[..., Any])
@@ -30,6 +32,8 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "eager": (),  # every device
 }
 ANY_FORMAT = "*"
+ANY_LAYOUT = "*"  # a kernel for plain parts that may be given those of any layout, unpacked at every call
+UNPACKS = "runs, but unpacks the layout at every call"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class Kernel:
     tolerance: float
     refuses: Refusal | None
     run: Callable[..., Any]
+
+    def reads(self, layout: str) -> bool:
+        """Whether it takes the parts in this layout, or unpacked from it."""
+        return self.layout == layout or (self.layout == ANY_LAYOUT and layout != "")
 
     @property
     def name(self) -> str:
@@ -73,7 +81,8 @@ def kernel(
     """Register the decorated function as the kernel of `op` for `format` on `backend`.
 
     `refuses` takes the kernel's own arguments and returns the first reason why it cannot run, in words, or None.
-    `layout` names the kernel layout it reads ("" is the plain parts). A second kernel for the same place is refused.
+    `layout` names the kernel layout it reads: "" is the plain parts, `ANY_LAYOUT` plain parts that the op unpacks from
+    any layout, for calls that nobody else takes. A second kernel for the same place is refused.
     """
     if backend not in BACKENDS:
         raise UnsupportedError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
@@ -124,7 +133,7 @@ def select(op: str, format: str, layout: str, device: str, args: tuple[Any, ...]
     for entry in candidates(op, format, device):
         if forced is not None and entry.backend != forced:
             continue
-        if entry.layout not in (layout, ANY_FORMAT):
+        if not entry.reads(layout):
             continue
         if entry.refuses is None or entry.refuses(*args) is None:
             return entry
@@ -133,7 +142,7 @@ def select(op: str, format: str, layout: str, device: str, args: tuple[Any, ...]
 
 
 def explain(op: str, format: str, layout: str, device: str, args: tuple[Any, ...]) -> dict[str, str]:
-    """For every backend, what it would say to this call: "runs", or the reason why not."""
+    """For every backend, what it would say to this call: "runs", `UNPACKS`, or the reason why not."""
     reasons: dict[str, str] = {}
     forced = _forced.get()
     entries = candidates(op, format, device)
@@ -148,12 +157,39 @@ def explain(op: str, format: str, layout: str, device: str, args: tuple[Any, ...
         elif not mine:
             reasons[name] = f"has no kernel for {op} of {format}"
         for entry in mine if name not in reasons else ():
-            if entry.layout not in (layout, ANY_FORMAT):
+            if not entry.reads(layout) and entry.layout != ANY_LAYOUT:
                 wanted, found = entry.layout or "plain", layout or "plain"
-                reasons[entry.name] = f"reads layout {wanted!r}, not {found!r}; repack at load"
-            else:
-                reasons[entry.name] = (entry.refuses(*args) if entry.refuses else None) or "runs"
+                reasons.setdefault(
+                    entry.name, f"reads layout {wanted!r}, not {found!r}; repack at load, or with lowbit.nn.repack_"
+                )
+            elif entry.reads(layout):
+                runs = UNPACKS if entry.layout == ANY_LAYOUT else "runs"
+                reasons[entry.name] = (entry.refuses(*args) if entry.refuses else None) or runs
     return reasons
+
+
+def preferred_layout(op: str, fmt: Format, n: int, k: int, device: str) -> str:
+    """The layout that a weight [n, k] should be in for `op` on a device type, "" for plain parts.
+
+    It is that of the first kernel, in the order in which they are asked, whose layout the weight fits; of one backend's
+    kernels those with a layout of their own come first. For eager it is always the plain parts.
+    """
+    forced = _forced.get()
+    entries = [entry for entry in candidates(op, fmt.name, device) if forced in (None, entry.backend)]
+    for backend in (name for name in BACKENDS if name != "eager"):
+        mine = [entry for entry in entries if entry.backend == backend and entry.layout != ANY_LAYOUT]
+        for entry in mine:
+            if entry.layout and fitting_layout(entry.layout, fmt, n, k) is not None:
+                return entry.layout
+        if any(not entry.layout for entry in mine):
+            return ""
+    return ""
+
+
+def has_kernel(format: str, layout: str, device: str) -> bool:
+    """Whether a kernel other than eager's reads this layout of a format on a device type."""
+    entries = [entry for op in ("linear", "embedding") for entry in candidates(op, format, device)]
+    return any(entry.layout == layout and entry.backend != "eager" for entry in entries)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from lowbit.errors import PartsError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, raw_bytes
 from lowbit.formats.registry import as_format
-from lowbit.ops.generic import split_spec
+from lowbit.ops.generic import join_spec, split_spec
 from lowbit.tensor import QuantizedTensor, handlers
 
 BANK: dict[Any, handlers.Handler] = {}  # aten overload -> handler(func, args, kwargs); filled by bank_ops
@@ -68,7 +68,7 @@ class QuantizedBank(torch.Tensor):
     ) -> None:
         self.format = as_format(fmt)
         self.kernel_layout, self.matrix, self.transposed = layout, matrix, transposed
-        self.spec = f"{self.format.spec}@{layout}" if layout else self.format.spec
+        self.spec = join_spec(self.format, layout)
         for name in self.format.part_names:
             setattr(self, name, parts[name])
 

@@ -1,17 +1,20 @@
 """A layout is an arrangement of a format's parts that some kernel reads: packed once at load, undone before saving.
 
-Its name and version ride behind the spec, as in `svdquant_w4a4@kitchen_tile_packed_w4a4`, so that an arrangement is
-never guessed from shapes. A kernel is only ever given the layout it asks for.
+Its name rides behind the spec, as in `svdquant_w4a4@kitchen_tile_packed_w4a4`, so that an arrangement is never guessed
+from shapes; where no file holds it, its version does, too: `wna16@coalesced_int4:1`. A kernel is only ever given the
+layout it asks for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
-from lowbit.errors import FormatError
+from lowbit.errors import FormatError, PartsError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 
@@ -22,7 +25,8 @@ Repack = Callable[[Format, Mapping[str, Tensor]], Parts]
 class Layout:
     """An inverse pair: `pack` makes the kernel's arrangement of plain parts, `unpack` gives the plain parts back.
 
-    Both raise `PartsError` for parts they cannot hold. `refuses(fmt, n, k)` says why a weight does not fit, or None.
+    Both raise `PartsError` for parts they cannot hold, and pass on parts that they do not know. Packed parts have the
+    names of the plain ones. `refuses(fmt, n, k)` says why a weight does not fit, or None.
     """
 
     name: str
@@ -33,6 +37,65 @@ class Layout:
     refuses: Callable[[Format, int, int], str | None]
     stored: bool = True
     """Whether files hold it, too; if not, it is made at load alone."""
+    rows: Callable[[Format, Mapping[str, Tensor]], int] | None = None
+    """N of packed parts; None: they tell it as the plain ones do (`Format.rows_of`)."""
+    shapes: Callable[[Format, int, int], Mapping[str, tuple[int, ...]]] | None = None
+    """The shapes of the packed parts of a weight [n, k]; None: they are found by packing parts without values."""
+    alignment: int = 0
+    """Each part begins at a multiple of this many bytes and is contiguous; 0: the kernels take any storage."""
+
+    @property
+    def tag(self) -> str:
+        """The name, with the version behind it where no file holds the arrangement, so that it may change."""
+        return self.name if self.stored else f"{self.name}:{self.version}"
+
+    def rows_of(self, fmt: Format, parts: Mapping[str, Tensor]) -> int:
+        """N of a set of packed parts."""
+        return fmt.rows_of(parts) if self.rows is None else self.rows(fmt, parts)
+
+    def packed(self, fmt: Format, parts: Mapping[str, Tensor]) -> Parts:
+        """Plain parts in this arrangement, in storage as the kernels need it. Raises `PartsError` as `pack` does."""
+        made = self.pack(fmt, parts)
+        return {name: part if _is_aligned(part, self.alignment) else _compact(part) for name, part in made.items()}
+
+    def misfit(self, fmt: Format, parts: Mapping[str, Tensor], n: int, k: int) -> str | None:
+        """Why these are not the packed parts of a weight [n, k], with the remedy, or None."""
+        expected = _packed_shapes(self, fmt, n, k)
+        if isinstance(expected, str):
+            return expected
+        for name, shape in expected:
+            part = parts[name]
+            if tuple(part.shape) != shape:
+                return (
+                    f"{name} has shape {list(part.shape)}, expected {list(shape)} for a weight [{n}, {k}] in version "
+                    f"{self.version} of {self.name}; repack the plain parts with lowbit.layouts or "
+                    f"QuantizedTensor.in_layout({self.name!r})"
+                )
+            if not _is_aligned(part, self.alignment):
+                return (
+                    f"{name} must be contiguous and begin at a multiple of {self.alignment} bytes for {self.name}; "
+                    f"clone it, or repack the weight: .in_layout('').in_layout({self.name!r})"
+                )
+        return None
+
+
+def _is_aligned(part: Tensor, alignment: int) -> bool:
+    return not alignment or (part.is_contiguous() and part.data_ptr() % alignment == 0)
+
+
+def _compact(part: Tensor) -> Tensor:
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=4096)
+def _packed_shapes(layout: Layout, fmt: Format, n: int, k: int) -> tuple[tuple[str, tuple[int, ...]], ...] | str:
+    """(name, shape) of each packed part of a weight [n, k], or why it has none."""
+    if why := fmt.check_shape(n, k) or layout.refuses(fmt, n, k):
+        return f"a weight [{n}, {k}] {why}, so it cannot be in {layout.name}"
+    if layout.shapes is not None:
+        return tuple((name, tuple(shape)) for name, shape in layout.shapes(fmt, n, k).items())
+    made = layout.pack(fmt, fmt.empty_parts((n, k), torch.device("meta")))
+    return tuple((name, tuple(part.shape)) for name, part in made.items())
 
 
 _REGISTRY: dict[str, Layout] = {}
@@ -60,3 +123,29 @@ def get_layout(name: str, fmt: Format) -> Layout:
             f"{fmt.name} has no layout {name!r}; it has {', '.join(sorted(known)) or 'only the plain one'}"
         )
     return layout
+
+
+def fitting_layout(name: str, fmt: Format, n: int, k: int) -> Layout | None:
+    """The layout of that name where the format has it and a weight [n, k] fits, else None."""
+    layout = _REGISTRY.get(name)
+    fits = layout is not None and fmt.name in layout.formats and layout.refuses(fmt, n, k) is None
+    return layout if fits else None
+
+
+def tagged(name: str) -> str:
+    """What stands behind the @ of a spec for a layout, "" for the plain parts: its tag (`Layout.tag`)."""
+    return _REGISTRY[name].tag if name in _REGISTRY else name
+
+
+def read_tag(tag: str) -> str:
+    """The name of the layout that a tag is of. Raises `PartsError`, with the remedy, for another version than ours."""
+    name, colon, version = tag.partition(":")
+    known = _REGISTRY.get(name)
+    if colon and (known is None or version != str(known.version)):
+        have = f"version {known.version}" if known is not None else "none of that name"
+        raise PartsError(
+            f"the weight is packed as version {version} of the kernel layout {name}, and this lowbit has {have}; load "
+            "the checkpoint again, or pickle it from plain parts: lowbit.nn.repack_(module, '') or .in_layout('') "
+            "first, with the lowbit that packed it"
+        )
+    return name

@@ -1,31 +1,49 @@
 """The generic ops: `quantize`, `dequantize`, `linear`, `embedding`, over a spec string and parts in the format's order.
 
-A new format needs no new schema. The spec may carry a kernel layout: `awq_w4a16(group_size=32)@name`. Optional parts
-are dealt with here, once for all kernels: a pre-quant scale multiplies x before any kernel sees it.
+A new format needs no new schema. The spec may carry a kernel layout: `awq_w4a16(group_size=32)@name`. What several
+kernels would have to do is done here, once: a pre-quant scale multiplies x before any kernel sees it, packed parts are
+checked against their layout, and unpacked for a kernel that reads none (`unpacked_calls` counts that).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.dispatch import select
+from lowbit.dispatch import ANY_LAYOUT, select
 from lowbit.errors import PartsError, UnsupportedError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 from lowbit.formats.registry import parse_spec
+from lowbit.layouts.base import get_layout, read_tag, tagged
 from lowbit.ops.library import declare
+
+_UNPACKED: Counter[str] = Counter()
 
 
 @lru_cache(maxsize=4096)
 def split_spec(spec: str) -> tuple[Format, str]:
-    """The format and the layout name ("" for plain parts) of a spec string."""
-    text, _, layout = spec.partition("@")
-    return parse_spec(text), layout
+    """The format and the layout name ("" for plain parts) of a spec string.
+
+    Raises `PartsError` for another version of the layout than this one.
+    """
+    text, _, tag = spec.partition("@")
+    return parse_spec(text), read_tag(tag)
+
+
+def join_spec(fmt: Format, layout: str) -> str:
+    """The spec string of a format in a layout ("" for plain parts); `split_spec` reads it."""
+    return f"{fmt.spec}@{tagged(layout)}" if layout else fmt.spec
+
+
+def unpacked_calls() -> dict[str, int]:
+    """How often an op had to unpack a weight because no kernel could take the call in its layout, by op and layout."""
+    return dict(_UNPACKED)
 
 
 def named(fmt: Format, parts: Sequence[Tensor]) -> Parts:
@@ -42,15 +60,34 @@ def _codes_shape(fmt: Format, n: int, k: int) -> tuple[int, ...]:
 
 
 def _check_columns(fmt: Format, layout: str, parts: Sequence[Tensor], n: int, k: int, what: str) -> None:
-    """Raise `UnsupportedError` unless plain parts can be those of a weight [n, k]: kernels take K from x.
+    """Raise `UnsupportedError` unless the parts can be those of a weight [n, k]: kernels take K from x.
 
     Where K is padded to whole groups, the codes of two lengths have one shape; there the caller must know.
     """
-    if not layout and tuple(parts[0].shape) != _codes_shape(fmt, n, k):
+    if layout:
+        if why := get_layout(layout, fmt).misfit(fmt, dict(zip(fmt.part_names, parts, strict=True)), n, k):
+            raise UnsupportedError(f"{fmt}@{layout}: {why}. {what} says [{n}, {k}]")
+    elif tuple(parts[0].shape) != _codes_shape(fmt, n, k):
         raise UnsupportedError(
             f"{fmt}: a weight whose codes are {list(parts[0].shape)} is not [{n}, {k}], as the shape of {what} says; "
             "the last axis of x must be K, that of a gradient N"
         )
+
+
+def _rows_of(fmt: Format, layout: str, parts: Mapping[str, Tensor]) -> int:
+    """N of a set of parts."""
+    return get_layout(layout, fmt).rows_of(fmt, parts) if layout else fmt.rows_of(parts)
+
+
+def _run(op: str, fmt: Format, layout: str, device: torch.device, args: tuple[Any, ...], parts_at: int) -> Any:
+    """Run an op by the kernel that takes it, on plain parts where that kernel reads no layout."""
+    entry = select(op, fmt.name, layout, device.type, args)
+    if layout and entry.layout == ANY_LAYOUT:
+        if op != "dequantize":  # which is asked for on purpose
+            _UNPACKED[f"lowbit::{op} (unpacks {layout})"] += 1
+        plain = get_layout(layout, fmt).unpack(fmt, args[parts_at])
+        args = (*args[:parts_at], plain, *args[parts_at + 1 :])
+    return entry.run(*args)
 
 
 def _quantize(w: Tensor, spec: str, seed: int | None) -> list[Tensor]:
@@ -69,7 +106,7 @@ def _dequantize(parts: Sequence[Tensor], spec: str, shape: Sequence[int], dtype:
     fmt, layout = split_spec(spec)
     _check_columns(fmt, layout, parts, shape[0], shape[1], "the result")
     args = (fmt, named(fmt, parts), (shape[0], shape[1]), dtype)
-    return select("dequantize", fmt.name, layout, parts[0].device.type, args).run(*args)
+    return _run("dequantize", fmt, layout, parts[0].device, args, 1)
 
 
 def _dequantize_fake(parts: Sequence[Tensor], spec: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -80,19 +117,19 @@ def run_linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, spec: st
     """What the op `linear` does, without autograd and without PyTorch's dispatcher."""
     fmt, layout = split_spec(spec)
     by_name = named(fmt, parts)
-    _check_columns(fmt, layout, parts, fmt.rows_of(by_name), x.shape[-1] if x.dim() else 1, "x")
+    _check_columns(fmt, layout, parts, _rows_of(fmt, layout, by_name), x.shape[-1] if x.dim() else 1, "x")
     if fmt.pre_quant_scale or fmt.input_scale:
         if fmt.pre_quant_scale:
             x = x * by_name["pre_quant_scale"].to(x.dtype)
         fmt = fmt.plain
         by_name = {name: by_name[name] for name in fmt.part_names}
     args = (fmt, x, by_name, bias)
-    return select("linear", fmt.name, layout, x.device.type, args).run(*args)
+    return _run("linear", fmt, layout, x.device, args, 2)
 
 
 def _linear_fake(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
-    fmt, _ = split_spec(spec)
-    return x.new_empty((*x.shape[:-1], fmt.rows_of(named(fmt, parts))))
+    fmt, layout = split_spec(spec)
+    return x.new_empty((*x.shape[:-1], _rows_of(fmt, layout, named(fmt, parts))))
 
 
 def remember_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
@@ -118,7 +155,7 @@ def _input_gradient(grad: Tensor, parts: Sequence[Tensor], k: int, spec: str) ->
     fmt, layout = split_spec(spec)
     _check_columns(fmt, layout, parts, grad.shape[-1] if grad.dim() else 1, k, "the gradient")
     args = (fmt, grad, named(fmt, parts), k)
-    return select("linear_input_gradient", fmt.name, layout, grad.device.type, args).run(*args)
+    return _run("linear_input_gradient", fmt, layout, grad.device, args, 2)
 
 
 def _input_gradient_fake(grad: Tensor, parts: Sequence[Tensor], k: int, spec: str) -> Tensor:
@@ -127,8 +164,9 @@ def _input_gradient_fake(grad: Tensor, parts: Sequence[Tensor], k: int, spec: st
 
 def _embedding(indices: Tensor, parts: Sequence[Tensor], k: int, spec: str, dtype: torch.dtype) -> Tensor:
     fmt, layout = split_spec(spec)
-    args = (fmt, indices, named(fmt, parts), k, dtype)
-    return select("embedding", fmt.name, layout, indices.device.type, args).run(*args)
+    by_name = named(fmt, parts)
+    _check_columns(fmt, layout, parts, _rows_of(fmt, layout, by_name), k, "the result")
+    return _run("embedding", fmt, layout, indices.device, (fmt, indices, by_name, k, dtype), 2)
 
 
 def _embedding_fake(indices: Tensor, parts: Sequence[Tensor], k: int, spec: str, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from lowbit.errors import UnsupportedError
+from lowbit.ops.generic import unpacked_calls
 
 Handler = Callable[..., Any]
 
@@ -25,8 +26,11 @@ class LowbitFallbackWarning(UserWarning):
 
 
 def fallbacks() -> dict[str, int]:
-    """How often each op dequantized a weight because it has no handler, since the program started."""
-    return dict(_FALLBACKS)
+    """How often each op dequantized a weight, since the program started, because it has no handler.
+
+    Also counted: weights that were unpacked for one call, because no kernel could take it in the weight's layout.
+    """
+    return {**_FALLBACKS, **unpacked_calls()}
 
 
 def implements(*overloads: Any, table: dict[Any, Handler] = ATEN) -> Callable[[Handler], Handler]:

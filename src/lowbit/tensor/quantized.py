@@ -29,8 +29,11 @@ class QuantizedTensor(torch.Tensor):
 
     Attributes: `format`, `kernel_layout` ("" for plain parts), one attribute a part (`qdata`, `scale`, ...) and
     `matrix`, the (N, K) that the parts describe; `shape` may be any view of it. `view_of` says what writing reaches: ""
-    this weight, "rows" these rows of another one, "shared" rows beside them or nobody. `room` is the number of rows of
-    the weight that this is the beginning of, or 0.
+    this weight, "rows" these rows of another one, "shared" rows beside them or nobody, "copy" nobody. `room` is the
+    number of rows of the weight that this is the beginning of, or 0.
+
+    In a kernel's layout only whole weights are held: what cuts or joins rows works on the plain parts, and its result
+    has plain parts. A piece is then a copy (`view_of` is "copy"), and writing into it is refused.
     """
 
     format: Format
@@ -80,7 +83,7 @@ class QuantizedTensor(torch.Tensor):
         self.format = as_format(fmt)
         self.kernel_layout = layout
         self.matrix = matrix or (torch.Size(shape[:-1]).numel(), shape[-1])
-        self.spec = f"{self.format.spec}@{layout}" if layout else self.format.spec
+        self.spec = generic.join_spec(self.format, layout)
         self.transposed = transposed
         self.view_of, self.room = view_of, room
         # Python attributes: reading a wrapper's own shape would go through __torch_function__ at every call.
@@ -169,7 +172,16 @@ class QuantizedTensor(torch.Tensor):
             )
         if not name:
             return plain
-        return plain.with_parts(get_layout(name, self.format).pack(self.format, plain.parts), layout=name)
+        packed = get_layout(name, self.format).packed(self.format, plain.parts)
+        return plain.with_parts(packed, layout=name, view_of="", room=0)
+
+    def unpacked(self) -> QuantizedTensor:
+        """This weight over plain parts: itself, or of one in a kernel's layout a copy that is known to be one."""
+        if not self.kernel_layout:
+            return self
+        plain = self.in_layout("")
+        plain.view_of = "copy"
+        return plain
 
     def merge(self, delta: Tensor, *, seed: int | None = 0) -> QuantizedTensor:
         """A new quantized weight near `self + delta`, rounded stochastically so that small (LoRA) updates survive.
@@ -247,13 +259,13 @@ class QuantizedTensor(torch.Tensor):
 
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
         """What each rank contributes: see `sharding.py`."""
-        return sharding.gather_inputs(self), None
+        return sharding.gather_inputs(self.in_layout("")), None
 
     def fsdp_post_all_gather(
         self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
         """The whole weight from the gathered rows of all ranks, or put into `out`, which an earlier call made."""
-        parts = sharding.gathered_parts(self, outputs)
+        parts = sharding.gathered_parts(self.in_layout(""), outputs)
         if isinstance(out, QuantizedTensor):
             sharding.refill(out, parts)
             return None

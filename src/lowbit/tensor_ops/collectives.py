@@ -23,7 +23,7 @@ def _pad(func: Any, args: Any, kwargs: Any) -> Any:
     """Rows of zeros at the end, which is how DTensor makes shards equal."""
     w, pad, value = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("value", 0)
     only_rows = len(pad) == 2 * w.dim() and not any(pad[:-1]) and pad[-1] >= 0 and not value
-    if not only_rows or not w.is_matrix or w.transposed or w.kernel_layout:
+    if not only_rows or not w.is_matrix or w.transposed:
         return NotImplemented
     padded = w.new_zeros((w.shape[0] + pad[-1], w.shape[1]))
     padded.narrow(0, 0, w.shape[0]).copy_(w)
@@ -60,7 +60,8 @@ def _broadcast(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _all_gather(func: Any, args: Any, kwargs: Any) -> Any:
     w, size, *rest = args
-    if w.transposed or w.kernel_layout or not w.is_matrix or w.matrix[0] % w.format.row_multiple:
+    w = w.in_layout("")
+    if w.transposed or not w.is_matrix or w.matrix[0] % w.format.row_multiple:
         return NotImplemented
     parts = w.parts
     for rule in w.format.rules:

@@ -59,6 +59,7 @@ def _convolution(func: Any, args: Any, kwargs: Any) -> Any:
     if not _is_kernel(w) or isinstance(x, QuantizedTensor) or isinstance(bias, QuantizedTensor):
         return NotImplemented
     _check(x, w, groups, transposed=transposed)
+    w = w.in_layout("")
     bias = None if bias is None else bias.to(x.dtype)
     outputs = []
     for piece in _pieces(w, groups):
@@ -76,6 +77,7 @@ def _convolution_backward(func: Any, args: Any, kwargs: Any) -> Any:
     if not _is_kernel(w) or isinstance(x, QuantizedTensor) or isinstance(grad, QuantizedTensor) or wanted[1]:
         return NotImplemented
     _check(x, w, groups, transposed=transposed)
+    w = w.in_layout("")
     grad_bias = grad.sum([0, *range(2, grad.dim())]) if wanted[2] else None
     if not wanted[0]:
         return None, None, grad_bias
@@ -121,13 +123,10 @@ def _check(x: Tensor, w: QuantizedTensor, groups: int, *, transposed: bool) -> N
 
 
 def _pieces(w: QuantizedTensor, groups: int) -> Iterator[_Piece]:
-    """Pieces of at most `DECODE_ELEMENTS` values: rows of a single group, or whole groups.
-
-    In a kernel's layout rows cannot be cut, and the weight is one piece.
-    """
+    """Pieces of at most `DECODE_ELEMENTS` values: rows of a single group, or whole groups."""
     (n, k), inputs = w.matrix, w.shape[1]
     per, multiple = n // groups, w.format.row_multiple
-    if w.kernel_layout or n * k <= DECODE_ELEMENTS:
+    if n * k <= DECODE_ELEMENTS:
         yield _Piece(0, n, 0, inputs * groups, groups)
     elif groups > 1 and per * k <= DECODE_ELEMENTS:
         for start, stop in row_chunks(n, k, math.lcm(per, multiple), DECODE_ELEMENTS):

@@ -1,4 +1,7 @@
-"""Copies of a quantized weight, conversions, and new tensors like it: the same thing done to every part."""
+"""Copies of a quantized weight, conversions, and new tensors like it: the same thing done to every part.
+
+A weight in a kernel's layout stays in it, except on a device where no kernel reads it: there it has plain parts.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.dispatch import has_kernel
 from lowbit.errors import UnsupportedError
 from lowbit.formats.parts import Parts, gather_rows, raw_bytes
 from lowbit.tensor import QuantizedTensor, implements, shortcut
@@ -30,6 +34,8 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
     if not dtype.is_floating_point or dtype.itemsize == 1:
         return NotImplemented
     target = torch.device(device) if device is not None else w.device
+    if w.kernel_layout and target.type not in (w.device.type, "meta"):
+        w = w if has_kernel(w.format.name, w.kernel_layout, target.type) else w.in_layout("")
     non_blocking = bool(kwargs.get("non_blocking", False))
     return w.map_parts(lambda part: part.to(target, non_blocking=non_blocking, copy=True), dtype=dtype)
 
@@ -46,6 +52,11 @@ def _copy(func: Any, args: Any, kwargs: Any) -> Any:
         return target
     parts = _fitting_parts(target, source)
     shared = [rule.name for rule in target.format.rules if rule.row_axis is None]
+    if target.view_of == "copy":
+        raise UnsupportedError(
+            f"cannot write rows into a {target.spec} weight that is in a kernel's layout: they are a copy; write the "
+            "whole weight, or take its rows after in_layout('')"
+        )
     if target.view_of and not all(torch.equal(parts[name], target.parts[name]) for name in shared):
         raise UnsupportedError(
             f"cannot write rows into a {target.spec} weight: its rows share {', '.join(shared)}; copy a whole weight"
@@ -65,16 +76,17 @@ def _fitting_parts(target: QuantizedTensor, source: Tensor) -> Parts:
     if not isinstance(source, QuantizedTensor):
         plain = source.reshape(target.matrix)
         return QuantizedTensor.quantize(plain, target.format).in_layout(target.kernel_layout).parts
-    if target.format == source.format.single_rows != source.format and not source.kernel_layout:
+    if target.format == source.format.single_rows != source.format:
+        source = source.in_layout("")
         rows = torch.arange(source.matrix[0], device=source.device)  # blocks of rows as blocks of one row: exact
         parts = gather_rows(source.format.rules, source.parts, rows)
         source = source.with_parts(parts, fmt=target.format)
-    if (source.spec, source.transposed, source.matrix) != (target.spec, False, target.matrix):
+    if (source.format, source.transposed, source.matrix) != (target.format, False, target.matrix):
         raise UnsupportedError(
             f"cannot copy {source!r} into {target!r} of another format or view; assign it instead "
             "(load_state_dict(..., assign=True)) or convert it"
         )
-    return source.parts
+    return source.in_layout(target.kernel_layout).parts
 
 
 @implements(aten.empty_like.default)
@@ -88,10 +100,10 @@ def _empty_like(func: Any, args: Any, kwargs: Any) -> Any:
 @implements(aten.new_empty.default, aten.new_zeros.default)
 def _new(func: Any, args: Any, kwargs: Any) -> Any:
     """More or fewer rows of the same kind: a quantized weight that shares what all rows share. Else a plain tensor."""
-    w, size = args[0], tuple(args[1])
+    w, size = args[0].in_layout(""), tuple(args[1])
     dtype, device = kwargs.get("dtype") or w.dtype, kwargs.get("device") or w.device
     rows = _rows_of(w, size)
-    if rows is not None and dtype.is_floating_point and not w.kernel_layout:
+    if rows is not None and dtype.is_floating_point:
         fmt = w.format if rows % w.format.row_multiple == 0 else w.format.single_rows  # as `split` cuts rows
         matrix = (rows, w.matrix[1])
         parts, shapes = w.parts, fmt.part_shapes(*matrix)
@@ -141,7 +153,9 @@ def _is_shared(self: QuantizedTensor) -> bool:
 @implements(aten.equal.default)
 def _equal(func: Any, args: Any, kwargs: Any) -> Any:
     a, b = args
-    if not isinstance(a, QuantizedTensor) or not isinstance(b, QuantizedTensor) or a.spec != b.spec:
+    if not isinstance(a, QuantizedTensor) or not isinstance(b, QuantizedTensor) or a.format != b.format:
         return NotImplemented
+    if a.kernel_layout != b.kernel_layout:
+        a, b = a.in_layout(""), b.in_layout("")
     pairs = zip(a.part_list, b.part_list, strict=True)
     return a.shape == b.shape and all(torch.equal(raw_bytes(p), raw_bytes(q)) for p, q in pairs)

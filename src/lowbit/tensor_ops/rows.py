@@ -1,7 +1,7 @@
 """Views, rows and other pieces of a quantized weight.
 
 Rows can be cut anywhere: where a cut would split a block of rows that share a scale, the rows are gathered one by one
-instead, exactly.
+instead, exactly. In a kernel's layout there are no rows to cut: the weight is unpacked first.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def _rows(w: QuantizedTensor, start: int, stop: int, step: int = 1, *, apart: bo
     A view where no block of rows that share a scale is cut at its start; else, and with `apart`, a copy in the format
     of single rows.
     """
+    w = w.unpacked()
     if w.transposed and w.dim() > 2:  # the first axis is not one of the two that are swapped
         rows = _rows(_flip(w), start, stop, step, apart=apart)
         return rows if rows is NotImplemented else _flip(rows)
@@ -102,14 +103,14 @@ def _rows(w: QuantizedTensor, start: int, stop: int, step: int = 1, *, apart: bo
         cut,
         shape=(stop - start, *w.shape[1:]),
         matrix=((stop - start) * per, w.matrix[1]),
-        view_of="shared" if splits else w.view_of or "rows",
+        view_of="shared" if splits and w.view_of != "copy" else w.view_of or "rows",
         room=0 if start else w.room or w.matrix[0],
     )
 
 
 def _has_rows(w: QuantizedTensor) -> bool:
     """Whether the entries of the first axis are whole rows of the parts: of [..., K], or of a kernel [N, ...]."""
-    return not w.transposed and not w.kernel_layout and w.dim() >= 2 and _rows_per_entry(w) * w.shape[0] == w.matrix[0]
+    return not w.transposed and w.dim() >= 2 and _rows_per_entry(w) * w.shape[0] == w.matrix[0]
 
 
 def _rows_per_entry(w: QuantizedTensor) -> int:
@@ -118,7 +119,7 @@ def _rows_per_entry(w: QuantizedTensor) -> int:
 
 
 def _pick(w: QuantizedTensor, entries: Tensor) -> QuantizedTensor:
-    """Entries of the first axis by index (1-D), copied."""
+    """Entries of the first axis of plain parts by index (1-D), copied."""
     per = _rows_per_entry(w)
     rows = entries.repeat_interleave(per) * per + torch.arange(per, device=w.device).repeat(entries.numel())
     picked = gather_rows(w.format.rules, w.parts, rows)
@@ -131,14 +132,14 @@ def _index_select(func: Any, args: Any, kwargs: Any) -> Any:
     w, axis, index = args
     if axis % w.dim() or not _has_rows(w):
         return NotImplemented
-    picked = _pick(w, index.reshape(-1))
+    picked = _pick(w.unpacked(), index.reshape(-1))
     picked.view_of = ""
     return picked
 
 
 @implements(aten.unbind.int)
 def _unbind(func: Any, args: Any, kwargs: Any) -> Any:
-    w, axis = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    w, axis = args[0].unpacked(), args[1] if len(args) > 1 else kwargs.get("dim", 0)
     rows = [_select(func, (w, axis, index), {}) for index in range(w.shape[axis])]
     return NotImplemented if not rows or any(row is NotImplemented for row in rows) else rows
 
@@ -192,7 +193,7 @@ def _select(func: Any, args: Any, kwargs: Any) -> Any:
 @implements(aten.split.Tensor, aten.split_with_sizes.default)
 def _split(func: Any, args: Any, kwargs: Any) -> Any:
     """Pieces of one format: if one of them cannot be a view, none is. FSDP relies on equal pieces on all ranks."""
-    w, sizes, axis = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    w, sizes, axis = args[0].unpacked(), args[1], args[2] if len(args) > 2 else kwargs.get("dim", 0)
     total = w.shape[axis]
     if isinstance(sizes, int):
         sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
@@ -208,6 +209,7 @@ def _split(func: Any, args: Any, kwargs: Any) -> Any:
 @implements(aten.cat.default)
 def _cat(func: Any, args: Any, kwargs: Any) -> Any:
     weights, axis = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    weights = [w.unpacked() if isinstance(w, QuantizedTensor) else w for w in weights]
     first = weights[0]
     alike = all(isinstance(w, QuantizedTensor) and w.spec == first.spec for w in weights)
     if not alike or axis % first.dim() or any(_rows(w, 0, w.shape[0]) is NotImplemented for w in weights):

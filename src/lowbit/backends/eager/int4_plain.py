@@ -1,18 +1,12 @@
-"""int4_plain_mm, the gradient of its input, and the generic ops over weights in its arrangement.
-
-The generic ops take the plain parts out of it: what a format means does not depend on how a kernel wants it.
-"""
+"""int4_plain_mm and the gradient of its input."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lowbit.backends.eager.linear_input_gradient import linear_input_gradient
 from lowbit.dispatch import kernel
-from lowbit.formats.base import DECODE_ELEMENTS, Format
-from lowbit.formats.parts import Parts
-from lowbit.layouts import coalesced_int4
+from lowbit.formats.base import DECODE_ELEMENTS
 from lowbit.numerics.groups import row_chunks
 from lowbit.numerics.packing import unpack_nibbles
 from lowbit.numerics.w4a8 import w4a8_linear
@@ -37,29 +31,3 @@ def int4_plain_mm_input_gradient(grad: Tensor, qdata: Tensor, scale: Tensor, zer
         weight = codes.sub_(zero[start:stop].float().unsqueeze(-1)).mul_(scale[start:stop].float().unsqueeze(-1))
         total += grad[..., start:stop].float() @ weight.flatten(1)
     return total.to(grad.dtype)
-
-
-def _register(name: str) -> None:
-    @kernel("linear", backend="eager", format=name, layout=coalesced_int4.NAME)
-    def linear_coalesced_int4(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-        """x [..., K], bias [N] or None -> [..., N] in the dtype of x, activations left alone."""
-        return fmt.linear(x, coalesced_int4.unpack(fmt, parts), bias)
-
-    @kernel("dequantize", backend="eager", format=name, layout=coalesced_int4.NAME)
-    def dequantize_coalesced_int4(fmt: Format, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The weight [N, K] in `dtype`."""
-        return fmt.dequantize(coalesced_int4.unpack(fmt, parts), shape, dtype)
-
-    @kernel("embedding", backend="eager", format=name, layout=coalesced_int4.NAME)
-    def embedding_coalesced_int4(fmt: Format, indices: Tensor, parts: Parts, k: int, dtype: torch.dtype) -> Tensor:
-        """[...] -> rows [..., K] in `dtype`."""
-        return fmt.embedding(indices, coalesced_int4.unpack(fmt, parts), k, dtype)
-
-    @kernel("linear_input_gradient", backend="eager", format=name, layout=coalesced_int4.NAME)
-    def linear_input_gradient_coalesced_int4(fmt: Format, grad: Tensor, parts: Parts, k: int) -> Tensor:
-        """grad [..., N] -> [..., K] in the dtype of grad."""
-        return linear_input_gradient(fmt, grad, coalesced_int4.unpack(fmt, parts), k)
-
-
-for _format in ("awq_w4a16", "wna16"):
-    _register(_format)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lowbit.dispatch import kernel
+from lowbit.dispatch import ANY_LAYOUT, kernel
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 
 
+@kernel("linear", backend="eager", layout=ANY_LAYOUT)
 @kernel("linear", backend="eager")
 def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     """x [..., K], bias [N] or None -> [..., N] in the dtype of x."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lowbit.dispatch import kernel
+from lowbit.dispatch import ANY_LAYOUT, kernel
 from lowbit.formats.base import DECODE_ELEMENTS, Format
 from lowbit.formats.parts import Parts
 from lowbit.numerics.groups import row_chunks
 
 
+@kernel("linear_input_gradient", backend="eager", layout=ANY_LAYOUT)
 @kernel("linear_input_gradient", backend="eager")
 def linear_input_gradient(fmt: Format, grad: Tensor, parts: Parts, k: int) -> Tensor:
     """grad [..., N] -> [..., K] in the dtype of grad; several pieces of the weight are summed in float32."""

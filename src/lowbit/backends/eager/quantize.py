@@ -9,7 +9,7 @@ from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 
 
-@kernel("quantize", backend="eager", layout="*")
+@kernel("quantize", backend="eager")
 def quantize(fmt: Format, w: Tensor, seed: int | None) -> Parts:
     """w [N, K] -> parts."""
     return fmt.quantize(w, seed=seed)
