@@ -79,11 +79,11 @@ class Drawn:
     k: int
 
     @classmethod
-    def make(cls, spec: str, n: int, k: int) -> Drawn:
+    def make(cls, spec: str, n: int, k: int, seed: int = 0) -> Drawn:
         """Quantize some rows and draw N of them."""
         fmt = parse_spec(spec)
         count = min(n, DRAWN) if fmt.row_multiple == 1 else n
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         w = torch.randn(count, k, generator=generator).mul_(k**-0.5).bfloat16()
         identity = torch.arange(n)
         rows = identity if count == n else torch.randint(count, (n,), generator=generator)
