@@ -8,7 +8,7 @@ from lowbit.dispatch import use_backend
 from lowbit.errors import LowbitError
 from lowbit.experts import QuantizedBank, grouped_linear, quantize_bank
 from lowbit.formats import Format, parse_spec
-from lowbit.nn import quantize_
+from lowbit.nn import quantize_, repack_
 from lowbit.tensor import QuantizedTensor, fallbacks
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "parse_spec",
     "quantize_",
     "quantize_bank",
+    "repack_",
     "save",
     "tensor_ops",
     "use_backend",

@@ -12,7 +12,7 @@ bounded pieces, the input is never rounded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -26,7 +26,7 @@ from lowbit.formats.registry import as_format
 from lowbit.numerics.groups import row_chunks
 from lowbit.solvers import AUTO, Solution, solve
 from lowbit.solvers.base import Statistics
-from lowbit.tensor import QuantizedTensor
+from lowbit.tensor import AUTO as AUTO_LAYOUT, QuantizedTensor, check_layout, choose_layout, repacked
 
 Policy = Format | str | Mapping[str, Format | str | None]
 _UNNAMED = "no rule names it"
@@ -46,19 +46,29 @@ class LayerChange:
     why: str
 
 
+@dataclass(frozen=True)
+class LayoutChange:
+    """What `repack_` did with one weight: the layout it is in now ("" for plain parts), and why."""
+
+    name: str
+    layout: str
+    why: str
+
+
 def quantize_(
     module: nn.Module,
     policy: Policy,
     *,
     solver: str = AUTO,
     statistics: Mapping[str, Statistics] | None = None,
+    layout: str = AUTO_LAYOUT,
 ) -> list[LayerChange]:
     """Quantize every linear, embedding and convolution of `module` (or `module` itself) in place.
 
     `policy` is a format or spec for all layers, or a mapping of regular expressions on the layer's name to a spec or
     None (keep); the first match wins and layers without one are kept. Under a single format, layers that it cannot
     hold are kept and reported; a rule that names a layer outright raises instead. `solver` and `statistics` (by layer
-    name) as in `convert`.
+    name) as in `convert`; `layout` as in `repack_`.
 
     Returns one `LayerChange` a layer. All weights are quantized before the first one is put in place: raises
     `FormatError`, `PlanError`, `SolverError` or `WeightError`, the last naming the layer, and leaves the module as it
@@ -70,6 +80,7 @@ def quantize_(
     >>> [change.name for change in lowbit.quantize_(model, "fp8_e4m3(granularity=row)")]
     ['0', '2']
     """
+    check_layout(layout)
     decided = [(layer, _decide(name, layer, policy)) for name, layer in quantizable_layers(module)]
     if not decided:
         raise PlanError(
@@ -88,7 +99,56 @@ def quantize_(
             made.append((layer, *_quantized(layer, change.format, solver, known, change.name, shared)))
     for layer, weight, solution in made:
         _put(layer, weight, solution)
+    for _ in _repacked_weights(module, layout, only={id(weight) for _, weight, _ in made}):
+        pass
     return [change for _, change in decided]
+
+
+def repack_(module: nn.Module, layout: str = AUTO_LAYOUT) -> list[LayoutChange]:
+    """Repack every quantized weight of `module` in place, one at a time, for the kernels on the device it is on.
+
+    `layout`: "auto" for what the kernels there prefer, "" or "plain" to undo it, or a layout's name, for the weights
+    that fit it. Weights of convolutions have plain parts always. The parameters stay the same objects. Values do not
+    change: a weight that a layout cannot hold exactly keeps its plain parts.
+
+    `lowbit.load` and `quantize_` do this already. Call it after a module has been moved to another device, where
+    weights arrive with plain parts if no kernel there reads the old layout.
+
+    Returns one `LayoutChange` a weight. Raises `FormatError` for an unknown layout.
+    """
+    check_layout(layout)
+    return list(_repacked_weights(module, layout))
+
+
+def _repacked_weights(module: nn.Module, layout: str, only: Iterable[int] | None = None) -> Iterator[LayoutChange]:
+    owners: dict[int, list[nn.Module]] = {}
+    names: dict[int, tuple[str, QuantizedTensor]] = {}
+    for prefix, owner in module.named_modules():
+        for attribute, weight in owner.named_parameters(recurse=False):
+            if isinstance(weight, QuantizedTensor) and (only is None or id(weight) in only):
+                owners.setdefault(id(weight), []).append(owner)
+                names.setdefault(id(weight), (f"{prefix}.{attribute}".removeprefix("."), weight))
+    for key, (name, weight) in names.items():
+        op = repacked_op(owners[key])
+        if op is None or not weight.is_matrix:
+            found, why = "", "only a matrix for nn.Linear or nn.Embedding is packed"
+        else:
+            found, why = choose_layout(layout, weight.format, weight.matrix, weight.device.type, op)
+        made, refusal = repacked(weight, found)
+        if made is not weight:
+            weight.data = made
+        yield LayoutChange(name, weight.kernel_layout, refusal or why)
+
+
+def repacked_op(owners: Iterable[nn.Module]) -> str | None:
+    """The op that a weight of these layers is packed for, or None where it is to keep its plain parts.
+
+    A table that is the head of a model as well is multiplied with as a whole at each token, and only looked up in once.
+    """
+    owners = list(owners)
+    if any(isinstance(owner, _CONVOLUTIONS | _TRANSPOSED) for owner in owners):
+        return None
+    return "embedding" if all(isinstance(owner, nn.Embedding) for owner in owners) else "linear"
 
 
 def is_layer(module: nn.Module) -> TypeGuard[Layer]:
@@ -199,7 +259,7 @@ def _put(layer: Layer, weight: nn.Parameter, solution: Solution) -> None:
 def fold_bias_(layer: Layer) -> None:
     """Move the constant that the format's activation shift adds out of the layer's bias, creating a bias if need be."""
     weight = layer.weight
-    share = weight.format.bias_share(weight.parts) if isinstance(weight, QuantizedTensor) else None
+    share = weight.format.bias_share(weight.in_layout("").parts) if isinstance(weight, QuantizedTensor) else None
     if share is None or not (isinstance(layer, nn.Linear) or is_conv1d(layer)):
         return
     bias = getattr(layer, "bias", None)

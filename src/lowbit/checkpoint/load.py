@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError
 from lowbit.experts import QuantizedBank
-from lowbit.nn import Layer, is_conv1d, is_layer, kind_refusal, matrix_shape, shaped_weight
-from lowbit.tensor import QuantizedTensor
+from lowbit.nn import Layer, is_conv1d, is_layer, kind_refusal, matrix_shape, repacked_op, shaped_weight
+from lowbit.tensor import AUTO, QuantizedTensor, check_layout, choose_layout, repacked
 
 from .banks import experts_of, fit_bank, load_bank
 from .dialects import StoredLayer
@@ -40,7 +40,13 @@ class LoadReport:
 
 
 def load(
-    module: nn.Module, path: str | Path, *, strict: bool = True, prefix: str | None = None, component: str | None = None
+    module: nn.Module,
+    path: str | Path,
+    *,
+    strict: bool = True,
+    prefix: str | None = None,
+    component: str | None = None,
+    layout: str = AUTO,
 ) -> LoadReport:
     """Load a checkpoint into `module`: its quantized layers become `QuantizedTensor` weights, the rest is copied.
 
@@ -50,14 +56,18 @@ def load(
     payloads are never cast. With `strict`, keys that the module lacks (those without the prefix, too) and names that
     the file lacks are errors; without it they are left out.
 
-    Everything is checked first: raises `CheckpointError`, `PartsError` or `UnknownFormatError` naming file, layer,
-    expectation and remedy, and leaves the module as it was.
+    `layout`: "auto" packs each weight, as it is read, for the kernels on the device that the module is on; "plain"
+    leaves it as formats have it, for a module that is to be moved to another device. `lowbit.nn.repack_` changes it.
+
+    Everything is checked first: raises `CheckpointError`, `FormatError`, `PartsError` or `UnknownFormatError` naming
+    file, layer, expectation and remedy, and leaves the module as it was.
     """
+    check_layout(layout)
     with open_source(path) as source:
         content = look_for_layers(source, _component(source, component))
         loader = _Loader(module, content, str(path), prefix, strict=strict)
         loader.check(strict=strict)
-        return loader.apply()
+        return loader.apply(layout)
 
 
 def _component(source: Source, name: str | None) -> Component:
@@ -183,9 +193,9 @@ class _Loader:
                 f"{self.where}: {key!r} is {found}, the module's {name!r} is {wanted}; load it into the right model"
             )
 
-    def apply(self) -> LoadReport:
-        """Read everything, then put it in place."""
-        weights = self._weights()
+    def apply(self, layout: str) -> LoadReport:
+        """Read everything, packed as `layout` says, then put it in place."""
+        weights = self._weights(layout)
         banks = {name: self._bank(name, stored) for name, stored in self.banks.items()}
         plain = {name: self._plain(name, key) for name, key in self.plain.items()}
         for name, weight in weights.items():
@@ -203,17 +213,23 @@ class _Loader:
             notes=[*self.notes, *self.content.found.notes, *(note for s in described.values() for note in s.notes)],
         )
 
-    def _weights(self) -> dict[str, QuantizedTensor]:
-        """All quantized weights, several read and unpacked at a time."""
+    def _weights(self, layout: str) -> dict[str, QuantizedTensor]:
+        """All quantized weights, several read, unpacked and packed at a time."""
         found: dict[str, QuantizedTensor] = {}
 
-        def read(name: str, stored: StoredLayer) -> None:
-            found[name] = self._quantized(name, stored)
+        def read(name: str, stored: StoredLayer, chosen: str) -> None:
+            found[name], _ = repacked(self._quantized(name, stored), chosen)
 
+        owners: dict[int, list[nn.Module]] = {}
+        for name, value in self.state.items():
+            owners.setdefault(id(value), []).append(self.modules[name.rpartition(".")[0]])
         units = []
         for name, stored in self.layers.items():
+            current = self.state[join_key(name, "weight")]
+            op, device = repacked_op(owners[id(current)]), "cpu" if current.is_meta else current.device.type
+            chosen = "" if op is None else choose_layout(layout, stored.format, stored.shape, device, op)[0]
             size = sum(self.content.specs[key].nbytes for key in stored.keys.values())
-            units.append(Unit(name, size, 2 * size, partial(read, name, stored)))
+            units.append(Unit(name, size, (3 if chosen else 2) * size, partial(read, name, stored, chosen)))
         run_units(units, budget=_IN_WORK)
         return {name: found[name] for name in self.layers}
 
