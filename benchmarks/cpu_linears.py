@@ -22,7 +22,6 @@ from lowbit.dispatch import Kernel
 from lowbit.formats import Format, parse_spec
 from lowbit.formats.parts import Parts, gather_rows
 from lowbit.layouts import coalesced_int4
-from lowbit.layouts.base import layouts
 from lowbit.numerics.w4a8 import w4a8_linear
 
 W4A8 = "int4_plain_mm"  # an op of its own, not the linear of a format: the activations are rounded to int8
@@ -156,12 +155,8 @@ def check_ours(
 
 def preferred(weight: QuantizedTensor) -> QuantizedTensor:
     """The weight as its kernel wants it: what loading does."""
-    for entry in dispatch.candidates("linear", weight.format.name, "cpu"):
-        if entry.backend == "cpu":
-            known = layouts().get(entry.layout)
-            if known is not None and known.refuses(weight.format, *weight.matrix) is None:
-                return weight.in_layout(entry.layout)
-    return weight
+    layout = dispatch.preferred_layout("linear", weight.format, *weight.matrix, "cpu")
+    return weight.in_layout(layout)
 
 
 def copies_for(nbytes: int, cache: int) -> int:

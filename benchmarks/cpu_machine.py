@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.minilm_model import machine
@@ -36,6 +36,7 @@ def about() -> dict[str, Any]:
         "features": features(),
         "cache_bytes": cache_bytes(),
         "isa": instruction_set(),
+        "threads_of": pool(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "settings": {name: os.environ[name] for name in sorted(os.environ) if _matters(name)},
         "load": os.getloadavg()[0],
@@ -81,6 +82,15 @@ def instruction_set() -> str | None:
     return native.isa()
 
 
+def pool() -> str | None:
+    """Whose threads the cpu backend's kernels run on."""
+    if dispatch.load("cpu") is not None:
+        return None
+    from lowbit.backends.cpu import native
+
+    return native.pool()
+
+
 def readers(megabytes: int = READ_MB) -> dict[str, Callable[[int], object]]:
     """Ways to read a whole buffer of so many MB with all threads, each taking (and ignoring) the number of a copy."""
     buffer = torch.ones(megabytes << 18, dtype=torch.float32)
@@ -88,15 +98,19 @@ def readers(megabytes: int = READ_MB) -> dict[str, Callable[[int], object]]:
     if dispatch.load("cpu") is None:
         from lowbit.backends.cpu import read_bandwidth
 
-        found["lowbit read_bandwidth"] = lambda _: read_bandwidth(buffer)
+        found["read_bandwidth"] = lambda _: read_bandwidth(buffer)
     return found
 
 
-def copy_gb_s(megabytes: int = 256) -> float:
-    """GB/s of copying a buffer, bytes read and bytes written both counted."""
-    source = torch.ones(megabytes << 20, dtype=torch.uint8)
+def copiers(source: Tensor) -> dict[str, Callable[[int], object]]:
+    """Ways to copy a tensor with all threads."""
     target = torch.empty_like(source)
-    return 2 * source.numel() / _seconds(lambda: target.copy_(source)) / 1e9
+    found: dict[str, Callable[[int], object]] = {"torch copy": lambda _: target.copy_(source)}
+    if dispatch.load("cpu") is None:
+        from lowbit.backends.cpu import copy_bandwidth
+
+        found["copy_bandwidth"] = lambda _: copy_bandwidth(target, source)
+    return found
 
 
 def peaks(size: int = PEAK_SIZE) -> dict[str, float]:
@@ -106,16 +120,16 @@ def peaks(size: int = PEAK_SIZE) -> dict[str, float]:
     codes = torch.randint(-127, 128, (size, size), dtype=torch.int8)
     work = 2 * size**3 / 1e9
     return {
-        "float32": work / _seconds(lambda: plain @ plain, best=True),
-        "bfloat16": work / _seconds(lambda: F.linear(halves, halves), best=True),
-        "int8": work / _seconds(lambda: torch._int_mm(codes, codes.t()), best=True),
+        "float32": work / _least_seconds(lambda: plain @ plain),
+        "bfloat16": work / _least_seconds(lambda: F.linear(halves, halves)),
+        "int8": work / _least_seconds(lambda: torch._int_mm(codes, codes.t())),
     }
 
 
-def _seconds(run: Callable[[], object], *, best: bool = False) -> float:
+def _least_seconds(run: Callable[[], object]) -> float:
     times = []
     for _ in range(_RUNS + 1):
         began = time.perf_counter()
         run()
         times.append(time.perf_counter() - began)
-    return min(times) if best else statistics.median(times[1:])
+    return min(times)
