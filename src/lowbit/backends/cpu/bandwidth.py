@@ -19,7 +19,7 @@ def copy_bandwidth(to: Tensor, source: Tensor) -> None:
     _check(to)
     _check(source)
     if to.nbytes != source.nbytes:
-        raise UnsupportedError(f"the target has {to.nbytes} bytes, the source {source.nbytes}; give tensors of one size")
+        raise UnsupportedError(f"the target has {to.nbytes} bytes and the source {source.nbytes}; give equal sizes")
     native.module().copy_bandwidth(to.data_ptr(), source.data_ptr(), to.nbytes, native.threads())
 
 

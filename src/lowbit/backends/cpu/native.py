@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import torch  # noqa: F401  (before the modules: they look for torch's threads)
+import torch
 
 from lowbit.errors import DependencyError
 
