@@ -1,0 +1,36 @@
+// The layout "rows16": rows in blocks of 16, their 32-bit words interleaved.
+//
+//   plain [N, W] words          here [ceil(N / 16), W, 16] words        (W words of codes a row; rows of zeros fill up)
+//   plain [N, G] or [G, N]      here [ceil(N / 16), G, 16]              (scales, offsets)
+//
+// One load takes the same word of as many rows as a vector has lanes, so that lanes are rows everywhere: a scale is a
+// vector, a sum over columns needs no horizontal addition, and a block is read from its begin to its end.
+#pragma once
+
+#include "simd.h"
+
+namespace lowbit {
+
+constexpr int kBlockRows = 16;
+constexpr int kBlockVectors = kBlockRows / simd::kLanes;
+static_assert(kBlockRows % simd::kLanes == 0, "a block is whole vectors");
+
+// One output row of a block: 16 sums of token m, or as many as the weight has rows left, with the bias added.
+inline void store_block(const simd::F32 (&sums)[kBlockVectors], int64_t block, int64_t n, const void* bias, int bias_dtype,
+                        void* out, int64_t m, int out_dtype) {
+  using namespace simd;
+  for (int v = 0; v < kBlockVectors; ++v) {
+    const int64_t row = block * kBlockRows + v * kLanes;
+    const int64_t left = n - row;
+    if (left >= kLanes) {
+      const F32 sum = bias ? add(sums[v], load_as_f32(bias, row, bias_dtype)) : sums[v];
+      store_from_f32(out, m * n + row, sum, out_dtype);
+    } else if (left > 0) {
+      const int count = static_cast<int>(left);
+      const F32 sum = bias ? add(sums[v], load_first(bias, row, count, bias_dtype)) : sums[v];
+      store_first(out, m * n + row, count, sum, out_dtype);
+    }
+  }
+}
+
+}  // namespace lowbit

@@ -1,0 +1,195 @@
+// simd.h for AVX2 with FMA and F16C: 8 lanes.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace lowbit::simd {
+
+constexpr int kLanes = 8;
+
+struct F32 {
+  __m256 v;
+};
+struct I32 {
+  __m256i v;
+};
+struct Bytes {
+  __m256i v;
+};
+
+// ---- float32 -------------------------------------------------------------------------------------------------------
+
+inline F32 zero_f32() { return {_mm256_setzero_ps()}; }
+inline F32 set1_f32(float value) { return {_mm256_set1_ps(value)}; }
+inline F32 load_f32(const float* from) { return {_mm256_loadu_ps(from)}; }
+inline void store_f32(float* to, F32 a) { _mm256_storeu_ps(to, a.v); }
+
+inline F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F32 div(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c, rounded once
+inline F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline F32 abs(F32 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+
+inline float reduce_add(F32 a) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+inline float reduce_max(F32 a) {
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+
+// ---- int32 ---------------------------------------------------------------------------------------------------------
+
+inline I32 zero_i32() { return {_mm256_setzero_si256()}; }
+inline I32 set1_i32(int32_t value) { return {_mm256_set1_epi32(value)}; }
+inline I32 load_i32(const void* from) { return {_mm256_loadu_si256(static_cast<const __m256i*>(from))}; }
+inline void store_i32(void* to, I32 a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a.v); }
+inline I32 add(I32 a, I32 b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline I32 sub(I32 a, I32 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+inline I32 mul(I32 a, I32 b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
+inline I32 bit_and(I32 a, I32 b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline I32 bit_or(I32 a, I32 b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline I32 bit_xor(I32 a, I32 b) { return {_mm256_xor_si256(a.v, b.v)}; }
+inline I32 min(I32 a, I32 b) { return {_mm256_min_epi32(a.v, b.v)}; }
+inline I32 max(I32 a, I32 b) { return {_mm256_max_epi32(a.v, b.v)}; }
+template <int kBits>
+inline I32 shift_left(I32 a) {
+  return {_mm256_slli_epi32(a.v, kBits)};
+}
+template <int kBits>
+inline I32 shift_right(I32 a) {  // zeros come in
+  return {_mm256_srli_epi32(a.v, kBits)};
+}
+template <int kBits>
+inline I32 shift_right_signed(I32 a) {
+  return {_mm256_srai_epi32(a.v, kBits)};
+}
+inline int32_t reduce_add(I32 a) {
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+
+inline F32 to_f32(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline I32 to_i32(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }  // half to even; INT32_MIN for NaN and what is too large
+inline F32 as_f32(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
+inline I32 as_i32(F32 a) { return {_mm256_castps_si256(a.v)}; }
+inline I32 widen_u8(const uint8_t* from) {  // kLanes bytes
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))};
+}
+inline I32 widen_s8(const int8_t* from) {
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))};
+}
+inline I32 widen_u16(const uint16_t* from) {
+  return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+}
+// The low byte of every lane, kLanes bytes.
+inline void store_low_bytes(uint8_t* to, I32 a) {
+  const __m256i order = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                         0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i found = _mm256_shuffle_epi8(a.v, order);
+  const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), both);
+}
+
+// ---- masks ---------------------------------------------------------------------------------------------------------
+
+struct Mask {
+  __m256 v;  // all bits of a lane, or none
+};
+inline Mask less(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }  // false for NaN
+inline Mask less(I32 a, I32 b) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))}; }
+inline Mask equal(I32 a, I32 b) { return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v, b.v))}; }
+inline Mask not_a_number(F32 a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
+inline F32 select(Mask where, F32 yes, F32 no) { return {_mm256_blendv_ps(no.v, yes.v, where.v)}; }
+inline I32 select(Mask where, I32 yes, I32 no) { return as_i32(select(where, as_f32(yes), as_f32(no))); }
+inline bool any(Mask a) { return _mm256_movemask_ps(a.v) != 0; }
+
+// ---- 16-bit floats -------------------------------------------------------------------------------------------------
+
+inline F32 load_bf16(const uint16_t* from) { return as_f32(shift_left<16>(widen_u16(from))); }
+// Half to even; NaN stays NaN.
+inline I32 bf16_bits(F32 a) {
+  const I32 bits = as_i32(a);
+  const I32 odd = bit_and(shift_right<16>(bits), set1_i32(1));
+  const I32 rounded = shift_right<16>(add(add(bits, set1_i32(0x7fff)), odd));
+  const I32 quiet = bit_or(shift_right<16>(bits), set1_i32(0x40));
+  return select(not_a_number(a), quiet, rounded);
+}
+inline void store_bf16(uint16_t* to, F32 a) {
+  const __m256i bits = bf16_bits(a).v;
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+}
+inline F32 load_f16(const uint16_t* from) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+}
+inline void store_f16(uint16_t* to, F32 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// ---- a table of 16 floats, indexed by the low four bits of every lane -------------------------------------------------
+
+struct Table16 {
+  __m256 low, high;
+};
+inline Table16 make_table(const float* values) { return {_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)}; }
+inline F32 lookup(Table16 table, I32 index) {  // higher bits of the index are ignored
+  const __m256 low = _mm256_permutevar8x32_ps(table.low, index.v), high = _mm256_permutevar8x32_ps(table.high, index.v);
+  return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 28)))};
+}
+
+// ---- bytes, and products of four of them to a lane ----------------------------------------------------------------------
+
+inline Bytes load_bytes(const void* from) { return {_mm256_loadu_si256(static_cast<const __m256i*>(from))}; }
+inline void store_bytes(void* to, Bytes a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a.v); }
+inline Bytes set4_bytes(const void* four) {  // the same four in every lane
+  int32_t word;
+  __builtin_memcpy(&word, four, 4);
+  return {_mm256_set1_epi32(word)};
+}
+inline Bytes as_bytes(I32 a) { return {a.v}; }
+inline Bytes low_nibbles(Bytes a) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(15))}; }
+inline Bytes high_nibbles(Bytes a) {
+  return {_mm256_and_si256(_mm256_srli_epi16(a.v, 4), _mm256_set1_epi8(15))};
+}
+// A byte for each of 16 codes; codes above 15 are not allowed.
+inline Bytes lookup_bytes(const void* table, Bytes codes) {
+  const __m128i values = _mm_loadu_si128(static_cast<const __m128i*>(table));
+  return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), codes.v)};
+}
+
+// Sums of products of codes 0..15 and int8: at most kDot4Steps (kDot4StepsInt4 where the int8 are within -15..15)
+// may be added up before `total`, which gives the int32 of every lane.
+struct Dot4 {
+  __m256i v;  // pairs of int16
+};
+constexpr int kDot4Steps = 8;       // 8 * 2 * 15 * 128 < 2**15
+constexpr int kDot4StepsInt4 = 64;  // 64 * 2 * 15 * 15 < 2**15
+inline Dot4 zero_dot4() { return {_mm256_setzero_si256()}; }
+inline Dot4 dot4(Dot4 sum, Bytes codes, Bytes x) {
+  return {_mm256_add_epi16(sum.v, _mm256_maddubs_epi16(codes.v, x.v))};
+}
+inline I32 total(Dot4 sum) { return {_mm256_madd_epi16(sum.v, _mm256_set1_epi16(1))}; }
+
+// Sums of products of int8 weights (-128 allowed) and int8 activations (-127..127). The result is too large by
+// kDot8Offset times the sum of the activations.
+struct Weights8 {
+  __m256i magnitude, sign;
+};
+constexpr int kDot8Offset = 0;
+inline Weights8 prepare8(Bytes w) { return {_mm256_abs_epi8(w.v), w.v}; }
+inline I32 dot8(I32 sum, Weights8 w, Bytes x) {
+  const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x.v, w.sign));  // at most 2 * 128 * 127
+  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+}
+
+}  // namespace lowbit::simd
