@@ -106,7 +106,7 @@ def _row_bytes(fmt: Format, n: int, k: int) -> int:
 
 def _columns(fmt: Format, row_bytes: int) -> int:
     """K of plain codes whose rows are this long."""
-    return row_bytes * 8 // int(fmt.config().get("bits", 8 if _row_bytes(fmt, 16, 64) == 64 else 4))  # noqa: PLR2004
+    return row_bytes * 8 // int(fmt.config().get("bits", 8 if _row_bytes(fmt, 16, 64) == 64 else 4))
 
 
 def _is_by_row(rule: Part) -> bool:
