@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -208,6 +213,32 @@ def test_doctor_shows_versions_and_why_a_backend_is_missing(lowbit):
     assert data["packages"]["torch"] == torch.__version__
     assert data["backends"]["eager"] == "available"
     assert all(name in text.out for name in data["backends"])
+
+
+def test_doctor_shows_the_instruction_set_of_the_cpu_kernels(lowbit):
+    """What the compiled kernels use is one of what they could use; where there are none, the backend says why."""
+    text, data = lowbit("doctor"), lowbit("doctor", "--json").json
+    kernels = data["cpu_kernels"]
+
+    if data["backends"]["cpu"] == "available":
+        assert kernels["instruction_set"] in kernels["usable"]
+        assert kernels["pool"]
+    else:
+        assert kernels == {"instruction_set": None, "usable": [], "pool": None}
+        assert "scripts/build_native" in data["backends"]["cpu"]
+    assert f"instruction set {kernels['instruction_set'] or 'none'}" in text.out
+    assert f"usable: {', '.join(kernels['usable']) or 'none'}" in text.out
+
+
+def test_doctor_without_compiled_kernels_says_how_to_get_them(tmp_path):
+    """In a process that has none, doctor works, and the state of the backend names the remedy."""
+    env = {**os.environ, "LOWBIT_CPU_MODULES": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "lowbit", "doctor", "--json"]
+    data = json.loads(subprocess.run(command, env=env, capture_output=True, check=True, timeout=60).stdout)
+
+    assert data["cpu_kernels"] == {"instruction_set": None, "usable": [], "pool": None}
+    assert "scripts/build_native" in data["backends"]["cpu"]
+    assert data["backends"]["eager"] == "available"
 
 
 def test_doctor_says_which_kernel_would_run_and_why_the_others_would_not(lowbit):

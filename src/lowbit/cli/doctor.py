@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +58,7 @@ def doctor(
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": _devices(),
         "backends": {name: load(name) or "available" for name in BACKENDS},
+        "cpu_kernels": _cpu_kernels(),
         "kernels": [
             {"op": k.op, "format": k.format, "backend": k.backend, "layout": k.layout, "name": k.name}
             for k in kernels()
@@ -116,6 +118,17 @@ def _processor() -> dict[str, Any]:
     }
 
 
+def _cpu_kernels() -> dict[str, Any]:
+    """Which instruction set the compiled kernels use, which they could use, and on whose threads they run.
+
+    The set is None where the backend cannot be used; its state says why.
+    """
+    native: Any = sys.modules.get("lowbit.backends.cpu.native")  # there even where the import of its package failed
+    if load("cpu") is not None:
+        return {"instruction_set": None, "usable": list(native.available()) if native else [], "pool": None}
+    return {"instruction_set": native.isa(), "usable": list(native.available()), "pool": native.pool()}
+
+
 def _choose(spec: str, shape: str, tokens: int, device: str, dtype: str) -> dict[str, Any]:
     """What every backend says to the linear of one layer, and which runs."""
     with asking():
@@ -161,6 +174,11 @@ def _show(found: dict[str, Any]) -> None:
             if key not in ("device", "name") and value
         ]
         say(f"{device['device']}: {device['name']}" + (f" ({'; '.join(about)})" if about else ""))
+    native = found["cpu_kernels"]
+    say(
+        f"cpu kernels: instruction set {native['instruction_set'] or 'none'}"
+        f" (usable: {', '.join(native['usable']) or 'none'}); threads: {native['pool'] or 'none'}"
+    )
     rows = table("backend", "state", "kernels", title="\nbackends", right=("kernels",))
     for name, state in found["backends"].items():
         count = sum(kernel["backend"] == name for kernel in found["kernels"])

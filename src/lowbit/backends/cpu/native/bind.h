@@ -35,12 +35,12 @@ struct type_caster<lowbit::Ptr<T>> {
   template <class Flags>  // its type is not the same in all versions of nanobind
   bool from_python(handle from, Flags, cleanup_list*) noexcept {
     if (!PyLong_Check(from.ptr())) return false;
-    void* at = PyLong_AsVoidPtr(from.ptr());
-    if (!at && PyErr_Occurred()) {
-      PyErr_Clear();  // it does not fit in a pointer: the call is refused with the signature
+    const size_t at = PyLong_AsSize_t(from.ptr());
+    if (at == static_cast<size_t>(-1) && PyErr_Occurred()) {
+      PyErr_Clear();  // negative, or too large for a pointer: the call is refused with the signature
       return false;
     }
-    value = static_cast<T*>(at);
+    value = reinterpret_cast<T*>(at);
     return true;
   }
 };
