@@ -12,7 +12,7 @@ bounded pieces, the input is never rounded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -99,7 +99,7 @@ def quantize_(
             made.append((layer, *_quantized(layer, change.format, solver, known, change.name, shared)))
     for layer, weight, solution in made:
         _put(layer, weight, solution)
-    for _ in _repacked_weights(module, layout, only={id(weight) for _, weight, _ in made}):
+    for _ in repack_weights(module, layout, only={id(weight) for _, weight, _ in made}):
         pass
     return [change for _, change in decided]
 
@@ -117,10 +117,11 @@ def repack_(module: nn.Module, layout: str = AUTO_LAYOUT) -> list[LayoutChange]:
     Returns one `LayoutChange` a weight. Raises `FormatError` for an unknown layout.
     """
     check_layout(layout)
-    return list(_repacked_weights(module, layout))
+    return list(repack_weights(module, layout))
 
 
-def _repacked_weights(module: nn.Module, layout: str, only: Iterable[int] | None = None) -> Iterator[LayoutChange]:
+def repack_weights(module: nn.Module, layout: str, only: Container[int] | None = None) -> Iterator[LayoutChange]:
+    """As `repack_`, one weight each time the next change is asked for; `only`: the ids of the parameters to take."""
     owners: dict[int, list[nn.Module]] = {}
     names: dict[int, tuple[str, QuantizedTensor]] = {}
     for prefix, owner in module.named_modules():

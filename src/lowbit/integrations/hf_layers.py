@@ -28,9 +28,9 @@ from lowbit.checkpoint.weight_shape import TURNED, WeightShape
 from lowbit.errors import CheckpointError, PlanError, WeightError
 from lowbit.experts.bank import QuantizedBank
 from lowbit.formats import Format
-from lowbit.nn import is_conv1d, matrix_shape
+from lowbit.nn import is_conv1d, matrix_shape, repack_weights
 from lowbit.solvers import AUTO, solve
-from lowbit.tensor import QuantizedTensor
+from lowbit.tensor import AUTO as AUTO_LAYOUT, QuantizedTensor
 
 KEEP = "keep"
 Matrix = nn.Linear | nn.Embedding  # or a Conv1D, which need not be installed
@@ -215,6 +215,21 @@ def quantized_parameter(
     shape = tuple(weight.shape)
     quantized = QuantizedTensor(solution.parts, fmt, shape, weight.dtype, matrix=(n, k), transposed=transposed)
     return nn.Parameter(quantized, requires_grad=False)
+
+
+def repack_loaded_(module: nn.Module) -> None:
+    """Pack the weights of a model that has been loaded for the kernels on their devices, one at a time.
+
+    Weights on the CPU that are to be used elsewhere stay plain: those of a model that is spread over several devices,
+    where they are offloaded, and those of one for which nobody named a device on a machine with an accelerator. There
+    `lowbit.repack_` packs them.
+    """
+    named = {torch.device(place).type for place in getattr(module, "hf_device_map", {}).values() if place != "disk"}
+    stay = named == {"cpu"} if named else not torch.accelerator.is_available()
+    weights = [weight for weight in module.parameters() if isinstance(weight, QuantizedTensor)]
+    chosen = {id(weight) for weight in weights if stay or weight.device.type != "cpu"}
+    for _ in repack_weights(module, AUTO_LAYOUT, chosen):
+        pass
 
 
 def flat_state(

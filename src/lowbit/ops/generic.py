@@ -83,7 +83,7 @@ def _run(op: str, fmt: Format, layout: str, device: torch.device, args: tuple[An
     """Run an op by the kernel that takes it, on plain parts where that kernel reads no layout."""
     entry = select(op, fmt.name, layout, device.type, args)
     if layout and entry.layout == ANY_LAYOUT:
-        if op != "dequantize":  # which is asked for on purpose
+        if op in ("linear", "embedding"):  # the others decode the whole weight whatever it is in
             _UNPACKED[f"lowbit::{op} (unpacks {layout})"] += 1
         plain = get_layout(layout, fmt).unpack(fmt, args[parts_at])
         args = (*args[:parts_at], plain, *args[parts_at + 1 :])

@@ -25,6 +25,7 @@ from lowbit.integrations.hf_layers import (
     dequantize_module_,
     flat_state,
     quantized_parameter,
+    repack_loaded_,
 )
 from lowbit.nn import fold_bias_
 from lowbit.tensor import QuantizedTensor
@@ -213,6 +214,7 @@ class LowbitQuantizer(DiffusersQuantizer):
         if self.quantization_config.dequantize:
             model.is_quantized = False
             return self._dequantize(model)
+        repack_loaded_(model)
         model.get_memory_footprint = Footprint(model)
         return model
 

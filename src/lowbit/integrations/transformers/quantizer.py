@@ -21,6 +21,7 @@ from lowbit.integrations.hf_layers import (
     dequantize_module_,
     flat_state,
     quantized_parameter,
+    repack_loaded_,
     stored_bytes,
 )
 from lowbit.integrations.transformers.config import LowbitConfig
@@ -158,6 +159,7 @@ class LowbitHfQuantizer(HfQuantizer):
         self._paths, self._placed = [], {}
         if self.pre_quantized and self.quantization_config.dequantize:
             return dequantize_module_(model)
+        repack_loaded_(model)
         model.get_memory_footprint = MethodType(get_memory_footprint, model)
         return model
 
