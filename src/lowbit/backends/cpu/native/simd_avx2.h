@@ -136,6 +136,31 @@ inline void store_f16(uint16_t* to, F32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// ---- 8-bit floats --------------------------------------------------------------------------------------------------
+
+// kLanes codes of float8_e4m3fn, times 2^-8: moved to their places in a float16, whose exponent counts from 8 lower.
+// The code 0x7f of either sign is NaN: one more carries into bit 14, which then fills the exponent with ones.
+inline F32 load_e4m3(const uint8_t* from) {
+  const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))), 7);
+  const __m128i carry = _mm_and_si128(_mm_add_epi16(wide, _mm_set1_epi16(0x80)), _mm_set1_epi16(0x4000));
+  return {_mm256_cvtph_ps(_mm_xor_si128(wide, carry))};  // also clears the sign that bit 14 has a copy of
+}
+// 16 codes, as load_e4m3 gives them.
+inline void load16_e4m3(const uint8_t* from, F32 (&to)[16 / kLanes]) {
+  const __m256i wide =
+      _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 7);
+  const __m256i carry = _mm256_and_si256(_mm256_add_epi16(wide, _mm256_set1_epi16(0x80)), _mm256_set1_epi16(0x4000));
+  const __m256i half = _mm256_xor_si256(wide, carry);
+  to[0] = {_mm256_cvtph_ps(_mm256_castsi256_si128(half))};
+  to[1] = {_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+}
+// 16 codes of float8_e5m2: the upper bytes of float16 values.
+inline void load16_e5m2(const uint8_t* from, F32 (&to)[16 / kLanes]) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  to[0] = {_mm256_cvtph_ps(_mm_unpacklo_epi8(_mm_setzero_si128(), codes))};
+  to[1] = {_mm256_cvtph_ps(_mm_unpackhi_epi8(_mm_setzero_si128(), codes))};
+}
+
 // ---- a table of 16 floats, indexed by the low four bits of every lane -------------------------------------------------
 
 struct Table16 {
