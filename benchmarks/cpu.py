@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from rich.table import Table
 
 from benchmarks import cpu_codecs, cpu_machine, cpu_peers
 from benchmarks.cpu_linears import MORE, SPECS, Entry, WrongResultError, ours
-from benchmarks.cpu_timing import Contender, alternate, quartiles, ratio
+from benchmarks.cpu_timing import SLOW, TOO_SLOW, Contender, alternate, expected, quartiles, ratio
 from lowbit import dispatch
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,6 +38,7 @@ CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 CURVE_SPECS = ("awq_w4a16", "nvfp4", "fp8_e4m3", "int8", "int4_plain_mm", "svdquant_w4a4")
 SECTIONS = ("linears", "codecs", "curve")
 ROUNDS, BUDGET = 15, 10.0  # of a shape and a number of tokens; seconds, which slow contenders exceed
+SLOW_ROUNDS = 3  # at least, of what is slow
 CURVE_ROUNDS, CURVE_BUDGET = 7, 4.0
 READ = "reading"
 ALL_PEERS = (cpu_peers.BF16, cpu_peers.FLOAT32)  # of every format
@@ -54,31 +56,42 @@ def measure_shape(
     entries += cpu_peers.peers({spec: drawn for spec, (_, drawn) in made.items()}, n, k, cache, others=others)
     readers = cpu_machine.readers(read_mb)
     generator = torch.Generator().manual_seed(2)
+    history: dict[str, list[tuple[int, float]]] = {entry.name: [] for entry in entries}
     found = []
-    for count in tokens:
+    for count in sorted(tokens):
         x = torch.randn(count, k, generator=generator).bfloat16()
+        waits = {entry.name: expected(history[entry.name], count) for entry in entries}
+        present = [entry for entry in entries if entry.kernel is not None or waits[entry.name] < TOO_SLOW]
         with torch.inference_mode():
             reading = [Contender(f"{READ}: {name}", run) for name, run in readers.items()]
-            known = [_checked(entry, x, (n, k)) for entry in entries]
-            contenders = [_contender(entry, x) for entry in entries]
+            known = [_checked(entry, x, (n, k)) for entry in present]
+            contenders = [_contender(entry, x, fact) for entry, fact in zip(present, known, strict=True)]
             alternate([*reading, *contenders], rounds, budget)
+        for contender in contenders:
+            history[contender.name].append((count, contender.median))
         read = max((read_mb << 20) / one.median / 1e9 for one in reading)
-        found.append({"shape": [n, k], "tokens": count, "read_gb_s": read, "rows": _rows(entries, contenders, known)})
-        for row in found[-1]["rows"]:
+        rows = _rows(present, contenders, known)
+        for row in rows:
             row["share"] = row["gb_s"] / read
+        slow = {name: wait for name, wait in waits.items() if name not in {entry.name for entry in present}}
+        found.append({"shape": [n, k], "tokens": count, "read_gb_s": read, "rows": rows, "too_slow": slow})
     return found
 
 
-def _contender(entry: Entry, x: torch.Tensor) -> Contender:
+def _contender(entry: Entry, x: torch.Tensor, fact: dict[str, Any]) -> Contender:
     given, weights, run = entry.input(x), entry.weights, entry.run
-    return Contender(entry.name, lambda i: run(given, weights[i % len(weights)]), least=entry.least)
+    first = fact.pop("first")
+    least = entry.least if first < SLOW else min(entry.least, SLOW_ROUNDS)
+    return Contender(entry.name, lambda i: run(given, weights[i % len(weights)]), least=least, estimate=first)
 
 
 def _checked(entry: Entry, x: torch.Tensor, shape: tuple[int, int]) -> dict[str, Any]:
     """What is known of an entry before it is timed, its error included. Raises `WrongResultError`."""
     n, k = shape
     given = entry.input(x)
+    began = time.perf_counter()
     y = entry.run(given, entry.weights[0])
+    first = time.perf_counter() - began
     fact: dict[str, Any] = {
         "name": entry.name,
         "ours": entry.kernel is not None,
@@ -86,6 +99,7 @@ def _checked(entry: Entry, x: torch.Tensor, shape: tuple[int, int]) -> dict[str,
         "bytes": entry.nbytes,
         "copies": len(entry.weights),
         "work": 2 * x.shape[0] * n * k,
+        "first": first,
     }
     if entry.kernel is not None:
         kernel = entry.kernel(given)
@@ -139,6 +153,8 @@ def show_group(console: Console, group: dict[str, Any]) -> None:
             f"{row['share']:.0%}", *dense, peers, style="bold" if row["ours"] else "",
         )  # fmt: skip
     console.print(table)
+    for name, wait in group["too_slow"].items():
+        console.print(f"{name} is left out: about {wait:.0f} s a call, as fewer tokens tell")
 
 
 def show_codecs(console: Console, codecs: dict[str, Any]) -> None:
@@ -169,8 +185,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", metavar="SPEC", help="of the linears; default: all with kernels")
     parser.add_argument("--all", action="store_true", help=f"also {', '.join(MORE)}")
     parser.add_argument("--isa", help="force an instruction set of the cpu backend (LOWBIT_CPU_ISA)")
-    parser.add_argument("--quick", action="store_true", help="one shape, two numbers of tokens, few rounds")
-    parser.add_argument("--no-others", action="store_true", help="without comfy-kitchen and torchao")
+    parser.add_argument("--quick", action="store_true", help="one shape, 1 and 64 tokens, few rounds, no others")
+    parser.add_argument("--no-others", action="store_true", help="without comfy-kitchen and torchao (slow)")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=["linears", "codecs"])
     parser.add_argument("--read-mb", type=int, default=cpu_machine.READ_MB, help="the buffer that is read")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -223,7 +239,8 @@ def _section(section: str, given: argparse.Namespace, console: Console) -> dict[
         specs = [spec for spec in given.formats if spec in CURVE_SPECS] if curve else given.formats
         made = measure_shape(
             shape, CURVE if curve else given.tokens, specs,
-            rounds=rounds, budget=budget, others=not (curve or given.no_others), read_mb=given.read_mb,
+            rounds=rounds, budget=budget, others=not (curve or given.quick or given.no_others),
+            read_mb=given.read_mb,
         )  # fmt: skip
         for group in made:
             show_group(console, group)

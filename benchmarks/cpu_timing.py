@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 VISIT = 0.02  # seconds of a visit at least, where a call takes less
 MOST_CALLS = 2000  # of a visit
 SLOW = 0.2  # seconds of a call that needs no second one to be estimated
+TOO_SLOW = 4.0  # seconds of a call that is not waited for
 
 
 @dataclass
@@ -42,8 +43,12 @@ class Contender:
         return took / calls
 
     def prepare(self, clock: Callable[[], float]) -> None:
-        """The first calls, which allocate, start threads and fill caches, are not counted."""
-        self.estimate = self.run(1, clock)
+        """The first calls, which allocate, start threads and fill caches, are not counted.
+
+        An estimate that is there already comes from such a call.
+        """
+        if self.estimate < SLOW:
+            self.estimate = self.run(1, clock)
         if self.estimate < SLOW:
             self.estimate = self.run(2, clock)
         self.spent = 0.0
@@ -88,6 +93,14 @@ def alternate(
         for contender in contenders:
             if contender.name not in present:
                 contender.seconds.append(None)
+
+
+def expected(known: Sequence[tuple[int, float]], size: int) -> float:
+    """The seconds of a call of some size: on the line through the last two known (size, seconds), or as the only."""
+    if len(known) < 2:
+        return known[-1][1] if known else 0.0
+    (first, before), (last, now) = known[-2:]
+    return now + (now - before) * (size - last) / (last - first)
 
 
 def quartiles(values: Sequence[float]) -> list[float]:

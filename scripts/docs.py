@@ -1,7 +1,7 @@
 """Write what the docs say of formats, dialects and measurements from the registries and results; --check compares.
 
-Whole pages: docs/formats/*.md, docs/dialects/*.md. Marked places: README.md, docs/*.md, the navigation in mkdocs.yml.
-Nothing is kept between runs, and two runs give the same bytes.
+Whole files: docs/formats/*.md, docs/dialects/*.md, docs/cpu.svg. Marked places: README.md, docs/*.md, the navigation
+in mkdocs.yml. Nothing is kept between runs, and two runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from docs_cpu import cpu_codecs, cpu_linears, cpu_machine, cpu_models, cpu_peers, cpu_plot
 from docs_dialects import dialect_pages, every_dialect_table
 from docs_formats import every_format, every_spec, format_pages
 from docs_measured import diffusion, sentences
@@ -35,6 +36,11 @@ PLACES: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/manual.md", "presets"): every_preset,
     ("docs/which-format.md", "sentences"): sentences,
     ("docs/which-format.md", "diffusion"): diffusion,
+    ("docs/cpu.md", "cpu_machine"): cpu_machine,
+    ("docs/cpu.md", "cpu_linears"): cpu_linears,
+    ("docs/cpu.md", "cpu_peers"): cpu_peers,
+    ("docs/cpu.md", "cpu_codecs"): cpu_codecs,
+    ("docs/cpu.md", "cpu_models"): cpu_models,
     ("mkdocs.yml", "formats"): _nav("formats", formats),
     ("mkdocs.yml", "dialects"): _nav("dialects", dialects),
 }
@@ -59,7 +65,7 @@ def filled(file: str, place: str, text: str, made: str) -> str:
 
 def wanted() -> dict[str, str]:
     """Path -> what should stand in it, of every file that is made or has a place."""
-    texts = {**format_pages(), **dialect_pages()}
+    texts = {**format_pages(), **dialect_pages(), "docs/cpu.svg": cpu_plot()}
     for (file, place), make in PLACES.items():
         texts[file] = filled(file, place, texts.get(file) or (ROOT / file).read_text(), make())
     return texts
