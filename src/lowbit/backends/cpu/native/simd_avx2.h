@@ -211,10 +211,24 @@ struct Weights8 {
   __m256i magnitude, sign;
 };
 constexpr int kDot8Offset = 0;
+constexpr bool kDot8IsOneStep = false;  // whether it is an instruction; if not, dot2 multiplies as fast
 inline Weights8 prepare8(Bytes w) { return {_mm256_abs_epi8(w.v), w.v}; }
 inline I32 dot8(I32 sum, Weights8 w, Bytes x) {
   const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x.v, w.sign));  // at most 2 * 128 * 127
   return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+}
+
+// Bytes 0 and 2, or 1 and 3, of every lane, as two int16 with their sign: what `dot2` multiplies.
+inline I32 even_bytes(Bytes a) { return {_mm256_srai_epi16(_mm256_slli_epi16(a.v, 8), 8)}; }
+inline I32 odd_bytes(Bytes a) { return {_mm256_srai_epi16(a.v, 8)}; }
+// sum + the products of the two int16 of every lane.
+inline I32 dot2(I32 sum, I32 a, I32 b) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))}; }
+
+// The codes of kLanes / 2 bytes, the low nibble first; bits above the lowest four are not cleared.
+inline I32 spread_nibbles(const void* from) {
+  int32_t word;
+  __builtin_memcpy(&word, from, 4);
+  return {_mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28))};
 }
 
 }  // namespace lowbit::simd
