@@ -27,7 +27,7 @@ list(JOIN LOWBIT_CHOSEN "\n" names)
 file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/generated/sets" "${names}\n") # scripts/build_native reads it
 
 # What the machine can run is asked of a module that any machine can run.
-nanobind_add_module(_machine NB_STATIC STABLE_ABI NOMINSIZE ${strip} NB_DOMAIN lowbit "${cpu}/native/machine.cpp")
+nanobind_add_module(_machine NB_STATIC STABLE_ABI FREE_THREADED NOMINSIZE ${strip} NB_DOMAIN lowbit "${cpu}/native/machine.cpp")
 
 set(modules _machine)
 foreach(isa IN LISTS LOWBIT_CHOSEN)
@@ -37,7 +37,7 @@ foreach(isa IN LISTS LOWBIT_CHOSEN)
   if(NOT set STREQUAL isa)
     list(APPEND macros LOWBIT_EMULATE=1)
   endif()
-  nanobind_add_module(${module} NB_STATIC STABLE_ABI NOMINSIZE ${strip} NB_DOMAIN lowbit
+  nanobind_add_module(${module} NB_STATIC STABLE_ABI FREE_THREADED NOMINSIZE ${strip} NB_DOMAIN lowbit
     ${kernels} "${cpu}/native/module.cpp" "${cpu}/native/parallel.cpp")
   target_include_directories(${module} PRIVATE "${cpu}" "${CMAKE_CURRENT_BINARY_DIR}/generated")
   target_compile_definitions(${module} PRIVATE LOWBIT_MODULE=${module} LOWBIT_ISA_NAME="${isa}" ${macros})
