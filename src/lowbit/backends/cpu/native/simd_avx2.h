@@ -182,6 +182,7 @@ inline Bytes set4_bytes(const void* four) {  // the same four in every lane
   return {_mm256_set1_epi32(word)};
 }
 inline Bytes as_bytes(I32 a) { return {a.v}; }
+inline I32 as_i32(Bytes a) { return {a.v}; }
 inline Bytes low_nibbles(Bytes a) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(15))}; }
 inline Bytes high_nibbles(Bytes a) {
   return {_mm256_and_si256(_mm256_srli_epi16(a.v, 4), _mm256_set1_epi8(15))};
