@@ -162,7 +162,10 @@ class QuantizedTensor(torch.Tensor):
         return self.with_parts(made, **{"view_of": "", **changes})
 
     def in_layout(self, name: str) -> QuantizedTensor:
-        """This weight with its parts repacked for a kernel, or back to the plain parts with ""."""
+        """This weight with its parts repacked for a kernel, or back to the plain parts with "".
+
+        Parts that the layout leaves as they are, are shared: clone before writing into one of the two.
+        """
         if name == self.kernel_layout:
             return self
         plain = self

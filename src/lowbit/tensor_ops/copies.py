@@ -34,10 +34,15 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
     if not dtype.is_floating_point or dtype.itemsize == 1:
         return NotImplemented
     target = torch.device(device) if device is not None else w.device
-    if w.kernel_layout and target.type not in (w.device.type, "meta"):
-        w = w if has_kernel(w.format.name, w.kernel_layout, target.type) else w.in_layout("")
+    w = _readable_on(w, target)
     non_blocking = bool(kwargs.get("non_blocking", False))
     return w.map_parts(lambda part: part.to(target, non_blocking=non_blocking, copy=True), dtype=dtype)
+
+
+def _readable_on(w: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    """The weight as it is to arrive on a device: unpacked where no kernel there reads its layout."""
+    stays = not w.kernel_layout or device.type in (w.device.type, "meta")
+    return w if stays or has_kernel(w.format.name, w.kernel_layout, device.type) else w.in_layout("")
 
 
 @implements(aten.copy_.default)
