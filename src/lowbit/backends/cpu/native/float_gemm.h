@@ -5,7 +5,7 @@
 //   int64_t n, k;
 //   void decode(int64_t block, int64_t first, int64_t last, float* panel) const;
 //       columns first..last of 16 rows, column c to panel[(c - first) * kPanelRows + row]; both ends are multiples of
-//       kColumns, or k
+//       kPanelColumns, or k
 //   template <int kTokens> void multiply(int64_t block, const FewTokens& x, int64_t token, F32 (&sums)[kTokens][kBlockVectors]) const;
 //       the whole product for a few tokens, decoding in registers
 //
@@ -57,6 +57,20 @@ inline void row_to_f32(const Activations& x, int64_t m, float* to) {
   for (; c + kLanes <= x.k; c += kLanes) store_f32(to + c, load_as_f32(x.data, begin + c, x.dtype));
   if (c < x.k) store_first(to, c, static_cast<int>(x.k - c), load_first(x.data, begin + c, static_cast<int>(x.k - c), x.dtype), kFloat32);
 }
+
+// Activations as float32, made once a call: what a few-token way needs that does nothing else to them.
+class FloatRows {
+ public:
+  template <class Weight>
+  FloatRows(const Weight& w, const Activations& x, int threads) : k_(w.k), room_(x.m * w.k) {
+    parallel_for(x.m, x.m * k_ >= 32768 ? threads : 1, [&](int64_t m) { row_to_f32(x, m, room_.data() + m * k_); });
+  }
+  const float* row(int64_t m) const { return room_.data() + m * k_; }
+
+ private:
+  int64_t k_;
+  Room room_;  // [m, k]
+};
 
 #if defined(LOWBIT_ISA_AVX512) || defined(LOWBIT_ISA_AMX)
 constexpr int kTileTokens = 12;  // 24 sums, 2 weights and a token in 32 registers
@@ -162,40 +176,35 @@ void gemm_many(const Weight& w, const Activations& x, const Output& out, int thr
   });
 }
 
-constexpr int kFewTokens = 4;  // that share one pass over the weight
+constexpr int kFewTokens = 4;  // that share one pass over a block
 
 template <class Weight, int kTokens>
-void gemm_few_tokens(const Weight& w, const typename Weight::Few& x, const Output& out, int64_t token, int threads) {
-  const int64_t blocks = (w.n + kBlockRows - 1) / kBlockRows;
-  // Some blocks a task, so that a thread reads on where it has read.
-  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(8, blocks / (8 * std::max(threads, 1))));
-  parallel_for((blocks + run - 1) / run, threads, [&](int64_t task) {
-    for (int64_t block = task * run; block < std::min((task + 1) * run, blocks); ++block) {
-      simd::F32 sums[kTokens][kBlockVectors];
-      w.template multiply<kTokens>(block, x, token, sums);
-      for (int t = 0; t < kTokens; ++t) store_block(sums[t], block, w.n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
-    }
-  });
+inline void few_of_block(const Weight& w, const typename Weight::Few& x, const Output& out, int64_t block, int64_t token) {
+  simd::F32 sums[kTokens][kBlockVectors];
+  w.template multiply<kTokens>(block, x, token, sums);
+  for (int t = 0; t < kTokens; ++t) store_block(sums[t], block, w.n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
 }
 
 template <class Weight>
 void gemm_few(const Weight& w, const Activations& x, const Output& out, int threads) {
   const typename Weight::Few few(w, x, threads);
-  for (int64_t token = 0; token < x.m; token += kFewTokens) {
-    switch (std::min<int64_t>(kFewTokens, x.m - token)) {
-      case 1: gemm_few_tokens<Weight, 1>(w, few, out, token, threads); break;
-      case 2: gemm_few_tokens<Weight, 2>(w, few, out, token, threads); break;
-      case 3: gemm_few_tokens<Weight, 3>(w, few, out, token, threads); break;
-      default: gemm_few_tokens<Weight, 4>(w, few, out, token, threads);
-    }
-  }
-}
-
-// `few`: up to how many tokens the first way is faster, measured for each format.
-template <class Weight>
-void gemm_float(const Weight& w, const Activations& x, const Output& out, int64_t few, int threads) {
-  if (x.m <= few) return gemm_few(w, x, out, threads);
-  gemm_many(w, x, out, threads);
+  const int64_t blocks = (w.n + kBlockRows - 1) / kBlockRows;
+  // Some blocks a task, so that a thread reads on where it has read.
+  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(8, blocks / (8 * std::max(threads, 1))));
+  const int64_t passes = (x.m + kFewTokens - 1) / kFewTokens;
+  parallel_for((blocks + run - 1) / run, threads, [&](int64_t task) {
+    for (int64_t block = task * run; block < std::min((task + 1) * run, blocks); ++block)
+      // All tokens while the block is in a cache, in passes of nearly equal size: 5 tokens are 3 + 2, not 4 + 1.
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t token = x.m * pass / passes;
+        switch (x.m * (pass + 1) / passes - token) {
+          case 1: few_of_block<Weight, 1>(w, few, out, block, token); break;
+          case 2: few_of_block<Weight, 2>(w, few, out, block, token); break;
+          case 3: few_of_block<Weight, 3>(w, few, out, block, token); break;
+          default: few_of_block<Weight, 4>(w, few, out, block, token);
+        }
+      }
+  });
 }
 
 }  // namespace lowbit
