@@ -54,11 +54,12 @@ def _codecs(fmt: Format, w: Tensor) -> Iterator[tuple[Contender, dict[str, Any]]
         rows = _rows_that_fit(encode, w)
         piece = w[:rows]
         written = fmt.nbytes(rows, w.shape[1])
-        kernel = dispatch.select("quantize", fmt.name, "", "cpu", (fmt, piece, None))
-        name = "quantize" if solver == "rtn" else f"quantize, {solver}"
+        name, kernel = f"quantize, {solver}", f"solver {solver}"
+        if solver == "rtn":
+            name, kernel = "quantize", dispatch.select("quantize", fmt.name, "", "cpu", (fmt, piece, None)).name
         yield (
             Contender(f"{fmt.spec} {name}", lambda _, run=encode, piece=piece: run(piece)),
-            {"format": fmt.spec, "what": name, "kernel": kernel.name, "rows": rows,
+            {"format": fmt.spec, "what": name, "kernel": kernel, "rows": rows,
              "bytes": written + piece.numel() * piece.element_size()},
         )  # fmt: skip
     quantized = QuantizedTensor.quantize(w[: _rows_that_fit(_encoder(fmt, "rtn"), w)], fmt)

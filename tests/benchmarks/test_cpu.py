@@ -115,6 +115,21 @@ def test_a_forced_instruction_set_that_is_not_there_ends_the_run(monkeypatch, tm
     assert not target.exists()
 
 
+def test_a_peer_that_takes_too_long_is_left_out_and_named(monkeypatch):
+    """What fewer tokens say would take too long is not waited for; ours is measured whatever it takes."""
+    monkeypatch.setattr(cpu_machine, "cache_bytes", lambda: CACHE)
+    monkeypatch.setattr(cpu, "TOO_SLOW", 1e-9)
+
+    first, second = cpu.measure_shape(
+        f"{N}x{K}", (2, 1), ("nvfp4",), rounds=2, budget=0.0, others=False, read_mb=1
+    )  # fmt: skip
+
+    assert (first["tokens"], first["too_slow"], len(first["rows"])) == (1, {}, 3)
+    assert [row["name"] for row in second["rows"]] == ["nvfp4"]
+    assert set(second["too_slow"]) == {"bf16 F.linear", "float32 F.linear"}
+    assert second["rows"][0]["ratios"] == {}
+
+
 def test_results_and_the_page_that_is_made_of_them(tmp_path, monkeypatch, docs_cpu):
     """A run writes what the tables and the plot need; a second one keeps the sections that it does not measure."""
     monkeypatch.setattr(cpu, "CURVE", (1, 2))
