@@ -1,0 +1,337 @@
+// svdquant_w4a4: int4 activations times int4 weights in groups of 64, beside a low-rank branch in float32.
+//
+//   y = sum over groups of d_x * d_w * (sum of codes) + (x proj_down) proj_up^T + bias
+//
+// The activations are smoothed, quantized and multiplied with proj_down in one pass over pieces of their columns; proj_up
+// and the bias are added to a tile's sums while they are in registers. A weight in the layout rows16 is read as it lies;
+// of plain rows or kitchen's tiles, a task first arranges its blocks in the cache, for all its tokens.
+#include "native/bind.h"
+#include "native/int4_activations.h"
+
+namespace lowbit {
+namespace {
+
+using namespace simd;
+
+constexpr int64_t kGroup = 64;
+constexpr int64_t kGroupWords = kGroup / kWordColumns;
+// A sum begins at -8 times that of 64 activations and is taken after a whole group.
+static_assert(kGroup / 4 <= kDot4StepsInt4 && 8 * kGroup * 15 + kGroup / 4 * 2 * 15 * 15 < (1 << 15), "an int16 holds it");
+
+// ---- activations -----------------------------------------------------------------------------------------------------
+
+// What makes codes, scales and low-rank activations of x.
+struct Smoothing {
+  Activations x, raw;  // what is quantized, and what proj_down multiplies
+  float shift;         // added to x
+  const void* smooth;  // [k]
+  int smooth_dtype;
+  const void* down;  // [k, rank]
+  int down_dtype;
+  int64_t rank;
+  bool is_unsigned;
+};
+
+constexpr int64_t kPiece = 512;  // columns of a task: one token is enough for several threads
+constexpr int kPieceTokens = 4;
+constexpr int kDownVectors = 2;
+
+// One group: its codes in order, and their scale.
+inline float quantize_group(const Smoothing& s, int64_t token, int64_t first, int8_t* codes) {
+  F32 values[kGroup / kLanes];
+  I32 most = zero_i32();  // the bits of magnitudes are ordered as they are, with NaN above all
+  for (int i = 0; i < kGroup / kLanes; ++i) {
+    F32 x = load_as_f32(s.x.data, token * s.x.k + first + i * kLanes, s.x.dtype);
+    if (s.shift != 0.0f) x = add(x, set1_f32(s.shift));
+    F32 factor = load_as_f32(s.smooth, first + i * kLanes, s.smooth_dtype);
+    factor = select(equal(as_i32(abs(factor)), zero_i32()), set1_f32(HUGE_VALF), factor);  // 0 switches a channel off
+    values[i] = div(x, factor);
+    most = max(most, as_i32(abs(values[i])));
+  }
+  alignas(64) int32_t lanes[kLanes];
+  store_i32(lanes, most);
+  const int32_t bits = *std::max_element(lanes, lanes + kLanes);
+  float amax;
+  std::memcpy(&amax, &bits, 4);
+  const int limit = s.is_unsigned ? 15 : 7;
+  const float scale = (amax < 1e-10f ? 1e-10f : amax) / static_cast<float>(limit);
+  const I32 low = set1_i32(s.is_unsigned ? 0 : -limit), high = set1_i32(limit);
+  for (int i = 0; i < kGroup / kLanes; ++i) {
+    const I32 q = min(max(to_i32(div(values[i], set1_f32(scale))), low), high);
+    store_low_bytes(reinterpret_cast<uint8_t*>(codes) + i * kLanes, q);
+  }
+  return scale;
+}
+
+// partial[t][..] = raw[t][columns] @ down[columns], for kTokens tokens; raw is float32 [kTokens, kPiece].
+template <int kTokens>
+inline void project_down(const Smoothing& s, const float* raw, int64_t first, int64_t columns, float* const (&partial)[kTokens]) {
+  for (int64_t r = 0; r < s.rank; r += kDownVectors * kLanes) {
+    F32 sums[kTokens][kDownVectors];
+    for (auto& row : sums)
+      for (auto& sum : row) sum = zero_f32();
+    const bool whole = r + kDownVectors * kLanes <= s.rank;
+    int counts[kDownVectors];
+    for (int v = 0; v < kDownVectors; ++v) counts[v] = static_cast<int>(std::clamp<int64_t>(s.rank - r - v * kLanes, 0, kLanes));
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t at = (first + c) * s.rank + r;
+      F32 down[kDownVectors];
+      for (int v = 0; v < kDownVectors; ++v)
+        down[v] = whole ? load_as_f32(s.down, at + v * kLanes, s.down_dtype) : load_first(s.down, at + v * kLanes, counts[v], s.down_dtype);
+      for (int t = 0; t < kTokens; ++t) {
+        const F32 x = set1_f32(raw[t * kPiece + c]);
+        for (int v = 0; v < kDownVectors; ++v) sums[t][v] = fma(x, down[v], sums[t][v]);
+      }
+    }
+    for (int t = 0; t < kTokens; ++t)
+      for (int v = 0; v < kDownVectors; ++v) store_first(partial[t], r + v * kLanes, counts[v], sums[t][v], kFloat32);
+  }
+}
+
+// put(token, first column, codes of a group, scale) for all groups, and low [m, rank] = raw @ down.
+template <class Put>
+void quantize_and_project(const Smoothing& s, float* low, int threads, const Put& put) {
+  const int64_t m = s.x.m, k = s.x.k;
+  const int64_t pieces = (k + kPiece - 1) / kPiece, tiles = (m + kPieceTokens - 1) / kPieceTokens;
+  Room partials(pieces * m * s.rank);  // [pieces, m, rank]
+  parallel_for(tiles * pieces, threads, [&](int64_t task) {
+    const int64_t first = task % pieces * kPiece, columns = std::min(kPiece, k - first), token = task / pieces * kPieceTokens;
+    const int tokens = static_cast<int>(std::min<int64_t>(kPieceTokens, m - token));
+    Room raw(kPieceTokens * kPiece);
+    alignas(64) int8_t codes[kGroup];
+    for (int t = 0; t < tokens; ++t) {
+      for (int64_t c = 0; c < columns; c += kGroup) {
+        const float scale = quantize_group(s, token + t, first + c, codes);
+        put(token + t, first + c, codes, scale);
+      }
+      for (int64_t c = 0; c < columns; c += kLanes)
+        store_f32(raw.data() + t * kPiece + c, load_as_f32(s.raw.data, (token + t) * k + first + c, s.raw.dtype));
+    }
+    with_count<kPieceTokens>(tokens, [&](auto count) {
+      float* partial[decltype(count)::value];
+      for (int t = 0; t < count; ++t) partial[t] = partials.data() + (first / kPiece * m + token + t) * s.rank;
+      project_down<decltype(count)::value>(s, raw.data(), first, columns, partial);
+    });
+  });
+  for (int64_t i = 0; i < m * s.rank; ++i) {
+    float sum = partials.data()[i];
+    for (int64_t p = 1; p < pieces; ++p) sum += partials.data()[p * m * s.rank + i];
+    low[i] = sum;
+  }
+}
+
+// ---- weights ---------------------------------------------------------------------------------------------------------
+
+enum Arrangement : int { kRows16 = 0, kPlain = 1, kTiles = 2 };
+
+struct SvdquantWeight {
+  int arrangement;
+  const uint32_t* words;  // rows16: [blocks, stride]; plain [n, k / 8]; tiles [n / 128, groups, 128, 8]
+  int64_t stride;         // of rows16: words of a block, with what fills up
+  const void* scales;     // [blocks, groups, 16]; [groups, n]; [n / 128, groups, 128]
+  int scale_dtype;
+  const void* up;  // [blocks, rank, 16]; [n, rank]; [n / 128, rank, 128]
+  int up_dtype;
+  int64_t n, k, rank;
+
+  int64_t groups() const { return k / kGroup; }
+
+  // As a tile finds them: in rows16 as they are stored, else in float32.
+  int tile_scale_dtype() const { return arrangement == kRows16 ? scale_dtype : static_cast<int>(kFloat32); }
+  int tile_up_dtype() const { return arrangement == kRows16 ? up_dtype : static_cast<int>(kFloat32); }
+
+  template <class F>
+  void blocks(int64_t first, int64_t count, const F& f) const {
+    std::vector<Int4Block> found(static_cast<size_t>(count));
+    if (arrangement == kRows16) {
+      for (int64_t b = 0; b < count; ++b) {
+        const int64_t block = first + b;
+        found[b] = {words + block * stride, at(scales, block * groups() * kBlockRows, scale_dtype),
+                    at(up, block * rank * kBlockRows, up_dtype)};
+      }
+      return f(found.data());
+    }
+    const int64_t words_size = k / kWordColumns * kBlockRows, scales_size = groups() * kBlockRows, size = words_size + scales_size + rank * kBlockRows;
+    Room room(count * size);
+    for (int64_t b = 0; b < count; ++b) {
+      float* to = room.data() + b * size;
+      arrange(first + b, reinterpret_cast<uint32_t*>(to), to + words_size, to + words_size + scales_size);
+      found[b] = {reinterpret_cast<uint32_t*>(to), to + words_size, to + words_size + scales_size};
+    }
+    f(found.data());
+  }
+
+ private:
+  static const void* at(const void* from, int64_t index, int dtype) {
+    return static_cast<const unsigned char*>(from) + index * element_size(dtype);
+  }
+
+  // A block of 16 rows of plain or tiled parts; rows that are not there are zero.
+  void arrange(int64_t block, uint32_t* to_words, float* to_scales, float* to_up) const {
+    constexpr int64_t kTileRows = 128;
+    const bool tiled = arrangement == kTiles;
+    const int64_t row = block * kBlockRows, count = std::min<int64_t>(kBlockRows, n - row);
+    const int64_t tile = row / kTileRows, in_tile = row % kTileRows;
+    const uint32_t* from = tiled ? words + (tile * groups() * kTileRows + in_tile) * kGroupWords : words + row * (k / kWordColumns);
+    const int64_t row_step = tiled ? kGroupWords : k / kWordColumns, group_step = tiled ? kTileRows * kGroupWords : kGroupWords;
+    if (count < kBlockRows) std::fill_n(to_words, k / kWordColumns * kBlockRows, 0u);
+    for (int64_t g = 0; g < groups(); ++g)
+      for (int64_t w = 0; w < kGroupWords; ++w)
+        for (int64_t r = 0; r < count; ++r)
+          to_words[(g * kGroupWords + w) * kBlockRows + r] = from[g * group_step + r * row_step + w];
+    for (int64_t g = 0; g < groups(); ++g) {
+      const int64_t scale_at = tiled ? (tile * groups() + g) * kTileRows + in_tile : g * n + row;
+      copy_row(scales, scale_at, count, scale_dtype, to_scales + g * kBlockRows);
+    }
+    for (int64_t r = 0; r < rank; ++r) {
+      if (tiled) {
+        copy_row(up, (tile * rank + r) * kTileRows + in_tile, count, up_dtype, to_up + r * kBlockRows);
+        continue;
+      }
+      alignas(64) float lanes[kLanes];
+      for (int64_t i = 0; i < kBlockRows; ++i) {
+        if (i < count) store_f32(lanes, load_first(up, (row + i) * rank + r, 1, up_dtype));
+        to_up[r * kBlockRows + i] = i < count ? lanes[0] : 0.0f;
+      }
+    }
+  }
+
+  // 16 values, of which `count` are there.
+  static void copy_row(const void* from, int64_t at, int64_t count, int dtype, float* to) {
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const int here = static_cast<int>(std::clamp<int64_t>(count - v * kLanes, 0, kLanes));
+      store_f32(to + v * kLanes, here == kLanes ? load_as_f32(from, at + v * kLanes, dtype) : load_first(from, at + v * kLanes, here, dtype));
+    }
+  }
+};
+
+// ---- product ---------------------------------------------------------------------------------------------------------
+
+template <int kTokens, int kBlocks>
+void multiply(const SvdquantWeight& w, const CodedTokens& x, const float* low, int64_t token, int64_t block,
+              const Int4Block* blocks, const Output& out) {
+  constexpr int kVectors = kBlocks * kBlockVectors;
+  const int64_t groups = w.groups();
+  const int scale_dtype = w.tile_scale_dtype(), up_dtype = w.tile_up_dtype();
+  const int8_t* rows[kTokens];
+  for (int t = 0; t < kTokens; ++t) rows[t] = x.bytes + (token + t) * x.k;
+  F32 sums[kTokens][kVectors];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = zero_f32();
+  for (int64_t g = 0; g < groups; ++g) {
+    Dot4 dots[kTokens][kVectors];
+    for (int t = 0; t < kTokens; ++t)
+      for (int v = 0; v < kVectors; ++v) dots[t][v] = start_dot4(set1_i32(x.starts[(token + t) * groups + g]));
+    for (int64_t word = 0; word < kGroupWords; ++word) add_products(dots, blocks, rows, g * kGroupWords + word);
+    F32 scales[kVectors];
+    for (int v = 0; v < kVectors; ++v)
+      scales[v] = load_as_f32(blocks[v / kBlockVectors].scales, g * kBlockRows + v % kBlockVectors * kLanes, scale_dtype);
+    for (int t = 0; t < kTokens; ++t) {
+      const F32 d = set1_f32(x.scales[(token + t) * groups + g]);
+      for (int v = 0; v < kVectors; ++v) sums[t][v] = fma(mul(to_f32(total(dots[t][v])), d), scales[v], sums[t][v]);
+    }
+  }
+  for (int64_t r = 0; r < w.rank; ++r) {
+    F32 up[kVectors];
+    for (int v = 0; v < kVectors; ++v)
+      up[v] = load_as_f32(blocks[v / kBlockVectors].up, r * kBlockRows + v % kBlockVectors * kLanes, up_dtype);
+    for (int t = 0; t < kTokens; ++t) {
+      const F32 factor = set1_f32(low[(token + t) * w.rank + r]);
+      for (int v = 0; v < kVectors; ++v) sums[t][v] = fma(up[v], factor, sums[t][v]);
+    }
+  }
+  for (int t = 0; t < kTokens; ++t)
+    for (int b = 0; b < kBlocks; ++b) {
+      F32 row[kBlockVectors];
+      for (int v = 0; v < kBlockVectors; ++v) row[v] = sums[t][b * kBlockVectors + v];
+      store_block(row, block + b, w.n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
+    }
+}
+
+void product(const SvdquantWeight& w, const CodedTokens& x, const float* low, const Output& out, int threads) {
+  for_each_w4a4_tile(
+      x.m, w.n, w.k, threads, [&](int64_t first, int64_t count, const auto& f) { w.blocks(first, count, f); },
+      [&](int64_t token, int tokens, int64_t block, int together, const Int4Block* blocks) {
+        with_count<kW4A4Tokens>(tokens, [&](auto count) {
+          with_count<kW4A4Blocks>(together, [&](auto side_by_side) {
+            multiply<decltype(count)::value, decltype(side_by_side)::value>(w, x, low, token, block, blocks, out);
+          });
+        });
+      });
+}
+
+}  // namespace
+
+void linear_svdquant_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k, int64_t rank, float shift,
+                          bool is_unsigned, Ptr<const void> smooth, int smooth_dtype, Ptr<const void> down, int down_dtype,
+                          int arrangement, Ptr<const uint32_t> words, int64_t stride, Ptr<const void> scales,
+                          int scale_dtype, Ptr<const void> up, int up_dtype, Ptr<const void> bias, int bias_dtype,
+                          Ptr<void> out, int threads) {
+  const Activations from{x, x_dtype, m, k};
+  CodedTokens tokens(m, k, kGroup);
+  Room low(m * rank);
+  quantize_and_project({from, from, shift, smooth, smooth_dtype, down, down_dtype, rank, is_unsigned}, low.data(), threads,
+                       [&](int64_t token, int64_t first, const int8_t* codes, float scale) {
+                         tokens.put(token, first, codes, kGroup, scale);
+                       });
+  const SvdquantWeight weight{arrangement, words, stride, scales, scale_dtype, up, up_dtype, n, k, rank};
+  product(weight, tokens, low.data(), {out, x_dtype, bias, bias_dtype}, threads);
+}
+
+// codes [m, k / 2], the even column in the low nibble; scales float32 [m, k / 64]; low [m, rank].
+void quantize_svdquant_w4a4(Ptr<const void> x, int x_dtype, Ptr<const void> raw, int raw_dtype, int64_t m, int64_t k,
+                            int64_t rank, bool is_unsigned, Ptr<const void> smooth, int smooth_dtype,
+                            Ptr<const void> down, int down_dtype, Ptr<uint8_t> codes, Ptr<float> scales, Ptr<float> low,
+                            int threads) {
+  uint8_t* to = codes;
+  float *to_scales = scales;
+  const Smoothing smoothing{{x, x_dtype, m, k}, {raw, raw_dtype, m, k}, 0.0f, smooth, smooth_dtype, down, down_dtype, rank, is_unsigned};
+  quantize_and_project(smoothing, low, threads, [&](int64_t token, int64_t first, const int8_t* group, float scale) {
+    for (int64_t c = 0; c < kGroup; c += 2)
+      to[(token * k + first + c) / 2] = static_cast<uint8_t>((group[c] & 15) | (group[c + 1] & 15) << 4);
+    to_scales[token * (k / kGroup) + first / kGroup] = scale;
+  });
+}
+
+// codes as the function above makes them; scales [m, k / 64] and low [m, rank] float32.
+void scaled_mm_svdquant_w4a4(Ptr<const uint8_t> codes, int64_t m, int64_t n, int64_t k, int64_t rank, bool is_unsigned,
+                             Ptr<const float> x_scales, Ptr<const float> low, int arrangement, Ptr<const uint32_t> words,
+                             Ptr<const void> scales, int scale_dtype, Ptr<const void> up, int up_dtype,
+                             Ptr<const void> bias, int bias_dtype, Ptr<void> out, int out_dtype, int threads) {
+  CodedTokens tokens(m, k, kGroup);
+  const uint8_t* from = codes;
+  const float* from_scales = x_scales;
+  parallel_for(m, m >= 8 ? threads : 1, [&](int64_t token) {
+    alignas(64) int8_t group[kGroup];
+    const int sign = is_unsigned ? 0 : 8;
+    for (int64_t first = 0; first < k; first += kGroup) {
+      for (int64_t c = 0; c < kGroup; c += 2) {
+        const int byte = from[(token * k + first + c) / 2];
+        group[c] = static_cast<int8_t>(((byte & 15) ^ sign) - sign);
+        group[c + 1] = static_cast<int8_t>(((byte >> 4) ^ sign) - sign);
+      }
+      tokens.put(token, first, group, kGroup, from_scales[token * (k / kGroup) + first / kGroup]);
+    }
+  });
+  const SvdquantWeight weight{arrangement, words, 0, scales, scale_dtype, up, up_dtype, n, k, rank};
+  product(weight, tokens, low, {out, out_dtype, bias, bias_dtype}, threads);
+}
+
+void bind_linear_svdquant_w4a4(nb::module_& m) {
+  m.def("linear_svdquant_w4a4", &linear_svdquant_w4a4, nb::call_guard<nb::gil_scoped_release>(), nb::arg("x"),
+        nb::arg("x_dtype"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("rank"), nb::arg("shift"),
+        nb::arg("is_unsigned"), nb::arg("smooth"), nb::arg("smooth_dtype"), nb::arg("down"), nb::arg("down_dtype"),
+        nb::arg("arrangement"), nb::arg("words"), nb::arg("stride"), nb::arg("scales"), nb::arg("scale_dtype"),
+        nb::arg("up"), nb::arg("up_dtype"), nb::arg("bias"), nb::arg("bias_dtype"), nb::arg("out"), nb::arg("threads"));
+  m.def("quantize_svdquant_w4a4", &quantize_svdquant_w4a4, nb::call_guard<nb::gil_scoped_release>(), nb::arg("x"),
+        nb::arg("x_dtype"), nb::arg("raw"), nb::arg("raw_dtype"), nb::arg("m"), nb::arg("k"), nb::arg("rank"),
+        nb::arg("is_unsigned"), nb::arg("smooth"), nb::arg("smooth_dtype"), nb::arg("down"), nb::arg("down_dtype"),
+        nb::arg("codes"), nb::arg("scales"), nb::arg("low"), nb::arg("threads"));
+  m.def("scaled_mm_svdquant_w4a4", &scaled_mm_svdquant_w4a4, nb::call_guard<nb::gil_scoped_release>(), nb::arg("codes"),
+        nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("rank"), nb::arg("is_unsigned"), nb::arg("x_scales"),
+        nb::arg("low"), nb::arg("arrangement"), nb::arg("words"), nb::arg("scales"), nb::arg("scale_dtype"),
+        nb::arg("up"), nb::arg("up_dtype"), nb::arg("bias"), nb::arg("bias_dtype"), nb::arg("out"), nb::arg("out_dtype"),
+        nb::arg("threads"));
+}
+
+}  // namespace lowbit

@@ -1,0 +1,136 @@
+// Products of activations of 4 bits with signed weights of 4 bits: int8 dot products, float32 scales.
+//
+// A weight's nibble is read as code + 8, which is its lowest three bits with the sign turned over, so that it fits the
+// unsigned side of a dot product. Every sum therefore begins at -8 times the sum of the activations it is made with:
+// what comes out is the sum of products of codes, exactly.
+#pragma once
+
+#include <algorithm>
+
+#include "float_gemm.h"
+
+namespace lowbit {
+
+constexpr int64_t kWordColumns = 8;  // of 4 bits in a word of 32
+
+// Activations as integers, and what belongs to each run of columns that shares a scale.
+struct CodedTokens {
+  int64_t m, k, group;
+  Room bytes_room, starts_room, scales_room;
+  int8_t* bytes;    // [m, k / 8, 8]: columns 0 2 4 6, then 1 3 5 7
+  int32_t* starts;  // [m, k / group]: -8 times the sum of the integers
+  float* scales;    // [m, k / group]
+
+  CodedTokens(int64_t m, int64_t k, int64_t group)
+      : m(m),
+        k(k),
+        group(group),
+        bytes_room(m * k / 4),
+        starts_room(m * (k / group)),
+        scales_room(m * (k / group)),
+        bytes(reinterpret_cast<int8_t*>(bytes_room.data())),
+        starts(reinterpret_cast<int32_t*>(starts_room.data())),
+        scales(scales_room.data()) {}
+
+  // Takes over the integers of a run of columns that lie in order.
+  void put(int64_t token, int64_t first, const int8_t* codes, int64_t count, float scale) {
+    int8_t* to = bytes + token * k + first;
+    int32_t sum = 0;
+    for (int64_t c = 0; c < count; ++c) sum += codes[c];
+    for (int64_t c = 0; c < count; c += kWordColumns) {
+      uint64_t eight;
+      std::memcpy(&eight, codes + c, 8);
+      eight = evens_first(eight);
+      std::memcpy(to + c, &eight, 8);
+    }
+    starts[token * (k / group) + first / group] = -8 * sum;
+    scales[token * (k / group) + first / group] = scale;
+  }
+
+  // Bytes 0 1 2 .. 7 -> 0 2 4 6 1 3 5 7.
+  static uint64_t evens_first(uint64_t eight) {
+    const auto evens = [](uint64_t bytes) {
+      bytes &= 0x00ff00ff00ff00ff;
+      bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffff;
+      return (bytes | bytes >> 16) & 0x00000000ffffffff;
+    };
+    return evens(eight) | evens(eight >> 8) << 32;
+  }
+};
+
+// 16 rows of a weight, as a tile reads them.
+struct Int4Block {
+  const uint32_t* words;  // [k / 8, 16]
+  const void* scales;     // [groups, 16]
+  const void* up;         // [rank, 16], the low-rank branch's
+};
+
+#if defined(LOWBIT_ISA_AVX512) || defined(LOWBIT_ISA_AMX)
+constexpr int kW4A4Blocks = 2;  // 24 sums in 32 registers
+constexpr int kW4A4Tokens = 12;
+#else
+constexpr int kW4A4Blocks = 1;
+constexpr int kW4A4Tokens = 4;  // 8 sums in 16 registers (16 in 32 where a block is 4 vectors)
+#endif
+
+// dots += the products of words first .. first + kWords with those columns of every token.
+template <int kTokens, int kVectors>
+inline __attribute__((always_inline)) void add_products(simd::Dot4 (&dots)[kTokens][kVectors], const Int4Block* blocks,
+                                                        const int8_t* const (&rows)[kTokens], int64_t word) {
+  using namespace simd;
+  I32 words[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const uint32_t* from = blocks[v / kBlockVectors].words + word * kBlockRows + v % kBlockVectors * kLanes;
+    words[v] = bit_xor(load_i32(from), set1_i32(static_cast<int32_t>(0x88888888)));
+  }
+  Bytes codes[kVectors];
+  for (int v = 0; v < kVectors; ++v) codes[v] = low_nibbles(as_bytes(words[v]));
+  for (int t = 0; t < kTokens; ++t) {
+    const Bytes x = set4_bytes(rows[t] + word * kWordColumns);
+    for (int v = 0; v < kVectors; ++v) dots[t][v] = dot4(dots[t][v], codes[v], x);
+  }
+  for (int v = 0; v < kVectors; ++v) codes[v] = high_nibbles(as_bytes(words[v]));
+  for (int t = 0; t < kTokens; ++t) {
+    const Bytes x = set4_bytes(rows[t] + word * kWordColumns + 4);
+    for (int v = 0; v < kVectors; ++v) dots[t][v] = dot4(dots[t][v], codes[v], x);
+  }
+}
+
+// Runs tile(first token, number of tokens, first block, number of blocks) over all of a product: runs of blocks that
+// stay in the second-level cache while some hundred tokens pass, in tiles of nearly equal size (5 tokens are 3 + 2, not
+// 4 + 1). blocks_of(first block, count, f) calls f with the count blocks' Int4Block.
+template <class BlocksOf, class Tile>
+void for_each_w4a4_tile(int64_t m, int64_t n, int64_t k, int threads, const BlocksOf& blocks_of, const Tile& tile) {
+  constexpr int64_t kChunkTokens = 192, kTaskBytes = 192 * 1024;
+  const int64_t blocks = (n + kBlockRows - 1) / kBlockRows, block_bytes = k * kBlockRows / 2;
+  const int64_t chunks = (m + kChunkTokens - 1) / kChunkTokens;
+  int64_t run = std::max<int64_t>(1, kTaskBytes / block_bytes);
+  run = std::max<int64_t>(1, std::min(run, blocks * chunks / (8 * std::max(threads, 1))));
+  if (run > kW4A4Blocks) run -= run % kW4A4Blocks;
+  const int64_t runs = (blocks + run - 1) / run;
+  parallel_for(runs * chunks, threads, [&](int64_t task) {
+    const int64_t first_block = task % runs * run, last_block = std::min(first_block + run, blocks);
+    const int64_t first = task / runs * kChunkTokens, last = std::min(first + kChunkTokens, m);
+    const int64_t tiles = (last - first + kW4A4Tokens - 1) / kW4A4Tokens;
+    blocks_of(first_block, last_block - first_block, [&](const Int4Block* found) {
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t token = first + (last - first) * t / tiles, end = first + (last - first) * (t + 1) / tiles;
+        for (int64_t block = first_block; block < last_block; block += kW4A4Blocks) {
+          const int together = static_cast<int>(std::min<int64_t>(kW4A4Blocks, last_block - block));
+          tile(token, static_cast<int>(end - token), block, together, found + (block - first_block));
+        }
+      }
+    });
+  });
+}
+
+// f(std::integral_constant<int, count>{}) for a count in 1..kMost that is known at run time.
+template <int kMost, class F>
+inline void with_count(int count, const F& f) {
+  if constexpr (kMost > 0) {
+    if (count == kMost) return f(std::integral_constant<int, kMost>{});
+    with_count<kMost - 1>(count, f);
+  }
+}
+
+}  // namespace lowbit
