@@ -17,9 +17,9 @@ from lowbit.checkpoint.eligibility import dtype_name
 from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.cli import options
 from lowbit.cli.output import Exit, asking, command, epilog, parse_shape, print_json, say, show, table
-from lowbit.dispatch import BACKENDS, explain, load, table as kernels
+from lowbit.dispatch import BACKENDS, UNPACKS, explain, load, preferred_layout, table as kernels
 from lowbit.errors import PlanError
-from lowbit.formats.parts import FLOATS
+from lowbit.formats.parts import FLOATS, raw_bytes
 from lowbit.layouts.base import get_layout
 
 EPILOG = epilog(
@@ -130,7 +130,7 @@ def _cpu_kernels() -> dict[str, Any]:
 
 
 def _choose(spec: str, shape: str, tokens: int, device: str, dtype: str) -> dict[str, Any]:
-    """What every backend says to the linear of one layer, and which runs."""
+    """What every backend says to the linear of one layer, packed as loading does it, and which runs."""
     with asking():
         stored, (n, k) = StoredFormat.parse(spec), parse_shape(shape)
         if dtype not in _DTYPES:
@@ -139,8 +139,11 @@ def _choose(spec: str, shape: str, tokens: int, device: str, dtype: str) -> dict
     asked = {"format": stored.spec, "shape": [n, k], "tokens": tokens, "device": device, "dtype": dtype}
     if why := stored.refuses(n, k):
         return {**asked, "runs": None, "reasons": {"the format": f"a weight of {n}x{k} {why}"}}
-    reasons = _reasons(stored, (n, k), torch.zeros((tokens, k), dtype=_DTYPES[dtype], device=x_device))
-    runs = next((name for name, why in reasons.items() if why == "runs"), None)
+    layout = stored.layout or preferred_layout("linear", stored.format.plain, n, k, x_device.type)
+    asked["layout"] = layout
+    x = torch.zeros((tokens, k), dtype=_DTYPES[dtype], device=x_device)
+    reasons = _reasons(StoredFormat(stored.format, layout), (n, k), x)
+    runs = next((name for name, why in reasons.items() if why in ("runs", UNPACKS)), None)
     return {**asked, "runs": runs, "reasons": reasons}
 
 
@@ -157,8 +160,9 @@ def _reasons(stored: StoredFormat, shape: tuple[int, int], x: torch.Tensor) -> d
     fmt = stored.format.plain
     parts = fmt.empty_parts(shape, x.device, x.dtype)
     if stored.layout:
-        zeros = {name: part.zero_() for name, part in parts.items()}  # not every content has every layout
-        parts = get_layout(stored.layout, fmt).pack(fmt, zeros)
+        for part in parts.values():
+            raw_bytes(part).zero_()  # not every content has every layout
+        parts = get_layout(stored.layout, fmt).packed(fmt, parts)
     return explain("linear", fmt.name, stored.layout, x.device.type, (fmt, x, parts, None))
 
 
@@ -187,7 +191,8 @@ def _show(found: dict[str, Any]) -> None:
     if "choice" in found:
         choice = found["choice"]
         say(
-            "linear of {format}, weight {shape[0]}x{shape[1]}, {tokens} x {dtype} tokens on {device}".format(**choice),
+            "linear of {format}, weight {shape[0]}x{shape[1]}, {tokens} x {dtype} tokens on {device}".format(**choice)
+            + (f", packed as {choice['layout']}" if choice.get("layout") else ""),
             "bold",
         )
         for name, why in choice["reasons"].items():
