@@ -1,15 +1,10 @@
 """Compiled kernels for CPUs, C++ for every instruction set. The import fails, in words, where none are built."""
 
-from lowbit.backends.cpu import (
-    from lowbit.backends.cpu import linear_awq_w4a16,
-    linear_fp8,
-    linear_int8,
-    linear_mxfp8,
-    linear_svdquant_w4a4,
-    native,
-    native.module()  # before any kernel is registered: a backend is there as a whole,
-    or not at all,
-)
+from lowbit.backends.cpu import native
+
+native.module()  # before any kernel is registered: a backend is there as a whole, or not at all
+
+from lowbit.backends.cpu import linear_awq_w4a16, linear_fp8, linear_int8, linear_mxfp8, linear_svdquant_w4a4
 from lowbit.backends.cpu.bandwidth import copy_bandwidth, read_bandwidth
 
 __all__ = [
