@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
-from benchmarks import cpu, cpu_codecs, cpu_linears, cpu_machine
+from benchmarks import cpu, cpu_codecs, cpu_linears, cpu_machine, cpu_timing
 from benchmarks.cpu_linears import MORE, SPECS, W4A8, Drawn, WrongResultError, copies_for, ours
 from benchmarks.cpu_peers import peers
 
@@ -133,6 +133,7 @@ def test_a_peer_that_takes_too_long_is_left_out_and_named(monkeypatch):
 def test_results_and_the_page_that_is_made_of_them(tmp_path, monkeypatch, docs_cpu):
     """A run writes what the tables and the plot need; a second one keeps the sections that it does not measure."""
     monkeypatch.setattr(cpu, "CURVE", (1, 2))
+    monkeypatch.setattr(cpu_timing, "VISIT", 1e-3)
     monkeypatch.setattr(cpu_machine, "cache_bytes", lambda: CACHE)  # few copies
     monkeypatch.setattr(cpu_codecs, "SPECS", ("int8",))
     monkeypatch.setattr(cpu_machine, "peaks", lambda _: {"float32": 100.0, "bfloat16": 1.0, "int8": 200.0})
