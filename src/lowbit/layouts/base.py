@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -60,12 +59,15 @@ class Layout:
 
     def misfit(self, fmt: Format, parts: Mapping[str, Tensor], n: int, k: int) -> str | None:
         """Why these are not the packed parts of a weight [n, k], with the remedy, or None."""
-        expected = _packed_shapes(self, fmt, n, k)
+        key = (self.name, self.version, fmt.spec, n, k)  # strings keep their hashes: a format's takes a microsecond
+        expected = _SHAPES.get(key)
+        if expected is None:
+            expected = _SHAPES[key] = _packed_shapes(self, fmt, n, k)
         if isinstance(expected, str):
             return expected
         for name, shape in expected:
             part = parts[name]
-            if tuple(part.shape) != shape:
+            if part.shape != shape:
                 return (
                     f"{name} has shape {list(part.shape)}, expected {list(shape)} for a weight [{n}, {k}] in version "
                     f"{self.version} of {self.name}; repack the plain parts with lowbit.layouts or "
@@ -87,7 +89,9 @@ def _compact(part: Tensor) -> Tensor:
     return part.clone(memory_format=torch.contiguous_format)
 
 
-@lru_cache(maxsize=4096)
+_SHAPES: dict[tuple[str, int, str, int, int], tuple[tuple[str, tuple[int, ...]], ...] | str] = {}
+
+
 def _packed_shapes(layout: Layout, fmt: Format, n: int, k: int) -> tuple[tuple[str, tuple[int, ...]], ...] | str:
     """(name, shape) of each packed part of a weight [n, k], or why it has none."""
     if why := fmt.check_shape(n, k) or layout.refuses(fmt, n, k):
