@@ -15,7 +15,7 @@ _GRANULARITIES = {"tensor": 0, "row": 1, "block": 2}  # enum Granularity
 _BYTES, _PAIRS, _REGISTERS, _PANELS = range(4)  # enum Int8Way
 # Up to how many tokens bytes are multiplied faster than pairs of int16: measured on AVX2, where four products take as
 # many instructions either way; without any limit where they are one instruction.
-_FEW_BYTES = {"avx2": 16, "portable": 4}
+_FEW_BYTES = {"avx2": 40, "portable": 4}
 _FEW_FLOATS = 8
 _MOST_COLUMNS = (1 << 17) - 1  # more could overflow an int32
 
