@@ -5,6 +5,8 @@
 // The activations are smoothed, quantized and multiplied with proj_down in one pass over pieces of their columns; proj_up
 // and the bias are added to a tile's sums while they are in registers. A weight in the layout rows16 is read as it lies;
 // of plain rows or kitchen's tiles, a task first arranges its blocks in the cache, for all its tokens.
+#include <cmath>
+
 #include "native/bind.h"
 #include "native/int4_activations.h"
 
