@@ -1,4 +1,4 @@
-# Which instruction sets to build: LOWBIT_CHOSEN, and the flags of each in LOWBIT_FLAGS_<set>.
+# Which instruction sets to build: LOWBIT_CHOSEN; the flags and macros of each in LOWBIT_FLAGS_<set>, LOWBIT_MACROS_<set>.
 include(CheckCXXSourceCompiles)
 
 # lowbit_set(NAME FLAGS SOURCE): offers a set if the compiler and its assembler take an instruction of it.
@@ -48,5 +48,10 @@ foreach(isa IN LISTS LOWBIT_CHOSEN)
   if(NOT isa IN_LIST LOWBIT_CAN)
     list(JOIN LOWBIT_CAN ", " can)
     message(FATAL_ERROR " lowbit: instruction set ${isa} cannot be built here; these can: ${can}")
+  endif()
+  string(REGEX REPLACE "_emulated$" "" set "${isa}")
+  string(TOUPPER "LOWBIT_ISA_${set}=1" LOWBIT_MACROS_${isa})
+  if(NOT set STREQUAL isa)
+    list(APPEND LOWBIT_MACROS_${isa} LOWBIT_EMULATE=1)
   endif()
 endforeach()

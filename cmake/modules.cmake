@@ -13,7 +13,7 @@ file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/generated/binds.inc" CONTENT 
 set(flags -Wall -Wextra -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   # No vector crosses the border of a module; and GCC's own vector headers look uninitialized to it.
-  list(APPEND flags -Wno-psabi -Wno-maybe-uninitialized)
+  list(APPEND flags -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
 if(LOWBIT_SANITIZE)
   set(sanitize -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g)
@@ -21,10 +21,14 @@ if(LOWBIT_SANITIZE)
   set(strip NOSTRIP)
 endif()
 
-# Only the entry point is visible, so that nothing of one set's code can be taken for another's.
-file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/generated/exports.map" "{ global: PyInit_*; local: *; };\n")
 list(JOIN LOWBIT_CHOSEN "\n" names)
 file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/generated/sets" "${names}\n") # scripts/build_native reads it
+if(NOT LOWBIT_MODULES)
+  return()
+endif()
+
+# Only the entry point is visible, so that nothing of one set's code can be taken for another's.
+file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/generated/exports.map" "{ global: PyInit_*; local: *; };\n")
 
 # What the machine can run is asked of a module that any machine can run.
 nanobind_add_module(_machine NB_STATIC STABLE_ABI FREE_THREADED NOMINSIZE ${strip} NB_DOMAIN lowbit "${cpu}/native/machine.cpp")
@@ -32,15 +36,10 @@ nanobind_add_module(_machine NB_STATIC STABLE_ABI FREE_THREADED NOMINSIZE ${stri
 set(modules _machine)
 foreach(isa IN LISTS LOWBIT_CHOSEN)
   set(module _native_${isa})
-  string(REGEX REPLACE "_emulated$" "" set "${isa}")
-  string(TOUPPER "LOWBIT_ISA_${set}=1" macros)
-  if(NOT set STREQUAL isa)
-    list(APPEND macros LOWBIT_EMULATE=1)
-  endif()
   nanobind_add_module(${module} NB_STATIC STABLE_ABI FREE_THREADED NOMINSIZE ${strip} NB_DOMAIN lowbit
     ${kernels} "${cpu}/native/module.cpp" "${cpu}/native/parallel.cpp")
   target_include_directories(${module} PRIVATE "${cpu}" "${CMAKE_CURRENT_BINARY_DIR}/generated")
-  target_compile_definitions(${module} PRIVATE LOWBIT_MODULE=${module} LOWBIT_ISA_NAME="${isa}" ${macros})
+  target_compile_definitions(${module} PRIVATE LOWBIT_MODULE=${module} LOWBIT_ISA_NAME="${isa}" ${LOWBIT_MACROS_${isa}})
   target_compile_options(${module} PRIVATE ${LOWBIT_FLAGS_${isa}})
   target_link_libraries(${module} PRIVATE ${CMAKE_DL_LIBS})
   list(APPEND modules ${module})

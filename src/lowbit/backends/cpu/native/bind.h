@@ -1,7 +1,11 @@
 // What a kernel's source needs to be called from Python: nanobind, and pointers that travel as ints.
 #pragma once
 
+#if defined(LOWBIT_NO_PYTHON)
+#include "without_python.h"  // of tests/native: the same functions for a process that has no Python
+#else
 #include <nanobind/nanobind.h>
+#endif
 
 #include <cstdint>
 #include <type_traits>
@@ -26,6 +30,7 @@ class Ptr {
 
 }  // namespace lowbit
 
+#if !defined(LOWBIT_NO_PYTHON)
 namespace nanobind::detail {
 
 template <class T>
@@ -46,3 +51,4 @@ struct type_caster<lowbit::Ptr<T>> {
 };
 
 }  // namespace nanobind::detail
+#endif
