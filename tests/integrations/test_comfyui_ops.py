@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed")
+from lowbit import use_backend
 from lowbit.checkpoint.dialects import StoredLayer
 from lowbit.checkpoint.dialects.comfy import COMFY
 from lowbit.checkpoint.dialects.comfy_marker import marker_tensor
@@ -76,7 +77,8 @@ def test_a_layer_loads_runs_and_is_saved_as_it_was(comfy, spec):
 def test_the_layout_is_settled_at_load(comfy):
     """Layout class, its name and whether input is quantized are attributes after loading; stock entries stay."""
     before = dict(comfy.quant_ops.QUANT_ALGOS)
-    model = loaded(lowbit_ops(), stored_linear("awq_w4a16")[0])
+    with use_backend("eager"):
+        model = loaded(lowbit_ops(), stored_linear("awq_w4a16")[0])
 
     assert model.lin.layout_type == model.lin.lowbit_layout.NAME == "Lowbit[awq_w4a16]"
     assert comfy.quant_ops.QUANT_ALGOS[model.lin.quant_format]["quantize_input"] is False

@@ -16,10 +16,12 @@ from lowbit.integrations.hf_layers import (
     dequantize_module_,
     flat_state,
     quantized_parameter,
+    repack_loaded_,
     stored_bytes,
 )
 from lowbit.nn import quantize_
 from lowbit.tensor import QuantizedTensor
+from tests.support.toy_layout import toy_backend
 
 INT8 = parse_spec("int8")
 
@@ -197,3 +199,27 @@ def test_taking_the_weights_apart():
     assert model.head.weight is model.table.weight
     assert torch.equal(model.head(x), x @ effective.t())
     assert small < stored_bytes(model) == sum(p.numel() * 4 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "places", "layout"),
+    [
+        (False, None, "toy"),
+        (True, None, ""),
+        (True, {"": "cpu"}, "toy"),
+        (True, {"": torch.device("cpu")}, "toy"),
+        (True, {"table": 0, "up": "cpu"}, ""),
+        (True, {"table": "cuda:0", "up": "disk"}, ""),
+    ],
+)
+def test_a_loaded_model_is_packed_where_it_stays(accelerator, places, layout, monkeypatch):
+    """On the CPU for good it is; one that is to be moved to an accelerator, or offloaded from one, is not."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    model = Model()
+    if places is not None:
+        model.hf_device_map = places
+    with toy_backend("linear"):
+        quantize_(model, {"up|down": "int8"}, layout="plain")
+        repack_loaded_(model)
+    block = model.blocks[0]
+    assert block.up.weight.kernel_layout == block.down.weight.kernel_layout == layout

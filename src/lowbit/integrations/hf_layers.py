@@ -224,8 +224,8 @@ def repack_loaded_(module: nn.Module) -> None:
     where they are offloaded, and those of one for which nobody named a device on a machine with an accelerator. There
     `lowbit.repack_` packs them.
     """
-    named = {torch.device(place).type for place in getattr(module, "hf_device_map", {}).values() if place != "disk"}
-    stay = named == {"cpu"} if named else not torch.accelerator.is_available()
+    places = {str(place) for place in getattr(module, "hf_device_map", {}).values()}
+    stay = places == {"cpu"} if places else not torch.accelerator.is_available()
     weights = [weight for weight in module.parameters() if isinstance(weight, QuantizedTensor)]
     chosen = {id(weight) for weight in weights if stay or weight.device.type != "cpu"}
     for _ in repack_weights(module, AUTO_LAYOUT, chosen):

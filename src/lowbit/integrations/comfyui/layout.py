@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +27,7 @@ from lowbit.checkpoint.dialects.comfy import stored_keys
 from lowbit.checkpoint.dialects.comfy_formats import storage_of
 from lowbit.errors import DependencyError, UnsupportedError
 from lowbit.formats import Format, Parts
+from lowbit.layouts.base import get_layout
 from lowbit.ops import generic
 from lowbit.solvers.added_delta import add_delta
 
@@ -47,9 +48,14 @@ def kitchen() -> ModuleType:
 
 
 class LowbitLayout:
-    """The base of all layouts made here; never instantiated. `FORMAT`, `NAME` and `Params` are a layout's own."""
+    """The base of all layouts made here; never instantiated. `FORMAT`, `NAME` and `Params` are a layout's own.
+
+    `KERNEL_LAYOUT`: the arrangement for lowbit's kernels that its parts are in, "" for the plain ones. `SPEC`: both.
+    """
 
     FORMAT: Format
+    KERNEL_LAYOUT: str
+    SPEC: str
     NAME: str
     Params: Any
     MIN_SM_VERSION: tuple[int, int] | None = None
@@ -57,7 +63,7 @@ class LowbitLayout:
 
     @classmethod
     def wrap(cls, parts: Mapping[str, Tensor], dtype: torch.dtype, shape: tuple[int, int], **more: Any) -> Any:
-        """A comfy_kitchen QuantizedTensor over canonical parts, of logical `shape` and `dtype`.
+        """A comfy_kitchen QuantizedTensor of canonical parts, of logical `shape` and `dtype`.
 
         The bias beside it is the stored one, with the share of these parts taken from it.
         """
@@ -75,6 +81,7 @@ class LowbitLayout:
         baked: bool = False,
     ) -> tuple[Tensor, Any]:
         share = cls.FORMAT.bias_share(parts)
+        parts = get_layout(cls.KERNEL_LAYOUT, cls.FORMAT).packed(cls.FORMAT, parts) if cls.KERNEL_LAYOUT else parts
         others = {"scale": None, **{name: part for name, part in parts.items() if name != "qdata"}}
         shares = {"own_share": share, "folded_share": share if folded is None else folded}
         params = cls.Params(orig_dtype=dtype, orig_shape=tuple(shape), baked=baked, **others, **shares)
@@ -119,19 +126,18 @@ class LowbitLayout:
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
         """The weight [N, K] in its logical dtype; of a transposed one, what it is the transpose of."""
         shape = params.orig_shape[::-1] if params.transposed else params.orig_shape
-        return generic.dequantize(cls._part_list(qdata, params), cls.FORMAT.spec, list(shape), params.orig_dtype)
+        return generic.dequantize(cls._part_list(qdata, params), cls.SPEC, list(shape), params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: Any) -> tuple[Tensor, ...]:
-        """The parts in the format's order, the codes first."""
+        """The parts as they are stored, in the format's order, the codes first."""
         return tuple(cls._part_list(qtensor._qdata, qtensor._params))
 
     @classmethod
     def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
         """What is saved, by what its key has behind `weight`: as ComfyUI files hold it."""
         fmt = cls.FORMAT
-        parts = dict(zip(fmt.part_names, cls._part_list(qdata, params), strict=True))
-        stored = storage_of(fmt).write(fmt, parts, "")
+        stored = storage_of(fmt).write(fmt, cls._canonical(cls._part_list(qdata, params)), "")
         return {_suffix(key): stored[name] for name, key in stored_keys("", fmt).items()}
 
     @classmethod
@@ -145,20 +151,28 @@ class LowbitLayout:
         return False
 
     @classmethod
+    def _canonical(cls, stored: Sequence[Tensor]) -> Parts:
+        """The canonical parts, unpacked if they are packed."""
+        parts = dict(zip(cls.FORMAT.part_names, stored, strict=True))
+        return get_layout(cls.KERNEL_LAYOUT, cls.FORMAT).unpack(cls.FORMAT, parts) if cls.KERNEL_LAYOUT else parts
+
+    @classmethod
     def _part_list(cls, qdata: Tensor, params: Any) -> list[Tensor]:
         return [qdata if name == "qdata" else getattr(params, name) for name in cls.FORMAT.part_names]
 
 
-def layout_for(fmt: Format) -> Any:
-    """The layout class of a format, registered with comfy_kitchen under its `NAME`."""
-    return _make_layout(fmt, kitchen())
+def layout_for(fmt: Format, kernel_layout: str = "") -> Any:
+    """The layout class of a format in a kernel's layout, registered with comfy_kitchen under its `NAME`."""
+    return _make_layout(fmt, kernel_layout, kitchen())
 
 
 @functools.cache
-def _make_layout(fmt: Format, kit: ModuleType) -> Any:
+def _make_layout(fmt: Format, kernel_layout: str, kit: ModuleType) -> Any:
     _register_handlers(kit)
-    name = f"Lowbit[{fmt.spec}]"
-    members = {"FORMAT": fmt, "NAME": name, "Params": _make_params(fmt, kit), "__module__": __name__}
+    spec = generic.join_spec(fmt, kernel_layout)
+    name = f"Lowbit[{spec}]"
+    members = {"FORMAT": fmt, "KERNEL_LAYOUT": kernel_layout, "SPEC": spec, "NAME": name, "__module__": __name__}
+    members["Params"] = _make_params(fmt, kit)
     made = type(f"Lowbit_{fmt.name}", (LowbitLayout, kit.QuantizedLayout), members)
     kit.register_layout_class(name, made)
     return made
@@ -195,8 +209,8 @@ def is_lowbit(tensor: object) -> bool:
 
 def parts_of(tensor: Any) -> Parts:
     """The canonical parts of a quantized tensor of one of these layouts."""
-    layout = tensor.layout_cls
-    return dict(zip(layout.FORMAT.part_names, layout.get_plain_tensors(tensor), strict=True))
+    parts: Parts = tensor.layout_cls._canonical(tensor.layout_cls.get_plain_tensors(tensor))
+    return parts
 
 
 def bias_gain(tensor: Any) -> Tensor | None:
@@ -218,7 +232,7 @@ def _linear(x: Tensor, w: Any, bias: Tensor | None) -> Tensor:
         bias = bias.to(x.dtype)
     watched = torch._C._len_torch_dispatch_stack()  # FakeTensorMode and its like must see the op
     run = generic.linear if type(x) is not Tensor or watched else generic.run_linear
-    return run(x, layout._part_list(w._qdata, w._params), bias, layout.FORMAT.spec)
+    return run(x, layout._part_list(w._qdata, w._params), bias, layout.SPEC)
 
 
 def _plain(kit: ModuleType, func: Any, args: Any, kwargs: Any) -> Any:
@@ -237,7 +251,7 @@ def _product(a: Tensor, b: Any, bias: Tensor | None = None) -> Tensor:
         return _linear(a, b, bias)
     layout = b.layout_cls
     parts = layout._part_list(b._qdata, b._params)
-    made = generic.linear_input_gradient(a, parts, b._params.orig_shape[1], layout.FORMAT.spec)
+    made = generic.linear_input_gradient(a, parts, b._params.orig_shape[1], layout.SPEC)
     return made if bias is None else made + bias
 
 

@@ -11,6 +11,7 @@ runs itself stay with its own code, unless it cannot run them on the device at h
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
@@ -23,10 +24,11 @@ from torch.nn import functional as F
 from lowbit.checkpoint.dialects import StoredLayer
 from lowbit.checkpoint.dialects.base import name_place
 from lowbit.checkpoint.dialects.comfy_marker import MARKER
-from lowbit.errors import CheckpointError, DependencyError, UnsupportedError
+from lowbit.errors import CheckpointError, DependencyError, PartsError, UnsupportedError
 from lowbit.integrations.comfyui.layers import Reading, check_bank, find_layer, on_disk_name, saved_layer, take_parts
 from lowbit.integrations.comfyui.layout import LowbitLayout, is_lowbit, layout_for, parts_of
 from lowbit.ops import generic
+from lowbit.tensor import AUTO, choose_layout
 
 _LOG = logging.getLogger(__name__)
 KERNELS = ("auto", "lowbit", "comfy")
@@ -180,8 +182,8 @@ class _Layer(nn.Module):
         kept = self.factory_kwargs
         dtype = kept.get("dtype") or getattr(self, "weight_comfy_model_dtype", None) or stored.dtype
         parts = take_parts(stored, state_dict, kept.get("device"))
-        layout = layout_for(stored.format)
-        self.weight = nn.Parameter(layout.wrap(parts, dtype, stored.shape), requires_grad=False)
+        layout, weight = self._lowbit_wrap(stored, parts, dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.lowbit_layout, self.layout_type = layout, layout.NAME
         self.quant_format = _register_format(self.lowbit_reading.table, on_disk_name(stored), layout)
         asked = bool(stored.options.get("full_precision_matrix_mult"))
@@ -189,6 +191,20 @@ class _Layer(nn.Module):
         self._full_precision_mm = asked or getattr(self, "_full_precision_mm", False)
         for note in stored.notes:
             _LOG.info("%s: %s", stored.place, note)
+
+    def _lowbit_wrap(self, stored: StoredLayer, parts: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Any, Any]:
+        """The layout class and the weight: packed for lowbit's kernels where ComfyUI computes on the CPU alone.
+
+        Elsewhere ComfyUI moves weights between devices part by part, and every device must be able to read them.
+        """
+        device = self.lowbit_comfy.model_management.get_torch_device()
+        if device.type == "cpu" and isinstance(self, _Linear):
+            chosen, _ = choose_layout(AUTO, stored.format, stored.shape, "cpu", "linear")
+            with contextlib.suppress(PartsError):  # values that it cannot hold exactly
+                layout = layout_for(stored.format, chosen)
+                return layout, layout.wrap(parts, dtype, stored.shape)
+        layout = layout_for(stored.format)
+        return layout, layout.wrap(parts, dtype, stored.shape)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", **kwargs: Any) -> Any:
         """As ComfyUI's, with canonical keys and all that the marker has to say of a lowbit weight."""
