@@ -15,10 +15,11 @@ SPEC = "fp8_e4m3(granularity=row)"
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """A private copy of the kernel table."""
-    state = dispatch._State(
-        {key: list(row) for key, row in dispatch._STATE.kernels.items()}, dict(dispatch._STATE.loaded)
-    )
+    """A private copy of the kernel table, with the kernels of eager alone."""
+    dispatch.load("eager")
+    rows = dispatch._STATE.kernels.items()
+    eager = {place: [entry for entry in row if entry.backend == "eager"] for place, row in rows}
+    state = dispatch._State(eager, dict(dispatch._STATE.loaded))
     monkeypatch.setattr(dispatch, "_STATE", state)
     return state
 
