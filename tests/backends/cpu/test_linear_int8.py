@@ -117,7 +117,7 @@ def test_what_it_refuses():
     """Sums that could overflow, and tiles that cross words, are refused in words; the reference takes them."""
     fmt, x = QuantizedTensor.quantize(torch.randn(16, 64), "int8").format, torch.zeros(1, 1 << 17)
     assert "overflow" in linear_int8.refuses(fmt, x, {}, None)
-    packed, weight = packed_weight("int8(granularity=block,block_size=16x6)", 16, 24, "rows16")
+    packed, _ = packed_weight("int8(granularity=block,block_size=16x6)", 16, 24, "rows16")
     x = activations(3, 24, torch.float32)
     assert "multiples of 4" in linear_int8.refuses(packed.format, x, packed.parts, None)
     with torch.inference_mode():

@@ -4,11 +4,21 @@ from lowbit.backends.cpu import native
 
 native.module()  # before any kernel is registered: a backend is there as a whole, or not at all
 
-from lowbit.backends.cpu import linear_awq_w4a16, linear_fp8, linear_int8, linear_mxfp8, linear_svdquant_w4a4
+from lowbit.backends.cpu import (
+    dequantize,
+    embedding,
+    linear_awq_w4a16,
+    linear_fp8,
+    linear_int8,
+    linear_mxfp8,
+    linear_svdquant_w4a4,
+)
 from lowbit.backends.cpu.bandwidth import copy_bandwidth, read_bandwidth
 
 __all__ = [
     "copy_bandwidth",
+    "dequantize",
+    "embedding",
     "linear_awq_w4a16",
     "linear_fp8",
     "linear_int8",
