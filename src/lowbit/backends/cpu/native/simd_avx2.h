@@ -193,6 +193,10 @@ inline Bytes lookup_bytes(const void* table, Bytes codes) {
   return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), codes.v)};
 }
 
+// Keeps a sum of integers where it is written. GCC would gather the products of an unrolled loop first and add them at
+// its end: they do not fit into the registers.
+inline void keep_order(__m256i& sum) { asm("" : "+x"(sum)); }
+
 // Sums of products of codes 0..15 and int8: at most kDot4Steps (kDot4StepsInt4 where the int8 are within -15..15)
 // may be added up before `total`, which gives the int32 of every lane.
 struct Dot4 {
@@ -204,7 +208,9 @@ inline Dot4 zero_dot4() { return {_mm256_setzero_si256()}; }
 // A sum that begins at a value; with all that is added before `total` it has to stay within -2**15..2**15.
 inline Dot4 start_dot4(I32 value) { return {_mm256_and_si256(value.v, _mm256_set1_epi32(0xffff))}; }
 inline Dot4 dot4(Dot4 sum, Bytes codes, Bytes x) {
-  return {_mm256_add_epi16(sum.v, _mm256_maddubs_epi16(codes.v, x.v))};
+  sum.v = _mm256_add_epi16(sum.v, _mm256_maddubs_epi16(codes.v, x.v));
+  keep_order(sum.v);
+  return sum;
 }
 inline I32 total(Dot4 sum) { return {_mm256_madd_epi16(sum.v, _mm256_set1_epi16(1))}; }
 
@@ -218,14 +224,20 @@ constexpr bool kDot8IsOneStep = false;  // whether it is an instruction; if not,
 inline Weights8 prepare8(Bytes w) { return {_mm256_abs_epi8(w.v), w.v}; }
 inline I32 dot8(I32 sum, Weights8 w, Bytes x) {
   const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x.v, w.sign));  // at most 2 * 128 * 127
-  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+  sum.v = _mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  keep_order(sum.v);
+  return sum;
 }
 
 // Bytes 0 and 2, or 1 and 3, of every lane, as two int16 with their sign: what `dot2` multiplies.
 inline I32 even_bytes(Bytes a) { return {_mm256_srai_epi16(_mm256_slli_epi16(a.v, 8), 8)}; }
 inline I32 odd_bytes(Bytes a) { return {_mm256_srai_epi16(a.v, 8)}; }
 // sum + the products of the two int16 of every lane.
-inline I32 dot2(I32 sum, I32 a, I32 b) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))}; }
+inline I32 dot2(I32 sum, I32 a, I32 b) {
+  sum.v = _mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v));
+  keep_order(sum.v);
+  return sum;
+}
 
 // The codes of kLanes / 2 bytes, the low nibble first; bits above the lowest four are not cleared.
 inline I32 spread_nibbles(const void* from) {
