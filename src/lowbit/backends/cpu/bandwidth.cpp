@@ -7,28 +7,45 @@
 namespace lowbit {
 namespace {
 
-constexpr int64_t kPiece = 1 << 20;  // bytes a task: large beside the price of claiming it
+constexpr int64_t kPiece = 1 << 20;  // bytes a task at most: large beside the price of claiming it
+constexpr int64_t kSmallPiece = 1 << 14;
 constexpr int64_t kAhead = 2048;     // bytes; on a Zen 3 core this reads 20 % more a second than no prefetch, 512 gives 8 %
 
 template <class F>
 void in_pieces(int64_t bytes, int threads, const F& f) {
-  parallel_for((bytes + kPiece - 1) / kPiece, threads,
-               [&](int64_t task) { f(task * kPiece, std::min(bytes, (task + 1) * kPiece)); });
+  const int64_t share = bytes / (2 * std::max(1, threads)) / kSmallPiece * kSmallPiece;
+  const int64_t piece = std::clamp(share, kSmallPiece, kPiece);
+  parallel_for((bytes + piece - 1) / piece, threads,
+               [&](int64_t task) { f(task * piece, std::min(bytes, (task + 1) * piece)); });
 }
+
+#if defined(__AVX512F__)
+constexpr int kVector = 64;
+#elif defined(__AVX2__)
+constexpr int kVector = 32;
+#else
+constexpr int kVector = 16;
+#endif
+using Words = uint64_t __attribute__((vector_size(kVector), aligned(1), may_alias));  // as wide as a register
 
 // The sum of the 64-bit words of a piece, and of the bytes behind the last whole one.
 uint64_t sum_words(const unsigned char* from, int64_t bytes) {
-  constexpr int kWords = 32;  // independent sums, in registers
-  uint64_t sums[kWords] = {};
+  constexpr int64_t kStep = 256;
+  Words a{}, b{}, c{}, d{};
   int64_t at = 0;
-  for (; at + kWords * 8 <= bytes; at += kWords * 8) {
-    uint64_t words[kWords];
-    for (int line = 0; line < kWords * 8; line += 64) __builtin_prefetch(from + at + line + kAhead);
-    std::memcpy(words, from + at, sizeof words);
-    for (int i = 0; i < kWords; ++i) sums[i] += words[i];
+  for (; at + kStep <= bytes; at += kStep) {
+    for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(from + at + line + kAhead);
+    const auto* words = reinterpret_cast<const Words*>(from + at);
+    for (int i = 0; i < kStep / kVector; i += 4) {
+      a += words[i];
+      b += words[i + 1];
+      c += words[i + 2];
+      d += words[i + 3];
+    }
   }
+  const Words all = (a + b) + (c + d);
   uint64_t sum = 0;
-  for (const uint64_t part : sums) sum += part;
+  for (int i = 0; i < kVector / 8; ++i) sum += all[i];
   for (; at + 8 <= bytes; at += 8) {
     uint64_t word;
     std::memcpy(&word, from + at, sizeof word);
