@@ -132,7 +132,7 @@ def test_views_of_parts(spec):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spec", SPECS)
 def test_rows_by_index(spec, dtype):
-    """Indices of both dtypes and any shape give the rows of the reference, repeated and out of order; none give none."""
+    """Indices of both dtypes and any shape give the rows of the reference, in any order; none give none."""
     n = 35
     for columns, layout in zip(SPECS[spec], ("", "rows16"), strict=True):
         weight = table(spec, n, columns, dtype)

@@ -1,4 +1,4 @@
-"""What the kernels that decode rows are told of a weight: where its codes and scales lie, in plain parts or in rows16."""
+"""What the kernels that decode rows are told of a weight: where its codes and scales lie, plain or in rows16."""
 
 from __future__ import annotations
 

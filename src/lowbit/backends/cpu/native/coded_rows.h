@@ -14,6 +14,7 @@
 
 #include "float_gemm.h"
 #include "rotation.h"
+#include "transpose.h"
 
 namespace lowbit {
 
@@ -214,7 +215,12 @@ class RowDecoder {
       detail::Row16 values;
       for (; c + 16 <= last; c += 16) {
         detail::load_codes<kCodec>(codes + detail::code_bytes(kCodec, c), values);
-        for (int v = 0; v < kBlockVectors; ++v) store_from_f32(to, at + c + v * kLanes, value(values[v]), kDtype);
+        for (auto& one : values) one = value(one);
+        if constexpr (kDtype == kBfloat16) {
+          store16_bf16(static_cast<uint16_t*>(to) + at + c, values);
+        } else {
+          for (int v = 0; v < kBlockVectors; ++v) store_from_f32(to, at + c + v * kLanes, values[v], kDtype);
+        }
       }
       if (c < last) {
         const int left = static_cast<int>(last - c);
@@ -262,22 +268,21 @@ inline void unpack_row(const CodedWeight& w, int64_t row, uint8_t* to) {
     std::memcpy(to + 4 * word, block + (word * kBlockRows + r) * 4, 4);
 }
 
-// The codes of a whole block, row after row: to[16 * row_bytes]. Few columns at a time, so that reading stays in the
-// first-level cache.
+// The codes of a whole block, row after row: to[16 * row_bytes].
 inline void unpack_block(const CodedWeight& w, int64_t block, uint8_t* to) {
   const uint8_t* from = w.codes + block * w.stride;
-  constexpr int64_t kColumns = 64;
-  const int64_t unit = w.arrangement == Arrangement::kBytes ? 1 : 4, units = w.row_bytes / unit;
-  for (int64_t first = 0; first < units; first += kColumns) {
-    const int64_t last = std::min(first + kColumns, units);
-    for (int64_t r = 0; r < kBlockRows; ++r) {
-      if (unit == 1) {
-        for (int64_t c = first; c < last; ++c) to[r * w.row_bytes + c] = from[c * kBlockRows + r];
-      } else {
-        for (int64_t c = first; c < last; ++c) std::memcpy(to + r * w.row_bytes + 4 * c, from + (c * kBlockRows + r) * 4, 4);
-      }
+  int64_t byte = 0;  // 16 of a row at a time
+  for (; byte + 16 <= w.row_bytes; byte += 16) {
+    if (w.arrangement == Arrangement::kBytes) {
+      transpose_bytes(from + byte * kBlockRows, to + byte, w.row_bytes);
+    } else {
+      transpose_words(from + byte * kBlockRows, to + byte, w.row_bytes);
     }
   }
+  const int64_t unit = w.arrangement == Arrangement::kBytes ? 1 : 4;
+  for (; byte < w.row_bytes; byte += unit)
+    for (int64_t r = 0; r < kBlockRows; ++r)
+      std::memcpy(to + r * w.row_bytes + byte, from + byte * kBlockRows + r * unit, static_cast<size_t>(unit));
 }
 
 // Rows [first, last) of the weight -> to [last - first, k] of a dtype.

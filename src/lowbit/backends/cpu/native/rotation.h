@@ -1,16 +1,15 @@
 // The rotation of ConvRot: groups of 4^s values times the regular Hadamard matrix, in place.
 //
-// The matrix is the Kronecker power of a symmetric 4 x 4 one whose rows are the sum of all four, less twice one of them;
-// so a group takes s rounds of such fours, at distances 1, 4, 16, ..., and no multiplication but the last.
+// The matrix is the Kronecker power of a symmetric 4 x 4 one, divided by the root of its size; so a group takes s rounds
+// of products with that small one, of values at distances 1, 4, 16, ..., and these are sums and differences.
 #pragma once
 
 #include "simd.h"
+#include "transpose.h"
 
 namespace lowbit {
 
-namespace detail {
-
-// Row i of the 4 x 4 matrix is -1 in column 3 - i and 1 elsewhere.
+// The product with the 4 x 4 matrix: row i is -1 in column 3 - i and 1 elsewhere.
 template <class T, class Add, class Sub>
 inline void rotate_four(T& a, T& b, T& c, T& d, const Add& plus, const Sub& minus) {
   const T ab = plus(a, b), cd = plus(c, d), a_b = minus(a, b), c_d = minus(c, d);
@@ -20,37 +19,39 @@ inline void rotate_four(T& a, T& b, T& c, T& d, const Add& plus, const Sub& minu
   d = minus(cd, a_b);
 }
 
-}  // namespace detail
+// 16 values times a factor, at distances 1 and 4.
+inline void rotate_sixteen(float* x, float factor) {
+  Quad<float> rows[4];
+  std::memcpy(rows, x, sizeof rows);
+  const auto plus = [](Quad<float> a, Quad<float> b) { return a + b; };
+  const auto minus = [](Quad<float> a, Quad<float> b) { return a - b; };
+  for (auto& row : rows) row *= factor;
+  rotate_four(rows[0], rows[1], rows[2], rows[3], plus, minus);
+  transpose_quads(rows);
+  rotate_four(rows[0], rows[1], rows[2], rows[3], plus, minus);
+  transpose_quads(rows);
+  std::memcpy(x, rows, sizeof rows);
+}
 
-// One group; `size` is a power of four.
+// One group of 16, 64, 256, ... values.
 inline void rotate_group(float* x, int64_t size) {
   using namespace simd;
-  int64_t step = 1;
-  float factor = 1.0f;
-  for (; step < size; step *= 4) {
-    factor *= 0.5f;
-    if (step < kLanes) {
-      for (int64_t first = 0; first < size; first += 4 * step)
-        for (int64_t i = first; i < first + step; ++i)
-          detail::rotate_four(
-              x[i], x[i + step], x[i + 2 * step], x[i + 3 * step], [](float a, float b) { return a + b; },
-              [](float a, float b) { return a - b; });
-      continue;
-    }
+  float factor = 0.25f;  // a power of two: exact but for subnormals
+  for (int64_t step = 16; step < size; step *= 4) factor *= 0.5f;
+  for (int64_t first = 0; first < size; first += 16) rotate_sixteen(x + first, factor);
+  for (int64_t step = 16; step < size; step *= 4)
     for (int64_t first = 0; first < size; first += 4 * step)
       for (int64_t i = first; i < first + step; i += kLanes) {
         F32 four[4];
         for (int j = 0; j < 4; ++j) four[j] = load_f32(x + i + j * step);
-        detail::rotate_four(
+        rotate_four(
             four[0], four[1], four[2], four[3], [](F32 a, F32 b) { return add(a, b); },
             [](F32 a, F32 b) { return sub(a, b); });
         for (int j = 0; j < 4; ++j) store_f32(x + i + j * step, four[j]);
       }
-  }
-  for (int64_t i = 0; i < size; ++i) x[i] *= factor;  // a power of two: exact but for subnormals
 }
 
-// Every group of a row of k values.
+// Every group of a row of k values; `size` is 16, 64, 256, ... and divides k.
 inline void rotate_groups(float* x, int64_t k, int64_t size) {
   for (int64_t c = 0; c < k; c += size) rotate_group(x + c, size);
 }
