@@ -14,7 +14,7 @@ from lowbit.layouts import rows16
 
 _INT16, _REGISTERS, _PANELS = range(3)  # enum Way
 # Up to how many tokens the integers, or decoding in registers for float32, are faster than panels: measured.
-_FEW_INT16 = {"avx512": 1 << 30, "amx": 1 << 30, "neon": 1 << 30, "avx2": 24, "portable": 1 << 30}
+_FEW_INT16 = {"avx512": 1 << 30, "amx": 1 << 30, "neon": 1 << 30, "avx2": 1 << 30, "portable": 1 << 30}
 _FEW_FLOAT32 = 16
 _MOST_COLUMNS = 128  # that share a scale of the activations
 
