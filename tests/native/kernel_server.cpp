@@ -1,11 +1,12 @@
 // Runs kernels of another architecture for a Python on this one: tests/support/kernel_server.py starts it under an
 // emulator and sends it calls, so that the tests of the kernels test these, too.
 //
-//   call:   u32 size and name; u32 count and words; u32 count of regions, each u64 address, u64 size and its bytes
-//   answer: u32 0, u64 result, and the bytes of every region that differ: u32 index and all of it, ended by u32 -1;
+//   call:   u32 size and name; u32 count and words; u32 count of regions, each u64 address, u64 size, u64 1 where
+//           it is a list of words with pointers among them, else 0, and its bytes
+//   answer: u32 0, u64 result, u32 whether it is negative, and the bytes of every region that differ: u32 index and all of it, ended by u32 -1;
 //           or u32 size and an error in words
 //
-// A region is a piece of the caller's memory. It is put into room of exactly its size and of the same alignment.
+// A region is a piece of the caller's memory. It is put into room that ends with it and lies as it does in cache lines.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -31,7 +32,7 @@ std::string describe_pool(bool& used) {
 namespace {
 
 struct Region {
-  uint64_t address, size;
+  uint64_t address, size, has_pointers;
   std::unique_ptr<unsigned char, void (*)(void*)> room{nullptr, std::free};
   std::vector<unsigned char> before;
 };
@@ -57,9 +58,10 @@ Region read_region() {
   Region region;
   region.address = read<uint64_t>();
   region.size = read<uint64_t>();
+  region.has_pointers = read<uint64_t>();
   const uint64_t into_line = region.address % 64;  // room begins as far into a cache line as it does there
   void* room = nullptr;
-  if (posix_memalign(&room, 64, into_line + region.size + 1)) std::exit(2);
+  if (posix_memalign(&room, 64, into_line + region.size)) std::exit(2);
   region.room.reset(static_cast<unsigned char*>(room));
   region.before.resize(region.size);
   read(region.before.data(), region.size);
@@ -90,7 +92,18 @@ int main() {
           return begin(region) + (address - region.address);
       throw std::out_of_range("a pointer to nothing that was sent");
     };
-    uint64_t result = 0;
+    for (Region& region : regions)
+      for (uint64_t at = 0; region.has_pointers && at < region.size; at += sizeof(uint64_t)) {
+        uint64_t word;
+        std::memcpy(&word, begin(region) + at, sizeof word);
+        for (const Region& other : regions)
+          if (word >= other.address && word < other.address + other.size) {
+            const auto moved = reinterpret_cast<uint64_t>(begin(other) + (word - other.address));
+            std::memcpy(begin(region) + at, &moved, sizeof moved);
+            break;
+          }
+      }
+    nanobind::Result result{};
     std::string error;
     try {
       const auto found = kernels.by_name.find(name);
@@ -102,9 +115,10 @@ int main() {
     write(static_cast<uint32_t>(error.size()));
     write(error.data(), error.size());
     if (error.empty()) {
-      write(result);
+      write(result.word);
+      write(static_cast<uint32_t>(result.negative));
       for (size_t i = 0; i < regions.size(); ++i)
-        if (std::memcmp(begin(regions[i]), regions[i].before.data(), regions[i].size) != 0) {
+        if (!regions[i].has_pointers && std::memcmp(begin(regions[i]), regions[i].before.data(), regions[i].size) != 0) {
           write(static_cast<uint32_t>(i));
           write(begin(regions[i]), regions[i].size);
         }

@@ -25,8 +25,13 @@ namespace nanobind {
 using Words = std::vector<uint64_t>;
 using Translate = std::function<void*(uint64_t)>;
 
+struct Result {
+  uint64_t word;
+  bool negative;  // the word is below zero if it is read with its sign
+};
+
 struct Kernels {
-  std::map<std::string, std::function<uint64_t(const Words&, const Translate&)>> by_name;
+  std::map<std::string, std::function<Result(const Words&, const Translate&)>> by_name;
 };
 
 namespace detail {
@@ -51,15 +56,16 @@ struct Argument<lowbit::Ptr<T>> {
   }
 };
 
-template <class Result, class... Args, size_t... kIndex>
-uint64_t call(Result (*function)(Args...), const Words& words, const Translate& here, std::index_sequence<kIndex...>) {
+template <class Returned, class... Args, size_t... kIndex>
+Result call(Returned (*function)(Args...), const Words& words, const Translate& here, std::index_sequence<kIndex...>) {
   if (words.size() != sizeof...(Args)) throw std::invalid_argument("another number of arguments");
-  if constexpr (std::is_void_v<Result>) {
+  if constexpr (std::is_void_v<Returned>) {
     function(Argument<std::decay_t<Args>>::from(words[kIndex], here)...);
-    return 0;
+    return {0, false};
   } else {
-    static_assert(std::is_integral_v<Result>, "kernels return nothing or an integer");
-    return static_cast<uint64_t>(function(Argument<std::decay_t<Args>>::from(words[kIndex], here)...));
+    static_assert(std::is_integral_v<Returned>, "kernels return nothing or an integer");
+    const Returned found = function(Argument<std::decay_t<Args>>::from(words[kIndex], here)...);
+    return {static_cast<uint64_t>(found), std::is_signed_v<Returned> && found < Returned{}};
   }
 }
 
@@ -69,8 +75,8 @@ class module_ {
  public:
   explicit module_(Kernels& kernels) : kernels_(kernels) {}
 
-  template <class Result, class... Args, class... Extras>
-  void def(const char* name, Result (*function)(Args...), const Extras&...) {
+  template <class Returned, class... Args, class... Extras>
+  void def(const char* name, Returned (*function)(Args...), const Extras&...) {
     kernels_.by_name[name] = [function](const Words& words, const Translate& here) {
       return detail::call(function, words, here, std::index_sequence_for<Args...>());
     };
