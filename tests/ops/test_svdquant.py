@@ -8,6 +8,7 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from lowbit.backends.eager import svdquant as eager
+from lowbit.dispatch import use_backend
 from lowbit.errors import PartsError, UnsupportedError
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
 from lowbit.layouts import svdquant_tiles
@@ -53,7 +54,8 @@ def test_quantizing_is_bit_equal_to_comfy_kitchen_on_float32(kitchen, unsigned, 
     x[3], x[4] = 0, x[4] * 1e-20
     x, raw = (x.abs(), x) if unsigned else (x, None)
 
-    ours = quantize_svdquant_w4a4(x, smooth, down, pad_size, unsigned, raw)
+    with use_backend("eager"):  # a compiled kernel's low-rank sums are in another order
+        ours = quantize_svdquant_w4a4(x, smooth, down, pad_size, unsigned, raw)
     theirs = kitchen.quantize_svdquant_w4a4(x, smooth, down, pad_size, unsigned, raw)
 
     assert ours[0].shape[0] == -(-37 // pad_size) * pad_size
@@ -162,7 +164,8 @@ def test_the_ops_make_up_the_generic_linear(unsigned):
     fmt, parts = layer(act_unsigned=unsigned)
     x, bias = F.gelu(torch.randn(5, 192)), torch.randn(128)
 
-    assert torch.equal(run_layer(x, parts, bias, unsigned=unsigned), fmt.linear(x, parts, bias))
+    with use_backend("eager"):
+        assert torch.equal(run_layer(x, parts, bias, unsigned=unsigned), fmt.linear(x, parts, bias))
 
 
 @pytest.mark.parametrize("tiled", [False, True])

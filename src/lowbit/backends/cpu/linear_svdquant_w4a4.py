@@ -100,7 +100,7 @@ def quantize_svdquant_w4a4(
         dtype_code(factor), projection.data_ptr(), dtype_code(projection), codes.data_ptr(), by_row.data_ptr(),
         low.data_ptr(), native.threads(),
     )  # fmt: skip
-    return codes, by_row.t().to(x.dtype, memory_format=torch.contiguous_format), low
+    return codes, by_row.t().to(x.dtype).contiguous(), low
 
 
 def refuses_mm(
