@@ -2,7 +2,7 @@
 
 A new format needs no new schema. The spec may carry a kernel layout: `awq_w4a16(group_size=32)@name`. What several
 kernels would have to do is done here, once: a pre-quant scale multiplies x before any kernel sees it, packed parts are
-checked against their layout, and unpacked for a kernel that reads none (`unpacked_calls` counts that).
+checked against their layout, and unpacked for a kernel that reads none (`FALLBACKS` counts that).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from lowbit.formats.parts import Parts
 from lowbit.formats.registry import parse_spec
 from lowbit.layouts.base import get_layout, read_tag, tagged
 from lowbit.ops.library import declare
+from lowbit.ops.packing import unpack
 
-_UNPACKED: Counter[str] = Counter()
+FALLBACKS: Counter[str] = Counter()  # how often a whole weight was decoded or unpacked for one call, by what for
 
 
 @lru_cache(maxsize=4096)
@@ -39,11 +40,6 @@ def split_spec(spec: str) -> tuple[Format, str]:
 def join_spec(fmt: Format, layout: str) -> str:
     """The spec string of a format in a layout ("" for plain parts); `split_spec` reads it."""
     return f"{fmt.spec}@{tagged(layout)}" if layout else fmt.spec
-
-
-def unpacked_calls() -> dict[str, int]:
-    """How often an op had to unpack a weight because no kernel could take the call in its layout, by op and layout."""
-    return dict(_UNPACKED)
 
 
 def named(fmt: Format, parts: Sequence[Tensor]) -> Parts:
@@ -84,8 +80,8 @@ def _run(op: str, fmt: Format, layout: str, device: torch.device, args: tuple[An
     entry = select(op, fmt.name, layout, device.type, args)
     if layout and entry.layout == ANY_LAYOUT:
         if op in ("linear", "embedding"):  # the others decode the whole weight whatever it is in
-            _UNPACKED[f"lowbit::{op} (unpacks {layout})"] += 1
-        plain = get_layout(layout, fmt).unpack(fmt, args[parts_at])
+            FALLBACKS[f"lowbit::{op} (unpacks {layout})"] += 1
+        plain = unpack(fmt, args[parts_at], layout)
         args = (*args[:parts_at], plain, *args[parts_at + 1 :])
     return entry.run(*args)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +11,12 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from lowbit.errors import UnsupportedError
-from lowbit.ops.generic import unpacked_calls
+from lowbit.ops.generic import FALLBACKS as _FALLBACKS
 
 Handler = Callable[..., Any]
 
 ATEN: dict[Any, Handler] = {}  # aten overload -> handler(func, args, kwargs); filled by tensor_ops
 TORCH: dict[Any, Handler] = {}  # torch function -> handler(*args, **kwargs), the short way in eager mode
-_FALLBACKS: Counter[str] = Counter()
 
 
 class LowbitFallbackWarning(UserWarning):
@@ -30,7 +28,7 @@ def fallbacks() -> dict[str, int]:
 
     Also counted: weights that were unpacked for one call, because no kernel could take it in the weight's layout.
     """
-    return {**_FALLBACKS, **unpacked_calls()}
+    return dict(_FALLBACKS)
 
 
 def implements(*overloads: Any, table: dict[Any, Handler] = ATEN) -> Callable[[Handler], Handler]:
