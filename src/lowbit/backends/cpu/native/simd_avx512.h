@@ -41,6 +41,15 @@ inline F32 abs(F32 a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(INT32_MAX)))};
 }
 
+// Lane i of vector j <-> lane j of vector i.
+inline void transpose(F32 (&rows)[kLanes]) {
+  float from[kLanes][kLanes], to[kLanes][kLanes];
+  for (int i = 0; i < kLanes; ++i) store_f32(from[i], rows[i]);
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < kLanes; ++j) to[i][j] = from[j][i];
+  for (int i = 0; i < kLanes; ++i) rows[i] = load_f32(to[i]);
+}
+
 inline float reduce_add(F32 a) {
   const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1));
   const __m256 both = _mm256_add_ps(_mm512_castps512_ps256(a.v), high);
@@ -134,6 +143,8 @@ inline I32 bf16_bits(F32 a) {
 inline void store_bf16(uint16_t* to, F32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(bf16_bits(a).v));
 }
+// 16 values at once.
+inline void store16_bf16(uint16_t* to, const F32 (&a)[16 / kLanes]) { store_bf16(to, a[0]); }
 inline F32 load_f16(const uint16_t* from) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
 }

@@ -37,6 +37,15 @@ inline F32 min(F32 a, F32 b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}
 inline F32 max(F32 a, F32 b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
 inline F32 abs(F32 a) { return {vabsq_f32(a.v)}; }
 
+// Lane i of vector j <-> lane j of vector i.
+inline void transpose(F32 (&rows)[kLanes]) {
+  float from[kLanes][kLanes], to[kLanes][kLanes];
+  for (int i = 0; i < kLanes; ++i) store_f32(from[i], rows[i]);
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < kLanes; ++j) to[i][j] = from[j][i];
+  for (int i = 0; i < kLanes; ++i) rows[i] = load_f32(to[i]);
+}
+
 inline float reduce_add(F32 a) { return vaddvq_f32(a.v); }
 inline float reduce_max(F32 a) { return vmaxvq_f32(a.v); }
 
@@ -122,6 +131,10 @@ inline I32 bf16_bits(F32 a) {
   return select(not_a_number(a), quiet, rounded);
 }
 inline void store_bf16(uint16_t* to, F32 a) { vst1_u16(to, vmovn_u32(vreinterpretq_u32_s32(bf16_bits(a).v))); }
+// 16 values at once.
+inline void store16_bf16(uint16_t* to, const F32 (&a)[16 / kLanes]) {
+  for (int i = 0; i < 16 / kLanes; ++i) store_bf16(to + i * kLanes, a[i]);
+}
 inline F32 load_f16(const uint16_t* from) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)))}; }
 inline void store_f16(uint16_t* to, F32 a) { vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(a.v))); }
 

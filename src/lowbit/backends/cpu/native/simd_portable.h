@@ -77,6 +77,15 @@ inline F32 max(F32 a, F32 b) {
 }
 inline F32 abs(F32 a) { return {plain::floats(plain::bits(a.v) & plain::all(INT32_MAX))}; }
 
+// Lane i of vector j <-> lane j of vector i.
+inline void transpose(F32 (&rows)[kLanes]) {
+  float from[kLanes][kLanes], to[kLanes][kLanes];
+  for (int i = 0; i < kLanes; ++i) store_f32(from[i], rows[i]);
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < kLanes; ++j) to[i][j] = from[j][i];
+  for (int i = 0; i < kLanes; ++i) rows[i] = load_f32(to[i]);
+}
+
 inline float reduce_add(F32 a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline float reduce_max(F32 a) {
   const float even = a.v[0] > a.v[2] ? a.v[0] : a.v[2], odd = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
@@ -168,6 +177,10 @@ inline I32 bf16_bits(F32 a) {
   return select(not_a_number(a), quiet, rounded);
 }
 inline void store_bf16(uint16_t* to, F32 a) { plain::store_low_halves(to, bf16_bits(a)); }
+// 16 values at once.
+inline void store16_bf16(uint16_t* to, const F32 (&a)[16 / kLanes]) {
+  for (int i = 0; i < 16 / kLanes; ++i) store_bf16(to + i * kLanes, a[i]);
+}
 namespace plain {
 
 inline F32 half_to_f32(I32 half) {  // the low 16 bits of every lane
