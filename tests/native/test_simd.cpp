@@ -286,6 +286,13 @@ void test_small_floats() {
       expect_bits<uint32_t>("store_bf16", brain[j + 1], encode_bf16(x), std::to_string(x));
       expect_bits<uint32_t>("bf16_bits", static_cast<uint32_t>(brain_bits.at[j]), encode_bf16(x), std::to_string(x));
     }
+    if (i % 16 == 0) {
+      F32 sixteen[16 / kLanes];
+      uint16_t stored[16];
+      for (int v = 0; v < 16 / kLanes; ++v) sixteen[v] = load_f32(&rounded[i + v * kLanes]);
+      store16_bf16(stored, sixteen);
+      for (int j = 0; j < 16; ++j) expect_bits<uint32_t>("store16_bf16", stored[j], encode_bf16(rounded[i + j]), std::to_string(rounded[i + j]));
+    }
     expect(half[0] == 1 && half[kLanes + 1] == 1 && brain[0] == 1 && brain[kLanes + 1] == 1, "store_f16, store_bf16", "writes beside its values");
   }
   for (uint32_t code = 0; code < 256; code += 16) {
