@@ -1,0 +1,98 @@
+// convrot_w4a4 in the layout rows16: int4 weights with a scale a row, times rows of rotated activations of 4 or 8 bits.
+//
+//   y = d_x * d_w * (sum of products of codes, an int32) + bias
+#include "native/bind.h"
+#include "native/int4_activations.h"
+#include "native/int8_gemm.h"
+
+namespace lowbit {
+namespace {
+
+using namespace simd;
+
+struct ConvrotWeight {
+  const uint32_t* words;  // [blocks, stride]: k / 8 words of 16 rows, and what fills up
+  int64_t stride;
+  const float* scales;  // [blocks, 16]
+  int64_t n, k;
+};
+
+// kUnit: words between two totals.
+template <int kTokens, int kBlocks, int kUnit>
+__attribute__((noinline)) void multiply(const ConvrotWeight& w, const CodedTokens& x, int64_t token, int64_t block,
+                                        const Int4Block* blocks, const Output& out) {
+  constexpr int kVectors = kBlocks * kBlockVectors;
+  const int8_t* rows[kTokens];
+  for (int t = 0; t < kTokens; ++t) rows[t] = x.bytes + (token + t) * x.k;
+  I32 sums[kTokens][kVectors];
+  for (int t = 0; t < kTokens; ++t)
+    for (auto& sum : sums[t]) sum = set1_i32(x.starts[token + t]);
+  for (int64_t word = 0; word < w.k / kWordColumns;) {
+    Dot4 dots[kTokens][kVectors];
+    for (auto& row : dots)
+      for (auto& dot : row) dot = zero_dot4();
+    for (const int64_t end = std::min<int64_t>(word + kUnit, w.k / kWordColumns); word < end; ++word)
+      add_products(dots, blocks, rows, word);
+    for (int t = 0; t < kTokens; ++t)
+      for (int v = 0; v < kVectors; ++v) sums[t][v] = add(sums[t][v], total(dots[t][v]));
+  }
+  for (int t = 0; t < kTokens; ++t)
+    for (int b = 0; b < kBlocks; ++b) {
+      F32 row[kBlockVectors];
+      for (int v = 0; v < kBlockVectors; ++v) {
+        const F32 scale = mul(set1_f32(x.scales[token + t]), load_f32(w.scales + (block + b) * kBlockRows + v * kLanes));
+        row[v] = mul(to_f32(sums[t][b * kBlockVectors + v]), scale);
+      }
+      store_block(row, block + b, w.n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
+    }
+}
+
+template <int kUnit>
+void product(const ConvrotWeight& w, const CodedTokens& x, const Output& out, int threads) {
+  for_each_w4a4_tile(
+      x.m, w.n, w.k, threads,
+      [&](int64_t first, int64_t count, const auto& f) {
+        std::vector<Int4Block> found(static_cast<size_t>(count));
+        for (int64_t b = 0; b < count; ++b) found[b] = {w.words + (first + b) * w.stride, nullptr, nullptr};
+        f(found.data());
+      },
+      [&](int64_t token, int tokens, int64_t block, int together, const Int4Block* blocks) {
+        with_count<kW4A4Tokens>(tokens, [&](auto count) {
+          with_count<kW4A4Blocks>(together, [&](auto side_by_side) {
+            multiply<decltype(count)::value, decltype(side_by_side)::value, kUnit>(w, x, token, block, blocks, out);
+          });
+        });
+      });
+}
+
+}  // namespace
+
+void linear_convrot_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k, Ptr<const uint32_t> words,
+                         int64_t stride, Ptr<const float> scales, int64_t rotation, int largest, Ptr<const void> bias,
+                         int bias_dtype, Ptr<void> out, int threads) {
+  const Activations from{x, x_dtype, m, k};
+  CodedTokens tokens(m, k, k);
+  parallel_for(m, m * k >= 32768 ? threads : 1, [&](int64_t token) {
+    Room row(k), codes(k / 4 + 1);
+    row_to_f32(from, token, row.data());
+    if (rotation) rotate_groups(row.data(), k, rotation);
+    auto* bytes = reinterpret_cast<int8_t*>(codes.data());
+    float scale;
+    int32_t sum;
+    quantize_int8(row.data(), k, static_cast<float>(largest), bytes, scale, sum);
+    tokens.put(token, 0, bytes, k, scale);
+  });
+  const ConvrotWeight weight{words, stride, scales, n, k};
+  const Output to{out, x_dtype, bias, bias_dtype};
+  if (largest <= 15) return product<kDot4StepsInt4 / 2>(weight, tokens, to, threads);
+  product<kDot4Steps / 2>(weight, tokens, to, threads);
+}
+
+void bind_linear_convrot_w4a4(nb::module_& m) {
+  m.def("linear_convrot_w4a4", &linear_convrot_w4a4, nb::call_guard<nb::gil_scoped_release>(), nb::arg("x"),
+        nb::arg("x_dtype"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("words"), nb::arg("stride"),
+        nb::arg("scales"), nb::arg("rotation"), nb::arg("largest"), nb::arg("bias"), nb::arg("bias_dtype"),
+        nb::arg("out"), nb::arg("threads"));
+}
+
+}  // namespace lowbit
