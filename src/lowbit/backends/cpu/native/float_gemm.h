@@ -88,9 +88,10 @@ constexpr int64_t kPanelColumns = 256;  // 16 KiB or 32 KiB of float32: half of 
 constexpr int64_t kChunkTokens = 96;    // 96 KiB of activations beside a panel in the second-level cache
 constexpr int64_t kTaskPanels = 4;
 
-// sums[t][row] += panel[c][row] * x[c][t] over the columns; x is [columns, kTokens].
+// sums[t][row] += panel[c][row] * x[c][t] over the columns; x is [columns, kTokens]. Not inlined: what a caller keeps in
+// registers, such as constants of its decoding, would be one sum in memory, and half the speed.
 template <int kTokens>
-inline void multiply_panel(const float* panel, const float* x, int64_t columns, float* sums) {
+__attribute__((noinline)) void multiply_panel(const float* panel, const float* x, int64_t columns, float* sums) {
   using namespace simd;
   F32 acc[kTokens][kPanelVectors];
   for (int t = 0; t < kTokens; ++t)
