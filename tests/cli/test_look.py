@@ -256,7 +256,9 @@ def test_doctor_knows_the_layout_of_a_format(lowbit):
     spec = "svdquant_w4a4(rank=8)@kitchen_tile_packed_w4a4"
     fits, not_so = (lowbit("doctor", "--format", spec, "--shape", shape, "--json") for shape in ("256x128", "96x128"))
 
-    assert (fits.code, fits.json["choice"]["format"], fits.json["choice"]["runs"]) == (0, spec, "eager:linear_tiles")
+    assert (fits.code, fits.json["choice"]["format"]) == (0, spec)
+    assert fits.json["choice"]["reasons"]["eager:linear_tiles"] == "runs"
+    assert "tiles" in fits.json["choice"]["runs"]  # a compiled kernel, where there are any
     assert (not_so.code, not_so.json["choice"]["runs"]) == (1, None)
     assert "96 rows, not a multiple of 128" in not_so.json["choice"]["reasons"]["the format"]
 
