@@ -34,7 +34,6 @@ __all__ = [
     "linear_plain",
     "linear_svdquant_w4a4",
     "linear_wna16",
-    "linear_wna16",
     "native",
     "pack_rows16",
     "quantize_granular",

@@ -14,6 +14,7 @@
 //   const uint32_t* words;               [blocks, stride]: k / 8 words of 16 rows, and what fills up
 //   int64_t stride;
 //   static void codes(I32 word, Bytes& even, Bytes& odd);   the codes of columns 0 2 4 6 and of columns 1 3 5 7
+//                                        where a word is 4 columns of 8 bits: static Bytes bytes(I32 word), signed
 //   F32 scale(int64_t block, int64_t group, int vector), offset(...);
 //
 // All numbers of tokens run the same loop: it keeps all sums of a tile of tokens and a block of rows in registers over
@@ -45,17 +46,18 @@ template <int kPieces>
 constexpr int kInt4Tokens = 4;  // 8 sums in 16 registers
 #endif
 
-// Activations as integers, made once a call.
-template <int kPieces_>
+// Activations as integers, made once a call, in words of as many columns as the weight's have.
+template <int kPieces_, int kColumns_ = 8>
 struct IntegerTokens {
   static_assert(kPieces_ == 1 || kPieces_ == 2, "int8 or int16");
-  static constexpr int kPieces = kPieces_;
-  static constexpr bool kPairs = kPieces == 2 && kInt16Pairs;
-  static constexpr int kWordBytes = 8 * kPieces;
+  static_assert(kColumns_ == 8 || (kColumns_ == 4 && kPieces_ == 2), "codes of 4 bits, or of 8 beside int16");
+  static constexpr int kPieces = kPieces_, kColumns = kColumns_;
+  static constexpr bool kPairs = kPieces == 2 && (kInt16Pairs || kColumns == 4);
+  static constexpr int kWordBytes = kColumns * kPieces;
 
   int64_t k, block, groups;
   Room bytes_room, d_room, sums_room;
-  int8_t* bytes;  // [m, k / 8, kWordBytes]
+  int8_t* bytes;  // [m, k / kColumns, kWordBytes]
   float* d;       // [m, k / block]
   float* sums;    // [m, groups]: d times the sum of the integers
 
@@ -135,10 +137,11 @@ struct IntegerTokens {
       for (; c < k; ++c) bytes[c] = static_cast<uint8_t>(q[c]);
       for (c = 0; c < k; c += 8) evens_first(bytes + c);
     } else if constexpr (kPairs) {
-      for (int64_t c = 0; c < k; c += 8, to += kWordBytes) {
-        uint32_t pairs[4];
-        for (int j = 0; j < 4; ++j)
-          pairs[j] = (static_cast<uint32_t>(q[c + j]) & 0xffff) | static_cast<uint32_t>(q[c + j + 4]) << 16;
+      constexpr int kHalf = kColumns / 2;
+      for (int64_t c = 0; c < k; c += kColumns, to += kWordBytes) {
+        uint32_t pairs[kHalf];
+        for (int j = 0; j < kHalf; ++j)
+          pairs[j] = (static_cast<uint32_t>(q[c + j]) & 0xffff) | static_cast<uint32_t>(q[c + j + kHalf]) << 16;
         std::memcpy(to, pairs, sizeof(pairs));
       }
     } else {
@@ -172,16 +175,21 @@ inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&fr
       for (auto& sum : row) sum = zero_i32();
     for (const int64_t end = word + count; word < end; ++word) {
       auto step = [&](auto place) __attribute__((always_inline)) {
-        constexpr int kAt = decltype(place)::value;  // columns 0 4, then 1 5, 2 6, 3 7
+        constexpr int kAt = decltype(place)::value;  // columns 0 4, then 1 5, 2 6, 3 7; or 0 2, then 1 3
         I32 pair[kVectors];
         for (int v = 0; v < kVectors; ++v) {
           const uint32_t* at = from[v] + word * kBlockRows;
           // Read anew for every pair: to keep a word, too, takes more registers than there are.
           if constexpr (kTokens > 2) asm("" : "+r"(at));
-          Bytes even, odd;
-          Weight::codes(load_i32(at), even, odd);
-          const Bytes codes = kAt % 2 ? odd : even;
-          pair[v] = kAt / 2 ? odd_bytes(codes) : bit_and(as_i32(codes), set1_i32(0x00ff00ff));
+          if constexpr (Tokens::kColumns == 4) {
+            const Bytes bytes = Weight::bytes(load_i32(at));
+            pair[v] = kAt ? odd_bytes(bytes) : even_bytes(bytes);
+          } else {
+            Bytes even, odd;
+            Weight::codes(load_i32(at), even, odd);
+            const Bytes codes = kAt % 2 ? odd : even;
+            pair[v] = kAt / 2 ? odd_bytes(codes) : bit_and(as_i32(codes), set1_i32(0x00ff00ff));
+          }
         }
         for (int t = 0; t < kTokens; ++t) {
           int32_t two;
@@ -189,7 +197,7 @@ inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&fr
           for (int v = 0; v < kVectors; ++v) found[t][v] = dot2(found[t][v], pair[v], set1_i32(two));
         }
       };
-      for_each_place<4>(step);
+      for_each_place<Tokens::kColumns / 2>(step);
     }
   } else {
     bool first = true;
@@ -236,7 +244,7 @@ inline void int4_tile(const Weight& w, const Tokens& x, int64_t block, int64_t t
                       simd::F32 (&sums)[kTokens][kBlocks * kBlockVectors]) {
   using namespace simd;
   constexpr int kVectors = kBlocks * kBlockVectors;
-  const int64_t groups = w.k / w.group, blocks_a_group = w.group / x.block, words = x.block / 8;
+  const int64_t groups = w.k / w.group, blocks_a_group = w.group / x.block, words = x.block / Tokens::kColumns;
   const uint32_t* from[kVectors];
   for (int v = 0; v < kVectors; ++v) from[v] = w.words + (block + v / kBlockVectors) * w.stride + v % kBlockVectors * kLanes;
   const int8_t* rows[kTokens];
@@ -266,40 +274,44 @@ inline void int4_tile(const Weight& w, const Tokens& x, int64_t block, int64_t t
 }
 
 template <class Weight, class Tokens, int kTokens, int kBlocks, int kUnit>
-__attribute__((noinline)) void int4_store(const Weight& w, const Tokens& x, int64_t block, int64_t token, const Output& out) {
+__attribute__((noinline)) void int4_store(const Weight& w, const Tokens& x, int64_t block, int64_t token, const Output& out, int64_t n, int64_t first_block) {
   simd::F32 sums[kTokens][kBlocks * kBlockVectors];
-  int4_tile<Weight, Tokens, kTokens, kBlocks, kUnit>(w, x, block, token, sums);
+  int4_tile<Weight, Tokens, kTokens, kBlocks, kUnit>(w, x, block - first_block, token, sums);
   for (int t = 0; t < kTokens; ++t)
     for (int b = 0; b < kBlocks; ++b) {
       simd::F32 row[kBlockVectors];
       for (int v = 0; v < kBlockVectors; ++v) row[v] = sums[t][b * kBlockVectors + v];
-      store_block(row, block + b, w.n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
+      store_block(row, block + b, n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
     }
 }
 
 template <class Weight, class Tokens, int kBlocks, int kUnit, int kMost>
-inline void int4_store_of(int tokens, const Weight& w, const Tokens& x, int64_t block, int64_t token, const Output& out) {
+inline void int4_store_of(int tokens, const Weight& w, const Tokens& x, int64_t block, int64_t token, const Output& out, int64_t n, int64_t first_block) {
   if constexpr (kMost > 0) {
-    if (tokens == kMost) return int4_store<Weight, Tokens, kMost, kBlocks, kUnit>(w, x, block, token, out);
-    int4_store_of<Weight, Tokens, kBlocks, kUnit, kMost - 1>(tokens, w, x, block, token, out);
+    if (tokens == kMost) return int4_store<Weight, Tokens, kMost, kBlocks, kUnit>(w, x, block, token, out, n, first_block);
+    int4_store_of<Weight, Tokens, kBlocks, kUnit, kMost - 1>(tokens, w, x, block, token, out, n, first_block);
   }
 }
 
 constexpr int64_t kInt4ChunkTokens = 192;        // their integers fill the second-level cache beside the words
 constexpr int64_t kInt4TaskBytes = 192 * 1024;  // words of a task, which every tile of tokens reads again
 
-template <int kUnit, class Weight, class Tokens>
-void int4_gemm_by(const Weight& w, const Tokens& x, int64_t m, const Output& out, int threads) {
+// `weight_of(first, last, worker)` gives a Weight that holds these blocks of rows: the whole one, or, not kWhole, one that
+// begins with them.
+template <class Weight, bool kWhole, int kUnit, class Tokens, class WeightOf>
+void int4_gemm_by(const WeightOf& weight_of, const Tokens& x, int64_t m, int64_t n, const Output& out, int threads) {
   constexpr int kMost = kInt4Tokens<Tokens::kPieces>;
-  const int64_t blocks = (w.n + kBlockRows - 1) / kBlockRows, block_bytes = w.k * kBlockRows / 2;
+  const int64_t blocks = (n + kBlockRows - 1) / kBlockRows, block_bytes = x.k * kBlockRows * 4 / Tokens::kColumns;
   const int64_t chunks = (m + kInt4ChunkTokens - 1) / kInt4ChunkTokens;
   int64_t run = std::max<int64_t>(1, kInt4TaskBytes / block_bytes);
   run = std::max<int64_t>(1, std::min(run, blocks * chunks / (8 * std::max(threads, 1))));
   if (run > kInt4Blocks) run -= run % kInt4Blocks;
   const int64_t runs = (blocks + run - 1) / run;
-  parallel_for(runs * chunks, threads, [&](int64_t task) {
+  parallel_for(runs * chunks, threads, [&](int64_t task, int worker) {
     const int64_t first_block = task % runs * run, last_block = std::min(first_block + run, blocks);
     const int64_t first = task / runs * kInt4ChunkTokens, last = std::min(first + kInt4ChunkTokens, m);
+    const Weight w = weight_of(first_block, last_block, worker);
+    const int64_t base = kWhole ? 0 : first_block;
     // Tiles of nearly equal size: 5 tokens are 3 + 2, not 4 + 1.
     const int64_t tiles = (last - first + kMost - 1) / kMost;
     for (int64_t t = 0; t < tiles; ++t) {
@@ -307,18 +319,24 @@ void int4_gemm_by(const Weight& w, const Tokens& x, int64_t m, const Output& out
       const int tokens = static_cast<int>(end - token);
       int64_t block = first_block;
       for (; block + kInt4Blocks <= last_block; block += kInt4Blocks)
-        int4_store_of<Weight, Tokens, kInt4Blocks, kUnit, kMost>(tokens, w, x, block, token, out);
+        int4_store_of<Weight, Tokens, kInt4Blocks, kUnit, kMost>(tokens, w, x, block, token, out, n, base);
       if constexpr (kInt4Blocks > 1)
-        for (; block < last_block; ++block) int4_store_of<Weight, Tokens, 1, kUnit, kMost>(tokens, w, x, block, token, out);
+        for (; block < last_block; ++block)
+          int4_store_of<Weight, Tokens, 1, kUnit, kMost>(tokens, w, x, block, token, out, n, base);
     }
   });
 }
 
+template <class Weight, bool kWhole, class Tokens, class WeightOf>
+void int4_gemm_of(const WeightOf& weight_of, const Tokens& x, int64_t m, int64_t n, const Output& out, int threads) {
+  if constexpr (!Tokens::kPairs && Weight::kSteps >= 8)
+    if (x.block == 32) return int4_gemm_by<Weight, kWhole, 4>(weight_of, x, m, n, out, threads);
+  int4_gemm_by<Weight, kWhole, 0>(weight_of, x, m, n, out, threads);
+}
+
 template <class Weight, class Tokens>
 void int4_gemm(const Weight& w, const Tokens& x, int64_t m, const Output& out, int threads) {
-  if constexpr (!Tokens::kPairs && Weight::kSteps >= 8)
-    if (x.block == 32) return int4_gemm_by<4>(w, x, m, out, threads);
-  int4_gemm_by<0>(w, x, m, out, threads);
+  int4_gemm_of<Weight, true>([&](int64_t, int64_t, int) { return w; }, x, m, w.n, out, threads);
 }
 
 }  // namespace lowbit
