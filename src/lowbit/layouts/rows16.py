@@ -15,7 +15,7 @@ A word is 4 bytes of a row, four columns of 8 bits or eight of 4. The codes of f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ from lowbit.layouts.base import Layout, register_layout
 NAME = "rows16"
 VERSION = 1
 ROWS = 16
-_WORD = 4  # bytes
+WORD = 4  # bytes
+_UNITS = {1: torch.uint8, WORD: torch.int32}
 _BYTEWISE = ("fp8_e4m3", "fp8_e5m2", "mxfp8")
 FORMATS = (*_BYTEWISE, "awq_w4a16", "wna16", "nvfp4", "mxfp4", "int8", "svdquant_w4a4", "convrot_w4a4")
 
@@ -45,7 +46,7 @@ def refuses(fmt: Format, n: int, k: int) -> str | None:
     if k % columns:  # such parts are padded, and their shapes do not tell how far
         return f"has {k} columns, not a multiple of the group of {columns}"
     size = _row_bytes(fmt, n, k)
-    return f"has rows of {size} bytes of codes, not a multiple of {_WORD}" if size % _WORD else None
+    return f"has rows of {size} bytes of codes, not a multiple of {WORD}" if size % WORD else None
 
 
 def rows(fmt: Format, parts: Mapping[str, Tensor]) -> int:
@@ -54,36 +55,57 @@ def rows(fmt: Format, parts: Mapping[str, Tensor]) -> int:
     return int(blocks * ROWS - size % ROWS)
 
 
-def pack(fmt: Format, parts: Mapping[str, Tensor]) -> Parts:
+def packed_shape(n: int, row_bytes: int) -> tuple[int, int]:
+    """The shape of packed codes of n rows."""
+    blocks = -(-n // ROWS)
+    return blocks, row_bytes // WORD * ROWS + blocks * ROWS - n
+
+
+def interleave(codes: Tensor, unit: int) -> Tensor:
+    """uint8 [n, bytes] -> packed int32 codes; `unit`: bytes that stay together."""
+    n, size = codes.shape
+    blocks, width = packed_shape(n, size)
+    padded = F.pad(codes, (0, 0, 0, -n % ROWS)).view(_UNITS[unit])
+    out = codes.new_zeros((blocks, width), dtype=torch.int32)
+    mixed = padded.view(blocks, ROWS, -1).transpose(1, 2).contiguous()
+    out[:, : size // WORD * ROWS] = mixed.view(blocks, -1).view(torch.int32)
+    return out
+
+
+def separate(packed: Tensor, n: int, unit: int) -> Tensor:
+    """The inverse of `interleave`: uint8 [n, bytes]."""
+    blocks, width = packed.shape
+    body = packed[:, : width - width % ROWS].contiguous().view(_UNITS[unit])
+    rows = body.view(blocks, -1, ROWS).transpose(1, 2).reshape(blocks * ROWS, -1)
+    return rows[:n].contiguous().view(torch.uint8)
+
+
+def pack(fmt: Format, parts: Mapping[str, Tensor], interleaver: Callable[[Tensor, int], Tensor] = interleave) -> Parts:
     """Plain parts -> this arrangement. Raises `PartsError` for what it cannot hold."""
     codes = parts["qdata"].view(torch.uint8)
     n, k = fmt.rows_of(parts), _columns(fmt, codes.shape[1])
     if why := refuses(fmt, n, k):
         raise PartsError(f"a weight that {why} cannot be stored in {NAME}; keep it in plain parts")
     made = dict(parts)
-    made["qdata"] = _interleave(codes if fmt.name in _BYTEWISE else codes.view(torch.int32))
+    made["qdata"] = interleaver(codes, _unit(fmt))
     for rule in fmt.rules:
         if _is_by_row(rule):
             made[rule.name] = _by_block(_rows_first(rule, parts[rule.name])).view(parts[rule.name].dtype)
     return made
 
 
-def unpack(fmt: Format, parts: Mapping[str, Tensor]) -> Parts:
+def unpack(
+    fmt: Format, parts: Mapping[str, Tensor], separator: Callable[[Tensor, int, int], Tensor] = separate
+) -> Parts:
     """The inverse of `pack`, bit for bit."""
     n = rows(fmt, parts)
     made = dict(parts)
-    packed = parts["qdata"]
-    blocks, fill = packed.shape[0], packed.shape[1] % ROWS
-    body = packed[:, : packed.shape[1] - fill].contiguous()
-    unit = torch.uint8 if fmt.name in _BYTEWISE else torch.int32
-    codes = body.view(unit).view(blocks, -1, ROWS).transpose(1, 2).reshape(blocks * ROWS, -1)[:n].contiguous()
-    by_name = {rule.name: rule for rule in fmt.rules}
-    made["qdata"] = codes.view(by_name["qdata"].dtypes[0])
+    made["qdata"] = separator(parts["qdata"], n, _unit(fmt)).view(fmt.rules[0].dtypes[0])
     for rule in fmt.rules:
         if _is_by_row(rule):
-            bits = _bits(parts[rule.name])
-            plain = bits.transpose(1, 2).reshape(blocks * ROWS, -1)[:n]
-            made[rule.name] = _as_stored(rule, plain).contiguous().view(parts[rule.name].dtype)
+            part = parts[rule.name]
+            by_row = _bits(part).transpose(1, 2).reshape(part.shape[0] * ROWS, -1)[:n]
+            made[rule.name] = _as_stored(rule, by_row).contiguous().view(part.dtype)
     return made
 
 
@@ -91,12 +113,17 @@ def shapes(fmt: Format, n: int, k: int) -> dict[str, tuple[int, ...]]:
     """The shapes of the packed parts of a weight [n, k]."""
     blocks = -(-n // ROWS)
     made = dict(fmt.part_shapes(n, k))
-    made["qdata"] = (blocks, _row_bytes(fmt, n, k) // _WORD * ROWS + blocks * ROWS - n)
+    made["qdata"] = packed_shape(n, _row_bytes(fmt, n, k))
     for rule in fmt.rules:
         if _is_by_row(rule):
             values = torch.Size(made[rule.name]).numel() // n if n else 1
             made[rule.name] = (blocks, values, ROWS)
     return made
+
+
+def _unit(fmt: Format) -> int:
+    """Bytes of a row that stay together."""
+    return 1 if fmt.name in _BYTEWISE else WORD
 
 
 def _row_bytes(fmt: Format, n: int, k: int) -> int:
@@ -138,21 +165,6 @@ def _by_block(by_row: Tensor) -> Tensor:
     fill = -by_row.shape[0] % ROWS
     padded = F.pad(by_row, (0, 0, 0, fill)) if fill else by_row
     return padded.view(-1, ROWS, by_row.shape[1]).transpose(1, 2).contiguous()
-
-
-def _interleave(codes: Tensor) -> Tensor:
-    """[N, units] -> int32 [B, 16 * W + F]."""
-    n, units = codes.shape
-    blocks, fill = -(-n // ROWS), -n % ROWS
-    size = units * codes.element_size() // _WORD * ROWS
-    out = codes.new_empty((blocks, size + fill), dtype=torch.int32)
-    if not fill:
-        out.view(codes.dtype).view(blocks, units, ROWS).copy_(codes.view(blocks, ROWS, units).transpose(1, 2))
-        return out
-    padded = F.pad(codes, (0, 0, 0, fill)).view(blocks, ROWS, units).transpose(1, 2).contiguous()
-    out[:, :size] = padded.view(blocks, -1).view(torch.int32)
-    out[:, size:] = 0
-    return out
 
 
 register_layout(

@@ -20,7 +20,7 @@ from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, raw_bytes
 from lowbit.formats.registry import as_format
 from lowbit.layouts.base import get_layout
-from lowbit.ops import generic
+from lowbit.ops import generic, packing
 from lowbit.tensor import handlers, sharding
 
 
@@ -170,13 +170,11 @@ class QuantizedTensor(torch.Tensor):
             return self
         plain = self
         if self.kernel_layout:
-            plain = self.with_parts(
-                get_layout(self.kernel_layout, self.format).unpack(self.format, self.parts), layout=""
-            )
+            plain = self.with_parts(packing.unpack(self.format, self.parts, self.kernel_layout), layout="")
         if not name:
             return plain
-        packed = get_layout(name, self.format).packed(self.format, plain.parts)
-        return plain.with_parts(packed, layout=name, view_of="", room=0)
+        get_layout(name, self.format)  # says which layouts there are, where this is none
+        return plain.with_parts(packing.pack(self.format, plain.parts, name), layout=name, view_of="", room=0)
 
     def unpacked(self) -> QuantizedTensor:
         """This weight over plain parts: itself, or of one in a kernel's layout a copy that is known to be one."""

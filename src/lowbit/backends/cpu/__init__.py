@@ -11,14 +11,16 @@ from lowbit.backends.cpu import (
     linear_convrot_w4a4,
     linear_fp8,
     linear_int8,
+    linear_mxfp4,
     linear_mxfp8,
+    linear_nvfp4,
     linear_plain,
     linear_svdquant_w4a4,
     linear_wna16,
+    pack_rows16,
     quantize_granular,
     quantize_nvfp4,
     row_errors,
-    pack_rows16,
 )
 from lowbit.backends.cpu.bandwidth import copy_bandwidth, read_bandwidth
 
@@ -30,7 +32,9 @@ __all__ = [
     "linear_convrot_w4a4",
     "linear_fp8",
     "linear_int8",
+    "linear_mxfp4",
     "linear_mxfp8",
+    "linear_nvfp4",
     "linear_plain",
     "linear_svdquant_w4a4",
     "linear_wna16",

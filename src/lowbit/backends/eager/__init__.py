@@ -11,7 +11,10 @@ from lowbit.backends.eager import (
     linear_input_gradient,
     mxfp8,
     nvfp4,
+    packing,
     quantize,
+    row_errors,
+    scale_search,
     svdquant,
 )
 
@@ -26,6 +29,9 @@ __all__ = [
     "linear_input_gradient",
     "mxfp8",
     "nvfp4",
+    "packing",
     "quantize",
+    "row_errors",
+    "scale_search",
     "svdquant",
 ]
