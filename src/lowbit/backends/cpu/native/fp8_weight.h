@@ -6,6 +6,7 @@
 // Few tokens: codes become float32 in registers, and what all columns under one scale add up to is multiplied with it.
 #pragma once
 
+#include "e8m0.h"
 #include "float_gemm.h"
 
 namespace lowbit {
@@ -20,14 +21,6 @@ struct E5M2 {
   static constexpr float kUnit = 1.0f;
   static void load16(const uint8_t* from, simd::F32 (&to)[kBlockVectors]) { simd::load16_e5m2(from, to); }
 };
-
-// kLanes codes of powers of two: 2^(code - 127); 0 is a float32 subnormal, 255 NaN.
-inline simd::F32 load_e8m0(const uint8_t* from) {
-  using namespace simd;
-  const I32 codes = widen_u8(from);
-  const I32 lowest = select(equal(codes, zero_i32()), set1_i32(0x400000), shift_left<23>(codes));
-  return as_f32(select(equal(codes, set1_i32(255)), set1_i32(0x7fc00000), lowest));
-}
 
 // float32 scales of a tensor, of rows, or of tiles.
 struct Fp8Scales {

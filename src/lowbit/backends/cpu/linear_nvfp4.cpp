@@ -1,0 +1,45 @@
+// linear for nvfp4 in the layout rows16: w = value * (scale * global_scale), an e4m3 scale for every 16 columns.
+#include "native/bind.h"
+#include "native/e2m1_weight.h"
+
+namespace lowbit {
+namespace {
+
+struct Nvfp4Scales {
+  static constexpr int64_t kGroup = 16;
+  const uint8_t* codes;  // [blocks, groups, 16]
+  int64_t groups;
+  const float* factors;  // of 16 rows each: the global scale, for halves, and what load_e4m3 leaves to multiply with
+  int64_t step;          // from a block's factors to the next one's: 0 where all rows share one
+
+  simd::F32 halves(int64_t block, int64_t group, int v) const {
+    const simd::F32 scale = simd::load_e4m3(codes + (block * groups + group) * kBlockRows + v * simd::kLanes);
+    return simd::mul(scale, simd::load_f32(factors + block * step + v * simd::kLanes));
+  }
+};
+
+}  // namespace
+
+void linear_nvfp4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k, Ptr<const uint32_t> words,
+                  int64_t stride, Ptr<const uint8_t> scales, Ptr<const float> global_scales, bool by_row, bool divides,
+                  int64_t integer_block, Ptr<const void> bias, int bias_dtype, Ptr<void> out, int way, int threads) {
+  const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
+  Room factors(by_row ? blocks * kBlockRows : kBlockRows);
+  for (int64_t row = 0; row < (by_row ? n : kBlockRows); ++row) {
+    const float value = global_scales[by_row ? row : 0];
+    factors.data()[row] = divides ? 0.5f * 256.0f / value : 0.5f * 256.0f * value;
+  }
+  if (by_row) std::fill(factors.data() + n, factors.data() + blocks * kBlockRows, 0.0f);
+  const Nvfp4Scales by{scales, k / Nvfp4Scales::kGroup, factors.data(), by_row ? kBlockRows : 0};
+  linear_e2m1<Nvfp4Scales>({words, stride, by, n, k, Nvfp4Scales::kGroup}, {x, x_dtype, m, k},
+                           {out, x_dtype, bias, bias_dtype}, static_cast<E2m1Way>(way), integer_block, threads);
+}
+
+void bind_linear_nvfp4(nb::module_& m) {
+  m.def("linear_nvfp4", &linear_nvfp4, nb::call_guard<nb::gil_scoped_release>(), nb::arg("x"), nb::arg("x_dtype"),
+        nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("words"), nb::arg("stride"), nb::arg("scales"),
+        nb::arg("global_scales"), nb::arg("by_row"), nb::arg("divides"), nb::arg("integer_block"), nb::arg("bias"),
+        nb::arg("bias_dtype"), nb::arg("out"), nb::arg("way"), nb::arg("threads"));
+}
+
+}  // namespace lowbit
