@@ -45,11 +45,16 @@ class AccuracyMeter:
         """Add some rows: the true ones and the approximate ones, both float32 [n, K]. `approx` is overwritten."""
         approx_energy = _energy(approx)
         noise = _energy(approx.sub_(rows))
-        signal = _energy(rows)
-        self._approx += _total(approx_energy)
-        self._noise += _total(noise)
-        self._signal += _total(signal)
-        if rows.shape[0]:
+        self.add_sums(torch.stack([_energy(rows), noise, approx_energy]))
+
+    def add_sums(self, sums: Tensor) -> None:
+        """Add rows by their sums of squares, float32 [3, n]: of the true ones, of the difference, of the others."""
+        signal, noise, _ = sums
+        totals: list[float] = sums.sum(dim=1, dtype=torch.float64).tolist()
+        self._signal += totals[0]
+        self._noise += totals[1]
+        self._approx += totals[2]
+        if sums.shape[1]:
             ratio = noise / signal  # NaN for 0 / 0: a row of zeros that stayed zero
             self._worst = max(self._worst, float(ratio.nan_to_num_(nan=0.0, posinf=math.inf).max()))
 
@@ -73,7 +78,3 @@ class AccuracyMeter:
 def _energy(rows: Tensor) -> Tensor:
     """The sum of squares of each row [n]; the norm is the quickest way there."""
     return torch.linalg.vector_norm(rows, dim=1).square_()
-
-
-def _total(energy: Tensor) -> float:
-    return float(energy.sum(dtype=torch.float64))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, PlanError
-from lowbit.numerics.groups import row_chunks
+from lowbit.ops.encode import row_errors
 from lowbit.solvers import DRAFT_ELEMENTS, Solution, Statistics, solve
 
 from .accuracy import AccuracyMeter
@@ -141,9 +141,7 @@ class LayerWork:
     def compare(self, stored: StoredLayer, w: Tensor, read: Read, meter: AccuracyMeter) -> None:
         """Add what is in the file and its source, a matrix [N, K], to a meter. Raises `CheckpointError` for NaN."""
         parts = self.dialect.load_parts(stored, read)
-        for start, stop in row_chunks(w.shape[0], w.shape[1], self.fmt.row_multiple):
-            approx = self.fmt.dequantize_rows(parts, w.shape[1], start, stop, torch.float32)
-            meter.add(w[start:stop].float(), approx)
+        meter.add_sums(row_errors(self.fmt, parts, w))
         if math.isnan(meter.result().sqnr):
             raise CheckpointError(
                 f"{self.place}: what was written decodes to NaN; report this with the format {self.fmt}"

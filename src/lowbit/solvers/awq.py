@@ -19,12 +19,12 @@ from torch import Tensor
 from lowbit.errors import SolverError
 from lowbit.formats.base import Format, check_finite
 from lowbit.formats.parts import FLOATS, Parts
+from lowbit.formats.scale_search import best_params
 from lowbit.numerics.groups import round_up
 from lowbit.numerics.smoothing import smoothing_factors
 
 from .base import Statistics, register_solver
 from .curvature import energy
-from .scale_search import best_params
 
 EXPONENTS = tuple(i / 20 for i in range(20))
 _ROWS = 256  # of the weight, spread over all of it, on which the exponents are compared

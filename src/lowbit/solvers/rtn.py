@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
+from lowbit.ops.encode import encode
 from lowbit.solvers.base import Statistics, register_solver
 
 
@@ -17,4 +18,4 @@ def rtn(
     w: Tensor, fmt: Format, statistics: Statistics | None = None, *, where: str = "weight", seed: int | None = None
 ) -> Parts:
     """Round to nearest, or stochastically with a `seed`. Statistics change nothing. See `Solver`."""
-    return fmt.quantize(w, where=where, seed=seed)
+    return encode(w, fmt, where=where, seed=seed)

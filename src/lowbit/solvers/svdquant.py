@@ -24,11 +24,12 @@ from torch import Tensor
 from lowbit.errors import SolverError, WeightError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
+from lowbit.formats.scale_search import search_rows
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
 
 from .base import Statistics, register_solver
 from .curvature import second_moments, shrinkage
-from .scale_search import scale_search, search_rows
+from .scale_search import scale_search
 from .svdquant_low_rank import least_squares, low_rank, rounded_to_lowest
 from .svdquant_smoothing import calibrated_smoothing, input_noise, simulated_input
 

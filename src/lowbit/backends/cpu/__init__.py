@@ -7,6 +7,7 @@ native.module()  # before any kernel is registered: a backend is there as a whol
 from lowbit.backends.cpu import (
     dequantize,
     embedding,
+    int4_plain_mm,
     linear_awq_w4a16,
     linear_convrot_w4a4,
     linear_fp8,
@@ -28,6 +29,7 @@ __all__ = [
     "copy_bandwidth",
     "dequantize",
     "embedding",
+    "int4_plain_mm",
     "linear_awq_w4a16",
     "linear_convrot_w4a4",
     "linear_fp8",

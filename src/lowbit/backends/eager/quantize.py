@@ -10,6 +10,6 @@ from lowbit.formats.parts import Parts
 
 
 @kernel("quantize", backend="eager")
-def quantize(fmt: Format, w: Tensor, seed: int | None) -> Parts:
-    """w [N, K] -> parts."""
-    return fmt.quantize(w, seed=seed)
+def quantize(fmt: Format, w: Tensor, seed: int | None, where: str = "weight") -> Parts:
+    """w [N, K] -> parts. Errors name `where`."""
+    return fmt.quantize(w, seed=seed, where=where)

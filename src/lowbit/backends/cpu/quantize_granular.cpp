@@ -1,0 +1,209 @@
+// quantize and scale_search for fp8_e4m3, fp8_e5m2 and int8: one byte a weight, a float32 scale of the weight, of a row
+// or of a tile. See native/encode.h.
+#include "native/bind.h"
+#include "native/encode.h"
+
+namespace lowbit {
+namespace {
+
+constexpr float kMinScale = 1e-8f;
+constexpr int kTogether = 4;         // candidates whose errors are summed in one pass over a row
+constexpr int64_t kSummed = 512;     // columns that are summed in float32, before float64 takes over
+
+struct Int8Grid {
+  static constexpr float kLargest = 127.0f;
+};
+
+template <class Grid>
+simd::I32 codes_of(simd::F32 value) {
+  if constexpr (std::is_same_v<Grid, Int8Grid>) {
+    return integer_codes(value, -127.0f, 127.0f);
+  } else {
+    return float8_codes<Grid>(value);
+  }
+}
+
+template <class Grid>
+simd::F32 miss_of(simd::F32 value) {
+  if constexpr (std::is_same_v<Grid, Int8Grid>) {
+    return integer_miss(value, simd::set1_f32(-127.0f), simd::set1_f32(127.0f));
+  } else {
+    return float8_miss<Grid>(value);
+  }
+}
+
+// How a weight is cut, and what is tried besides the fitted scales.
+struct Granularity {
+  int64_t rows, columns;  // of a tile
+  bool whole;             // one scale for all; tiles are then only pieces of work
+  const float* factors;   // [count], that a scale may be multiplied by
+  int count;
+  const float* weights;   // of columns, or null
+};
+
+template <class Grid>
+void encode_row(const float* x, int64_t count, float scale, uint8_t* to) {
+  using namespace simd;
+  const F32 divisor = set1_f32(scale);
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) store_low_bytes(to + c, codes_of<Grid>(div(load_f32(x + c), divisor)));
+  if (c < count) {
+    alignas(64) uint8_t room[4 * kLanes];
+    store_low_bytes(room, codes_of<Grid>(div(load_f32(x + c), divisor)));
+    std::memcpy(to + c, room, static_cast<size_t>(count - c));
+  }
+}
+
+// Adds to sums[i] the squared error, in units of its scale, of a row [padded] under each of the scales.
+template <class Grid, bool kWeighted>
+void add_errors(const float* x, int64_t padded, const float* weights, const float* scales, int count, double* sums) {
+  using namespace simd;
+  for (int first = 0; first < count; first += kTogether) {
+    F32 inverse[kTogether];
+    for (int i = 0; i < kTogether; ++i) inverse[i] = set1_f32(1.0f / scales[std::min(first + i, count - 1)]);
+    for (int64_t c = 0; c < padded;) {
+      F32 acc[kTogether];
+      for (auto& sum : acc) sum = zero_f32();
+      for (const int64_t end = std::min(padded, c + kSummed); c < end; c += kLanes) {
+        const F32 value = load_f32(x + c);
+        for (int i = 0; i < kTogether; ++i) {
+          const F32 miss = miss_of<Grid>(mul(value, inverse[i]));
+          acc[i] = fma(kWeighted ? mul(miss, load_f32(weights + c)) : miss, miss, acc[i]);
+        }
+      }
+      for (int i = 0; i < kTogether && first + i < count; ++i) sums[first + i] += reduce_add(acc[i]);
+    }
+  }
+}
+
+template <class Grid>
+class Granular {
+ public:
+  Granular(const Matrix& w, const Granularity& how, uint8_t* codes, float* scales, int threads)
+      : w_(w), how_(how), codes_(codes), scales_(scales), threads_(threads), across_((w.k + how.columns - 1) / how.columns),
+        weights_(padded_weights(how.weights, how.weights ? w.k : 0, how.weights ? round_up(w.k, 16) + 16 : 0)) {}
+
+  bool run() {
+    if (!how_.whole) return encode(nullptr);
+    const int32_t bits = largest_bits(w_, threads_);
+    if (bits >= kInfinityBits) return false;
+    float scale = fitted(bits);
+    if (how_.count) scale = searched(scale);
+    scales_[0] = scale;
+    return encode(&scale);
+  }
+
+ private:
+  static float fitted(int32_t bits) { return std::max(float_of(bits) / Grid::kLargest, kMinScale); }
+
+  std::vector<float> options(float scale) const {
+    std::vector<float> made{scale};
+    for (int i = 0; i < how_.count; ++i) made.push_back(std::max(scale * how_.factors[i], kMinScale));
+    return made;
+  }
+
+  // The first of the best.
+  static float best(const std::vector<float>& scales, const std::vector<double>& sums) {
+    size_t chosen = 0;
+    double least = sums[0] * scales[0] * scales[0];
+    for (size_t i = 1; i < scales.size(); ++i) {
+      const double error = sums[i] * scales[i] * scales[i];
+      if (error < least) least = error, chosen = i;
+    }
+    return scales[chosen];
+  }
+
+  void add(const float* x, int64_t first, int64_t padded, const std::vector<float>& scales, double* sums) const {
+    const int count = static_cast<int>(scales.size());
+    if (!how_.weights) return add_errors<Grid, false>(x, padded, nullptr, scales.data(), count, sums);
+    add_errors<Grid, true>(x, padded, weights_.data() + first, scales.data(), count, sums);
+  }
+
+  float searched(float scale) const {
+    const std::vector<float> scales = options(scale);
+    const auto width = static_cast<int64_t>(scales.size());
+    const int64_t padded = round_up(w_.k, 16);
+    std::vector<double> by_row(static_cast<size_t>(w_.n * width), 0.0), sums(scales.size(), 0.0);
+    with_dtype(w_.dtype, [&](auto dtype) {
+      for_rows(w_.n, w_.k, padded, threads_, [&](int64_t row, float* room) {
+        load_row<dtype.value>(w_.values, row * w_.k, w_.k, room, padded);
+        add(room, 0, padded, scales, by_row.data() + row * width);
+      });
+    });
+    for (int64_t row = 0; row < w_.n; ++row)
+      for (int64_t i = 0; i < width; ++i) sums[static_cast<size_t>(i)] += by_row[static_cast<size_t>(row * width + i)];
+    return best(scales, sums);
+  }
+
+  // With the scale of the whole weight, or that of each tile.
+  bool encode(const float* scale) const {
+    const int64_t tall = std::min(how_.rows, w_.n), stride = round_up(std::min(how_.columns, w_.k), 16);
+    const int64_t down = (w_.n + how_.rows - 1) / how_.rows, tiles = down * across_;
+    const int64_t run = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, tall * stride));
+    std::atomic<bool> finite{true};
+    with_dtype(w_.dtype, [&](auto dtype) {
+      parallel_for((tiles + run - 1) / run, threads_, [&](int64_t task) {
+        const Room room(tall * stride);
+        for (int64_t tile = task * run; tile < std::min(tiles, (task + 1) * run); ++tile)
+          if (!encode_tile<dtype.value>(tile, room.data(), stride, scale)) finite = false;
+      });
+    });
+    return finite;
+  }
+
+  template <int kDtype>
+  bool encode_tile(int64_t tile, float* room, int64_t stride, const float* shared) const {
+    const int64_t top = tile / across_ * how_.rows, bottom = std::min(w_.n, top + how_.rows);
+    const int64_t left = tile % across_ * how_.columns, count = std::min(w_.k, left + how_.columns) - left;
+    const int64_t padded = round_up(count, 16);
+    int32_t largest = 0;
+    for (int64_t row = top; row < bottom; ++row)
+      largest = std::max(largest, load_row<kDtype>(w_.values, row * w_.k + left, count, room + (row - top) * stride, padded));
+    if (largest >= kInfinityBits) return false;
+    const float scale = shared ? *shared : chosen(largest, room, bottom - top, left, padded, stride);
+    if (!shared) scales_[tile] = scale;
+    for (int64_t row = top; row < bottom; ++row)
+      encode_row<Grid>(room + (row - top) * stride, count, scale, codes_ + row * w_.k + left);
+    return true;
+  }
+
+  float chosen(int32_t largest, const float* room, int64_t rows, int64_t left, int64_t padded, int64_t stride) const {
+    if (!how_.count) return fitted(largest);
+    const std::vector<float> scales = options(fitted(largest));
+    std::vector<double> sums(scales.size(), 0.0);
+    for (int64_t row = 0; row < rows; ++row) add(room + row * stride, left, padded, scales, sums.data());
+    return best(scales, sums);
+  }
+
+  const Matrix w_;
+  const Granularity how_;
+  uint8_t* const codes_;
+  float* const scales_;
+  const int threads_;
+  const int64_t across_;
+  const std::vector<float> weights_;
+};
+
+}  // namespace
+
+// False: the weight holds NaN or infinity, and what was written means nothing.
+bool quantize_granular(Ptr<const void> w, int dtype, int64_t n, int64_t k, int grid, bool whole, int64_t tile_rows,
+                       int64_t tile_columns, Ptr<const float> factors, int count, Ptr<const float> weights,
+                       Ptr<uint8_t> codes, Ptr<float> scales, int threads) {
+  const Matrix matrix{w, dtype, n, k};
+  const Granularity how{tile_rows, tile_columns, whole, factors, count, weights};
+  switch (grid) {
+    case 0: return Granular<E4m3Grid>(matrix, how, codes, scales, threads).run();
+    case 1: return Granular<E5m2Grid>(matrix, how, codes, scales, threads).run();
+    default: return Granular<Int8Grid>(matrix, how, codes, scales, threads).run();
+  }
+}
+
+void bind_quantize_granular(nb::module_& m) {
+  m.def("quantize_granular", &quantize_granular, nb::call_guard<nb::gil_scoped_release>(), nb::arg("w"),
+        nb::arg("dtype"), nb::arg("n"), nb::arg("k"), nb::arg("grid"), nb::arg("whole"), nb::arg("tile_rows"),
+        nb::arg("tile_columns"), nb::arg("factors"), nb::arg("count"), nb::arg("weights"), nb::arg("codes"),
+        nb::arg("scales"), nb::arg("threads"));
+}
+
+}  // namespace lowbit

@@ -1,0 +1,31 @@
+"""Encoding a weight and judging the result by the kernels of its device: what conversion is made of.
+
+Functions and not operators: none of them is traced, and their errors name the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lowbit.dispatch import select
+from lowbit.formats.base import Format
+from lowbit.formats.parts import Parts
+
+
+def encode(w: Tensor, fmt: Format, *, where: str = "weight", seed: int | None = None) -> Parts:
+    """The parts of a weight [N, K], rounded to nearest or, with a `seed`, stochastically. See `Format.quantize`."""
+    return select("quantize", fmt.name, "", w.device.type, (fmt, w, seed, where)).run(fmt, w, seed, where)
+
+
+def encode_searched(w: Tensor, fmt: Format, weights: Tensor | None = None, *, where: str = "weight") -> Parts:
+    """The same under the scales of least squared error that the format proposes; `weights` [K] of columns, or None."""
+    args = (fmt, w, weights, where)
+    return select("scale_search", fmt.name, "", w.device.type, args).run(*args)
+
+
+def row_errors(fmt: Format, parts: Mapping[str, Tensor], w: Tensor) -> Tensor:
+    """float32 [3, N]: sums over each row of w [N, K] squared, of what the parts mean minus w, and of the former."""
+    args = (fmt, dict(parts), w)
+    return select("row_errors", fmt.name, "", w.device.type, args).run(*args)
