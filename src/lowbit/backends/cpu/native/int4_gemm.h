@@ -305,6 +305,7 @@ void int4_gemm_by(const WeightOf& weight_of, const Tokens& x, int64_t m, int64_t
   const int64_t chunks = (m + kInt4ChunkTokens - 1) / kInt4ChunkTokens;
   int64_t run = std::max<int64_t>(1, kInt4TaskBytes / block_bytes);
   run = std::max<int64_t>(1, std::min(run, blocks * chunks / (8 * std::max(threads, 1))));
+  if (!kWhole && m <= kMost) run = kInt4Blocks;  // no tile reads its words again: what is made stays in the first cache
   if (run > kInt4Blocks) run -= run % kInt4Blocks;
   const int64_t runs = (blocks + run - 1) / run;
   parallel_for(runs * chunks, threads, [&](int64_t task, int worker) {

@@ -1,0 +1,36 @@
+"""int4_plain_mm: 4-bit weights in plain rows times activations that are rounded to int8 by blocks of 32."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowbit.backends.cpu import native
+from lowbit.backends.cpu.operands import DTYPES, address, dtype_code, output_of, rows_of
+from lowbit.dispatch import kernel
+
+
+def refuses(x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, group_size: int) -> str | None:
+    """Why this call cannot run here, or None."""
+    for name, tensor in (("x", x), ("scale", scale), ("the bias", bias)):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            return f"{name} is {kind}; the kernel takes float32, bfloat16 and float16"
+    for name, tensor in (("qdata", qdata), ("scale", scale), ("zero", zero), ("the bias", bias)):
+        if tensor is not None and not tensor.is_contiguous():
+            return f"{name} has gaps between its elements; the kernel reads contiguous tensors: call .contiguous() once"
+    return None
+
+
+@kernel("int4_plain_mm", backend="cpu", refuses=refuses, tolerance=1e-3)
+def int4_plain_mm(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """x [..., K], bytes [N, K/2], scale and zero [N, K/g], bias [N] or None -> [..., N] in the dtype of x."""
+    rows, n = rows_of(x), qdata.shape[0]
+    out = output_of(x, n)
+    m, k = rows.shape
+    native.module().int4_plain_mm(
+        rows.data_ptr(), dtype_code(x), m, n, k, qdata.data_ptr(), scale.data_ptr(), zero.data_ptr(),
+        dtype_code(scale), group_size, address(bias), dtype_code(bias), out.data_ptr(), native.threads(),
+    )  # fmt: skip
+    return out
