@@ -342,6 +342,18 @@ void test_tables() {
   }
 }
 
+void test_transpose() {
+  float values[kLanes][kLanes];
+  F32 rows[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < kLanes; ++j) values[i][j] = static_cast<float>(100 * i + j);
+    rows[i] = load_f32(values[i]);
+  }
+  transpose(rows);
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < kLanes; ++j) expect_float("transpose", Floats(rows[i]).at[j], values[j][i], values[i][j]);
+}
+
 // Four bytes a lane, either random ones within limits or the limits themselves.
 template <class T>
 void fill(T (&bytes)[4 * kLanes], int least, int most, int round) {
@@ -447,6 +459,7 @@ int main() {
   test_masks();
   test_small_floats();
   test_tables();
+  test_transpose();
   test_dot_products();
   test_rows();
   std::printf("%d lanes: %d checks, %d failures\n", kLanes, g_checks, g_failures);

@@ -201,6 +201,14 @@ inline Bytes lookup_bytes(const void* table, Bytes codes) {
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), codes.v)};
 }
 
+// Keeps a sum of integers where it is written: without it GCC copies sums around the instruction that adds to one, and
+// then has no registers left.
+#if defined(LOWBIT_EMULATE)
+inline void keep_order(__m512i&) {}
+#else
+inline void keep_order(__m512i& sum) { asm("" : "+v"(sum)); }
+#endif
+
 // Sums of products of codes 0..15 and int8: at most kDot4Steps (kDot4StepsInt4 where the int8 are within -15..15)
 // may be added up before `total`, which gives the int32 of every lane.
 struct Dot4 {
@@ -211,7 +219,11 @@ constexpr int kDot4StepsInt4 = 1 << 21;  // 2**21 * 4 * 15 * 15 < 2**31
 inline Dot4 zero_dot4() { return {_mm512_setzero_si512()}; }
 // A sum that begins at a value; with all that is added before `total` it has to stay within -2**15..2**15.
 inline Dot4 start_dot4(I32 value) { return {value.v}; }
-inline Dot4 dot4(Dot4 sum, Bytes codes, Bytes x) { return {_mm512_dpbusd_epi32(sum.v, codes.v, x.v)}; }
+inline Dot4 dot4(Dot4 sum, Bytes codes, Bytes x) {
+  sum.v = _mm512_dpbusd_epi32(sum.v, codes.v, x.v);
+  keep_order(sum.v);
+  return sum;
+}
 inline I32 total(Dot4 sum) { return {sum.v}; }
 
 // Sums of products of int8 weights (-128 allowed) and int8 activations (-127..127). The result is too large by
@@ -223,13 +235,21 @@ struct Weights8 {
 constexpr int kDot8Offset = 128;
 constexpr bool kDot8IsOneStep = true;  // whether it is an instruction; if not, dot2 multiplies as fast
 inline Weights8 prepare8(Bytes w) { return {_mm512_xor_si512(w.v, _mm512_set1_epi32(static_cast<int32_t>(0x80808080)))}; }
-inline I32 dot8(I32 sum, Weights8 w, Bytes x) { return {_mm512_dpbusd_epi32(sum.v, w.v, x.v)}; }
+inline I32 dot8(I32 sum, Weights8 w, Bytes x) {
+  sum.v = _mm512_dpbusd_epi32(sum.v, w.v, x.v);
+  keep_order(sum.v);
+  return sum;
+}
 
 // Bytes 0 and 2, or 1 and 3, of every lane, as two int16 with their sign: what `dot2` multiplies.
 inline I32 even_bytes(Bytes a) { return {_mm512_srai_epi16(_mm512_slli_epi16(a.v, 8), 8)}; }
 inline I32 odd_bytes(Bytes a) { return {_mm512_srai_epi16(a.v, 8)}; }
 // sum + the products of the two int16 of every lane.
-inline I32 dot2(I32 sum, I32 a, I32 b) { return {_mm512_dpwssd_epi32(sum.v, a.v, b.v)}; }
+inline I32 dot2(I32 sum, I32 a, I32 b) {
+  sum.v = _mm512_dpwssd_epi32(sum.v, a.v, b.v);
+  keep_order(sum.v);
+  return sum;
+}
 
 // The codes of kLanes / 2 bytes, the low nibble first; bits above the lowest four are not cleared.
 inline I32 spread_nibbles(const void* from) {

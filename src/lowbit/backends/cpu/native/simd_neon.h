@@ -39,11 +39,15 @@ inline F32 abs(F32 a) { return {vabsq_f32(a.v)}; }
 
 // Lane i of vector j <-> lane j of vector i.
 inline void transpose(F32 (&rows)[kLanes]) {
-  float from[kLanes][kLanes], to[kLanes][kLanes];
-  for (int i = 0; i < kLanes; ++i) store_f32(from[i], rows[i]);
-  for (int i = 0; i < kLanes; ++i)
-    for (int j = 0; j < kLanes; ++j) to[i][j] = from[j][i];
-  for (int i = 0; i < kLanes; ++i) rows[i] = load_f32(to[i]);
+  float64x2_t pairs[4];  // of lanes 0 2 and 1 3, of rows 0 1 and 2 3
+  for (int i = 0; i < 4; i += 2) {
+    pairs[i] = vreinterpretq_f64_f32(vtrn1q_f32(rows[i].v, rows[i + 1].v));
+    pairs[i + 1] = vreinterpretq_f64_f32(vtrn2q_f32(rows[i].v, rows[i + 1].v));
+  }
+  for (int i = 0; i < 2; ++i) {
+    rows[i].v = vreinterpretq_f32_f64(vtrn1q_f64(pairs[i], pairs[i + 2]));
+    rows[i + 2].v = vreinterpretq_f32_f64(vtrn2q_f64(pairs[i], pairs[i + 2]));
+  }
 }
 
 inline float reduce_add(F32 a) { return vaddvq_f32(a.v); }
@@ -204,6 +208,10 @@ inline Bytes lookup_bytes(const void* table, Bytes codes) {
   return {vqtbl1q_u8(vld1q_u8(static_cast<const uint8_t*>(table)), codes.v)};
 }
 
+// Keeps a sum of integers where it is written: without it GCC copies sums around the instruction that adds to one, and
+// then has no registers left.
+inline void keep_order(int32x4_t& sum) { asm("" : "+w"(sum)); }
+
 // Sums of products of codes 0..15 and int8: at most kDot4Steps (kDot4StepsInt4 where the int8 are within -15..15)
 // may be added up before `total`, which gives the int32 of every lane. The codes have no sign bit, so that the
 // instruction for int8 serves.
@@ -216,7 +224,9 @@ inline Dot4 zero_dot4() { return {vdupq_n_s32(0)}; }
 // A sum that begins at a value; with all that is added before `total` it has to stay within -2**15..2**15.
 inline Dot4 start_dot4(I32 value) { return {value.v}; }
 inline Dot4 dot4(Dot4 sum, Bytes codes, Bytes x) {
-  return {vdotq_s32(sum.v, vreinterpretq_s8_u8(codes.v), vreinterpretq_s8_u8(x.v))};
+  sum.v = vdotq_s32(sum.v, vreinterpretq_s8_u8(codes.v), vreinterpretq_s8_u8(x.v));
+  keep_order(sum.v);
+  return sum;
 }
 inline I32 total(Dot4 sum) { return {sum.v}; }
 
@@ -228,7 +238,11 @@ struct Weights8 {
 constexpr int kDot8Offset = 0;
 constexpr bool kDot8IsOneStep = true;  // whether it is an instruction; if not, dot2 multiplies as fast
 inline Weights8 prepare8(Bytes w) { return {vreinterpretq_s8_u8(w.v)}; }
-inline I32 dot8(I32 sum, Weights8 w, Bytes x) { return {vdotq_s32(sum.v, w.v, vreinterpretq_s8_u8(x.v))}; }
+inline I32 dot8(I32 sum, Weights8 w, Bytes x) {
+  sum.v = vdotq_s32(sum.v, w.v, vreinterpretq_s8_u8(x.v));
+  keep_order(sum.v);
+  return sum;
+}
 
 // Bytes 0 and 2, or 1 and 3, of every lane, as two int16 with their sign: what `dot2` multiplies.
 inline I32 even_bytes(Bytes a) {
