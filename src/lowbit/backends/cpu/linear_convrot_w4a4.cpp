@@ -22,25 +22,39 @@ template <int kTokens, int kBlocks, int kUnit>
 __attribute__((noinline)) void multiply(const ConvrotWeight& w, const CodedTokens& x, int64_t token, int64_t block,
                                         const Int4Block* blocks, const Output& out) {
   constexpr int kVectors = kBlocks * kBlockVectors;
-  const int8_t* rows[kTokens];
-  for (int t = 0; t < kTokens; ++t) rows[t] = x.bytes + (token + t) * x.k;
+  const int8_t *begin[kTokens], *codes[kTokens];
+  for (int t = 0; t < kTokens; ++t) begin[t] = codes[t] = x.row(token + t);
+  const uint32_t* words[kVectors];
+  for (int v = 0; v < kVectors; ++v) words[v] = blocks[v / kBlockVectors].words + v % kBlockVectors * kLanes;
   I32 sums[kTokens][kVectors];
   for (int t = 0; t < kTokens; ++t)
-    for (auto& sum : sums[t]) sum = set1_i32(x.starts[token + t]);
-  for (int64_t word = 0; word < w.k / kWordColumns;) {
+    for (auto& sum : sums[t]) sum = set1_i32(CodedTokens::start(begin[t], w.k));
+  const auto add_some = [&](auto count, int64_t times) __attribute__((always_inline)) {
     Dot4 dots[kTokens][kVectors];
     for (auto& row : dots)
       for (auto& dot : row) dot = zero_dot4();
-    for (const int64_t end = std::min<int64_t>(word + kUnit, w.k / kWordColumns); word < end; ++word)
-      add_products(dots, blocks, rows, word);
+    for (int64_t i = 0; i < times; ++i) {
+      add_products<decltype(count)::value>(dots, words, codes);
+      for (auto& at : codes) at += count * kWordColumns;
+      for (auto& at : words) at += count * kBlockRows;
+    }
     for (int t = 0; t < kTokens; ++t)
       for (int v = 0; v < kVectors; ++v) sums[t][v] = add(sums[t][v], total(dots[t][v]));
+  };
+  constexpr int kTogether = 4;
+  static_assert(kUnit % kTogether == 0, "a total is taken between them");
+  int64_t left = w.k / kWordColumns;
+  while (left >= kTogether) {
+    const int64_t times = std::min<int64_t>(left, kUnit) / kTogether;
+    add_some(std::integral_constant<int, kTogether>{}, times);
+    left -= times * kTogether;
   }
+  if (left) add_some(std::integral_constant<int, 1>{}, left);
   for (int t = 0; t < kTokens; ++t)
     for (int b = 0; b < kBlocks; ++b) {
       F32 row[kBlockVectors];
       for (int v = 0; v < kBlockVectors; ++v) {
-        const F32 scale = mul(set1_f32(x.scales[token + t]), load_f32(w.scales + (block + b) * kBlockRows + v * kLanes));
+        const F32 scale = mul(set1_f32(CodedTokens::scale(begin[t], w.k)), load_f32(w.scales + (block + b) * kBlockRows + v * kLanes));
         row[v] = mul(to_f32(sums[t][b * kBlockVectors + v]), scale);
       }
       store_block(row, block + b, w.n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
@@ -80,7 +94,7 @@ void linear_convrot_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, i
     float scale;
     int32_t sum;
     quantize_int8(row.data(), k, static_cast<float>(largest), bytes, scale, sum);
-    tokens.put(token, 0, bytes, k, scale);
+    tokens.put(token, 0, bytes, scale);
   });
   const ConvrotWeight weight{words, stride, scales, n, k};
   const Output to{out, x_dtype, bias, bias_dtype};

@@ -9,6 +9,7 @@
 
 #include "native/bind.h"
 #include "native/int4_activations.h"
+#include "native/transpose.h"
 
 namespace lowbit {
 namespace {
@@ -36,7 +37,6 @@ struct Smoothing {
 
 constexpr int64_t kPiece = 512;  // columns of a task: one token is enough for several threads
 constexpr int kPieceTokens = 4;
-constexpr int kDownVectors = 2;
 
 // One group: its codes in order, and their scale.
 inline float quantize_group(const Smoothing& s, int64_t token, int64_t first, int8_t* codes) {
@@ -68,6 +68,7 @@ inline float quantize_group(const Smoothing& s, int64_t token, int64_t first, in
 // partial[t][..] = raw[t][columns] @ down[columns], for kTokens tokens; raw is float32 [kTokens, kPiece].
 template <int kTokens>
 inline void project_down(const Smoothing& s, const float* raw, int64_t first, int64_t columns, float* const (&partial)[kTokens]) {
+  constexpr int kDownVectors = kTokens <= 2 ? 4 : 2;  // enough sums side by side, and not too many
   for (int64_t r = 0; r < s.rank; r += kDownVectors * kLanes) {
     F32 sums[kTokens][kDownVectors];
     for (auto& row : sums)
@@ -75,16 +76,22 @@ inline void project_down(const Smoothing& s, const float* raw, int64_t first, in
     const bool whole = r + kDownVectors * kLanes <= s.rank;
     int counts[kDownVectors];
     for (int v = 0; v < kDownVectors; ++v) counts[v] = static_cast<int>(std::clamp<int64_t>(s.rank - r - v * kLanes, 0, kLanes));
-    for (int64_t c = 0; c < columns; ++c) {
-      const int64_t at = (first + c) * s.rank + r;
-      F32 down[kDownVectors];
-      for (int v = 0; v < kDownVectors; ++v)
-        down[v] = whole ? load_as_f32(s.down, at + v * kLanes, s.down_dtype) : load_first(s.down, at + v * kLanes, counts[v], s.down_dtype);
-      for (int t = 0; t < kTokens; ++t) {
-        const F32 x = set1_f32(raw[t * kPiece + c]);
-        for (int v = 0; v < kDownVectors; ++v) sums[t][v] = fma(x, down[v], sums[t][v]);
+    const auto add_columns = [&](const auto& load) __attribute__((always_inline)) {
+      for (int64_t c = 0; c < columns; ++c) {
+        F32 down[kDownVectors];
+        for (int v = 0; v < kDownVectors; ++v) down[v] = load((first + c) * s.rank + r + v * kLanes, v);
+        for (int t = 0; t < kTokens; ++t) {
+          const F32 x = set1_f32(raw[t * kPiece + c]);
+          for (int v = 0; v < kDownVectors; ++v) sums[t][v] = fma(x, down[v], sums[t][v]);
+        }
       }
-    }
+    };
+    if (!whole)
+      add_columns([&](int64_t at, int v) { return load_first(s.down, at, counts[v], s.down_dtype); });
+    else if (s.down_dtype == kBfloat16)
+      add_columns([&](int64_t at, int) { return load_bf16(static_cast<const uint16_t*>(s.down) + at); });
+    else
+      add_columns([&](int64_t at, int) { return load_as_f32(s.down, at, s.down_dtype); });
     for (int t = 0; t < kTokens; ++t)
       for (int v = 0; v < kDownVectors; ++v) store_first(partial[t], r + v * kLanes, counts[v], sums[t][v], kFloat32);
   }
@@ -177,61 +184,76 @@ struct SvdquantWeight {
     const uint32_t* from = tiled ? words + (tile * groups() * kTileRows + in_tile) * kGroupWords : words + row * (k / kWordColumns);
     const int64_t row_step = tiled ? kGroupWords : k / kWordColumns, group_step = tiled ? kTileRows * kGroupWords : kGroupWords;
     if (count < kBlockRows) std::fill_n(to_words, k / kWordColumns * kBlockRows, 0u);
-    for (int64_t g = 0; g < groups(); ++g)
-      for (int64_t w = 0; w < kGroupWords; ++w)
-        for (int64_t r = 0; r < count; ++r)
-          to_words[(g * kGroupWords + w) * kBlockRows + r] = from[g * group_step + r * row_step + w];
+    for (int64_t g = 0; g < groups(); ++g, from += group_step, to_words += kGroupWords * kBlockRows) {
+      int64_t r = 0;
+      for (; r + 4 <= count; r += 4)
+        for (int64_t w = 0; w < kGroupWords; w += 4) {
+          Quad<uint32_t> four[4];
+          for (int j = 0; j < 4; ++j) std::memcpy(&four[j], from + (r + j) * row_step + w, sizeof four[j]);
+          transpose_quads(four);
+          for (int j = 0; j < 4; ++j) std::memcpy(to_words + (w + j) * kBlockRows + r, &four[j], sizeof four[j]);
+        }
+      for (; r < count; ++r)
+        for (int64_t w = 0; w < kGroupWords; ++w) to_words[w * kBlockRows + r] = from[r * row_step + w];
+    }
     for (int64_t g = 0; g < groups(); ++g) {
       const int64_t scale_at = tiled ? (tile * groups() + g) * kTileRows + in_tile : g * n + row;
-      copy_row(scales, scale_at, count, scale_dtype, to_scales + g * kBlockRows);
+      if (count < kBlockRows) std::fill_n(to_scales + g * kBlockRows, kBlockRows, 0.0f);
+      copy_values(scales, scale_at, count, scale_dtype, to_scales + g * kBlockRows);
     }
-    for (int64_t r = 0; r < rank; ++r) {
-      if (tiled) {
-        copy_row(up, (tile * rank + r) * kTileRows + in_tile, count, up_dtype, to_up + r * kBlockRows);
-        continue;
-      }
-      alignas(64) float lanes[kLanes];
-      for (int64_t i = 0; i < kBlockRows; ++i) {
-        if (i < count) store_f32(lanes, load_first(up, (row + i) * rank + r, 1, up_dtype));
-        to_up[r * kBlockRows + i] = i < count ? lanes[0] : 0.0f;
-      }
+    if (tiled) {
+      for (int64_t r = 0; r < rank; ++r)
+        copy_values(up, (tile * rank + r) * kTileRows + in_tile, kBlockRows, up_dtype, to_up + r * kBlockRows);
+      return;
+    }
+    if (count < kBlockRows) std::fill_n(to_up, rank * kBlockRows, 0.0f);
+    Room line(rank);
+    for (int64_t i = 0; i < count; ++i) {
+      copy_values(up, (row + i) * rank, rank, up_dtype, line.data());
+      for (int64_t r = 0; r < rank; ++r) to_up[r * kBlockRows + i] = line.data()[r];
     }
   }
 
-  // 16 values, of which `count` are there.
-  static void copy_row(const void* from, int64_t at, int64_t count, int dtype, float* to) {
-    for (int v = 0; v < kBlockVectors; ++v) {
-      const int here = static_cast<int>(std::clamp<int64_t>(count - v * kLanes, 0, kLanes));
-      store_f32(to + v * kLanes, here == kLanes ? load_as_f32(from, at + v * kLanes, dtype) : load_first(from, at + v * kLanes, here, dtype));
-    }
+  static void copy_values(const void* from, int64_t at, int64_t count, int dtype, float* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store_f32(to + i, load_as_f32(from, at + i, dtype));
+    const int rest = static_cast<int>(count - i);
+    if (rest) store_first(to, i, rest, load_first(from, at + i, rest, dtype), kFloat32);
   }
 };
 
 // ---- product ---------------------------------------------------------------------------------------------------------
 
 template <int kTokens, int kBlocks>
-void multiply(const SvdquantWeight& w, const CodedTokens& x, const float* low, int64_t token, int64_t block,
-              const Int4Block* blocks, const Output& out) {
+__attribute__((noinline)) void multiply(const SvdquantWeight& w, const CodedTokens& x, const float* low, int64_t token,
+                                        int64_t block, const Int4Block* blocks, const Output& out) {
   constexpr int kVectors = kBlocks * kBlockVectors;
+  constexpr int64_t kRecord = kGroup + CodedTokens::kTail;
   const int64_t groups = w.groups();
   const int scale_dtype = w.tile_scale_dtype(), up_dtype = w.tile_up_dtype();
-  const int8_t* rows[kTokens];
-  for (int t = 0; t < kTokens; ++t) rows[t] = x.bytes + (token + t) * x.k;
   F32 sums[kTokens][kVectors];
   for (auto& row : sums)
     for (auto& sum : row) sum = zero_f32();
+  const int8_t* codes[kTokens];
+  for (int t = 0; t < kTokens; ++t) codes[t] = x.row(token + t);
+  const uint32_t* words[kVectors];
+  for (int v = 0; v < kVectors; ++v) words[v] = blocks[v / kBlockVectors].words + v % kBlockVectors * kLanes;
   for (int64_t g = 0; g < groups; ++g) {
     Dot4 dots[kTokens][kVectors];
-    for (int t = 0; t < kTokens; ++t)
-      for (int v = 0; v < kVectors; ++v) dots[t][v] = start_dot4(set1_i32(x.starts[(token + t) * groups + g]));
-    for (int64_t word = 0; word < kGroupWords; ++word) add_products(dots, blocks, rows, g * kGroupWords + word);
+    for (int t = 0; t < kTokens; ++t) {
+      const Dot4 start = start_dot4(set1_i32(CodedTokens::start(codes[t], kGroup)));
+      for (int v = 0; v < kVectors; ++v) dots[t][v] = start;
+    }
+    add_products<kGroupWords>(dots, words, codes);
     F32 scales[kVectors];
     for (int v = 0; v < kVectors; ++v)
       scales[v] = load_as_f32(blocks[v / kBlockVectors].scales, g * kBlockRows + v % kBlockVectors * kLanes, scale_dtype);
     for (int t = 0; t < kTokens; ++t) {
-      const F32 d = set1_f32(x.scales[(token + t) * groups + g]);
+      const F32 d = set1_f32(CodedTokens::scale(codes[t], kGroup));
       for (int v = 0; v < kVectors; ++v) sums[t][v] = fma(mul(to_f32(total(dots[t][v])), d), scales[v], sums[t][v]);
+      codes[t] += kRecord;
     }
+    for (int v = 0; v < kVectors; ++v) words[v] += kGroupWords * kBlockRows;
   }
   for (int64_t r = 0; r < w.rank; ++r) {
     F32 up[kVectors];
@@ -274,7 +296,7 @@ void linear_svdquant_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, 
   Room low(m * rank);
   quantize_and_project({from, from, shift, smooth, smooth_dtype, down, down_dtype, rank, is_unsigned}, low.data(), threads,
                        [&](int64_t token, int64_t first, const int8_t* codes, float scale) {
-                         tokens.put(token, first, codes, kGroup, scale);
+                         tokens.put(token, first / kGroup, codes, scale);
                        });
   const SvdquantWeight weight{arrangement, words, stride, scales, scale_dtype, up, up_dtype, n, k, rank};
   product(weight, tokens, low.data(), {out, x_dtype, bias, bias_dtype}, threads);
@@ -312,7 +334,7 @@ void scaled_mm_svdquant_w4a4(Ptr<const uint8_t> codes, int64_t m, int64_t n, int
         group[c] = static_cast<int8_t>(((byte & 15) ^ sign) - sign);
         group[c + 1] = static_cast<int8_t>(((byte >> 4) ^ sign) - sign);
       }
-      tokens.put(token, first, group, kGroup, from_scales[token * (k / kGroup) + first / kGroup]);
+      tokens.put(token, first / kGroup, group, from_scales[token * (k / kGroup) + first / kGroup]);
     }
   });
   const SvdquantWeight weight{arrangement, words, 0, scales, scale_dtype, up, up_dtype, n, k, rank};

@@ -13,38 +13,51 @@ namespace lowbit {
 
 constexpr int64_t kWordColumns = 8;  // of 4 bits in a word of 32
 
-// Activations as integers, and what belongs to each run of columns that shares a scale.
+// Activations as integers: for every token and every group of columns that share a scale a record of the codes, of each
+// eight the columns 0 2 4 6 and then 1 3 5 7; of where their sums begin, an int32; and of the scale, a float32.
 struct CodedTokens {
-  int64_t m, k, group;
-  Room bytes_room, starts_room, scales_room;
-  int8_t* bytes;    // [m, k / 8, 8]: columns 0 2 4 6, then 1 3 5 7
-  int32_t* starts;  // [m, k / group]: -8 times the sum of the integers
-  float* scales;    // [m, k / group]
+  static constexpr int64_t kTail = 8;  // bytes of a record behind the codes
+
+  int64_t m, k, group, row_bytes;
+  Room room;
+  int8_t* records;  // [m, row_bytes]
 
   CodedTokens(int64_t m, int64_t k, int64_t group)
       : m(m),
         k(k),
         group(group),
-        bytes_room(m * k / 4),
-        starts_room(m * (k / group)),
-        scales_room(m * (k / group)),
-        bytes(reinterpret_cast<int8_t*>(bytes_room.data())),
-        starts(reinterpret_cast<int32_t*>(starts_room.data())),
-        scales(scales_room.data()) {}
+        row_bytes(k / group * (group + kTail)),
+        room(m * row_bytes / 4),
+        records(reinterpret_cast<int8_t*>(room.data())) {}
 
-  // Takes over the integers of a run of columns that lie in order.
-  void put(int64_t token, int64_t first, const int8_t* codes, int64_t count, float scale) {
-    int8_t* to = bytes + token * k + first;
+  const int8_t* row(int64_t token) const { return records + token * row_bytes; }
+
+  // Takes over the codes of a group, which lie in order.
+  void put(int64_t token, int64_t index, const int8_t* codes, float scale) {
+    int8_t* to = records + token * row_bytes + index * (group + kTail);
     int32_t sum = 0;
-    for (int64_t c = 0; c < count; ++c) sum += codes[c];
-    for (int64_t c = 0; c < count; c += kWordColumns) {
+    for (int64_t c = 0; c < group; ++c) sum += codes[c];
+    for (int64_t c = 0; c < group; c += kWordColumns) {
       uint64_t eight;
       std::memcpy(&eight, codes + c, 8);
       eight = evens_first(eight);
       std::memcpy(to + c, &eight, 8);
     }
-    starts[token * (k / group) + first / group] = -8 * sum;
-    scales[token * (k / group) + first / group] = scale;
+    const int32_t start = -8 * sum;
+    std::memcpy(to + group, &start, 4);
+    std::memcpy(to + group + 4, &scale, 4);
+  }
+
+  // Of the record at `codes` with a group of `columns`.
+  static int32_t start(const int8_t* codes, int64_t columns) {
+    int32_t found;
+    std::memcpy(&found, codes + columns, 4);
+    return found;
+  }
+  static float scale(const int8_t* codes, int64_t columns) {
+    float found;
+    std::memcpy(&found, codes + columns + 4, 4);
+    return found;
   }
 
   // Bytes 0 1 2 .. 7 -> 0 2 4 6 1 3 5 7.
@@ -73,26 +86,25 @@ constexpr int kW4A4Blocks = 1;
 constexpr int kW4A4Tokens = 4;  // 8 sums in 16 registers (16 in 32 where a block is 4 vectors)
 #endif
 
-// dots += the products of words first .. first + kWords with those columns of every token.
-template <int kTokens, int kVectors>
-inline __attribute__((always_inline)) void add_products(simd::Dot4 (&dots)[kTokens][kVectors], const Int4Block* blocks,
-                                                        const int8_t* const (&rows)[kTokens], int64_t word) {
+// dots += the products of kWords words of every vector of rows with the codes of every token.
+template <int kWords, int kTokens, int kVectors>
+inline __attribute__((always_inline)) void add_products(simd::Dot4 (&dots)[kTokens][kVectors],
+                                                        const uint32_t* const (&words)[kVectors],
+                                                        const int8_t* const (&codes)[kTokens]) {
   using namespace simd;
-  I32 words[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    const uint32_t* from = blocks[v / kBlockVectors].words + word * kBlockRows + v % kBlockVectors * kLanes;
-    words[v] = bit_xor(load_i32(from), set1_i32(static_cast<int32_t>(0x88888888)));
-  }
-  Bytes codes[kVectors];
-  for (int v = 0; v < kVectors; ++v) codes[v] = low_nibbles(as_bytes(words[v]));
-  for (int t = 0; t < kTokens; ++t) {
-    const Bytes x = set4_bytes(rows[t] + word * kWordColumns);
-    for (int v = 0; v < kVectors; ++v) dots[t][v] = dot4(dots[t][v], codes[v], x);
-  }
-  for (int v = 0; v < kVectors; ++v) codes[v] = high_nibbles(as_bytes(words[v]));
-  for (int t = 0; t < kTokens; ++t) {
-    const Bytes x = set4_bytes(rows[t] + word * kWordColumns + 4);
-    for (int v = 0; v < kVectors; ++v) dots[t][v] = dot4(dots[t][v], codes[v], x);
+#pragma GCC unroll 8
+  for (int word = 0; word < kWords; ++word) {
+    I32 read[kVectors];
+    for (int v = 0; v < kVectors; ++v)
+      read[v] = bit_xor(load_i32(words[v] + word * kBlockRows), set1_i32(static_cast<int32_t>(0x88888888)));
+    for (int half = 0; half < 2; ++half) {
+      Bytes w[kVectors];
+      for (int v = 0; v < kVectors; ++v) w[v] = half ? high_nibbles(as_bytes(read[v])) : low_nibbles(as_bytes(read[v]));
+      for (int t = 0; t < kTokens; ++t) {
+        const Bytes x = set4_bytes(codes[t] + word * kWordColumns + half * 4);
+        for (int v = 0; v < kVectors; ++v) dots[t][v] = dot4(dots[t][v], w[v], x);
+      }
+    }
   }
 }
 
