@@ -24,11 +24,13 @@ def way(request, monkeypatch):
 def both(x: torch.Tensor, spec: str, n: int, k: int, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
     """The native and the reference's product."""
     packed, _ = packed_weight(spec, n, k, "rows16")
+    plain = packed.in_layout("")
     with torch.inference_mode():
         with use_backend("cpu"):
             found = F.linear(x, packed, bias)
+            assert torch.allclose(F.linear(x, plain, bias), found, rtol=0, atol=0, equal_nan=True)
         with use_backend("eager"):
-            return found, F.linear(x, packed.in_layout(""), bias)
+            return found, F.linear(x, plain, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,8 +1,10 @@
-// linear for int8 in the layout rows16: activations become int8, too (int8_gemm.h), or the weight alone is coded.
+// linear for int8: activations become int8, too (int8_gemm.h), or the weight alone is coded.
 //
-// A word is four columns of a row. A scale is one of all rows, one a row, or one a tile of rows and columns.
+// In the layout rows16 a word is four columns of a row. Plain codes are put in that order a few blocks at a time, in the
+// cache. A scale is one of all rows, one a row, or one a tile of rows and columns.
 #include "native/bind.h"
 #include "native/int8_gemm.h"
+#include "native/transpose.h"
 
 namespace lowbit {
 namespace {
@@ -12,16 +14,36 @@ using namespace simd;
 enum Granularity : int { kTensor = 0, kRow = 1, kTile = 2 };
 
 struct Int8Weight {
-  const uint32_t* words;  // [blocks, stride]: k / 4 words of 16 rows, and what fills up
+  const uint32_t* words;  // [blocks, stride]: k / 4 words of 16 rows, and what fills up; plain: [n, stride]
   int64_t stride;
+  bool plain;
   const float* scales;  // one; [blocks, 16]; or [ceil(n / tile_rows), ceil(k / tile)]
   int granularity;
   int64_t n, k, tile_rows, tile;  // tile: columns; k but for kTile
 
+  int64_t room(int64_t blocks) const { return plain ? blocks * kBlockRows * (k / 4) : 0; }
+  Int8Blocks open(int64_t first, int64_t last, uint32_t* to) const {
+    if (!plain) return {words + first * stride, stride, first};
+    const int64_t across = k / 4;
+    for (int64_t block = first; block < last; ++block) {
+      const uint32_t* rows[kBlockRows];  // the last one for those that are not there: nobody stores their sums
+      for (int r = 0; r < kBlockRows; ++r) rows[r] = words + std::min(block * kBlockRows + r, n - 1) * stride;
+      uint32_t* at = to + (block - first) * across * kBlockRows;
+      int64_t word = 0;
+      for (; word + 4 <= across; word += 4) interleave_words(rows, word, at + word * kBlockRows);
+      for (; word < across; ++word)
+        for (int r = 0; r < kBlockRows; ++r) std::memcpy(at + word * kBlockRows + r, rows[r] + word, 4);
+    }
+    return {to, across * kBlockRows, first};
+  }
+
   F32 scale(int64_t block, int64_t column_tile, int v) const {
     if (granularity == kTensor) return set1_f32(scales[0]);
-    if (granularity == kRow) return load_f32(scales + block * kBlockRows + v * kLanes);
     const int64_t tiles = (k + tile - 1) / tile, row = block * kBlockRows + v * kLanes;
+    if (granularity == kRow) {
+      if (!plain || row + kLanes <= n) return load_f32(scales + row);
+      return load_first(scales, row, static_cast<int>(std::max<int64_t>(n - row, 0)), kFloat32);
+    }
     if (tile_rows % kBlockRows == 0) return set1_f32(scales[row / tile_rows * tiles + column_tile]);
     alignas(64) float lanes[kLanes];
     for (int i = 0; i < kLanes; ++i) lanes[i] = scales[std::min(row + i, n - 1) / tile_rows * tiles + column_tile];
@@ -104,12 +126,12 @@ struct Int8Weight {
 enum Int8Way : int { kBytes = 0, kPairs = 1, kRegisters = 2, kPanels = 3 };  // the last two keep x as it is
 
 void linear_int8(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k, Ptr<const uint32_t> words, int64_t stride,
-                 Ptr<const float> scales, int granularity, int64_t tile_rows, int64_t tile_columns, int64_t rotation,
-                 Ptr<const void> bias, int bias_dtype, Ptr<void> out, int way, int threads) {
+                 bool plain, Ptr<const float> scales, int granularity, int64_t tile_rows, int64_t tile_columns, int64_t rotation,
+                 Ptr<const void> bias, int bias_dtype, Ptr<void> out, int out_dtype, int way, int threads) {
   const int64_t tile = granularity == kTile ? tile_columns : k;
-  const Int8Weight weight{words, stride, scales, granularity, n, k, tile_rows, tile};
+  const Int8Weight weight{words, stride, plain, scales, granularity, n, k, tile_rows, tile};
   const Activations from{x, x_dtype, m, k};
-  const Output to{out, x_dtype, bias, bias_dtype};
+  const Output to{out, out_dtype, bias, bias_dtype};
   if (way == kBytes || way == kPairs)
     return int8_gemm(weight, Int8Tokens(from, tile, rotation, threads), to, way == kBytes ? m : 0, threads);
   auto multiply = [&](const Activations& rows) {
@@ -126,9 +148,9 @@ void linear_int8(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k
 
 void bind_linear_int8(nb::module_& m) {
   m.def("linear_int8", &linear_int8, nb::call_guard<nb::gil_scoped_release>(), nb::arg("x"), nb::arg("x_dtype"), nb::arg("m"),
-        nb::arg("n"), nb::arg("k"), nb::arg("words"), nb::arg("stride"), nb::arg("scales"), nb::arg("granularity"),
+        nb::arg("n"), nb::arg("k"), nb::arg("words"), nb::arg("stride"), nb::arg("plain"), nb::arg("scales"), nb::arg("granularity"),
         nb::arg("tile_rows"), nb::arg("tile_columns"), nb::arg("rotation"), nb::arg("bias"), nb::arg("bias_dtype"),
-        nb::arg("out"), nb::arg("way"), nb::arg("threads"));
+        nb::arg("out"), nb::arg("out_dtype"), nb::arg("way"), nb::arg("threads"));
 }
 
 }  // namespace lowbit

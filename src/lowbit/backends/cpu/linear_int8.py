@@ -1,17 +1,20 @@
-"""linear for int8 in the layout rows16: exact integer products, or float ones where activations stay what they are."""
+"""linear for int8: exact integer products, or float ones where activations stay what they are."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from lowbit.backends.cpu import native
-from lowbit.backends.cpu.operands import address, dtype_code, output_of, refuses_input, rows_of
+from lowbit.backends.cpu import linear_plain, native
+from lowbit.backends.cpu.operands import DTYPES, address, dtype_code, refuses_input, rows_of
 from lowbit.dispatch import kernel
 from lowbit.formats.int8 import Int8
 from lowbit.formats.parts import Parts
 from lowbit.layouts import rows16
+from lowbit.numerics.rotations import rotate_groups
 
-_GRANULARITIES = {"tensor": 0, "row": 1, "block": 2}  # enum Granularity
+_TENSOR, _ROW, _TILE = range(3)  # enum Granularity
+_GRANULARITIES = {"tensor": _TENSOR, "row": _ROW, "block": _TILE}
 _BYTES, _PAIRS, _REGISTERS, _PANELS = range(4)  # enum Int8Way
 # Up to how many tokens bytes are multiplied faster than pairs of int16: measured on AVX2, where four products take as
 # many instructions either way; without any limit where they are one instruction.
@@ -22,12 +25,18 @@ _MOST_COLUMNS = (1 << 17) - 1  # more could overflow an int32
 
 def refuses(fmt: Int8, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why this call cannot run here, or None."""
-    k = x.shape[-1]
     if fmt.granularity == "block" and fmt.block_size[1] % 4:
         return f"tiles of {fmt.block_size[1]} columns; the kernel takes multiples of 4, as a word has"
-    if fmt.activations == "int8" and k > _MOST_COLUMNS:
-        return f"{k} columns; sums of more than {_MOST_COLUMNS} products could overflow an int32"
+    if fmt.activations == "int8" and (why := _refuses_columns(x.shape[-1])):
+        return why
     return refuses_input(fmt, x, parts, bias)
+
+
+def refuses_plain(fmt: Int8, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
+    """Why this call cannot run here on plain parts, or None."""
+    if fmt.activations == "none":
+        return linear_plain.refuses(fmt, x, parts, bias)
+    return refuses(fmt, x, parts, bias) or _refuses_codes(parts["qdata"])
 
 
 @kernel("linear", format="int8", backend="cpu", layout=rows16.NAME, refuses=refuses, tolerance=3e-3)
@@ -37,17 +46,87 @@ def linear_int8(fmt: Int8, x: Tensor, parts: Parts, bias: Tensor | None) -> Tens
     Without a rotation the codes of x, their sums and the result are those of the reference, bit for bit; a rotation
     sums in another order than a matrix product does.
     """
-    rows, n = rows_of(x), rows16.rows(fmt, parts)
-    out = output_of(x, n)
+    m = x.shape[:-1].numel()
+    floats = _REGISTERS if m <= _FEW_FLOATS else _PANELS
+    way = _integers(m) if fmt.activations == "int8" else floats
+    granularity = _GRANULARITIES[fmt.granularity]
+    n = rows16.rows(fmt, parts)
+    return _run(x, parts["qdata"], n, parts["scale"], granularity, fmt.block_size, fmt.rotation, bias, x.dtype, way)
+
+
+@kernel("linear", format="int8", backend="cpu", refuses=refuses_plain, tolerance=3e-3)
+def linear_int8_plain(fmt: Int8, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    """The same for plain parts, whose words are put in order in the cache at every call."""
+    if fmt.activations == "none":
+        return linear_plain.linear_plain(fmt, x, parts, bias)
+    scale, granularity = parts["scale"].contiguous(), _GRANULARITIES[fmt.granularity]
+    way = _integers(x.shape[:-1].numel())
+    return _run(x, parts["qdata"], None, scale, granularity, fmt.block_size, fmt.rotation, bias, x.dtype, way)
+
+
+def refuses_op(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype, rotation: int
+) -> str | None:
+    """Why a call of the named op cannot run here, or None."""
+    if out_dtype not in DTYPES or x.dtype not in DTYPES or (bias is not None and bias.dtype not in DTYPES):
+        return "x, the bias and the result have to be float32, bfloat16 or float16"
+    return _refuses_columns(weight.shape[1]) or _refuses_codes(weight)
+
+
+@kernel("int8_linear", backend="cpu", refuses=refuses_op)
+def int8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype, rotation: int
+) -> Tensor:
+    """x [..., K], codes [N, K], one scale or N, bias [N] or None -> [..., N] in `out_dtype`.
+
+    Every bit is the reference's: what is rotated is rotated by the same matrix product.
+    """
+    x = rotate_groups(x.float(), rotation) if rotation else x
+    scale = scale.float().reshape(-1).contiguous()
+    granularity = _TENSOR if scale.numel() == 1 else _ROW
+    way = _integers(x.shape[:-1].numel())
+    return _run(x, weight, None, scale, granularity, (1, 1), 0, bias, out_dtype, way)
+
+
+def _refuses_columns(k: int) -> str | None:
+    if k > _MOST_COLUMNS:
+        return f"{k} columns; sums of more than {_MOST_COLUMNS} products could overflow an int32"
+    return None
+
+
+def _refuses_codes(codes: Tensor) -> str | None:
+    if not codes.shape[1] or codes.shape[1] % 4:
+        return f"{codes.shape[1]} columns; the kernel takes multiples of 4, as a word has"
+    if not codes.is_contiguous() or codes.data_ptr() % 4:
+        return "codes with gaps, or not on a border of 4 bytes; the kernel reads words"
+    return None
+
+
+def _integers(m: int) -> int:
+    """The way of multiplying integers for so many tokens."""
+    return _BYTES if m <= _FEW_BYTES.get(native.isa(), 1 << 30) else _PAIRS
+
+
+def _run(
+    x: Tensor,
+    words: Tensor,
+    packed_rows: int | None,
+    scale: Tensor,
+    granularity: int,
+    tile: tuple[int, int],
+    rotation: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    way: int,
+) -> Tensor:
+    """The product by one way; `packed_rows`: N of words in rows16, None for plain codes."""
+    rows, plain = rows_of(x), packed_rows is None
+    n = words.shape[0] if packed_rows is None else packed_rows
+    out = x.new_empty((*x.shape[:-1], n), dtype=dtype)
     m, k = rows.shape
-    if fmt.activations == "int8":
-        way = _BYTES if m <= _FEW_BYTES.get(native.isa(), 1 << 30) else _PAIRS
-    else:
-        way = _REGISTERS if m <= _FEW_FLOATS else _PANELS
-    words = parts["qdata"]
+    stride = words.stride(0) * words.element_size() // 4
     native.module().linear_int8(
-        rows.data_ptr(), dtype_code(x), m, n, k, words.data_ptr(), words.shape[1], parts["scale"].data_ptr(),
-        _GRANULARITIES[fmt.granularity], *fmt.block_size, fmt.rotation, address(bias), dtype_code(bias), out.data_ptr(),
-        way, native.threads(),
+        rows.data_ptr(), dtype_code(x), m, n, k, words.data_ptr(), stride, plain, scale.data_ptr(), granularity, *tile,
+        rotation, address(bias), dtype_code(bias), out.data_ptr(), DTYPES[dtype], way, native.threads(),
     )  # fmt: skip
     return out

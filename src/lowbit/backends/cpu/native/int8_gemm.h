@@ -13,8 +13,9 @@
 // A Weight (in blocks of 16 rows) offers
 //
 //   int64_t n, k, tile;                  tile: columns that share a scale
-//   const uint32_t* words;               [blocks, stride]: k / 4 words of 16 rows, and what fills up
-//   int64_t stride;
+//   int64_t room(int64_t blocks) const;  how many floats of room `open` needs
+//   Int8Blocks open(int64_t first, int64_t last, uint32_t* room) const;
+//       the words of blocks [first, last) where they lie, or copied to `room` in that order
 //   F32 scale(int64_t block, int64_t tile, int vector) const;
 #pragma once
 
@@ -25,6 +26,14 @@
 #include "rotation.h"
 
 namespace lowbit {
+
+// Blocks of 16 rows: k / 4 words of each of them, interleaved.
+struct Int8Blocks {
+  const uint32_t* words;
+  int64_t stride, first;
+
+  const uint32_t* of(int64_t block) const { return words + (block - first) * stride; }
+};
 
 constexpr float kSmallestInt8Scale = 1e-30f;
 
@@ -106,12 +115,12 @@ constexpr int kInt8Tokens = 4, kInt8Blocks = 1;  // 8 sums, 2 weights of two par
 
 // The whole product of kTokens tokens with kBlocks blocks of rows.
 template <class Weight, int kTokens, int kBlocks>
-inline void int8_tile(const Weight& w, const Int8Tokens& x, int64_t block, int64_t token,
+inline void int8_tile(const Weight& w, const Int8Blocks& words, const Int8Tokens& x, int64_t block, int64_t token,
                       simd::F32 (&sums)[kTokens][kBlocks * kBlockVectors]) {
   using namespace simd;
   constexpr int kVectors = kBlocks * kBlockVectors;
   const uint32_t* from[kBlocks];
-  for (int b = 0; b < kBlocks; ++b) from[b] = w.words + (block + b) * w.stride;
+  for (int b = 0; b < kBlocks; ++b) from[b] = words.of(block + b);
   const int8_t* rows[kTokens];
   for (int t = 0; t < kTokens; ++t) rows[t] = x.codes + (token + t) * x.k;
 
@@ -142,9 +151,10 @@ inline void int8_tile(const Weight& w, const Int8Tokens& x, int64_t block, int64
 }
 
 template <class Weight, int kTokens, int kBlocks>
-inline void int8_store(const Weight& w, const Int8Tokens& x, int64_t block, int64_t token, const Output& out) {
+inline void int8_store(const Weight& w, const Int8Blocks& words, const Int8Tokens& x, int64_t block, int64_t token,
+                       const Output& out) {
   simd::F32 sums[kTokens][kBlocks * kBlockVectors];
-  int8_tile<Weight, kTokens, kBlocks>(w, x, block, token, sums);
+  int8_tile<Weight, kTokens, kBlocks>(w, words, x, block, token, sums);
   for (int t = 0; t < kTokens; ++t)
     for (int b = 0; b < kBlocks; ++b) {
       simd::F32 row[kBlockVectors];
@@ -154,10 +164,11 @@ inline void int8_store(const Weight& w, const Int8Tokens& x, int64_t block, int6
 }
 
 template <class Weight, int kBlocks, int kMost>
-inline void int8_store_of(int tokens, const Weight& w, const Int8Tokens& x, int64_t block, int64_t token, const Output& out) {
+inline void int8_store_of(int tokens, const Weight& w, const Int8Blocks& words, const Int8Tokens& x, int64_t block,
+                          int64_t token, const Output& out) {
   if constexpr (kMost > 0) {
-    if (tokens == kMost) return int8_store<Weight, kMost, kBlocks>(w, x, block, token, out);
-    int8_store_of<Weight, kBlocks, kMost - 1>(tokens, w, x, block, token, out);
+    if (tokens == kMost) return int8_store<Weight, kMost, kBlocks>(w, words, x, block, token, out);
+    int8_store_of<Weight, kBlocks, kMost - 1>(tokens, w, words, x, block, token, out);
   }
 }
 
@@ -176,14 +187,16 @@ void int8_gemm_bytes(const Weight& w, const Int8Tokens& x, const Output& out, in
     const int64_t first_block = task % runs * run, last_block = std::min(first_block + run, blocks);
     const int64_t first = task / runs * kInt8ChunkTokens, last = std::min(first + kInt8ChunkTokens, x.m);
     const int64_t tiles = (last - first + kInt8Tokens - 1) / kInt8Tokens;  // of nearly equal size
+    const Room room(w.room(last_block - first_block));
+    const Int8Blocks words = w.open(first_block, last_block, reinterpret_cast<uint32_t*>(room.data()));
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t token = first + (last - first) * t / tiles, end = first + (last - first) * (t + 1) / tiles;
       const int tokens = static_cast<int>(end - token);
       int64_t block = first_block;
       for (; block + kInt8Blocks <= last_block; block += kInt8Blocks)
-        int8_store_of<Weight, kInt8Blocks, kInt8Tokens>(tokens, w, x, block, token, out);
+        int8_store_of<Weight, kInt8Blocks, kInt8Tokens>(tokens, w, words, x, block, token, out);
       if constexpr (kInt8Blocks > 1)
-        for (; block < last_block; ++block) int8_store_of<Weight, 1, kInt8Tokens>(tokens, w, x, block, token, out);
+        for (; block < last_block; ++block) int8_store_of<Weight, 1, kInt8Tokens>(tokens, w, words, x, block, token, out);
     }
   });
 }
@@ -256,6 +269,8 @@ void int8_gemm_pairs(const Weight& w, const Int8Tokens& x, const Output& out, in
     const int64_t first_block = task % runs * run, last_block = std::min(first_block + run, blocks);
     const int64_t first_group = task / runs * chunk_groups, last_group = std::min(first_group + chunk_groups, groups);
     const int64_t tokens = (last_group - first_group) * group, size = (last_block - first_block) * tokens * kBlockRows;
+    const Room words_room(w.room(last_block - first_block));
+    const Int8Blocks opened = w.open(first_block, last_block, reinterpret_cast<uint32_t*>(words_room.data()));
     Room panel_room(kPairColumns / 2 * kBlockRows), dots_room(size), sums_room(x.tiles > 1 ? size : 0);
     auto *panel = reinterpret_cast<int32_t*>(panel_room.data()), *dots = reinterpret_cast<int32_t*>(dots_room.data());
     float* sums = sums_room.data();
@@ -275,7 +290,7 @@ void int8_gemm_pairs(const Weight& w, const Int8Tokens& x, const Output& out, in
       for (int64_t first = tile * x.tile; first < end; first += kPairColumns) {
         const int64_t last = std::min(first + kPairColumns, end);
         for (int64_t block = first_block; block < last_block; ++block) {
-          const uint32_t* from = w.words + block * w.stride + first / 4 * kBlockRows;
+          const uint32_t* from = opened.of(block) + first / 4 * kBlockRows;
           for (int64_t word = 0; word < (last - first) / 4; ++word)
             for (int v = 0; v < kBlockVectors; ++v) {
               const Bytes codes = load_bytes(from + word * kBlockRows + v * kLanes);

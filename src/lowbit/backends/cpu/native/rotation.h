@@ -33,27 +33,23 @@ inline void rotate_sixteen(float* x, float factor) {
   std::memcpy(x, rows, sizeof rows);
 }
 
-// One group of 16, 64, 256, ... values.
-inline void rotate_group(float* x, int64_t size) {
+// Every group of a row of k values; `size` is 16, 64, 256, ... and divides k. Round by round over the whole row, so that
+// what short vectors have stored has left the store queue before long ones read it.
+inline void rotate_groups(float* x, int64_t k, int64_t size) {
   using namespace simd;
   float factor = 0.25f;  // a power of two: exact but for subnormals
   for (int64_t step = 16; step < size; step *= 4) factor *= 0.5f;
-  for (int64_t first = 0; first < size; first += 16) rotate_sixteen(x + first, factor);
+  for (int64_t first = 0; first < k; first += 16) rotate_sixteen(x + first, factor);
+  const auto plus = [](F32 a, F32 b) { return add(a, b); };
+  const auto minus = [](F32 a, F32 b) { return sub(a, b); };
   for (int64_t step = 16; step < size; step *= 4)
-    for (int64_t first = 0; first < size; first += 4 * step)
+    for (int64_t first = 0; first < k; first += 4 * step)
       for (int64_t i = first; i < first + step; i += kLanes) {
         F32 four[4];
         for (int j = 0; j < 4; ++j) four[j] = load_f32(x + i + j * step);
-        rotate_four(
-            four[0], four[1], four[2], four[3], [](F32 a, F32 b) { return add(a, b); },
-            [](F32 a, F32 b) { return sub(a, b); });
+        rotate_four(four[0], four[1], four[2], four[3], plus, minus);
         for (int j = 0; j < 4; ++j) store_f32(x + i + j * step, four[j]);
       }
-}
-
-// Every group of a row of k values; `size` is 16, 64, 256, ... and divides k.
-inline void rotate_groups(float* x, int64_t k, int64_t size) {
-  for (int64_t c = 0; c < k; c += size) rotate_group(x + c, size);
 }
 
 }  // namespace lowbit

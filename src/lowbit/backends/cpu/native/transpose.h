@@ -53,4 +53,14 @@ inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t stride) {
   }
 }
 
+// Four words of each of 16 rows, from word `first` on -> four columns of 16 words without gaps.
+inline void interleave_words(const uint32_t* const (&rows)[16], int64_t first, uint32_t* to) {
+  for (int r = 0; r < 16; r += 4) {
+    Quad<uint32_t> quads[4];
+    for (int j = 0; j < 4; ++j) std::memcpy(&quads[j], rows[r + j] + first, 16);
+    transpose_quads(quads);
+    for (int c = 0; c < 4; ++c) std::memcpy(to + c * 16 + r, &quads[c], 16);
+  }
+}
+
 }  // namespace lowbit
