@@ -7,13 +7,14 @@ from torch import Tensor
 
 from lowbit.backends.cpu import native
 from lowbit.backends.cpu.operands import address, dtype_code, output_of, rows_of
+from lowbit.numerics import w4a8
 
 INT16, REGISTERS, PANELS, INT8 = range(4)  # enum Way of linear_grouped_codes.cpp
 NO_ZEROS, CODES, VALUES, FLOAT_CODES = range(4)  # enum Zeros of native/grouped_codes.h
 # Up to how many float32 tokens decoding in registers is faster than panels, by bits: measured on AVX2. Tokens of 16
 # bits are integers always, which is the faster way for any number of them.
 _FEW_FLOAT32 = {4: 16, 8: 16}
-_MOST_COLUMNS = 128  # that share a scale of the activations: so many products of int16 fit an int32
+_MOST_COLUMNS = {INT16: 128, INT8: w4a8.BLOCK}  # that share a scale of the activations
 _SIZES = {4: 8, 8: 4}  # columns in a word
 
 
@@ -25,26 +26,30 @@ def refuses_group(group: int, bits: int) -> str | None:
     return None
 
 
-def integer_block(group: int, bits: int) -> int:
+def integer_block(group: int, bits: int, way: int) -> int:
     """How many columns of the activations share a scale: a divisor of the group that a kernel sums in one go."""
     step = _SIZES[bits]
-    first = min(group, _MOST_COLUMNS) // step * step
+    first = min(group, _MOST_COLUMNS.get(way, group)) // step * step
     sizes = [size for size in range(first, 0, -step) if group % size == 0]
     return next((size for size in sizes if size % 32 == 0), sizes[0])
 
 
 def linear(
     x: Tensor, n: int, words: Tensor, bits: int, scale: Tensor, zeros: Tensor | None, kind: int, group: int,
-    bias: Tensor | None,
+    bias: Tensor | None, *, int8: bool = False,
 ) -> Tensor:  # fmt: skip
-    """x [..., K], words int32 [B, ..], scale and zeros [B, G, 16], bias [N] or None -> [..., N] in the dtype of x."""
+    """x [..., K], words int32 [B, ..], scale and zeros [B, G, 16], bias [N] or None -> [..., N] in the dtype of x.
+
+    int8: activations are rounded to 8 bits.
+    """
     rows, out = rows_of(x), output_of(x, n)
     m, k = rows.shape
-    exact = REGISTERS if m <= _FEW_FLOAT32[bits] else PANELS
-    way = exact if x.dtype == torch.float32 else INT16
+    floats = REGISTERS if m <= _FEW_FLOAT32[bits] else PANELS
+    way = INT8 if int8 else floats if x.dtype == torch.float32 else INT16
+    block = integer_block(group, bits, way)
     native.module().linear_grouped_codes(
         rows.data_ptr(), dtype_code(x), m, n, k, words.data_ptr(), words.shape[1], bits, scale.data_ptr(),
-        dtype_code(scale), address(zeros), kind, group, integer_block(group, bits), address(bias), dtype_code(bias),
+        dtype_code(scale), address(zeros), kind, group, block, address(bias), dtype_code(bias),
         out.data_ptr(), way, native.threads(),
     )  # fmt: skip
     return out

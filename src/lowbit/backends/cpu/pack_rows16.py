@@ -12,7 +12,7 @@ from lowbit.backends.cpu import native
 from lowbit.dispatch import kernel
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
-from lowbit.layouts import rows16
+from lowbit.layouts import rows16, rows16_w4a8
 
 
 @kernel("pack", backend="cpu", layout=rows16.NAME)
@@ -21,7 +21,14 @@ def pack_rows16(fmt: Format, parts: Mapping[str, Tensor], layout: str) -> Parts:
     return rows16.pack(fmt, parts, _interleave)
 
 
+@kernel("pack", backend="cpu", layout=rows16_w4a8.NAME)
+def pack_rows16_w4a8(fmt: Format, parts: Mapping[str, Tensor], layout: str) -> Parts:
+    """Plain parts -> rows16_w4a8."""
+    return rows16_w4a8.pack(fmt, parts, _interleave)
+
+
 @kernel("unpack", backend="cpu", layout=rows16.NAME)
+@kernel("unpack", backend="cpu", layout=rows16_w4a8.NAME)
 def unpack_rows16(fmt: Format, parts: Mapping[str, Tensor], layout: str) -> Parts:
     """The inverse of pack_rows16."""
     return rows16.unpack(fmt, parts, _separate)
