@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowbit.dispatch import use_backend
+from lowbit.dispatch import select, use_backend
 from lowbit.formats import parse_spec
 from lowbit.layouts import rows16
 from tests.support.cpu_linear import (
@@ -53,11 +53,10 @@ def test_the_largest_sums_are_exact():
             x = torch.ones(2, k)
             x[1] = -1
             fmt = parse_spec(spec)
-            with use_backend("cpu"):
-                from lowbit.backends.cpu.linear_convrot_w4a4 import linear_convrot_w4a4
-
-                found = linear_convrot_w4a4(fmt, x, rows16.pack(fmt, parts), None)
-            assert torch.equal(found, fmt.linear(x, parts, None))
+            packed_parts = rows16.pack(fmt, parts)
+            entry = select("linear", fmt.name, rows16.NAME, "cpu", (fmt, x, packed_parts, None))
+            assert entry.backend == "cpu"
+            assert torch.equal(entry.run(fmt, x, packed_parts, None), fmt.linear(x, parts, None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -54,7 +54,8 @@ __attribute__((noinline)) void multiply(const ConvrotWeight& w, const CodedToken
     for (int b = 0; b < kBlocks; ++b) {
       F32 row[kBlockVectors];
       for (int v = 0; v < kBlockVectors; ++v) {
-        const F32 scale = mul(set1_f32(CodedTokens::scale(begin[t], w.k)), load_f32(w.scales + (block + b) * kBlockRows + v * kLanes));
+        const F32 of_row = load_f32(w.scales + (block + b) * kBlockRows + v * kLanes);
+        const F32 scale = mul(set1_f32(CodedTokens::scale(begin[t], w.k)), of_row);
         row[v] = mul(to_f32(sums[t][b * kBlockVectors + v]), scale);
       }
       store_block(row, block + b, w.n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);

@@ -2,9 +2,9 @@
 //
 //   y = sum over groups of d_x * d_w * (sum of codes) + (x proj_down) proj_up^T + bias
 //
-// The activations are smoothed, quantized and multiplied with proj_down in one pass over pieces of their columns; proj_up
-// and the bias are added to a tile's sums while they are in registers. A weight in the layout rows16 is read as it lies;
-// of plain rows or kitchen's tiles, a task first arranges its blocks in the cache, for all its tokens.
+// The activations are smoothed, quantized and multiplied with proj_down in one pass over pieces of their columns;
+// proj_up and the bias are added to a tile's sums while they are in registers. A weight in the layout rows16 is read as
+// it lies; of plain rows or kitchen's tiles, a task first arranges its blocks in the cache, for all its tokens.
 #include <cmath>
 
 #include "native/bind.h"
@@ -19,9 +19,10 @@ using namespace simd;
 constexpr int64_t kGroup = 64;
 constexpr int64_t kGroupWords = kGroup / kWordColumns;
 // A sum begins at -8 times that of 64 activations and is taken after a whole group.
-static_assert(kGroup / 4 <= kDot4StepsInt4 && 8 * kGroup * 15 + kGroup / 4 * 2 * 15 * 15 < (1 << 15), "an int16 holds it");
+static_assert(kGroup / 4 <= kDot4StepsInt4, "one total a group");
+static_assert(8 * kGroup * 15 + kGroup / 4 * 2 * 15 * 15 < (1 << 15), "an int16 holds a sum");
 
-// ---- activations -----------------------------------------------------------------------------------------------------
+// ---- activations ----------------------------------------------------------------------------------------------------
 
 // What makes codes, scales and low-rank activations of x.
 struct Smoothing {
@@ -67,7 +68,8 @@ inline float quantize_group(const Smoothing& s, int64_t token, int64_t first, in
 
 // partial[t][..] = raw[t][columns] @ down[columns], for kTokens tokens; raw is float32 [kTokens, kPiece].
 template <int kTokens>
-inline void project_down(const Smoothing& s, const float* raw, int64_t first, int64_t columns, float* const (&partial)[kTokens]) {
+inline void project_down(const Smoothing& s, const float* raw, int64_t first, int64_t columns,
+                         float* const (&partial)[kTokens]) {
   constexpr int kDownVectors = kTokens <= 2 ? 4 : 2;  // enough sums side by side, and not too many
   for (int64_t r = 0; r < s.rank; r += kDownVectors * kLanes) {
     F32 sums[kTokens][kDownVectors];
@@ -75,7 +77,8 @@ inline void project_down(const Smoothing& s, const float* raw, int64_t first, in
       for (auto& sum : row) sum = zero_f32();
     const bool whole = r + kDownVectors * kLanes <= s.rank;
     int counts[kDownVectors];
-    for (int v = 0; v < kDownVectors; ++v) counts[v] = static_cast<int>(std::clamp<int64_t>(s.rank - r - v * kLanes, 0, kLanes));
+    for (int v = 0; v < kDownVectors; ++v)
+      counts[v] = static_cast<int>(std::clamp<int64_t>(s.rank - r - v * kLanes, 0, kLanes));
     const auto add_columns = [&](const auto& load) __attribute__((always_inline)) {
       for (int64_t c = 0; c < columns; ++c) {
         F32 down[kDownVectors];
@@ -104,7 +107,8 @@ void quantize_and_project(const Smoothing& s, float* low, int threads, const Put
   const int64_t pieces = (k + kPiece - 1) / kPiece, tiles = (m + kPieceTokens - 1) / kPieceTokens;
   Room partials(pieces * m * s.rank);  // [pieces, m, rank]
   parallel_for(tiles * pieces, threads, [&](int64_t task) {
-    const int64_t first = task % pieces * kPiece, columns = std::min(kPiece, k - first), token = task / pieces * kPieceTokens;
+    const int64_t first = task % pieces * kPiece, columns = std::min(kPiece, k - first);
+    const int64_t token = task / pieces * kPieceTokens;
     const int tokens = static_cast<int>(std::min<int64_t>(kPieceTokens, m - token));
     Room raw(kPieceTokens * kPiece);
     alignas(64) int8_t codes[kGroup];
@@ -129,7 +133,7 @@ void quantize_and_project(const Smoothing& s, float* low, int threads, const Put
   }
 }
 
-// ---- weights ---------------------------------------------------------------------------------------------------------
+// ---- weights --------------------------------------------------------------------------------------------------------
 
 enum Arrangement : int { kRows16 = 0, kPlain = 1, kTiles = 2 };
 
@@ -160,7 +164,8 @@ struct SvdquantWeight {
       }
       return f(found.data());
     }
-    const int64_t words_size = k / kWordColumns * kBlockRows, scales_size = groups() * kBlockRows, size = words_size + scales_size + rank * kBlockRows;
+    const int64_t words_size = k / kWordColumns * kBlockRows, scales_size = groups() * kBlockRows;
+    const int64_t size = words_size + scales_size + rank * kBlockRows;
     Room room(count * size);
     for (int64_t b = 0; b < count; ++b) {
       float* to = room.data() + b * size;
@@ -181,8 +186,9 @@ struct SvdquantWeight {
     const bool tiled = arrangement == kTiles;
     const int64_t row = block * kBlockRows, count = std::min<int64_t>(kBlockRows, n - row);
     const int64_t tile = row / kTileRows, in_tile = row % kTileRows;
-    const uint32_t* from = tiled ? words + (tile * groups() * kTileRows + in_tile) * kGroupWords : words + row * (k / kWordColumns);
-    const int64_t row_step = tiled ? kGroupWords : k / kWordColumns, group_step = tiled ? kTileRows * kGroupWords : kGroupWords;
+    const int64_t row_step = tiled ? kGroupWords : k / kWordColumns;
+    const int64_t group_step = tiled ? kTileRows * kGroupWords : kGroupWords;
+    const uint32_t* from = words + (tiled ? tile * groups() * group_step + in_tile * row_step : row * row_step);
     if (count < kBlockRows) std::fill_n(to_words, k / kWordColumns * kBlockRows, 0u);
     for (int64_t g = 0; g < groups(); ++g, from += group_step, to_words += kGroupWords * kBlockRows) {
       int64_t r = 0;
@@ -222,14 +228,13 @@ struct SvdquantWeight {
   }
 };
 
-// ---- product ---------------------------------------------------------------------------------------------------------
+// ---- product --------------------------------------------------------------------------------------------------------
 
 template <int kTokens, int kBlocks>
 __attribute__((noinline)) void multiply(const SvdquantWeight& w, const CodedTokens& x, const float* low, int64_t token,
                                         int64_t block, const Int4Block* blocks, const Output& out) {
   constexpr int kVectors = kBlocks * kBlockVectors;
   constexpr int64_t kRecord = kGroup + CodedTokens::kTail;
-  const int64_t groups = w.groups();
   const int scale_dtype = w.tile_scale_dtype(), up_dtype = w.tile_up_dtype();
   F32 sums[kTokens][kVectors];
   for (auto& row : sums)
@@ -238,7 +243,7 @@ __attribute__((noinline)) void multiply(const SvdquantWeight& w, const CodedToke
   for (int t = 0; t < kTokens; ++t) codes[t] = x.row(token + t);
   const uint32_t* words[kVectors];
   for (int v = 0; v < kVectors; ++v) words[v] = blocks[v / kBlockVectors].words + v % kBlockVectors * kLanes;
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t g = 0; g < w.groups(); ++g) {
     Dot4 dots[kTokens][kVectors];
     for (int t = 0; t < kTokens; ++t) {
       const Dot4 start = start_dot4(set1_i32(CodedTokens::start(codes[t], kGroup)));
@@ -246,8 +251,10 @@ __attribute__((noinline)) void multiply(const SvdquantWeight& w, const CodedToke
     }
     add_products<kGroupWords>(dots, words, codes);
     F32 scales[kVectors];
-    for (int v = 0; v < kVectors; ++v)
-      scales[v] = load_as_f32(blocks[v / kBlockVectors].scales, g * kBlockRows + v % kBlockVectors * kLanes, scale_dtype);
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = g * kBlockRows + v % kBlockVectors * kLanes;
+      scales[v] = load_as_f32(blocks[v / kBlockVectors].scales, at, scale_dtype);
+    }
     for (int t = 0; t < kTokens; ++t) {
       const F32 d = set1_f32(CodedTokens::scale(codes[t], kGroup));
       for (int v = 0; v < kVectors; ++v) sums[t][v] = fma(mul(to_f32(total(dots[t][v])), d), scales[v], sums[t][v]);
@@ -287,17 +294,18 @@ void product(const SvdquantWeight& w, const CodedTokens& x, const float* low, co
 }  // namespace
 
 void linear_svdquant_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k, int64_t rank, float shift,
-                          bool is_unsigned, Ptr<const void> smooth, int smooth_dtype, Ptr<const void> down, int down_dtype,
-                          int arrangement, Ptr<const uint32_t> words, int64_t stride, Ptr<const void> scales,
-                          int scale_dtype, Ptr<const void> up, int up_dtype, Ptr<const void> bias, int bias_dtype,
-                          Ptr<void> out, int threads) {
+                          bool is_unsigned, Ptr<const void> smooth, int smooth_dtype, Ptr<const void> down,
+                          int down_dtype, int arrangement, Ptr<const uint32_t> words, int64_t stride,
+                          Ptr<const void> scales, int scale_dtype, Ptr<const void> up, int up_dtype,
+                          Ptr<const void> bias, int bias_dtype, Ptr<void> out, int threads) {
   const Activations from{x, x_dtype, m, k};
   CodedTokens tokens(m, k, kGroup);
   Room low(m * rank);
-  quantize_and_project({from, from, shift, smooth, smooth_dtype, down, down_dtype, rank, is_unsigned}, low.data(), threads,
-                       [&](int64_t token, int64_t first, const int8_t* codes, float scale) {
-                         tokens.put(token, first / kGroup, codes, scale);
-                       });
+  const Smoothing smoothing{from, from, shift, smooth, smooth_dtype, down, down_dtype, rank, is_unsigned};
+  const auto put = [&](int64_t token, int64_t first, const int8_t* codes, float scale) {
+    tokens.put(token, first / kGroup, codes, scale);
+  };
+  quantize_and_project(smoothing, low.data(), threads, put);
   const SvdquantWeight weight{arrangement, words, stride, scales, scale_dtype, up, up_dtype, n, k, rank};
   product(weight, tokens, low.data(), {out, x_dtype, bias, bias_dtype}, threads);
 }
@@ -308,8 +316,9 @@ void quantize_svdquant_w4a4(Ptr<const void> x, int x_dtype, Ptr<const void> raw,
                             Ptr<const void> down, int down_dtype, Ptr<uint8_t> codes, Ptr<float> scales, Ptr<float> low,
                             int threads) {
   uint8_t* to = codes;
-  float *to_scales = scales;
-  const Smoothing smoothing{{x, x_dtype, m, k}, {raw, raw_dtype, m, k}, 0.0f, smooth, smooth_dtype, down, down_dtype, rank, is_unsigned};
+  float* to_scales = scales;
+  const Activations from{x, x_dtype, m, k}, from_raw{raw, raw_dtype, m, k};
+  const Smoothing smoothing{from, from_raw, 0.0f, smooth, smooth_dtype, down, down_dtype, rank, is_unsigned};
   quantize_and_project(smoothing, low, threads, [&](int64_t token, int64_t first, const int8_t* group, float scale) {
     for (int64_t c = 0; c < kGroup; c += 2)
       to[(token * k + first + c) / 2] = static_cast<uint8_t>((group[c] & 15) | (group[c + 1] & 15) << 4);
@@ -319,9 +328,10 @@ void quantize_svdquant_w4a4(Ptr<const void> x, int x_dtype, Ptr<const void> raw,
 
 // codes as the function above makes them; scales [m, k / 64] and low [m, rank] float32.
 void scaled_mm_svdquant_w4a4(Ptr<const uint8_t> codes, int64_t m, int64_t n, int64_t k, int64_t rank, bool is_unsigned,
-                             Ptr<const float> x_scales, Ptr<const float> low, int arrangement, Ptr<const uint32_t> words,
-                             Ptr<const void> scales, int scale_dtype, Ptr<const void> up, int up_dtype,
-                             Ptr<const void> bias, int bias_dtype, Ptr<void> out, int out_dtype, int threads) {
+                             Ptr<const float> x_scales, Ptr<const float> low, int arrangement,
+                             Ptr<const uint32_t> words, Ptr<const void> scales, int scale_dtype, Ptr<const void> up,
+                             int up_dtype, Ptr<const void> bias, int bias_dtype, Ptr<void> out, int out_dtype,
+                             int threads) {
   CodedTokens tokens(m, k, kGroup);
   const uint8_t* from = codes;
   const float* from_scales = x_scales;
@@ -351,11 +361,11 @@ void bind_linear_svdquant_w4a4(nb::module_& m) {
         nb::arg("x_dtype"), nb::arg("raw"), nb::arg("raw_dtype"), nb::arg("m"), nb::arg("k"), nb::arg("rank"),
         nb::arg("is_unsigned"), nb::arg("smooth"), nb::arg("smooth_dtype"), nb::arg("down"), nb::arg("down_dtype"),
         nb::arg("codes"), nb::arg("scales"), nb::arg("low"), nb::arg("threads"));
-  m.def("scaled_mm_svdquant_w4a4", &scaled_mm_svdquant_w4a4, nb::call_guard<nb::gil_scoped_release>(), nb::arg("codes"),
-        nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("rank"), nb::arg("is_unsigned"), nb::arg("x_scales"),
-        nb::arg("low"), nb::arg("arrangement"), nb::arg("words"), nb::arg("scales"), nb::arg("scale_dtype"),
-        nb::arg("up"), nb::arg("up_dtype"), nb::arg("bias"), nb::arg("bias_dtype"), nb::arg("out"), nb::arg("out_dtype"),
-        nb::arg("threads"));
+  m.def("scaled_mm_svdquant_w4a4", &scaled_mm_svdquant_w4a4, nb::call_guard<nb::gil_scoped_release>(),
+        nb::arg("codes"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("rank"), nb::arg("is_unsigned"),
+        nb::arg("x_scales"), nb::arg("low"), nb::arg("arrangement"), nb::arg("words"), nb::arg("scales"),
+        nb::arg("scale_dtype"), nb::arg("up"), nb::arg("up_dtype"), nb::arg("bias"), nb::arg("bias_dtype"),
+        nb::arg("out"), nb::arg("out_dtype"), nb::arg("threads"));
 }
 
 }  // namespace lowbit

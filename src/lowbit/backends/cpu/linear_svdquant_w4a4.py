@@ -10,8 +10,7 @@ from lowbit.backends.cpu.operands import DTYPES, address, dtype_code, output_of,
 from lowbit.dispatch import kernel
 from lowbit.formats.parts import Parts
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
-from lowbit.layouts import rows16
-from lowbit.layouts import svdquant_tiles as tiles
+from lowbit.layouts import rows16, svdquant_tiles as tiles
 from lowbit.numerics.groups import round_up
 from lowbit.numerics.int4_matmul import GELU_SHIFT, GROUP
 
