@@ -43,11 +43,23 @@ inline F32 abs(F32 a) {
 
 // Lane i of vector j <-> lane j of vector i.
 inline void transpose(F32 (&rows)[kLanes]) {
-  float from[kLanes][kLanes], to[kLanes][kLanes];
-  for (int i = 0; i < kLanes; ++i) store_f32(from[i], rows[i]);
-  for (int i = 0; i < kLanes; ++i)
-    for (int j = 0; j < kLanes; ++j) to[i][j] = from[j][i];
-  for (int i = 0; i < kLanes; ++i) rows[i] = load_f32(to[i]);
+  __m512 quads[16];  // 4 * g + i: in quarter j the lane 4 * j + i of rows 4 * g..4 * g + 3
+  for (int g = 0; g < 16; g += 4) {
+    const __m512 a = _mm512_shuffle_ps(rows[g].v, rows[g + 1].v, 0x44), b = _mm512_shuffle_ps(rows[g + 2].v, rows[g + 3].v, 0x44);
+    const __m512 c = _mm512_shuffle_ps(rows[g].v, rows[g + 1].v, 0xee), d = _mm512_shuffle_ps(rows[g + 2].v, rows[g + 3].v, 0xee);
+    quads[g] = _mm512_shuffle_ps(a, b, 0x88);
+    quads[g + 1] = _mm512_shuffle_ps(a, b, 0xdd);
+    quads[g + 2] = _mm512_shuffle_ps(c, d, 0x88);
+    quads[g + 3] = _mm512_shuffle_ps(c, d, 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x44), b = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x44);
+    const __m512 c = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xee), d = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xee);
+    rows[i].v = _mm512_shuffle_f32x4(a, b, 0x88);
+    rows[i + 4].v = _mm512_shuffle_f32x4(a, b, 0xdd);
+    rows[i + 8].v = _mm512_shuffle_f32x4(c, d, 0x88);
+    rows[i + 12].v = _mm512_shuffle_f32x4(c, d, 0xdd);
+  }
 }
 
 inline float reduce_add(F32 a) {

@@ -75,6 +75,14 @@ inline Vector narrow(__m512i a) {  // the low bits of every lane
   return as<Vector>(made);
 }
 
+inline __m512 shuffle_f32x4(__m512 a, __m512 b, unsigned choice) {
+  struct Quarters {
+    __m128 at[4];
+  };
+  const auto low = as<Quarters>(a), high = as<Quarters>(b);
+  return as<__m512>(Quarters{{low.at[choice & 3], low.at[choice >> 2 & 3], high.at[choice >> 4 & 3], high.at[choice >> 6 & 3]}});
+}
+
 inline __m512 cvtph_ps(__m256i a) {
   const auto half = as<Halves128i>(a);
   return as<__m512>(Halves256{_mm256_cvtph_ps(half.low), _mm256_cvtph_ps(half.high)});
@@ -106,6 +114,8 @@ inline __m256i cvtps_ph(__m512 a) {
 #define _mm512_cvtepi32_epi8(a) (lowbit::emulated::narrow<uint8_t, __m128i>(a))
 #undef _mm512_cvtepi32_epi16
 #define _mm512_cvtepi32_epi16(a) (lowbit::emulated::narrow<uint16_t, __m256i>(a))
+#undef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4(a, b, choice) lowbit::emulated::shuffle_f32x4(a, b, choice)
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps(a) lowbit::emulated::cvtph_ps(a)
 #undef _mm512_cvtps_ph
