@@ -146,3 +146,24 @@ def test_words_out_of_place_are_refused():
     assert "address" in explain("linear", fmt.name, "", "cpu", (fmt, x, parts, None))["cpu:linear_svdquant_w4a4_plain"]
     assert select("linear", fmt.name, "", "cpu", (fmt, x, parts, None)).backend == "eager"
     assert select("linear", fmt.name, "", "cpu", (fmt, x, dict(plain.parts), None)).backend == "cpu"
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_the_largest_sums_are_exact(unsigned):
+    """All weights and all activations of a group at their ends, of either sign: no sum leaves its integers."""
+    fmt, ones = parse_spec(f"svdquant_w4a4(rank=1,act_unsigned={unsigned})"), torch.ones(128)
+    for code in (0x77, -0x78, 0x78, -0x79):  # nibbles 7 and 7, -8 and -8, 7 and -8, -8 and 7
+        parts = {
+            "qdata": torch.full((16, 64), code, dtype=torch.int8),
+            "scale": torch.ones(2, 16),
+            "smooth_factor": ones,
+            "proj_down": torch.zeros(128, 1),
+            "proj_up": torch.zeros(16, 1),
+        }
+        alternating = ones.clone()
+        alternating[1::2] = -1
+        x = torch.stack([ones, -ones, alternating, -alternating])
+        packed = rows16.pack(fmt, parts)
+        entry = select("linear", fmt.name, rows16.NAME, "cpu", (fmt, x, packed, None))
+        assert entry.backend == "cpu"
+        torch.testing.assert_close(entry.run(fmt, x, packed, None), fmt.linear(x, parts, None), rtol=1e-6, atol=1e-4)

@@ -230,7 +230,7 @@ struct SvdquantWeight {
 
 // ---- product --------------------------------------------------------------------------------------------------------
 
-template <int kTokens, int kBlocks>
+template <int kTokens, int kBlocks, bool kBytes>
 __attribute__((noinline)) void multiply(const SvdquantWeight& w, const CodedTokens& x, const float* low, int64_t token,
                                         int64_t block, const Int4Block* blocks, const Output& out) {
   constexpr int kVectors = kBlocks * kBlockVectors;
@@ -246,10 +246,10 @@ __attribute__((noinline)) void multiply(const SvdquantWeight& w, const CodedToke
   for (int64_t g = 0; g < w.groups(); ++g) {
     Dot4 dots[kTokens][kVectors];
     for (int t = 0; t < kTokens; ++t) {
-      const Dot4 start = start_dot4(set1_i32(CodedTokens::start(codes[t], kGroup)));
+      const Dot4 start = start_products<kBytes>(CodedTokens::start(codes[t], kGroup));
       for (int v = 0; v < kVectors; ++v) dots[t][v] = start;
     }
-    add_products<kGroupWords>(dots, words, codes);
+    add_products<kGroupWords, kBytes>(dots, words, codes);
     F32 scales[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       const int64_t at = g * kBlockRows + v % kBlockVectors * kLanes;
@@ -279,16 +279,24 @@ __attribute__((noinline)) void multiply(const SvdquantWeight& w, const CodedToke
     }
 }
 
-void product(const SvdquantWeight& w, const CodedTokens& x, const float* low, const Output& out, int threads) {
+template <bool kBytes>
+void product_of(const SvdquantWeight& w, const CodedTokens& x, const float* low, const Output& out, int threads) {
   for_each_w4a4_tile(
       x.m, w.n, w.k, threads, [&](int64_t first, int64_t count, const auto& f) { w.blocks(first, count, f); },
       [&](int64_t token, int tokens, int64_t block, int together, const Int4Block* blocks) {
         with_count<kW4A4Tokens>(tokens, [&](auto count) {
           with_count<kW4A4Blocks>(together, [&](auto side_by_side) {
-            multiply<decltype(count)::value, decltype(side_by_side)::value>(w, x, low, token, block, blocks, out);
+            constexpr int kTokens = decltype(count)::value, kBlocks = decltype(side_by_side)::value;
+            multiply<kTokens, kBlocks, kBytes>(w, x, low, token, block, blocks, out);
           });
         });
       });
+}
+
+void product(const SvdquantWeight& w, const CodedTokens& x, const float* low, const Output& out, int threads) {
+  if constexpr (kTakesBytes)
+    if (x.as_bytes) return product_of<true>(w, x, low, out, threads);
+  product_of<false>(w, x, low, out, threads);
 }
 
 }  // namespace
@@ -299,7 +307,7 @@ void linear_svdquant_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, 
                           Ptr<const void> scales, int scale_dtype, Ptr<const void> up, int up_dtype,
                           Ptr<const void> bias, int bias_dtype, Ptr<void> out, int threads) {
   const Activations from{x, x_dtype, m, k};
-  CodedTokens tokens(m, k, kGroup);
+  CodedTokens tokens(m, k, kGroup, kTakesBytes && !is_unsigned);
   Room low(m * rank);
   const Smoothing smoothing{from, from, shift, smooth, smooth_dtype, down, down_dtype, rank, is_unsigned};
   const auto put = [&](int64_t token, int64_t first, const int8_t* codes, float scale) {

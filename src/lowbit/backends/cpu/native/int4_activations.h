@@ -19,14 +19,16 @@ struct CodedTokens {
   static constexpr int64_t kTail = 8;  // bytes of a record behind the codes
 
   int64_t m, k, group, row_bytes;
+  bool as_bytes;  // arranged for bytes of two codes; then groups have 64 columns, within -7..7
   Room room;
   int8_t* records;  // [m, row_bytes]
 
-  CodedTokens(int64_t m, int64_t k, int64_t group)
+  CodedTokens(int64_t m, int64_t k, int64_t group, bool as_bytes = false)
       : m(m),
         k(k),
         group(group),
         row_bytes(k / group * (group + kTail)),
+        as_bytes(as_bytes),
         room(m * row_bytes / 4),
         records(reinterpret_cast<int8_t*>(room.data())) {}
 
@@ -35,6 +37,7 @@ struct CodedTokens {
   // Takes over the codes of a group, which lie in order.
   void put(int64_t token, int64_t index, const int8_t* codes, float scale) {
     int8_t* to = records + token * row_bytes + index * (group + kTail);
+    if (as_bytes) return put_for_bytes(to, codes, scale);
     int32_t sum = 0;
     for (int64_t c = 0; c < group; ++c) sum += codes[c];
     for (int64_t c = 0; c < group; c += kWordColumns) {
@@ -60,6 +63,22 @@ struct CodedTokens {
     return found;
   }
 
+  // Of each eight columns x1 x3 x5 x7, then 16 x0 - x1 and so on; where the sums of the two int16 begin; scale / 16.
+  void put_for_bytes(int8_t* to, const int8_t* codes, float scale) const {
+    int32_t sums[2] = {0, 0};  // of columns 0 to 3 and 4 to 7 of each eight
+    for (int64_t c = 0; c < group; c += kWordColumns)
+      for (int j = 0; j < 4; ++j) {
+        const int even = codes[c + 2 * j], odd = codes[c + 2 * j + 1];
+        to[c + j] = static_cast<int8_t>(odd);
+        to[c + 4 + j] = static_cast<int8_t>(16 * even - odd);
+        sums[j / 2] += even + odd;
+      }
+    const int16_t starts[2] = {static_cast<int16_t>(-8 * 16 * sums[0]), static_cast<int16_t>(-8 * 16 * sums[1])};
+    scale *= 0.0625f;
+    std::memcpy(to + group, starts, 4);
+    std::memcpy(to + group + 4, &scale, 4);
+  }
+
   // Bytes 0 1 2 .. 7 -> 0 2 4 6 1 3 5 7.
   static uint64_t evens_first(uint64_t eight) {
     const auto evens = [](uint64_t bytes) {
@@ -78,6 +97,16 @@ struct Int4Block {
   const void* up;         // [rank, 16], the low-rank branch's
 };
 
+// Where sums are int16, a byte of two codes may be multiplied as it is, once its nibbles are code + 8. With columns c
+// (the low nibble) and c + 1 of activations within -7..7:
+//   byte * x[c + 1] + low nibble * (16 x[c] - x[c + 1]) = 16 * (sum of the two products)
+// and 16 times a sum of 64 columns, half of them in each int16, just fits. It saves a shift and a mask for every word.
+#if defined(LOWBIT_ISA_AVX2)
+constexpr bool kTakesBytes = true;
+#else
+constexpr bool kTakesBytes = false;
+#endif
+
 #if defined(LOWBIT_ISA_AVX512) || defined(LOWBIT_ISA_AMX)
 constexpr int kW4A4Blocks = 2;  // 24 sums in 32 registers
 constexpr int kW4A4Tokens = 12;
@@ -87,7 +116,8 @@ constexpr int kW4A4Tokens = 4;  // 8 sums in 16 registers (16 in 32 where a bloc
 #endif
 
 // dots += the products of kWords words of every vector of rows with the codes of every token.
-template <int kWords, int kTokens, int kVectors>
+// kBytes: the codes are arranged for bytes of two weights.
+template <int kWords, bool kBytes = false, int kTokens, int kVectors>
 inline __attribute__((always_inline)) void add_products(simd::Dot4 (&dots)[kTokens][kVectors],
                                                         const uint32_t* const (&words)[kVectors],
                                                         const int8_t* const (&codes)[kTokens]) {
@@ -99,13 +129,29 @@ inline __attribute__((always_inline)) void add_products(simd::Dot4 (&dots)[kToke
       read[v] = bit_xor(load_i32(words[v] + word * kBlockRows), set1_i32(static_cast<int32_t>(0x88888888)));
     for (int half = 0; half < 2; ++half) {
       Bytes w[kVectors];
-      for (int v = 0; v < kVectors; ++v) w[v] = half ? high_nibbles(as_bytes(read[v])) : low_nibbles(as_bytes(read[v]));
+      for (int v = 0; v < kVectors; ++v) {
+        const Bytes both = as_bytes(read[v]);
+        if constexpr (kBytes) {
+          w[v] = half ? low_nibbles(both) : both;
+        } else {
+          w[v] = half ? high_nibbles(both) : low_nibbles(both);
+        }
+      }
       for (int t = 0; t < kTokens; ++t) {
         const Bytes x = set4_bytes(codes[t] + word * kWordColumns + half * 4);
         for (int v = 0; v < kVectors; ++v) dots[t][v] = dot4(dots[t][v], w[v], x);
       }
     }
   }
+}
+
+// Where the sums of a token's group begin.
+template <bool kBytes>
+inline simd::Dot4 start_products(int32_t start) {
+#if defined(LOWBIT_ISA_AVX2)
+  if (kBytes) return simd::start_dot4_pairs(simd::set1_i32(start));
+#endif
+  return simd::start_dot4(simd::set1_i32(start));
 }
 
 // Runs tile(first token, number of tokens, first block, number of blocks) over all of a product: runs of blocks that

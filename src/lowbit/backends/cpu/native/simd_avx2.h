@@ -240,6 +240,9 @@ constexpr int kDot4StepsInt4 = 64;  // 64 * 2 * 15 * 15 < 2**15
 inline Dot4 zero_dot4() { return {_mm256_setzero_si256()}; }
 // A sum that begins at a value; with all that is added before `total` it has to stay within -2**15..2**15.
 inline Dot4 start_dot4(I32 value) { return {_mm256_and_si256(value.v, _mm256_set1_epi32(0xffff))}; }
+// The same for the two int16 of every lane by themselves. Codes up to 255 may follow where |x| is so small that no pair
+// of products leaves int16; sums wrap around, so that only what `total` takes has to fit.
+inline Dot4 start_dot4_pairs(I32 pairs) { return {pairs.v}; }
 inline Dot4 dot4(Dot4 sum, Bytes codes, Bytes x) {
   sum.v = _mm256_add_epi16(sum.v, _mm256_maddubs_epi16(codes.v, x.v));
   keep_order(sum.v);
