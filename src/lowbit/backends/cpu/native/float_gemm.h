@@ -179,31 +179,30 @@ void gemm_many(const Weight& w, const Activations& x, const Output& out, int thr
 
 constexpr int kFewTokens = 4;  // that share one pass over a block
 
-template <class Weight, int kTokens>
-inline void few_of_block(const Weight& w, const typename Weight::Few& x, const Output& out, int64_t block, int64_t token) {
-  simd::F32 sums[kTokens][kBlockVectors];
-  w.template multiply<kTokens>(block, x, token, sums);
-  for (int t = 0; t < kTokens; ++t) store_block(sums[t], block, w.n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
+template <class Weight, int kMost>
+inline void few_of_block(int tokens, const Weight& w, const typename Weight::Few& x, const Output& out, int64_t block, int64_t token) {
+  if constexpr (kMost > 0) {
+    if (tokens < kMost) return few_of_block<Weight, kMost - 1>(tokens, w, x, out, block, token);
+    simd::F32 sums[kMost][kBlockVectors];
+    w.template multiply<kMost>(block, x, token, sums);
+    for (int t = 0; t < kMost; ++t) store_block(sums[t], block, w.n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
+  }
 }
 
-template <class Weight>
+// kMost: of the tokens that share one pass, as many as their sums leave a decoder's registers.
+template <int kMost = kFewTokens, class Weight>
 void gemm_few(const Weight& w, const Activations& x, const Output& out, int threads) {
   const typename Weight::Few few(w, x, threads);
   const int64_t blocks = (w.n + kBlockRows - 1) / kBlockRows;
   // Some blocks a task, so that a thread reads on where it has read.
   const int64_t run = std::max<int64_t>(1, std::min<int64_t>(8, blocks / (8 * std::max(threads, 1))));
-  const int64_t passes = (x.m + kFewTokens - 1) / kFewTokens;
+  const int64_t passes = (x.m + kMost - 1) / kMost;
   parallel_for((blocks + run - 1) / run, threads, [&](int64_t task) {
     for (int64_t block = task * run; block < std::min((task + 1) * run, blocks); ++block)
       // All tokens while the block is in a cache, in passes of nearly equal size: 5 tokens are 3 + 2, not 4 + 1.
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t token = x.m * pass / passes;
-        switch (x.m * (pass + 1) / passes - token) {
-          case 1: few_of_block<Weight, 1>(w, few, out, block, token); break;
-          case 2: few_of_block<Weight, 2>(w, few, out, block, token); break;
-          case 3: few_of_block<Weight, 3>(w, few, out, block, token); break;
-          default: few_of_block<Weight, 4>(w, few, out, block, token);
-        }
+        few_of_block<Weight, kMost>(static_cast<int>(x.m * (pass + 1) / passes - token), w, few, out, block, token);
       }
   });
 }
