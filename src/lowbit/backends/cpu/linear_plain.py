@@ -1,6 +1,8 @@
 """linear for plain parts: a bounded piece of the weight is decoded at a time, natively, and multiplied by torch.
 
-For weights that nobody has packed. Pieces and products are those of the reference, and so is every bit of the result.
+For weights that nobody has packed. Pieces and products are those of the reference, and with float32 activations so is
+every bit of the result. Those of 16 bits are multiplied as float32, too, which many CPUs do ten times as fast, with
+weights that are not rounded.
 """
 
 from __future__ import annotations
@@ -26,16 +28,17 @@ def linear_plain(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> T
     """x [..., K], bias [N] or None -> [..., N] in the dtype of x."""
     n, k = fmt.rows_of(parts), x.shape[-1]
     weight = coded_rows.describe(fmt, parts, k, packed=False)
+    wide, added = x.float(), None if bias is None else bias.float()
     whole = n * k <= DECODE_ELEMENTS
     pieces = [(0, n)] if whole else list(row_chunks(n, k, fmt.row_multiple, DECODE_ELEMENTS))
-    room = torch.empty((max(b - a for a, b in pieces), k), dtype=x.dtype)
+    room = torch.empty((max(b - a for a, b in pieces), k), dtype=torch.float32)
 
     def product(a: int, b: int) -> Tensor:
-        native.module().dequantize(weight.address, a, b, room.data_ptr(), DTYPES[x.dtype], native.threads())
-        return F.linear(x, room[: b - a], None if bias is None else bias[a:b])
+        native.module().dequantize(weight.address, a, b, room.data_ptr(), DTYPES[room.dtype], native.threads())
+        return F.linear(wide, room[: b - a], None if added is None else added[a:b])
 
     if whole:
-        return product(0, n)
+        return product(0, n).to(x.dtype)
     out = x.new_empty((*x.shape[:-1], n))
     for a, b in pieces:
         out[..., a:b] = product(a, b)
@@ -44,4 +47,4 @@ def linear_plain(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> T
 
 for _name in coded_rows.FORMATS:
     if _name != "int8":  # see linear_int8, which multiplies integers where the format asks for them
-        kernel("linear", format=_name, backend="cpu", refuses=refuses)(linear_plain)
+        kernel("linear", format=_name, backend="cpu", refuses=refuses, tolerance=3e-3)(linear_plain)

@@ -22,7 +22,7 @@ inline void rotate_four(T& a, T& b, T& c, T& d, const Add& plus, const Sub& minu
 // 16 values times a factor, at distances 1 and 4.
 inline void rotate_sixteen(float* x, float factor) {
   Quad<float> rows[4];
-  std::memcpy(rows, x, sizeof rows);
+  for (int j = 0; j < 4; ++j) std::memcpy(&rows[j], x + 4 * j, 16);  // one by one, or they go through memory
   const auto plus = [](Quad<float> a, Quad<float> b) { return a + b; };
   const auto minus = [](Quad<float> a, Quad<float> b) { return a - b; };
   for (auto& row : rows) row *= factor;
@@ -30,7 +30,7 @@ inline void rotate_sixteen(float* x, float factor) {
   transpose_quads(rows);
   rotate_four(rows[0], rows[1], rows[2], rows[3], plus, minus);
   transpose_quads(rows);
-  std::memcpy(x, rows, sizeof rows);
+  for (int j = 0; j < 4; ++j) std::memcpy(x + 4 * j, &rows[j], 16);
 }
 
 // Every group of a row of k values; `size` is 16, 64, 256, ... and divides k. Round by round over the whole row, so that

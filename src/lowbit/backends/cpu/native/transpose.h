@@ -28,7 +28,7 @@ inline void transpose_quads(V (&rows)[4]) {
 // 16 columns of 16 bytes without gaps -> 16 rows, `stride` bytes apart.
 inline void transpose_bytes(const uint8_t* from, uint8_t* to, int64_t stride) {
   Bytes16 a[16], b[16];
-  std::memcpy(a, from, sizeof a);
+  for (int c = 0; c < 16; ++c) std::memcpy(&a[c], from + 16 * c, 16);  // one by one, or they go through memory
   // Four times the first half is interleaved with the second: the index of a byte turns by a bit each time.
   const auto round = [](const Bytes16(&in)[16], Bytes16(&out)[16]) {
     for (int i = 0; i < 8; ++i) {
