@@ -47,10 +47,17 @@ class Grid:
     snap: Snap = keep_as_they_are
 
     def __post_init__(self) -> None:
+        self.step = self.step.contiguous()
+        self.zero = None if self.zero is None else self.zero.contiguous()
         self._divisor = self._divisors()
         # Views of one row each: solvers ask for every column in turn, and taking a row costs as much as a sum over it.
         self._steps, self._divided = self.step.unbind(0), self._divisor.unbind(0)
         self._zeros = None if self.zero is None else self.zero.unbind(0)
+
+    @property
+    def divisor(self) -> Tensor:
+        """What is divided by to find levels [ceil(K/c), n]: the step, infinity where that is 0."""
+        return self._divisor
 
     def _divisors(self) -> Tensor:
         return self.step.masked_fill(self.step == 0, torch.inf)

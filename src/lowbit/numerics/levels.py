@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _EXPONENT = 0x7F800000  # of a float32: with the other bits cleared, 2 ** floor(log2 |x|)
-_MAGIC = 1.5 * 2.0**23  # added and taken off again, it leaves the multiples of what its own last bit is worth
+MAGIC = 1.5 * 2.0**23  # added and taken off again, it leaves the multiples of what its own last bit is worth
 
 
 class Levels(Protocol):
@@ -44,7 +44,7 @@ class FloatLevels:
         """See `Levels`. The sign of zeros is lost."""
         x.clamp_(-self.largest, self.largest)
         size = (x.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=2.0**self.min_exponent)
-        magic = size.mul_(_MAGIC * 2.0**-self.mantissa)
+        magic = size.mul_(MAGIC * 2.0**-self.mantissa)
         return x.add_(magic).sub_(magic)
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit.ops.columns import descent_columns
+
 from .refinement import Draft, register_refinement
 
 BLOCK = 64
@@ -61,7 +63,7 @@ def sweep(draft: Draft, *, codes: bool, scales: bool) -> None:
         slope, before = gradient[first:last].clone(), values[first:last].clone()
         inner = hessian[first:last, first:last]
         if codes:
-            _move_codes(draft, first, last, slope, inner)
+            descent_columns(grid, first, slope, inner, values[first:last])
         if scales and narrow:
             for start in range(first, last, grid.columns):
                 _refit(draft, start, min(start + grid.columns, last), slope, inner, first)
@@ -69,17 +71,6 @@ def sweep(draft: Draft, *, codes: bool, scales: bool) -> None:
     if scales and not narrow:
         for start in range(0, k, grid.columns):
             _refit(draft, start, min(start + grid.columns, k), gradient, hessian, 0)
-
-
-def _move_codes(draft: Draft, first: int, last: int, slope: Tensor, inner: Tensor) -> None:
-    """The best code of each column from `first` to `last`. slope: the gradient of these columns, kept up to date."""
-    grid, values = draft.grid, draft.values
-    inverse: list[float] = inner.diagonal().reciprocal().tolist()
-    rows = zip(range(first, last), values[first:last].unbind(0), slope.unbind(0), inner.unbind(0), inverse, strict=True)
-    for column, old, lean, felt, scale in rows:
-        new = grid.nearest(torch.add(old, lean, alpha=scale), column)
-        slope.addr_(felt, new - old, alpha=-1)
-        old.copy_(new)
 
 
 def _refit(draft: Draft, start: int, stop: int, slope: Tensor, inner: Tensor, first: int) -> None:

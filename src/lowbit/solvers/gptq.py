@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from lowbit.ops.columns import gptq_columns
+
 from .refinement import Draft, register_refinement
 
 BLOCK = 64  # columns: longer blocks make the updates within them dominate
@@ -19,19 +21,10 @@ def gptq(draft: Draft) -> None:
     """Choose all codes anew, at the draft's scales. See the module."""
     grid = draft.grid
     order, lower = draft.curvature.factor
-    columns: list[int] = order.tolist()
-    target = grid.target[order]
-    error = torch.empty_like(target)
-    values, targets, errors = draft.values.unbind(0), target.unbind(0), error.unbind(0)
-    for last in range(len(columns), 0, -BLOCK):
+    error = torch.empty_like(grid.target)
+    for last in range(order.shape[0], 0, -BLOCK):
         first = max(0, last - BLOCK)
-        wanted = target[first:last].addmm(lower[last:, first:last].t(), error[last:])
-        inner = lower[first:last, first:last]
-        rows = wanted.unbind(0)
-        for i in range(last - first - 1, -1, -1):
-            value = grid.nearest(rows[i], columns[first + i])
-            values[columns[first + i]].copy_(value)
-            missed = torch.sub(targets[first + i], value, out=errors[first + i])
-            if i:
-                wanted[:i].addr_(inner[i, :i], missed)
+        columns = order[first:last]
+        wanted = grid.target[columns].addmm_(lower[last:, first:last].t(), error[last:])
+        gptq_columns(grid, columns, wanted, lower[first:last, first:last], draft.values, error[first:last])
     draft.forget_gradient()

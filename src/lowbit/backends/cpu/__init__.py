@@ -6,7 +6,9 @@ native.module()  # before any kernel is registered: a backend is there as a whol
 
 from lowbit.backends.cpu import (
     dequantize,
+    descent_columns,
     embedding,
+    gptq_columns,
     int4_plain_mm,
     linear_awq_w4a16,
     linear_convrot_w4a4,
@@ -28,7 +30,9 @@ from lowbit.backends.cpu.bandwidth import copy_bandwidth, read_bandwidth
 __all__ = [
     "copy_bandwidth",
     "dequantize",
+    "descent_columns",
     "embedding",
+    "gptq_columns",
     "int4_plain_mm",
     "linear_awq_w4a16",
     "linear_convrot_w4a4",

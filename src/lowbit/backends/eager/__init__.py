@@ -3,8 +3,10 @@
 from lowbit.backends.eager import (
     awq,
     dequantize,
+    descent_columns,
     embedding,
     fp8,
+    gptq_columns,
     int4_plain,
     int8,
     linear,
@@ -21,8 +23,10 @@ from lowbit.backends.eager import (
 __all__ = [
     "awq",
     "dequantize",
+    "descent_columns",
     "embedding",
     "fp8",
+    "gptq_columns",
     "int4_plain",
     "int8",
     "linear",

@@ -1,0 +1,35 @@
+"""Rounding a block of columns one after the other, by the kernels of its device: what gptq and descent are made of.
+
+Functions and not operators: none of them is traced. Tensors are float32 and transposed, as in `formats.grid`: [c, n]
+for c columns of n rows. They are written over in place.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowbit.dispatch import ANY_FORMAT, select
+from lowbit.formats.grid import Grid
+
+
+def gptq_columns(grid: Grid, columns: Tensor, wanted: Tensor, inner: Tensor, values: Tensor, error: Tensor) -> None:
+    """Round `columns` (int64 [c]) of a grid, the last one first, each made up for by those before it.
+
+    wanted  [c, n]   what each is to be rounded to, but for what these columns owe each other; of no use afterwards
+    inner   [c, c]   the part of the factor L between these columns, lower triangular
+    values  [K, n]   what they are rounded to is written into the rows `columns`
+    error   [c, n]   what they then lack of `grid.target` is written here
+    """
+    args = (grid, columns, wanted, inner, values, error)
+    select("gptq_columns", ANY_FORMAT, "", wanted.device.type, args).run(*args)
+
+
+def descent_columns(grid: Grid, first: int, slope: Tensor, inner: Tensor, values: Tensor) -> None:
+    """Move each of c columns of a grid, from column `first` on, to its best value with all others as they are.
+
+    slope   [c, n]   the gradient H (target - values) of these columns, kept up to date
+    inner   [c, c]   H between them
+    values  [c, n]   what they are, and become
+    """
+    args = (grid, first, slope, inner, values)
+    select("descent_columns", ANY_FORMAT, "", slope.device.type, args).run(*args)
