@@ -1,7 +1,7 @@
 // int4_plain_mm: 4-bit weights in plain rows, [N, K / 2] with scales and zero points [N, G], times int8 activations.
 //
-// A block of 16 rows is interleaved just before it is multiplied (rows16.h): for one token while it is in the first
-// cache, for many once for all tiles of tokens. The product is that of int4_gemm.h.
+// Few tokens: rows are read as they lie, some at a time, and lanes are columns. Else a block of 16 rows is interleaved just before it is multiplied (rows16.h), once for
+// all tiles of tokens, and the product is that of int4_gemm.h.
 #include <memory>
 #include <vector>
 
@@ -45,11 +45,12 @@ void interleave(const T* from, int64_t stride, int64_t count, T* to) {
 
 // Room for blocks of rows in the arrangement of rows16.
 struct Arranged {
-  int64_t blocks;
+  int64_t blocks, ahead;  // `ahead`: to the block that is arranged next, from any
   Room words, scales, zeros, rows;  // `rows`: one block's codes, scales or zero points where they must be copied first
 
-  Arranged(const PlainRows& w, int64_t blocks)
+  Arranged(const PlainRows& w, int64_t blocks, int64_t ahead)
       : blocks(blocks),
+        ahead(ahead),
         words(blocks * w.words() * kBlockRows),
         scales(blocks * w.groups() * kBlockRows),
         zeros(blocks * w.groups() * kBlockRows),
@@ -65,8 +66,14 @@ struct Arranged {
         codes = reinterpret_cast<const uint32_t*>(rows.data());
       }
       auto* to = reinterpret_cast<uint32_t*>(words.data()) + at * w.words() * kBlockRows;
-      for (int64_t word = 0; word < w.words(); word += kStrip)
-        interleave(codes + word, w.words(), std::min(kStrip, w.words() - word), to + word * kBlockRows);
+      // 16 rows at a time are more than the processor fetches by itself; what this thread is likely to need next is asked
+      // for meanwhile. Its rows lie behind each other, so that a strip stands for as much of them.
+      const uint8_t* next = w.codes + std::min(row + ahead * kBlockRows, w.n - 1) * w.k / 2;
+      for (int64_t word = 0; word < w.words(); word += kStrip) {
+        const int64_t some = std::min(kStrip, w.words() - word);
+        for (int64_t line = 0; line < some; ++line) __builtin_prefetch(next + (word + line) * 64, 0, 2);
+        interleave(codes + word, w.words(), some, to + word * kBlockRows);
+      }
       arrange_values(w, w.scales, row, count, scales.data() + at * w.groups() * kBlockRows);
       arrange_values(w, w.zeros, row, count, zeros.data() + at * w.groups() * kBlockRows);
     }
@@ -88,6 +95,97 @@ struct Arranged {
   }
 };
 
+// Few tokens. A load takes kLanes words of a row, eight columns to a lane.
+constexpr int64_t kLoadColumns = 8 * kLanes;
+template <int kTokens>
+constexpr int kTogether = kTokens == 1 ? 4 : 2;  // rows, for which activations are loaded once
+constexpr int64_t kTaskRows = 64;
+
+struct LaneTokens {
+  Room even, odd, d;  // [m, k / 8] words of codes of columns 0 2 4 6, of columns 1 3 5 7; the scale of each word
+
+  LaneTokens(const IntegerTokens<1>& x, int64_t m) : even(m * x.k / 8), odd(m * x.k / 8), d(m * x.k / 8) {
+    for (int64_t word = 0; word < m * x.k / 8; ++word) {
+      std::memcpy(even.data() + word, x.bytes + word * 8, 4);
+      std::memcpy(odd.data() + word, x.bytes + word * 8 + 4, 4);
+      d.data()[word] = x.d[word * 8 / x.block];
+    }
+  }
+};
+
+// The sums of some rows for all of kTokens tokens; `scales` is room for the rows' scales as float32.
+template <int kTokens, int kRows>
+void multiply_rows(const PlainRows& w, const IntegerTokens<1>& x, const LaneTokens& lanes, int64_t row, float* scales, float (&out)[kTokens][kTogether<kTokens>]) {
+  F32 sums[kTokens][kRows];
+  const int64_t groups = w.groups(), words = w.words();
+  for (int r = 0; r < kRows; ++r) {  // what the zero points take away
+    for (int t = 0; t < kTokens; ++t) sums[t][r] = zero_f32();
+    for (int64_t g = 0; g < groups; g += kLanes) {
+      const int64_t at = (row + r) * groups + g;
+      const int count = static_cast<int>(std::min<int64_t>(kLanes, groups - g));
+      const bool whole = count == kLanes;
+      const F32 scale = whole ? load_as_f32(w.scales, at, w.dtype) : load_first(w.scales, at, count, w.dtype);
+      const F32 zero = whole ? load_as_f32(w.zeros, at, w.dtype) : load_first(w.zeros, at, count, w.dtype);
+      store_f32(scales + r * (groups + kLanes) + g, scale);
+      const F32 product = mul(scale, zero);
+      for (int t = 0; t < kTokens; ++t) {
+        const float* x_sums = x.sums + t * groups + g;
+        sums[t][r] = sub(sums[t][r], mul(product, whole ? load_f32(x_sums) : load_first(x_sums, 0, count, kFloat32)));
+      }
+    }
+  }
+  const auto* from = reinterpret_cast<const uint32_t*>(w.codes) + row * words;
+  const int64_t group_words = w.group / 8;
+  for (int64_t g = 0; g < groups; ++g) {
+    F32 found[kTokens][kRows];
+    for (auto& token : found)
+      for (auto& sum : token) sum = zero_f32();
+    for (int64_t word = g * group_words; word < (g + 1) * group_words; word += kLanes)
+      for (int r = 0; r < kRows; ++r) {
+        __builtin_prefetch(from + (r + kRows) * words + word, 0, 2);  // rows are short: what reads ahead ends with each
+        Bytes even, odd;
+        GroupedCodes<4>::codes(load_i32(from + r * words + word), even, odd);
+        for (int t = 0; t < kTokens; ++t) {
+          const int64_t at = t * words + word;
+          const Dot4 dot = dot4(dot4(zero_dot4(), even, load_bytes(lanes.even.data() + at)), odd, load_bytes(lanes.odd.data() + at));
+          found[t][r] = fma(to_f32(total(dot)), load_f32(lanes.d.data() + at), found[t][r]);
+        }
+      }
+    for (int r = 0; r < kRows; ++r) {
+      const F32 scale = set1_f32(scales[r * (groups + kLanes) + g]);
+      for (int t = 0; t < kTokens; ++t) sums[t][r] = fma(found[t][r], scale, sums[t][r]);
+    }
+  }
+  for (int t = 0; t < kTokens; ++t)
+    for (int r = 0; r < kRows; ++r) out[t][r] = reduce_add(sums[t][r]);
+}
+
+template <int kTokens>
+void multiply_few(const PlainRows& w, const IntegerTokens<1>& x, const Output& out, int threads) {
+  const LaneTokens lanes(x, kTokens);
+  parallel_for((w.n + kTaskRows - 1) / kTaskRows, threads, [&](int64_t task) {
+    Room scales(kTogether<kTokens> * (w.groups() + kLanes)), sums(kTokens * (kTaskRows + kLanes));
+    const int64_t first = task * kTaskRows, last = std::min(first + kTaskRows, w.n);
+    const auto take = [&](auto rows, int64_t row) {
+      constexpr int kRows = decltype(rows)::value;
+      float found[kTokens][kTogether<kTokens>];
+      multiply_rows<kTokens, kRows>(w, x, lanes, row, scales.data(), found);
+      for (int t = 0; t < kTokens; ++t)
+        for (int r = 0; r < kRows; ++r) sums.data()[t * (kTaskRows + kLanes) + row - first + r] = found[t][r];
+    };
+    int64_t row = first;
+    for (; row + kTogether<kTokens> <= last; row += kTogether<kTokens>) take(std::integral_constant<int, kTogether<kTokens>>{}, row);
+    for (; row < last; ++row) take(std::integral_constant<int, 1>{}, row);
+    for (int t = 0; t < kTokens; ++t)
+      for (int64_t r = first; r < last; r += kLanes) {
+        const int count = static_cast<int>(std::min<int64_t>(kLanes, last - r));
+        F32 sum = load_first(sums.data(), t * (kTaskRows + kLanes) + r - first, count, kFloat32);
+        if (out.bias) sum = add(sum, load_first(out.bias, r, count, out.bias_dtype));
+        store_first(out.data, t * w.n + r, count, sum, out.dtype);
+      }
+  });
+}
+
 }  // namespace
 
 void int4_plain_mm(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k, Ptr<const uint8_t> codes,
@@ -97,12 +195,18 @@ void int4_plain_mm(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t
   std::vector<std::unique_ptr<Arranged>> rooms(std::max(threads, 1));
   const auto weight_of = [&](int64_t first, int64_t last, int worker) {
     auto& room = rooms[worker];
-    if (!room || room->blocks < last - first) room = std::make_unique<Arranged>(rows, last - first);
+    if (!room || room->blocks < last - first) room = std::make_unique<Arranged>(rows, last - first, last - first > 1 ? 1 : threads);
     room->arrange(rows, first, last);
     return room->weight(rows);
   };
   const IntegerTokens<1> tokens({x, x_dtype, m, k}, kActivationBlock, group, threads);
-  int4_gemm_of<GroupedCodes<4>, false>(weight_of, tokens, m, n, Output{out, x_dtype, bias, bias_dtype}, threads);
+  const Output to{out, x_dtype, bias, bias_dtype};
+  if (group % kLoadColumns == 0) {
+    if (m == 1) return multiply_few<1>(rows, tokens, to, threads);
+    if (m == 2) return multiply_few<2>(rows, tokens, to, threads);
+    if (m == 3) return multiply_few<3>(rows, tokens, to, threads);
+  }
+  int4_gemm_of<GroupedCodes<4>, false>(weight_of, tokens, m, n, to, threads);
 }
 
 void bind_int4_plain_mm(nb::module_& m) {
