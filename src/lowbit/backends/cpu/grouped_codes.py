@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ def refuses_group(group: int, bits: int) -> str | None:
     return None
 
 
+@functools.cache
 def integer_block(group: int, bits: int, way: int) -> int:
     """How many columns of the activations share a scale: a divisor of the group that a kernel sums in one go."""
     step = _SIZES[bits]
