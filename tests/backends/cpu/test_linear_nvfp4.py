@@ -35,7 +35,7 @@ def test_every_code(dtype):
     plain.parts["global_scale"].fill_(2.0**-3)
     weight, packed = plain.dequantize(torch.float32), plain.in_layout("rows16")
     largest = weight.abs().amax(dim=1).nan_to_num()
-    for tokens in (1, 3):  # 16 and 48 of them: two ways
+    for tokens in (1, 3):  # 16 and 48 of them: two ways for 16-bit activations
         x = torch.eye(16, dtype=dtype).repeat(tokens, 1)
         with use_backend("cpu"), torch.inference_mode():
             found = torch.nn.functional.linear(x, packed).float()

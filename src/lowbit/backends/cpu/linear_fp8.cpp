@@ -11,7 +11,7 @@ void linear_fp8(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k,
   const Output to{out, x_dtype, bias, bias_dtype};
   const Fp8Scales by{scales, scale_kind, n, tile_rows, (k + tile_columns - 1) / tile_columns};
   const auto run = [&](const auto& weight) {
-    if (few) return gemm_few(weight, from, to, threads);
+    if (few) return gemm_few<kFp8FewTokens>(weight, from, to, threads);
     gemm_many(weight, from, to, threads);
   };
   if (e5m2) return run(Fp8Weight<E5M2, Fp8Scales>{codes, stride, by, n, k, tile_columns});

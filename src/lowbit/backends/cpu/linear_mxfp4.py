@@ -8,6 +8,7 @@ from lowbit.backends.cpu import native
 from lowbit.backends.cpu.e2m1_ways import integer_block, way
 from lowbit.backends.cpu.operands import address, dtype_code, output_of, refuses_input, rows_of
 from lowbit.dispatch import kernel
+from lowbit.formats.e8m0_scales import GROUP
 from lowbit.formats.mxfp4 import Mxfp4
 from lowbit.formats.parts import Parts
 from lowbit.layouts import rows16
@@ -22,6 +23,6 @@ def linear_mxfp4(fmt: Mxfp4, x: Tensor, parts: Parts, bias: Tensor | None) -> Te
     words = parts["qdata"]
     native.module().linear_mxfp4(
         rows.data_ptr(), dtype_code(x), m, n, k, words.data_ptr(), words.shape[1], parts["scale"].data_ptr(),
-        integer_block(k), address(bias), dtype_code(bias), out.data_ptr(), way(x, m), native.threads(),
+        integer_block(k), address(bias), dtype_code(bias), out.data_ptr(), way(x, m, GROUP), native.threads(),
     )  # fmt: skip
     return out

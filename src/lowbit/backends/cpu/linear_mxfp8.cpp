@@ -11,7 +11,7 @@ void linear_mxfp8(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t 
   const Fp8Weight<E4M3, E8m0Scales> weight{codes, stride, {scales, k / kGroup}, n, k, kGroup};
   const Activations from{x, x_dtype, m, k};
   const Output to{out, x_dtype, bias, bias_dtype};
-  if (few) return gemm_few(weight, from, to, threads);
+  if (few) return gemm_few<kFp8FewTokens>(weight, from, to, threads);
   gemm_many(weight, from, to, threads);
 }
 

@@ -8,7 +8,7 @@ from lowbit.backends.cpu import native
 from lowbit.backends.cpu.e2m1_ways import integer_block, way
 from lowbit.backends.cpu.operands import address, dtype_code, output_of, refuses_input, rows_of
 from lowbit.dispatch import kernel
-from lowbit.formats.nvfp4 import Nvfp4
+from lowbit.formats.nvfp4 import GROUP, Nvfp4
 from lowbit.formats.parts import Parts
 from lowbit.layouts import rows16
 
@@ -23,6 +23,6 @@ def linear_nvfp4(fmt: Nvfp4, x: Tensor, parts: Parts, bias: Tensor | None) -> Te
     native.module().linear_nvfp4(
         rows.data_ptr(), dtype_code(x), m, n, k, words.data_ptr(), words.shape[1], parts["scale"].data_ptr(),
         parts["global_scale"].data_ptr(), fmt.row_global_scale, fmt.global_scale_divides, integer_block(k),
-        address(bias), dtype_code(bias), out.data_ptr(), way(x, m), native.threads(),
+        address(bias), dtype_code(bias), out.data_ptr(), way(x, m, GROUP), native.threads(),
     )  # fmt: skip
     return out

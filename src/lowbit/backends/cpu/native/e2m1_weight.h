@@ -51,7 +51,8 @@ struct E2m1Weight {
               lanes[j] += row[c + j];
               row[c + j] *= kPlace[j];
             }
-          sums.data()[m * groups + g] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+          sums.data()[m * groups + g] =
+              ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
         }
       });
     }

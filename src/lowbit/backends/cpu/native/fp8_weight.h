@@ -51,6 +51,8 @@ struct E8m0Scales {
   }
 };
 
+constexpr int kFp8FewTokens = 6;  // 12 sums, 2 weights and a token in 16 registers
+
 template <class Codes, class Scales>
 struct Fp8Weight {
   static constexpr int kStep = 4;  // columns in one go: K and groups are multiples of it
@@ -111,7 +113,8 @@ struct Fp8Weight {
         F32 w[kBlockVectors];
         Codes::load16(at, w);
         // One after the other: a scale times the unit could overflow where the weight does not.
-        for (int v = 0; v < kBlockVectors; ++v) store_f32(panel + v * kLanes, mul(mul(w[v], set1_f32(Codes::kUnit)), scale[v]));
+        for (int v = 0; v < kBlockVectors; ++v)
+          store_f32(panel + v * kLanes, mul(mul(w[v], set1_f32(Codes::kUnit)), scale[v]));
       }
     }
   }
