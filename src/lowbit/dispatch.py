@@ -172,12 +172,15 @@ def preferred_layout(op: str, fmt: Format, n: int, k: int, device: str) -> str:
     """The layout that a weight [n, k] should be in for `op` on a device type, "" for plain parts.
 
     It is that of the first kernel, in the order in which they are asked, whose layout the weight fits; of one backend's
-    kernels those with a layout of their own come first. For eager it is always the plain parts.
+    kernels those with a layout of their own come first, but for `embedding`: rows are looked up where they lie side by
+    side. For eager it is always the plain parts.
     """
     forced = _forced.get()
     entries = [entry for entry in candidates(op, fmt.name, device) if forced in (None, entry.backend)]
     for backend in (name for name in BACKENDS if name != "eager"):
         mine = [entry for entry in entries if entry.backend == backend and entry.layout != ANY_LAYOUT]
+        if op == "embedding" and any(not entry.layout for entry in mine):
+            return ""
         for entry in mine:
             if entry.layout and fitting_layout(entry.layout, fmt, n, k) is not None:
                 return entry.layout
