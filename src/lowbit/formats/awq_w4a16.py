@@ -45,7 +45,7 @@ MIN_STORED_SCALE = 2.0**-24  # the smallest positive float16: no stored dtype ro
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Parts of the range to give up at the lower and the upper end, found greedily on Gaussian groups of 64: each in turn
 # lowers the squared error most. The first three give 0.6 dB, all six 0.7; a grid of 121 would give 0.8.
-_TRIMS = ((0.0, 0.03), (0.03, 0.0), (0.03, 0.03), (0.0, 0.045), (0.045, 0.0), (0.015, 0.015))
+TRIMS = ((0.0, 0.03), (0.03, 0.0), (0.03, 0.03), (0.0, 0.045), (0.045, 0.0), (0.015, 0.015))
 
 
 @register
@@ -103,7 +103,7 @@ class AwqW4A16(Format):
     def candidates(self, rows: Tensor, params: Parts) -> Iterator[Candidate]:
         """Narrower grids: a clipped end costs less than coarser steps for all the others."""
         low, high = self._extremes(rows)
-        for below, above in _TRIMS:
+        for below, above in TRIMS:
             trimmed = low + (high - low) * below, high - (high - low) * above
             yield Candidate(_grid(*trimmed, params["scale"].dtype))
 

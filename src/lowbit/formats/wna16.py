@@ -172,12 +172,12 @@ class WNA16(Format):
         dtype = params["scale"].dtype
         if not self.zero_point:
             amax = self._widest(*self._extremes(rows))
-            for factor in _FACTORS[min(self.bits, _LAST)]:
+            for factor, _ in self.narrowings:
                 yield Candidate({**params, "scale": self._stored(amax * factor, dtype)})
             return
         low, high = self._extremes(rows)
-        for below, above in _TRIMS[min(self.bits, _LAST)]:
-            yield Candidate({**params, **self._affine(low * (1 - below), high * (1 - above), dtype)})
+        for below, above in self.narrowings:
+            yield Candidate({**params, **self._affine(low * below, high * above, dtype)})
 
     def grid(self, rows: Tensor, params: Parts) -> Grid:
         self._check_order(params, rows.shape[1])
@@ -197,9 +197,21 @@ class WNA16(Format):
             found["zero_point"] = self._zero_points(grid.step, grid.zero).t().contiguous().to(torch.uint8)
         return found
 
+    @property
+    def narrowings(self) -> tuple[tuple[float, float], ...]:
+        """What a search multiplies the lower and the upper end of a group by, or without zero points its scale."""
+        bits = min(self.bits, _LAST)
+        if self.zero_point:
+            return tuple((1 - below, 1 - above) for below, above in _TRIMS[bits])
+        return tuple((factor, factor) for factor in _FACTORS[bits])
+
+    def largest_scale(self, dtype: torch.dtype) -> float:
+        """The largest scale of a dtype with which no code decodes to infinity."""
+        return min(2.0 ** (128 - self.bits), torch.finfo(dtype).max)
+
     def _stored(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Scales in `dtype`, none of them zero, tiny, negative or so large that a code could decode to infinity."""
-        return scale.clamp(_SMALLEST, min(2.0 ** (128 - self.bits), torch.finfo(dtype).max)).to(dtype)
+        return scale.clamp(_SMALLEST, self.largest_scale(dtype)).to(dtype)
 
     def _columns(self, k: int) -> int:
         """Columns of a whole group of a weight with so many."""

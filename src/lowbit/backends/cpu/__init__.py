@@ -22,7 +22,10 @@ from lowbit.backends.cpu import (
     linear_wna16,
     pack_rows16,
     quantize_granular,
+    quantize_integer_groups,
+    quantize_mx,
     quantize_nvfp4,
+    refit_unit,
     row_errors,
 )
 from lowbit.backends.cpu.bandwidth import copy_bandwidth, read_bandwidth
@@ -47,7 +50,10 @@ __all__ = [
     "native",
     "pack_rows16",
     "quantize_granular",
+    "quantize_integer_groups",
+    "quantize_mx",
     "quantize_nvfp4",
     "read_bandwidth",
+    "refit_unit",
     "row_errors",
 ]
