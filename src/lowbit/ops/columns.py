@@ -33,3 +33,16 @@ def descent_columns(grid: Grid, first: int, slope: Tensor, inner: Tensor, values
     """
     args = (grid, first, slope, inner, values)
     select("descent_columns", ANY_FORMAT, "", slope.device.type, args).run(*args)
+
+
+def refit_unit(grid: Grid, start: int, stop: int, slope: Tensor, inner: Tensor, first: int, values: Tensor) -> None:
+    """Give one unit, columns `start` to `stop`, its best step (and zero), with its codes as they are.
+
+    Least squares in one or two unknowns, then the nearest that the format can store, where that is better.
+
+    slope   [c, n]   the gradient of the columns from `first` on, of which the unit is a part; kept up to date
+    inner   [c, c]   H between these columns
+    values  [K, n]   all values, of which the unit's change with its step
+    """
+    args = (grid, start, stop, slope, inner, first, values)
+    select("refit_unit", ANY_FORMAT, "", slope.device.type, args).run(*args)

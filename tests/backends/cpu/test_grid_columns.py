@@ -1,4 +1,4 @@
-"""gptq_columns and descent_columns on the CPU round to what eager rounds to."""
+"""gptq_columns, descent_columns and refit_unit on the CPU come to what eager comes to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowbit.errors import UnsupportedError
 from lowbit.formats import parse_spec
 from lowbit.formats.grid import Grid
 from lowbit.numerics.levels import E2M1, E4M3, E5M2, IntegerLevels, Levels
-from lowbit.ops.columns import descent_columns, gptq_columns
+from lowbit.ops.columns import descent_columns, gptq_columns, refit_unit
 from tests.support import gaussian
 
 pytest.importorskip("lowbit.backends.cpu", reason="no compiled kernels", exc_type=ImportError)
@@ -81,6 +81,42 @@ def test_exact_sums_give_equal_values(levels, zero):
             assert torch.equal(found, expected)
 
 
+def refitted(grid: Grid, backend: str, hessian: Tensor, slope: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    """Values, slopes, steps, divisors (and zeros) after refit_unit of all units in turn, in one block."""
+    own = replace(grid, step=grid.step.clone(), zero=None if grid.zero is None else grid.zero.clone())
+    slope, values = slope.clone(), values.clone()
+    with use_backend(backend):
+        for start in range(0, values.shape[0], grid.columns):
+            refit_unit(own, start, min(start + grid.columns, values.shape[0]), slope, hessian, 0, values)
+    found = (values, slope, own.step, own.divisor)
+    return found if own.zero is None else (*found, own.zero)
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["", "zero"])
+@pytest.mark.parametrize("levels", [IntegerLevels(-8, 7), E2M1], ids=str)
+def test_refitted_steps_are_the_same(levels, zero):
+    """Steps, zeros, values and slopes are eager's but for the last bits of sums, snapped to 1/16 or stored as is."""
+
+    def snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """To sixteenths, between which a sum's last bit seldom decides."""
+        return (step * 16).round() / 16, None if zero is None else (zero * 16).round() / 16
+
+    for count, n, columns in ((1, 1, 1), (7, 65, 3), (64, 200, 16), (100, 24, 100)):
+        x = gaussian(2 * count + 8, count, seed=5)
+        hessian = x.t() @ x / x.shape[0]
+        for stored in (snap, None):
+            grid = exact_grid(levels, count, n, columns, zero=zero)
+            grid = grid if stored is None else replace(grid, snap=stored)
+            values = torch.stack([grid.nearest(row, k) for k, row in enumerate(grid.target)])
+            slope = hessian @ (grid.target - values)
+            found = refitted(grid, "cpu", hessian, slope, values)
+            expected = refitted(grid, "eager", hessian, slope, values)
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+            assert count == 1 or not torch.equal(found[2], grid.step)
+            assert torch.equal(found[2] == 0, found[3] == torch.inf)
+
+
 @pytest.mark.parametrize("spec", ["int8", "fp8_e4m3(granularity=row)", "nvfp4", "awq_w4a16", "svdquant_w4a4", "wna16"])
 def test_weights_get_the_same_codes(spec):
     """On Gaussian weights whose sums are rounded, all but one value in a thousand are eager's."""
@@ -140,6 +176,13 @@ def test_what_it_does_not_take_is_refused():
         with use_backend("cpu"), pytest.raises(UnsupportedError, match=why):
             descent_columns(*args)
         assert select("descent_columns", "*", "", "cpu", args).backend == "eager"
+    for other, why in ((coarse, "rounding of its own"), (replace(grid, rows=2), "units of 2 rows")):
+        args = (other, 0, 4, torch.zeros(4, 32), torch.eye(4), 0, torch.zeros(4, 32))
+        with use_backend("cpu"), pytest.raises(UnsupportedError, match=why):
+            refit_unit(*args)
+    wide = (grid, 0, 4, torch.zeros(300, 32), torch.eye(300), 0, torch.zeros(300, 32))
+    with use_backend("cpu"), pytest.raises(UnsupportedError, match="300 columns"):
+        refit_unit(*wide)
     order = torch.arange(8)[::2]
     args = (grid, order, torch.zeros(4, 32), torch.eye(4), torch.zeros(8, 32), torch.zeros(4, 32))
     with use_backend("cpu"), pytest.raises(UnsupportedError, match="gaps"):
