@@ -11,6 +11,8 @@ All keep the gradient H E^T up to date a block of columns at a time, which costs
 
 from __future__ import annotations
 
+import torch
+
 from lowbit.ops.columns import descent_columns, refit_unit
 
 from .refinement import Draft, register_refinement
@@ -41,30 +43,39 @@ def descent(draft: Draft) -> None:
 
 def _rounds(draft: Draft, *, codes: bool, scales: bool) -> None:
     before = draft.error()
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS - 1):
         sweep(draft, codes=codes, scales=scales)
         now = draft.error()
         if now > before * (1 - GAIN):
             return
         before = now
+    sweep(draft, codes=codes, scales=scales, last=True)
 
 
-def sweep(draft: Draft, *, codes: bool, scales: bool) -> None:
-    """One pass over all columns: their codes, the scales of their units, or both."""
+def sweep(draft: Draft, *, codes: bool, scales: bool, last: bool = False) -> None:
+    """One pass over all columns: their codes, the scales of their units, or both.
+
+    last: the gradient is of no use afterwards; of columns done it is then not kept up to date.
+    """
     grid, values, gradient, hessian = draft.grid, draft.values, draft.gradient, draft.curvature.hessian
     k = values.shape[0]
     narrow = grid.columns <= WIDEST
     block = max(BLOCK // grid.columns, 1) * grid.columns if narrow else BLOCK
+    whole = not last or (scales and not narrow)
     for first in range(0, k, block) if codes or narrow else ():
-        last = min(first + block, k)
-        slope, before = gradient[first:last].clone(), values[first:last].clone()
-        inner = hessian[first:last, first:last]
+        stop = min(first + block, k)
+        slope, before = gradient[first:stop].clone(), values[first:stop].clone()
+        inner = hessian[first:stop, first:stop]
         if codes:
-            descent_columns(grid, first, slope, inner, values[first:last])
+            descent_columns(grid, first, slope, inner, values[first:stop])
         if scales and narrow:
-            for start in range(first, last, grid.columns):
-                refit_unit(grid, start, min(start + grid.columns, last), slope, inner, first, values)
-        gradient.addmm_(hessian[:, first:last], values[first:last] - before, alpha=-1)
+            for start in range(first, stop, grid.columns):
+                refit_unit(grid, start, min(start + grid.columns, stop), slope, inner, first, values)
+        moved = torch.sub(values[first:stop], before, out=before)
+        waiting = slice(0 if whole else stop, k)
+        gradient[waiting].addmm_(hessian[waiting, first:stop], moved, alpha=-1)
     if scales and not narrow:
         for start in range(0, k, grid.columns):
             refit_unit(grid, start, min(start + grid.columns, k), gradient, hessian, 0, values)
+    if last:
+        draft.forget_gradient()
