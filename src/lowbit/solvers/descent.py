@@ -61,10 +61,13 @@ def sweep(draft: Draft, *, codes: bool, scales: bool, last: bool = False) -> Non
     k = values.shape[0]
     narrow = grid.columns <= WIDEST
     block = max(BLOCK // grid.columns, 1) * grid.columns if narrow else BLOCK
+    room = gradient.new_empty((2, min(block, k), values.shape[1]))  # once: fresh pages cost more than what they hold
     whole = not last or (scales and not narrow)
     for first in range(0, k, block) if codes or narrow else ():
         stop = min(first + block, k)
-        slope, before = gradient[first:stop].clone(), values[first:stop].clone()
+        slope, before = (x[: stop - first] for x in room)
+        slope.copy_(gradient[first:stop])
+        before.copy_(values[first:stop])
         inner = hessian[first:stop, first:stop]
         if codes:
             descent_columns(grid, first, slope, inner, values[first:stop])

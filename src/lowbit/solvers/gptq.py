@@ -22,9 +22,11 @@ def gptq(draft: Draft) -> None:
     grid = draft.grid
     order, lower = draft.curvature.factor
     error = torch.empty_like(grid.target)
+    room = grid.target.new_empty((min(BLOCK, order.shape[0]), grid.target.shape[1]))
     for last in range(order.shape[0], 0, -BLOCK):
         first = max(0, last - BLOCK)
         columns = order[first:last]
-        wanted = grid.target[columns].addmm_(lower[last:, first:last].t(), error[last:])
+        wanted = torch.index_select(grid.target, 0, columns, out=room[: last - first])
+        wanted.addmm_(lower[last:, first:last].t(), error[last:])
         gptq_columns(grid, columns, wanted, lower[first:last, first:last], draft.values, error[first:last])
     draft.forget_gradient()

@@ -14,17 +14,9 @@ struct Unit {
   int64_t begin, count, block, n;
 };
 
-// What the first half finds and the second needs, a row each. With l the levels and H between the columns of the unit:
-// terms  0: the step to aim at, 1: the zero, 2: l H l, 3: l H 1, 4: l slope, 5: 1 slope
-// felt   H l, for every column of the block
-struct Found {
-  float *terms, *levels, *felt;
-};
+// What the first half finds and the second needs, a row [n] each. With l the levels and H between the columns of the
+// unit: 0: the step to aim at, 1: the zero, 2: l H l, 3: l H 1, 4: l slope, 5: 1 slope
 constexpr int kTerms = 6;
-
-inline Found found_in(float* scratch, const Unit& unit) {
-  return {scratch, scratch + kTerms * unit.n, scratch + (kTerms + unit.count) * unit.n};
-}
 
 // Sums of H over the unit, for each column of the block, and their sum within the unit.
 struct RowSums {
@@ -38,12 +30,20 @@ struct RowSums {
   }
 };
 
+// What the columns of the block feel of those of the unit: H between them, [block, count].
+inline Room felt_of(const Square& hessian, const Unit& unit) {
+  Room made(unit.block * unit.count);
+  for (int64_t k = 0; k < unit.block; ++k)
+    for (int64_t j = 0; j < unit.count; ++j) made.data()[k * unit.count + j] = hessian(k, unit.begin + j);
+  return made;
+}
+
+// The levels of the unit's values, [count, kWidth].
 template <bool kFloating>
-void propose_piece(const ColumnGrid& grid, const Unit& unit, const float* hessian, const RowSums& sums,
-                   const float* slope, const float* values, const Found& found, int64_t row, int64_t count) {
+void find_levels(const ColumnGrid& grid, const Unit& unit, const float* values, float* levels, int64_t row,
+                 int64_t count) {
   using namespace simd;
-  const Room room(unit.count * kWidth);
-  const Piece step = load_piece(grid.step + row, count), divisor = load_piece(grid.divisor + row, count);
+  const Piece divisor = load_piece(grid.divisor + row, count);
   Piece zero = {};
   if (grid.zero) zero = load_piece(grid.zero + row, count);
   for (int64_t j = 0; j < unit.count; ++j) {
@@ -52,16 +52,25 @@ void propose_piece(const ColumnGrid& grid, const Unit& unit, const float* hessia
       if (grid.zero) level.v[v] = sub(level.v[v], zero.v[v]);
       level.v[v] = nearest_level<kFloating>(div(level.v[v], divisor.v[v]), grid);
     }
-    store_piece(room.data() + j * kWidth, kWidth, level);
-    store_piece(found.levels + j * unit.n + row, count, level);
+    store_piece(levels + j * kWidth, kWidth, level);
   }
+}
+
+// hessian: of `felt_of`.
+template <bool kFloating>
+void propose_piece(const ColumnGrid& grid, const Unit& unit, const float* hessian, const RowSums& sums,
+                   const float* slope, const float* values, float* terms, int64_t row, int64_t count) {
+  using namespace simd;
+  const Room levels(unit.count * kWidth);
+  find_levels<kFloating>(grid, unit, values, levels.data(), row, count);
+  const Piece step = load_piece(grid.step + row, count);
+  Piece zero = {};
+  if (grid.zero) zero = load_piece(grid.zero + row, count);
   Piece ss = {}, sz = {}, s = {}, z = {};
-  for (int64_t k = 0; k < unit.block; ++k) {
+  for (int64_t k = unit.begin; k < unit.begin + unit.count; ++k) {
     Piece felt = {};
-    add_products(felt, hessian + k * unit.count, room.data(), 0, 1, unit.count);
-    store_piece(found.felt + k * unit.n + row, count, felt);
-    if (k < unit.begin || k >= unit.begin + unit.count) continue;
-    const Piece level = load_piece(room.data() + (k - unit.begin) * kWidth, kWidth);
+    add_products(felt, hessian + k * unit.count, levels.data(), 0, 1, unit.count);
+    const Piece level = load_piece(levels.data() + (k - unit.begin) * kWidth, kWidth);
     const Piece lean = load_piece(slope + k * unit.n + row, count);
     const F32 one = set1_f32(sums.of[static_cast<size_t>(k)]);
     for (int v = 0; v < kWidthVectors; ++v) {
@@ -85,21 +94,24 @@ void propose_piece(const ColumnGrid& grid, const Unit& unit, const float* hessia
     wanted.v[v] = add(step.v[v], select(solvable, move, nothing));
     wanted_zero.v[v] = add(zero.v[v], select(solvable, move_zero, div(z.v[v], zz)));
   }
-  const Piece* terms[kTerms] = {&wanted, &wanted_zero, &ss, &sz, &s, &z};
-  for (int i = 0; i < kTerms; ++i) store_piece(found.terms + i * unit.n + row, count, *terms[i]);
+  const Piece* all[kTerms] = {&wanted, &wanted_zero, &ss, &sz, &s, &z};
+  for (int i = 0; i < kTerms; ++i) store_piece(terms + i * unit.n + row, count, *all[i]);
 }
 
-// Takes the stored step (and zero) where the error falls: writes steps, values and slope.
 struct Steps {
   float *step, *divisor, *zero;
   const float *stored, *stored_zero;
 };
 
-void apply_piece(const Steps& to, const Unit& unit, const RowSums& sums, float* slope, float* values,
-                 const Found& found, int64_t row, int64_t count) {
+// Takes the stored step (and zero) where the error falls: writes steps, values and slope.
+template <bool kFloating>
+void apply_piece(const Steps& to, const ColumnGrid& grid, const Unit& unit, const float* hessian, const RowSums& sums,
+                 float* slope, float* values, const float* terms, int64_t row, int64_t count) {
   using namespace simd;
+  const Room levels(unit.count * kWidth);
+  find_levels<kFloating>(grid, unit, values, levels.data(), row, count);
   Piece term[kTerms], zero = {}, moved_zero = {};
-  for (int i = 2; i < kTerms; ++i) term[i] = load_piece(found.terms + i * unit.n + row, count);
+  for (int i = 2; i < kTerms; ++i) term[i] = load_piece(terms + i * unit.n + row, count);
   const Piece old = load_piece(to.step + row, count), stored = load_piece(to.stored + row, count);
   Piece step, divisor, moved;
   const F32 nothing = zero_f32(), zz = set1_f32(sums.total), infinity = set1_f32(HUGE_VALF);
@@ -130,7 +142,8 @@ void apply_piece(const Steps& to, const Unit& unit, const RowSums& sums, float* 
   if (to.zero) store_piece(to.zero + row, count, zero);
   for (int64_t k = 0; k < unit.block; ++k) {
     Piece lean = load_piece(slope + k * unit.n + row, count);
-    const Piece felt = load_piece(found.felt + k * unit.n + row, count);
+    Piece felt = {};
+    add_products(felt, hessian + k * unit.count, levels.data(), 0, 1, unit.count);
     const F32 one = set1_f32(-sums.of[static_cast<size_t>(k)]);
     for (int v = 0; v < kWidthVectors; ++v) {
       if (to.zero) lean.v[v] = fma(one, moved_zero.v[v], lean.v[v]);
@@ -139,7 +152,7 @@ void apply_piece(const Steps& to, const Unit& unit, const RowSums& sums, float* 
     store_piece(slope + k * unit.n + row, count, lean);
   }
   for (int64_t j = 0; j < unit.count; ++j) {
-    Piece value = load_piece(found.levels + j * unit.n + row, count);
+    Piece value = load_piece(levels.data() + j * kWidth, kWidth);
     for (int v = 0; v < kWidthVectors; ++v) {
       value.v[v] = mul(step.v[v], value.v[v]);
       if (to.zero) value.v[v] = add(value.v[v], zero.v[v]);
@@ -150,53 +163,52 @@ void apply_piece(const Steps& to, const Unit& unit, const RowSums& sums, float* 
 
 }  // namespace
 
-int64_t refit_room(int64_t count, int64_t block) { return kTerms + count + block; }  // rows [n]
-
 void refit_propose(Ptr<const float> step, Ptr<const float> divisor, Ptr<const float> zero, int64_t unit_columns,
                    bool floating, float low, float high, float smallest_normal, float magic, int64_t begin,
                    int64_t count, int64_t block, int64_t n, Ptr<const float> slope, Ptr<const float> inner,
-                   int64_t down, int64_t across, Ptr<const float> values, Ptr<float> room, int threads) {
+                   int64_t down, int64_t across, Ptr<const float> values, Ptr<float> terms, int threads) {
   const ColumnGrid grid{step, divisor, zero, unit_columns, floating, low, high, smallest_normal, magic};
   const Unit unit{begin, count, block, n};
-  const Square hessian{inner, down, across};
-  const RowSums sums(hessian, unit);
-  const Room rows(block * count);
-  for (int64_t k = 0; k < block; ++k)
-    for (int64_t j = 0; j < count; ++j) rows.data()[k * count + j] = hessian(k, begin + j);
-  const Found found = found_in(room, unit);
-  for_pieces(n, threads, [&](int64_t row, int64_t many) {
+  const RowSums sums({inner, down, across}, unit);
+  const Room hessian = felt_of({inner, down, across}, unit);
+  for_pieces(n, threads, [&](int64_t row, int64_t rows) {
     if (grid.floating) {
-      propose_piece<true>(grid, unit, rows.data(), sums, slope, values, found, row, many);
+      propose_piece<true>(grid, unit, hessian.data(), sums, slope, values, terms, row, rows);
     } else {
-      propose_piece<false>(grid, unit, rows.data(), sums, slope, values, found, row, many);
+      propose_piece<false>(grid, unit, hessian.data(), sums, slope, values, terms, row, rows);
     }
   });
 }
 
-void refit_apply(Ptr<float> step, Ptr<float> divisor, Ptr<float> zero, Ptr<const float> stored,
-                 Ptr<const float> stored_zero, int64_t begin, int64_t count, int64_t block, int64_t n, Ptr<float> slope,
-                 Ptr<const float> inner, int64_t down, int64_t across, Ptr<float> values, Ptr<float> room,
-                 int threads) {
+void refit_apply(Ptr<float> step, Ptr<float> divisor, Ptr<float> zero, int64_t unit_columns, bool floating, float low,
+                 float high, float smallest_normal, float magic, Ptr<const float> stored, Ptr<const float> stored_zero,
+                 int64_t begin, int64_t count, int64_t block, int64_t n, Ptr<float> slope, Ptr<const float> inner,
+                 int64_t down, int64_t across, Ptr<float> values, Ptr<const float> terms, int threads) {
   const Steps to{step, divisor, zero, stored, stored_zero};
+  const ColumnGrid grid{to.step, to.divisor, to.zero, unit_columns, floating, low, high, smallest_normal, magic};
   const Unit unit{begin, count, block, n};
-  const RowSums sums(Square{inner, down, across}, unit);
-  const Found found = found_in(room, unit);
-  for_pieces(n, threads, [&](int64_t row, int64_t many) {
-    apply_piece(to, unit, sums, slope, values, found, row, many);
+  const RowSums sums({inner, down, across}, unit);
+  const Room hessian = felt_of({inner, down, across}, unit);
+  for_pieces(n, threads, [&](int64_t row, int64_t rows) {
+    if (grid.floating) {
+      apply_piece<true>(to, grid, unit, hessian.data(), sums, slope, values, terms, row, rows);
+    } else {
+      apply_piece<false>(to, grid, unit, hessian.data(), sums, slope, values, terms, row, rows);
+    }
   });
 }
 
 void bind_refit_unit(nb::module_& m) {
-  m.def("refit_room", &refit_room, nb::arg("count"), nb::arg("block"));
   m.def("refit_propose", &refit_propose, nb::call_guard<nb::gil_scoped_release>(), nb::arg("step"), nb::arg("divisor"),
         nb::arg("zero"), nb::arg("unit_columns"), nb::arg("floating"), nb::arg("low"), nb::arg("high"),
         nb::arg("smallest_normal"), nb::arg("magic"), nb::arg("begin"), nb::arg("count"), nb::arg("block"),
         nb::arg("n"), nb::arg("slope"), nb::arg("inner"), nb::arg("down"), nb::arg("across"), nb::arg("values"),
-        nb::arg("room"), nb::arg("threads"));
+        nb::arg("terms"), nb::arg("threads"));
   m.def("refit_apply", &refit_apply, nb::call_guard<nb::gil_scoped_release>(), nb::arg("step"), nb::arg("divisor"),
-        nb::arg("zero"), nb::arg("stored"), nb::arg("stored_zero"), nb::arg("begin"), nb::arg("count"),
-        nb::arg("block"), nb::arg("n"), nb::arg("slope"), nb::arg("inner"), nb::arg("down"), nb::arg("across"),
-        nb::arg("values"), nb::arg("room"), nb::arg("threads"));
+        nb::arg("zero"), nb::arg("unit_columns"), nb::arg("floating"), nb::arg("low"), nb::arg("high"),
+        nb::arg("smallest_normal"), nb::arg("magic"), nb::arg("stored"), nb::arg("stored_zero"), nb::arg("begin"),
+        nb::arg("count"), nb::arg("block"), nb::arg("n"), nb::arg("slope"), nb::arg("inner"), nb::arg("down"),
+        nb::arg("across"), nb::arg("values"), nb::arg("terms"), nb::arg("threads"));
 }
 
 }  // namespace lowbit

@@ -29,13 +29,14 @@ def refit_unit(grid: Grid, start: int, stop: int, slope: Tensor, inner: Tensor, 
     """See `lowbit.ops.columns`."""
     module, threads = native.module(), native.threads()
     (block, n), count, place = slope.shape, stop - start, start // grid.columns
-    room = slope.new_empty((module.refit_room(count, block), n))
+    terms = slope.new_empty((6, n))
     step, divisor = grid.step[place : place + 1], grid.divisor[place : place + 1]
     zero = None if grid.zero is None else grid.zero[place : place + 1]
+    levels = grid_columns.describe(grid)[3:]
     where = (step.data_ptr(), divisor.data_ptr(), address(zero))
     unit = (start - first, count, block, n, slope.data_ptr(), inner.data_ptr(), *inner.stride())
-    rest = (values[start].data_ptr(), room.data_ptr(), threads)
-    module.refit_propose(*where, *grid_columns.describe(grid)[3:], *unit, *rest)
-    stored, stored_zero = grid.snap(room[:1], None if zero is None else room[1:2])
+    rest = (values[start].data_ptr(), terms.data_ptr(), threads)
+    module.refit_propose(*where, *levels, *unit, *rest)
+    stored, stored_zero = grid.snap(terms[:1], None if zero is None else terms[1:2])
     stored, stored_zero = stored.contiguous(), None if stored_zero is None else stored_zero.contiguous()
-    module.refit_apply(*where, stored.data_ptr(), address(stored_zero), *unit, *rest)
+    module.refit_apply(*where, *levels, stored.data_ptr(), address(stored_zero), *unit, *rest)
