@@ -30,8 +30,9 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     __m512 g(__m512 a, __m512bh b) { return _mm512_dpbf16_ps(a, b, b); }")
   # Not amx: no kernel multiplies tiles, so its module would be a second avx512, which such a machine runs anyway.
   if(LOWBIT_EMULATE)
-    # -O1 compiles in a quarter of the time; speed is not what it is for.
-    lowbit_set(avx512_emulated "${avx2} -O1" "#include <simde/x86/avx512.h>
+    # -O1 compiles in a quarter of the time; speed is not what it is for. GCC 12 ends with an error of its own where it
+    # takes SIMDe's unions apart (tree-sra).
+    lowbit_set(avx512_emulated "${avx2} -O1 -fno-tree-sra" "#include <simde/x86/avx512.h>
       simde__m512i f(simde__m512i a) { return simde_mm512_dpbusd_epi32(a, a, a); }")
   endif()
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
