@@ -211,20 +211,29 @@ inline simd::F32 e4m3_values(simd::I32 codes) {
 // 2^(code - 127) for code 0 to 254; 0 is a float32 subnormal.
 inline float e8m0_power(int32_t code) { return float_of(code ? code << 23 : 0x400000); }
 
-// A float32 as it is stored in a dtype, and what it is then.
+// A finite float32 as it is stored in a dtype, and what it is then. Small: a search makes many.
 struct Stored {
-  alignas(64) unsigned char bytes[4 * simd::kLanes];
+  uint32_t bits;
   float value;
 
   Stored(float exact, int dtype) {
-    simd::store_from_f32(bytes, 0, simd::set1_f32(exact), dtype);
-    alignas(64) float lanes[simd::kLanes];
-    simd::store_f32(lanes, simd::load_as_f32(bytes, 0, dtype));
-    value = lanes[0];
+    std::memcpy(&bits, &exact, sizeof bits);
+    value = exact;
+    if (dtype == kBfloat16) {
+      bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+      value = float_of(static_cast<int32_t>(bits << 16));
+    } else if (dtype == kFloat16) {
+      alignas(64) uint16_t halves[simd::kLanes];
+      alignas(64) float lanes[simd::kLanes];
+      simd::store_f16(halves, simd::set1_f32(exact));
+      simd::store_f32(lanes, simd::load_f16(halves));
+      bits = halves[0];
+      value = lanes[0];
+    }
   }
-  void put(void* to, int64_t at, int dtype) const {
+  void put(void* to, int64_t at, int dtype) const {  // the machine is little-endian, as the files are
     const auto size = static_cast<size_t>(element_size(dtype));
-    std::memcpy(static_cast<unsigned char*>(to) + static_cast<size_t>(at) * size, bytes, size);
+    std::memcpy(static_cast<unsigned char*>(to) + static_cast<size_t>(at) * size, &bits, size);
   }
 };
 
