@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ pytest.importorskip("transformers", "5.0", reason="pipelines of diffusers hold m
 
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
+import lowbit
 from lowbit.checkpoint.dialects.comfy import COMFY
 from lowbit.errors import CheckpointError, PlanError
 from lowbit.integrations.diffusers import LowbitConfig, read_single_file
@@ -82,7 +85,9 @@ def test_converted_weights_mean_what_the_file_says(published, spec, dtype, tmp_p
     for name, value in others.items():
         assert torch.equal(quantized.state_dict()[name], value), name
     if not next(iter(layers.values())).weight.format.rounds_input:
-        torch.testing.assert_close(answer(quantized), answer(expected), rtol=1e-4, atol=1e-4)
+        # Other kernels do not round weights to the dtype of the activations, and would tell the two apart in bfloat16.
+        with contextlib.nullcontext() if dtype == torch.float32 else lowbit.use_backend("eager"):
+            torch.testing.assert_close(answer(quantized), answer(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("spec", ["awq_w4a16", "svdquant_w4a4(rank=16,act_unsigned=true)"])

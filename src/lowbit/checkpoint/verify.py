@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError, LowbitError
-from lowbit.formats.parts import Parts
+from lowbit.formats.parts import Parts, narrow_rows
 from lowbit.numerics.groups import row_chunks
+from lowbit.ops.encode import row_errors
 
 from .accuracy import Accuracy, AccuracyMeter
 from .banks import decoded_expert, expert_parts
@@ -267,9 +268,12 @@ class _Task:
 def _add(meter: AccuracyMeter, stored: StoredLayer, parts: Parts, rows: Callable[[int, int], Tensor]) -> None:
     """Add a matrix that the parts decode to, and the rows of the true one, to a meter."""
     n, k = stored.shape
-    for start, stop in row_chunks(n, k, stored.format.row_multiple):
-        approx = stored.format.dequantize_rows(parts, k, start, stop, torch.float32)
-        meter.add(rows(start, stop).float(), approx)
+    fmt = stored.format
+    sums = [
+        row_errors(fmt, narrow_rows(fmt.rules, parts, start, stop), rows(start, stop))
+        for start, stop in row_chunks(n, k, fmt.row_multiple)
+    ]
+    meter.add_sums(torch.cat(sums, dim=1))  # at once, as the conversion adds them: the same number to the last bit
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
