@@ -30,8 +30,8 @@ def _call():
     return (fmt, torch.randn(2, 32), fmt.quantize(w), None)
 
 
-def test_eager_serves_what_no_other_backend_does():
-    """Without any other backend, eager is selected and runs."""
+def test_eager_serves_what_no_other_backend_does(kernels):
+    """Without any other kernel, eager is selected and runs."""
     args = _call()
 
     entry = dispatch.select("linear", "fp8_e4m3", "", "cpu", args)
