@@ -22,12 +22,11 @@ set(LOWBIT_CAN portable)
 set(LOWBIT_FLAGS_portable "")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(avx2 "-mavx2 -mfma -mf16c -mbmi -mbmi2 -mlzcnt -mpopcnt")
-  set(avx512 "${avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 -mprefer-vector-width=512")
+  set(avx512 "${avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mprefer-vector-width=512")
   lowbit_set(avx2 "${avx2}" "#include <immintrin.h>
     __m256 f(__m256 a, __m128i h) { return _mm256_fmadd_ps(a, a, _mm256_cvtph_ps(h)); }")
   lowbit_set(avx512 "${avx512}" "#include <immintrin.h>
-    __m512i f(__m512i a) { return _mm512_dpbusd_epi32(a, a, a); }
-    __m512 g(__m512 a, __m512bh b) { return _mm512_dpbf16_ps(a, b, b); }")
+    __m512i f(__m512i a) { return _mm512_dpbusd_epi32(a, a, a); }")
   # Not amx: no kernel multiplies tiles, so its module would be a second avx512, which such a machine runs anyway.
   if(LOWBIT_EMULATE)
     # -O1 compiles in a quarter of the time; speed is not what it is for. GCC 12 ends with an error of its own where it

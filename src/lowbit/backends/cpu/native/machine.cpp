@@ -54,7 +54,7 @@ bool may_use_tiles() {
 std::vector<const char*> runnable_sets() {
   std::vector<const char*> sets{"portable"};
 #if LOWBIT_X86
-  const Leaf basic(1, 0), more(7, 0), even_more(7, 1), extended(0x80000001, 0);
+  const Leaf basic(1, 0), more(7, 0), extended(0x80000001, 0);
   if (!all(basic.ecx, {27})) return sets;  // OSXSAVE: xgetbv may be asked
   const uint64_t saved = saved_state();
   const bool avx2 = (saved & 0x6) == 0x6 && all(basic.ecx, {12, 23, 28, 29}) &&  // FMA, POPCNT, AVX, F16C
@@ -63,7 +63,7 @@ std::vector<const char*> runnable_sets() {
   sets.push_back("avx2");
   sets.push_back("avx512_emulated");  // compiled for AVX2
   const bool avx512 = (saved & 0xe0) == 0xe0 && all(more.ebx, {16, 17, 30, 31}) &&  // F, DQ, BW, VL
-                      all(more.ecx, {11}) && all(even_more.eax, {5});               // VNNI, BF16
+                      all(more.ecx, {11});                                          // VNNI
   if (!avx512) return sets;
   sets.push_back("avx512");
   const bool amx = (saved >> 17 & 3) == 3 && all(more.edx, {22, 24, 25}) && may_use_tiles();  // BF16, TILE, INT8
