@@ -17,7 +17,6 @@ import typer
 
 import lowbit
 from lowbit import dispatch
-from lowbit import dispatch
 from lowbit.checkpoint.dialects import base as dialects
 from lowbit.cli import app
 from lowbit.formats import registry
