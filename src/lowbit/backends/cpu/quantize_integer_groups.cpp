@@ -177,7 +177,9 @@ bool quantize(const Job<Format>& job, int threads) {
         grid.scale.put(job.scales, at, job.format.stored);
         if (job.offsets) grid.offset.put(job.offsets, at, job.format.stored);
         if (job.zero_points) job.zero_points[at] = static_cast<uint8_t>(grid.zero);
-        encode_group(job.format, room + first, last - first, grid, [&](int64_t c, I32 codes) {
+        // Rows end with whole bytes, and the codes of columns that are not there are those of zeros.
+        const int64_t end = g + 1 == groups ? padded : last;
+        encode_group(job.format, room + first, end - first, grid, [&](int64_t c, I32 codes) {
           if (job.bits == 4) return store_nibbles(packed + (first + c) / 2, codes);
           store_low_bytes(packed + first + c, codes);
         });
