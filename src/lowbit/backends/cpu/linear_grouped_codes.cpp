@@ -15,8 +15,11 @@ static void multiply(const GroupedCodes<kBits>& weight, const Activations& x, co
   constexpr int kColumns = GroupedCodes<kBits>::kWordCodes;
   if (way == kRegisters) return gemm_few(weight, x, out, threads);
   if (way == kPanels) return gemm_many(weight, x, out, threads);
-  if constexpr (kBits == 4)
+  if constexpr (kBits == 4) {
     if (way == kInt8) return int4_gemm(weight, IntegerTokens<1>(x, integer_block, weight.group, threads), x.m, out, threads);
+    if (x.m <= kTooFewForPairs)
+      return int4_gemm(weight, IntegerTokens<2, 8, false>(x, weight.group % 32 ? integer_block : 32, weight.group, threads), x.m, out, threads);
+  }
   int4_gemm(weight, IntegerTokens<2, kColumns>(x, integer_block, weight.group, threads), x.m, out, threads);
 }
 

@@ -177,6 +177,9 @@ void gemm_many(const Weight& w, const Activations& x, const Output& out, int thr
   });
 }
 
+// What a few tokens' loop asks for before it needs it: as far as reading memory alone is fastest with.
+constexpr int64_t kAheadBytes = 2048;
+
 constexpr int kFewTokens = 4;  // that share one pass over a block
 
 template <class Weight, int kMost>

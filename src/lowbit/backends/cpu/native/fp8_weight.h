@@ -79,6 +79,7 @@ struct Fp8Weight {
         for (auto& lanes : row)
           for (auto& sum : lanes) sum = zero_f32();
       for (const int64_t end = std::min(c + group, k); c < end; c += kStep, at += kStep * kBlockRows) {
+        if constexpr (kTokens <= 2) __builtin_prefetch(at + kAheadBytes);
         for_each_place<kStep>([&](auto place) {
           constexpr int j = decltype(place)::value;
           F32 w[kBlockVectors];

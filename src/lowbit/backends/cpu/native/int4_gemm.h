@@ -46,13 +46,16 @@ template <int kPieces>
 constexpr int kInt4Tokens = 4;  // 8 sums in 16 registers
 #endif
 
+// Tokens that are too few for int16 pairs: widening a code to 16 bits then costs more than the second product saves.
+constexpr int64_t kTooFewForPairs = 2;
+
 // Activations as integers, made once a call, in words of as many columns as the weight's have.
-template <int kPieces_, int kColumns_ = 8>
+template <int kPieces_, int kColumns_ = 8, bool kPaired_ = kInt16Pairs>
 struct IntegerTokens {
   static_assert(kPieces_ == 1 || kPieces_ == 2, "int8 or int16");
   static_assert(kColumns_ == 8 || (kColumns_ == 4 && kPieces_ == 2), "codes of 4 bits, or of 8 beside int16");
   static constexpr int kPieces = kPieces_, kColumns = kColumns_;
-  static constexpr bool kPairs = kPieces == 2 && (kInt16Pairs || kColumns == 4);
+  static constexpr bool kPairs = kPieces == 2 && (kPaired_ || kColumns == 4);
   static constexpr int kWordBytes = kColumns * kPieces;
 
   int64_t k, block, groups;
@@ -174,6 +177,7 @@ inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&fr
     for (auto& row : found)
       for (auto& sum : row) sum = zero_i32();
     for (const int64_t end = word + count; word < end; ++word) {
+      if constexpr (kTokens <= 2) __builtin_prefetch(from[0] + word * kBlockRows + kAheadBytes / 4);
       auto step = [&](auto place) __attribute__((always_inline)) {
         constexpr int kAt = decltype(place)::value;  // columns 0 4, then 1 5, 2 6, 3 7; or 0 2, then 1 3
         I32 pair[kVectors];
@@ -208,6 +212,7 @@ inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&fr
           for (auto& dot : pieces) dot = zero_dot4();
       const int64_t unit = kUnit ? kUnit : std::min<int64_t>(end - word, Weight::kSteps / 2);
       auto step = [&](int64_t at) __attribute__((always_inline)) {
+        if constexpr (kTokens <= 2) __builtin_prefetch(from[0] + at * kBlockRows + kAheadBytes / 4);
         Bytes even[kVectors], odd[kVectors];
         for (int v = 0; v < kVectors; ++v) Weight::codes(load_i32(from[v] + at * kBlockRows), even[v], odd[v]);
         for (int t = 0; t < kTokens; ++t) {

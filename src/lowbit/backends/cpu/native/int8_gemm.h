@@ -132,6 +132,7 @@ inline void int8_tile(const Weight& w, const Int8Blocks& words, const Int8Tokens
       for (int v = 0; v < kVectors; ++v) dots[t][v] = start;
     }
     for (const int64_t end = std::min((tile + 1) * x.tile, x.k) / 4; word < end; ++word) {
+      if constexpr (kTokens <= 2) __builtin_prefetch(from[0] + word * kBlockRows + kAheadBytes / 4);
       Weights8 weights[kVectors];
       for (int v = 0; v < kVectors; ++v)
         weights[v] = prepare8(load_bytes(from[v / kBlockVectors] + word * kBlockRows + v % kBlockVectors * kLanes));
