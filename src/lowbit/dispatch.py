@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ Fn = TypeVar("Fn", bound=Callable[..., Any])
 # Backends in order of preference, with the device types whose tensors they may be given.
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda",),
-    "triton": ("cuda", "xpu", "cpu"),  # on a CPU only under TRITON_INTERPRET=1; its kernels refuse otherwise
+    "triton": ("cuda", "xpu", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda", "xpu"),
     "cpu": ("cpu",),
     "eager": (),  # every device
 }

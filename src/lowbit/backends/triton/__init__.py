@@ -1,0 +1,12 @@
+"""Kernels in Triton for GPUs: compiled at first use, no build step. The import fails, in words, where Triton is not."""
+
+from __future__ import annotations
+
+import importlib.util
+
+if importlib.util.find_spec("triton") is None:  # before any kernel is registered: a backend is there as a whole, or not
+    raise ImportError("Triton is not installed; pip install triton (Linux), or a build of PyTorch that brings it")
+
+from lowbit.backends.triton import linear_awq_w4a16, linear_nvfp4
+
+__all__ = ["linear_awq_w4a16", "linear_nvfp4"]

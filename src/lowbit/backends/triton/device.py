@@ -1,0 +1,104 @@
+"""What every launcher asks before it runs: whether Triton can compile for this device, and for these dtypes.
+
+On a CPU the kernels run in Triton's interpreter, for testing, when TRITON_INTERPRET=1 is set before Python starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST = (7, 5)  # the first with integer tensor cores
+_FIRST_WITH_BFLOAT16 = (8, 0)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the code is compiled for: `kind` "cuda", "hip", "xpu" or "interpreter", and NVIDIA's compute capability."""
+
+    kind: str
+    capability: tuple[int, int] = (0, 0)
+    processors: int = 132
+    """Streaming multiprocessors (compute units): how many programs run side by side."""
+
+    @property
+    def assembles(self) -> bool:
+        """Whether kernels may use PTX: what it does is written out in Triton's own words for all other targets."""
+        return self.kind == "cuda" and self.capability >= _FIRST_WITH_BFLOAT16
+
+
+_assumed: ContextVar[Target | None] = ContextVar("lowbit_triton_target", default=None)
+
+
+@contextlib.contextmanager
+def assume(target: Target) -> Iterator[None]:
+    """Within this block every device is taken for `target`: for compiling without one."""
+    token = _assumed.set(target)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def target_of(device: torch.device) -> Target:
+    """The target of a device."""
+    return _assumed.get() or _read(device.type, -1 if device.index is None else device.index)
+
+
+@functools.cache
+def _read(kind: str, index: int) -> Target:
+    if INTERPRETED:
+        return Target("interpreter")
+    if kind == "cuda":
+        found = torch.cuda.get_device_properties(None if index < 0 else index)
+        if torch.version.hip:
+            return Target("hip", processors=found.multi_processor_count)
+        return Target("cuda", (found.major, found.minor), found.multi_processor_count)
+    return Target(kind)
+
+
+def refuses(x: Tensor, **others: Tensor | None) -> str | None:
+    """Why no kernel here takes x and these other tensors, or None: their devices, the GPU's age, their dtypes."""
+    target = target_of(x.device)
+    if target.kind == "cuda" and target.capability < _OLDEST:
+        have, need = (".".join(map(str, pair)) for pair in (target.capability, _OLDEST))
+        return f"the GPU has compute capability {have}; Triton's tensor-core code needs {need} or later"
+    for name, tensor in {"x": x, **others}.items():
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            return f"{name} is on {tensor.device}, x on {x.device}; move one of them"
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and (why := _refuses_dtype(target, name, tensor)):
+            return why
+    return None
+
+
+def _refuses_dtype(target: Target, name: str, tensor: Tensor) -> str | None:
+    if tensor.dtype not in DTYPES:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        return f"{name} is {kind}; the kernels take float32, bfloat16 and float16"
+    if tensor.dtype == torch.bfloat16:
+        if target.kind == "interpreter" and name == "x":
+            return f"{name} is bfloat16, which Triton's interpreter rounds wrongly; test with float16 or float32"
+        if target.kind == "cuda" and target.capability < _FIRST_WITH_BFLOAT16:
+            return f"{name} is bfloat16, which this GPU does not multiply; use float16"
+    return None
+
+
+@contextlib.contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device: make it that of the tensors."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        yield
+    else:
+        with torch.cuda.device(device):
+            yield
