@@ -60,7 +60,7 @@ def _read(kind: str, index: int) -> Target:
         return Target("interpreter")
     if kind == "cuda":
         found = torch.cuda.get_device_properties(None if index < 0 else index)
-        if torch.version.hip:
+        if getattr(torch.version, "hip", None):
             return Target("hip", processors=found.multi_processor_count)
         return Target("cuda", (found.major, found.minor), found.multi_processor_count)
     return Target(kind)

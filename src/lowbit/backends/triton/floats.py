@@ -9,15 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_NAN = tl.constexpr(float("nan"))
-
 
 @triton.jit
 def e4m3_value(code):
     """int32 codes 0..255 of float8_e4m3fn -> float32; 127 and 255 are NaN."""
     magnitude = code & 127
     value = (magnitude << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
-    value = tl.where(magnitude == 127, _NAN, value)
+    value = tl.where(magnitude == 127, float("nan"), value)
     return tl.where(code > 127, -value, value)
 
 
@@ -31,4 +29,4 @@ def e5m2_value(code):
 def e8m0_value(code):
     """int32 codes 0..255 -> float32 powers of two, 2**(code - 127); 255 is NaN."""
     value = tl.where(code == 0, 1 << 22, code << 23).to(tl.float32, bitcast=True)  # 2**-127 is subnormal
-    return tl.where(code == 255, _NAN, value)
+    return tl.where(code == 255, float("nan"), value)

@@ -1,4 +1,4 @@
-"""linear for nvfp4 in the layout words128: codes times e4m3 scales are exact in 16 bits; the global scale comes last."""
+"""linear for nvfp4 in the layout words128: codes times e4m3 scales are exact in 16 bits, the global scale is last."""
 
 from __future__ import annotations
 
