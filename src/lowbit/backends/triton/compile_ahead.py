@@ -60,7 +60,7 @@ def compile_launch(launch: Launch, config: Config, target: Target) -> Compiled:
     gpu = GPUTarget("cuda", target.capability[0] * 10 + target.capability[1], 32)
     if target.kind == "hip":
         gpu = GPUTarget("hip", "gfx942", 64)
-    made = triton.compile(source, target=gpu, options={"num_warps": config.warps, "num_stages": config.stages})
+    made = triton.compile(source, target=gpu, options=config.options)
     if target.kind != "cuda":
         return Compiled(0, 0, made.metadata.shared, made.asm["amdgcn"])
     registers, spills = _resources(made.asm["cubin"])

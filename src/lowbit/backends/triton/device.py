@@ -51,15 +51,16 @@ def assume(target: Target) -> Iterator[None]:
 
 def target_of(device: torch.device) -> Target:
     """The target of a device."""
-    return _assumed.get() or _read(device.type, -1 if device.index is None else device.index)
+    assumed = _assumed.get()
+    return _read(device.type, device.index) if assumed is None else assumed
 
 
 @functools.cache
-def _read(kind: str, index: int) -> Target:
+def _read(kind: str, index: int | None) -> Target:
     if INTERPRETED:
         return Target("interpreter")
     if kind == "cuda":
-        found = torch.cuda.get_device_properties(None if index < 0 else index)
+        found = torch.cuda.get_device_properties(index)
         if getattr(torch.version, "hip", None):
             return Target("hip", processors=found.multi_processor_count)
         return Target("cuda", (found.major, found.minor), found.multi_processor_count)

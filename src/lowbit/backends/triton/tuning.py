@@ -50,11 +50,12 @@ class Config:
 
     @property
     def options(self) -> dict[str, int]:
-        """As keyword arguments of a launch."""
-        return {**self.constants, "num_warps": self.warps, "num_stages": self.stages}
+        """Beside the constants, the keyword arguments of a launch. Products and sums are not fused behind our back."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+        shown = {**self.constants, "num_warps": self.warps, "num_stages": self.stages}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 def config(warps: int = 4, stages: int = 3, **constants: int) -> Config:
@@ -114,7 +115,7 @@ class TunedKernel:
         return config
 
     def _run(self, grid: Grid, arguments: Arguments, config: Config) -> None:
-        self.function[grid({**arguments, **config.constants})](**arguments, **config.options)
+        self.function[grid({**arguments, **config.constants})](**arguments, **config.constants, **config.options)
 
     def _sensible(self, arguments: Arguments) -> Sequence[Config]:
         return self.prune(self.configs, arguments) if self.prune else self.configs
