@@ -3,7 +3,8 @@
 //
 //   call:   u32 size and name; u32 count and words; u32 count of regions, each u64 address, u64 size, u64 1 where
 //           it is a list of words with pointers among them, else 0, and its bytes
-//   answer: u32 0, u64 result, u32 whether it is negative, and the bytes of every region that differ: u32 index and all of it, ended by u32 -1;
+//   answer: u32 0, u64 result, u32 whether it is negative, and the bytes of every region that differ: u32 index and all
+//   of it, ended by u32 -1;
 //           or u32 size and an error in words
 //
 // A region is a piece of the caller's memory. It is put into room that ends with it and lies as it does in cache lines.
@@ -118,7 +119,8 @@ int main() {
       write(result.word);
       write(static_cast<uint32_t>(result.negative));
       for (size_t i = 0; i < regions.size(); ++i)
-        if (!regions[i].has_pointers && std::memcmp(begin(regions[i]), regions[i].before.data(), regions[i].size) != 0) {
+        if (!regions[i].has_pointers &&
+            std::memcmp(begin(regions[i]), regions[i].before.data(), regions[i].size) != 0) {
           write(static_cast<uint32_t>(i));
           write(begin(regions[i]), regions[i].size);
         }

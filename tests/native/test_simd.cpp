@@ -63,19 +63,57 @@ uint32_t random_bits() { return static_cast<uint32_t>(g_random()); }
 
 // Floats where something may go wrong, and random ones of all sizes; a multiple of kLanes of them.
 std::vector<float> floats() {
-  std::vector<float> made = {0.0f, -0.0f, 1.0f, -1.0f, 0.5f, 1.5f, 2.5f, -0.5f, -1.5f, -2.5f, 0.49999997f, kInf, -kInf,
-                             std::nanf(""), -std::nanf(""), float_of(0x7f800001), float_of(0xff812345), float_of(1),
-                             float_of(0x80000001), float_of(0x007fffff), 0x1p-126f, 0x1p-149f, 0x1p127f, -0x1p127f,
-                             std::numeric_limits<float>::max(), std::numeric_limits<float>::lowest(), 0x1p31f, -0x1p31f,
-                             0x1.fffffep30f, -0x1.fffffep30f, 0x1p32f, 0x1p63f, -0x1p64f, 8388607.5f, 8388608.0f,
-                             -8388607.5f, 4194303.5f, 4194304.5f, 16777217.0f, 126.5f, 127.5f, -127.5f, -128.5f};
+  std::vector<float> made = {0.0f,
+                             -0.0f,
+                             1.0f,
+                             -1.0f,
+                             0.5f,
+                             1.5f,
+                             2.5f,
+                             -0.5f,
+                             -1.5f,
+                             -2.5f,
+                             0.49999997f,
+                             kInf,
+                             -kInf,
+                             std::nanf(""),
+                             -std::nanf(""),
+                             float_of(0x7f800001),
+                             float_of(0xff812345),
+                             float_of(1),
+                             float_of(0x80000001),
+                             float_of(0x007fffff),
+                             0x1p-126f,
+                             0x1p-149f,
+                             0x1p127f,
+                             -0x1p127f,
+                             std::numeric_limits<float>::max(),
+                             std::numeric_limits<float>::lowest(),
+                             0x1p31f,
+                             -0x1p31f,
+                             0x1.fffffep30f,
+                             -0x1.fffffep30f,
+                             0x1p32f,
+                             0x1p63f,
+                             -0x1p64f,
+                             8388607.5f,
+                             8388608.0f,
+                             -8388607.5f,
+                             4194303.5f,
+                             4194304.5f,
+                             16777217.0f,
+                             126.5f,
+                             127.5f,
+                             -127.5f,
+                             -128.5f};
   for (int i = 0; i < 4000; ++i) made.push_back(float_of(random_bits()));
   for (int i = 0; i < 2000; ++i) made.push_back(std::ldexp(static_cast<float>(random_bits() % 4096) - 2048, -2));
   while (made.size() % 16) made.push_back(3.0f);
   return made;
 }
 std::vector<int32_t> ints() {
-  std::vector<int32_t> made = {0, 1, -1, INT32_MAX, INT32_MIN, INT32_MIN + 1, 255, 256, -128, -129, 65535, 65536, 0xff00, 16777217};
+  std::vector<int32_t> made = {0,   1,    -1,   INT32_MAX, INT32_MIN, INT32_MIN + 1, 255,
+                               256, -128, -129, 65535,     65536,     0xff00,        16777217};
   for (int i = 0; i < 1000; ++i) made.push_back(static_cast<int32_t>(random_bits()));
   while (made.size() % 16) made.push_back(3);
   return made;
@@ -91,7 +129,8 @@ void binary_f32(const char* what, const F& f, const G& g) {
     for (size_t i = 0; i < n; ++i) other[i] = all[(i + shift) % n];
     for (size_t i = 0; i < n; i += kLanes) {
       const Floats found(f(load_f32(&all[i]), load_f32(&other[i])));
-      for (int j = 0; j < kLanes; ++j) expect_float(what, found.at[j], g(all[i + j], other[i + j]), all[i + j], other[i + j]);
+      for (int j = 0; j < kLanes; ++j)
+        expect_float(what, found.at[j], g(all[i + j], other[i + j]), all[i + j], other[i + j]);
     }
   }
 }
@@ -104,7 +143,8 @@ void binary_i32(const char* what, const F& f, const G& g) {
     for (size_t i = 0; i < n; ++i) other[i] = all[(i + shift) % n];
     for (size_t i = 0; i < n; i += kLanes) {
       const Ints found(f(load_i32(&all[i]), load_i32(&other[i])));
-      for (int j = 0; j < kLanes; ++j) expect_bits(what, found.at[j], static_cast<int32_t>(g(all[i + j], other[i + j])));
+      for (int j = 0; j < kLanes; ++j)
+        expect_bits(what, found.at[j], static_cast<int32_t>(g(all[i + j], other[i + j])));
     }
   }
 }
@@ -122,8 +162,12 @@ void test_float32() {
 #else
   const auto multiply_add = [](float a, float b, float c) { return std::fma(a, b, c); };
 #endif
-  binary_f32("fma", [](F32 a, F32 b) { return fma(a, b, sub(b, a)); }, [&](float a, float b) { return multiply_add(a, b, b - a); });
-  binary_f32("set1_f32, zero_f32", [](F32, F32) { return add(set1_f32(3.25f), zero_f32()); }, [](float, float) { return 3.25f; });
+  binary_f32(
+      "fma", [](F32 a, F32 b) { return fma(a, b, sub(b, a)); },
+      [&](float a, float b) { return multiply_add(a, b, b - a); });
+  binary_f32(
+      "set1_f32, zero_f32", [](F32, F32) { return add(set1_f32(3.25f), zero_f32()); },
+      [](float, float) { return 3.25f; });
 
   // min and max give the second of what has no order, to the bit: a NaN, and a zero of either sign.
   const Floats low(min(set1_f32(0.0f), set1_f32(-0.0f))), high(max(set1_f32(0.0f), set1_f32(-0.0f)));
@@ -145,13 +189,21 @@ void test_float32() {
 
 template <int kBits>
 void test_shifts() {
-  binary_i32("shift_left", [](I32 a, I32) { return shift_left<kBits>(a); }, [](int32_t a, int32_t) { return static_cast<uint32_t>(a) << kBits; });
-  binary_i32("shift_right", [](I32 a, I32) { return shift_right<kBits>(a); }, [](int32_t a, int32_t) { return static_cast<uint32_t>(a) >> kBits; });
-  binary_i32("shift_right_signed", [](I32 a, I32) { return shift_right_signed<kBits>(a); }, [](int32_t a, int32_t) { return a >> kBits; });
+  binary_i32(
+      "shift_left", [](I32 a, I32) { return shift_left<kBits>(a); },
+      [](int32_t a, int32_t) { return static_cast<uint32_t>(a) << kBits; });
+  binary_i32(
+      "shift_right", [](I32 a, I32) { return shift_right<kBits>(a); },
+      [](int32_t a, int32_t) { return static_cast<uint32_t>(a) >> kBits; });
+  binary_i32(
+      "shift_right_signed", [](I32 a, I32) { return shift_right_signed<kBits>(a); },
+      [](int32_t a, int32_t) { return a >> kBits; });
 }
 
 void test_int32() {
-  const auto wrap = [](auto f) { return [f](int32_t a, int32_t b) { return f(static_cast<uint32_t>(a), static_cast<uint32_t>(b)); }; };
+  const auto wrap = [](auto f) {
+    return [f](int32_t a, int32_t b) { return f(static_cast<uint32_t>(a), static_cast<uint32_t>(b)); };
+  };
   binary_i32("add", [](I32 a, I32 b) { return add(a, b); }, wrap([](uint32_t a, uint32_t b) { return a + b; }));
   binary_i32("sub", [](I32 a, I32 b) { return sub(a, b); }, wrap([](uint32_t a, uint32_t b) { return a - b; }));
   binary_i32("mul", [](I32 a, I32 b) { return mul(a, b); }, wrap([](uint32_t a, uint32_t b) { return a * b; }));
@@ -160,7 +212,9 @@ void test_int32() {
   binary_i32("bit_xor", [](I32 a, I32 b) { return bit_xor(a, b); }, [](int32_t a, int32_t b) { return a ^ b; });
   binary_i32("min", [](I32 a, I32 b) { return min(a, b); }, [](int32_t a, int32_t b) { return a < b ? a : b; });
   binary_i32("max", [](I32 a, I32 b) { return max(a, b); }, [](int32_t a, int32_t b) { return a > b ? a : b; });
-  binary_i32("set1_i32, zero_i32", [](I32, I32) { return add(set1_i32(-7), zero_i32()); }, [](int32_t, int32_t) { return -7; });
+  binary_i32(
+      "set1_i32, zero_i32", [](I32, I32) { return add(set1_i32(-7), zero_i32()); },
+      [](int32_t, int32_t) { return -7; });
   test_shifts<0>();
   test_shifts<1>();
   test_shifts<4>();
@@ -179,7 +233,9 @@ void test_int32() {
 }
 
 void test_conversions() {
-  binary_i32("to_f32", [](I32 a, I32) { return as_i32(to_f32(a)); }, [](int32_t a, int32_t) { return bits_of(static_cast<float>(a)); });
+  binary_i32(
+      "to_f32", [](I32 a, I32) { return as_i32(to_f32(a)); },
+      [](int32_t a, int32_t) { return bits_of(static_cast<float>(a)); });
   binary_i32("as_f32", [](I32 a, I32) { return as_i32(as_f32(a)); }, [](int32_t a, int32_t) { return a; });
   binary_i32("as_bytes", [](I32 a, I32) { return as_i32(as_bytes(a)); }, [](int32_t a, int32_t) { return a; });
   const auto all = floats();
@@ -187,7 +243,8 @@ void test_conversions() {
     const Ints found(to_i32(load_f32(&all[i])));
     for (int j = 0; j < kLanes; ++j) {
       const float x = all[i + j];
-      const int32_t wanted = std::fabs(x) < 0x1p31f ? static_cast<int32_t>(std::nearbyint(static_cast<double>(x))) : INT32_MIN;
+      const int32_t wanted =
+          std::fabs(x) < 0x1p31f ? static_cast<int32_t>(std::nearbyint(static_cast<double>(x))) : INT32_MIN;
       expect_bits("to_i32", found.at[j], wanted, std::to_string(x));
     }
   }
@@ -220,11 +277,18 @@ void test_conversions() {
 }
 
 void test_masks() {
-  binary_f32("less and select", [](F32 a, F32 b) { return select(less(a, b), a, set1_f32(7)); }, [](float a, float b) { return a < b ? a : 7; });
-  binary_f32("not_a_number", [](F32 a, F32 b) { return select(not_a_number(a), set1_f32(7), b); }, [](float a, float b) { return a != a ? 7 : b; });
-  binary_i32("less and select", [](I32 a, I32 b) { return select(less(a, b), a, set1_i32(7)); }, [](int32_t a, int32_t b) { return a < b ? a : 7; });
-  binary_i32("equal", [](I32 a, I32 b) { return select(equal(a, bit_and(b, set1_i32(-2))), b, set1_i32(7)); },
-             [](int32_t a, int32_t b) { return a == (b & -2) ? b : 7; });
+  binary_f32(
+      "less and select", [](F32 a, F32 b) { return select(less(a, b), a, set1_f32(7)); },
+      [](float a, float b) { return a < b ? a : 7; });
+  binary_f32(
+      "not_a_number", [](F32 a, F32 b) { return select(not_a_number(a), set1_f32(7), b); },
+      [](float a, float b) { return a != a ? 7 : b; });
+  binary_i32(
+      "less and select", [](I32 a, I32 b) { return select(less(a, b), a, set1_i32(7)); },
+      [](int32_t a, int32_t b) { return a < b ? a : 7; });
+  binary_i32(
+      "equal", [](I32 a, I32 b) { return select(equal(a, bit_and(b, set1_i32(-2))), b, set1_i32(7)); },
+      [](int32_t a, int32_t b) { return a == (b & -2) ? b : 7; });
   for (int lane = -1; lane < kLanes; ++lane) {
     int32_t lanes[kLanes] = {};
     if (lane >= 0) lanes[lane] = 5;
@@ -236,7 +300,8 @@ void test_masks() {
 float decode_half(uint32_t half) {
   const uint32_t exponent = half >> 10 & 31, fraction = half & 1023, sign = half >> 15;
   if (exponent == 31) return float_of(sign << 31 | 0x7f800000 | (fraction ? 0x400000 : 0) | fraction << 13);
-  const double size = exponent ? std::ldexp(1024.0 + fraction, static_cast<int>(exponent) - 25) : std::ldexp(fraction, -24);
+  const double size =
+      exponent ? std::ldexp(1024.0 + fraction, static_cast<int>(exponent) - 25) : std::ldexp(fraction, -24);
   return static_cast<float>(sign ? -size : size);
 }
 uint32_t encode_half(float x) {
@@ -246,13 +311,16 @@ uint32_t encode_half(float x) {
   if (size >= 65520) return sign | 0x7c00;
   if (size < 0x1p-14) return sign | static_cast<uint32_t>(std::nearbyint(size * 0x1p24));
   const int exponent = std::ilogb(size);
-  return sign | (static_cast<uint32_t>(exponent + 14) * 1024 + static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 10 - exponent))));
+  return sign | (static_cast<uint32_t>(exponent + 14) * 1024 +
+                 static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 10 - exponent))));
 }
 uint32_t encode_bf16(float x) {
   const uint32_t below = bits_of(x) >> 16;
   if (x != x) return below | 0x40;
   if (std::isinf(x)) return below;
-  const auto value = [](uint32_t bf16) { return bf16 % 0x8000 == 0x7f80 ? 0x1p128 : std::fabs(static_cast<double>(float_of(bf16 << 16))); };
+  const auto value = [](uint32_t bf16) {
+    return bf16 % 0x8000 == 0x7f80 ? 0x1p128 : std::fabs(static_cast<double>(float_of(bf16 << 16)));
+  };
   const double size = std::fabs(static_cast<double>(x)), down = size - value(below), up = value(below + 1) - size;
   return up < down || (up == down && below % 2) ? below + 1 : below;
 }
@@ -264,10 +332,12 @@ void test_small_floats() {
     for (int j = 0; j < kLanes; ++j) from[j] = static_cast<uint16_t>(half + j);
     const Ints halves(as_i32(load_f16(from))), brains(as_i32(load_bf16(from)));
     for (int j = 0; j < kLanes; ++j) {
-      expect_bits("load_f16", static_cast<uint32_t>(halves.at[j]), bits_of(decode_half(from[j])), std::to_string(from[j]));
+      expect_bits("load_f16", static_cast<uint32_t>(halves.at[j]), bits_of(decode_half(from[j])),
+                  std::to_string(from[j]));
       expect_bits("load_bf16", static_cast<uint32_t>(brains.at[j]), static_cast<uint32_t>(from[j]) << 16);
       // What lies between two of them: the tie, and the floats beside it. Each is rounded to both formats.
-      for (const uint32_t wide : {bits_of(decode_half(from[j])) + 0x1000, static_cast<uint32_t>(from[j]) << 16 | 0x8000})
+      for (const uint32_t wide :
+           {bits_of(decode_half(from[j])) + 0x1000, static_cast<uint32_t>(from[j]) << 16 | 0x8000})
         for (const uint32_t near : {wide - 1, wide, wide + 1}) rounded.push_back(float_of(near));
       const float half_step = (decode_half(from[j]) + decode_half((from[j] + 1) & 0xffff)) / 2;  // of subnormals, too
       if (half_step == half_step) rounded.push_back(half_step);
@@ -291,9 +361,11 @@ void test_small_floats() {
       uint16_t stored[16];
       for (int v = 0; v < 16 / kLanes; ++v) sixteen[v] = load_f32(&rounded[i + v * kLanes]);
       store16_bf16(stored, sixteen);
-      for (int j = 0; j < 16; ++j) expect_bits<uint32_t>("store16_bf16", stored[j], encode_bf16(rounded[i + j]), std::to_string(rounded[i + j]));
+      for (int j = 0; j < 16; ++j)
+        expect_bits<uint32_t>("store16_bf16", stored[j], encode_bf16(rounded[i + j]), std::to_string(rounded[i + j]));
     }
-    expect(half[0] == 1 && half[kLanes + 1] == 1 && brain[0] == 1 && brain[kLanes + 1] == 1, "store_f16, store_bf16", "writes beside its values");
+    expect(half[0] == 1 && half[kLanes + 1] == 1 && brain[0] == 1 && brain[kLanes + 1] == 1, "store_f16, store_bf16",
+           "writes beside its values");
   }
   for (uint32_t code = 0; code < 256; code += 16) {
     uint8_t from[17];
@@ -305,7 +377,8 @@ void test_small_floats() {
       const Floats by_16(e4m3[v]), by_lanes(load_e4m3(from + 1 + v * kLanes)), wide(e5m2[v]);
       for (int j = 0; j < kLanes; ++j) {
         const uint32_t c = from[1 + v * kLanes + j], exponent = c >> 3 & 15, fraction = c & 7;
-        const double size = exponent ? std::ldexp(8.0 + fraction, static_cast<int>(exponent) - 10) : std::ldexp(fraction, -9);
+        const double size =
+            exponent ? std::ldexp(8.0 + fraction, static_cast<int>(exponent) - 10) : std::ldexp(fraction, -9);
         const float wanted = (c & 127) == 127 ? std::nanf("") : static_cast<float>((c & 128 ? -size : size) / 256);
         expect_float("load_e4m3", by_lanes.at[j], wanted, static_cast<float>(c));
         expect_float("load16_e4m3", by_16.at[j], wanted, static_cast<float>(c));
@@ -323,7 +396,9 @@ void test_tables() {
     bytes[i] = static_cast<uint8_t>(random_bits());
   }
   const Table16 table = make_table(values);
-  binary_i32("lookup", [&](I32 a, I32) { return as_i32(lookup(table, a)); }, [&](int32_t a, int32_t) { return bits_of(values[a & 15]); });
+  binary_i32(
+      "lookup", [&](I32 a, I32) { return as_i32(lookup(table, a)); },
+      [&](int32_t a, int32_t) { return bits_of(values[a & 15]); });
   for (int round = 0; round < 64; ++round) {
     uint8_t from[4 * kLanes], low[4 * kLanes], high[4 * kLanes], found[4 * kLanes];
     for (uint8_t& byte : from) byte = static_cast<uint8_t>(random_bits());
@@ -338,7 +413,8 @@ void test_tables() {
     store_bytes(found, set4_bytes(from + 1));
     for (int j = 0; j < 4 * kLanes; ++j) expect_bits("set4_bytes", found[j], from[1 + j % 4]);
     const Ints nibbles(bit_and(spread_nibbles(from), set1_i32(15)));
-    for (int j = 0; j < kLanes; ++j) expect_bits<int32_t>("spread_nibbles", nibbles.at[j], from[j / 2] >> (j % 2 * 4) & 15);
+    for (int j = 0; j < kLanes; ++j)
+      expect_bits<int32_t>("spread_nibbles", nibbles.at[j], from[j / 2] >> (j % 2 * 4) & 15);
   }
 }
 
@@ -389,7 +465,8 @@ void test_dot4(const char* what, int64_t steps, int most) {
 }
 
 void test_dot_products() {
-  static_assert((kDot4Steps & (kDot4Steps - 1)) == 0 && kDot4Steps >= 8, "kernels take parts of K of this many columns");
+  static_assert((kDot4Steps & (kDot4Steps - 1)) == 0 && kDot4Steps >= 8,
+                "kernels take parts of K of this many columns");
   static_assert((kDot4StepsInt4 & (kDot4StepsInt4 - 1)) == 0 && kDot4StepsInt4 >= kDot4Steps, "the same");
   test_dot4("dot4", kDot4Steps, 127);
   test_dot4("dot4 of int4", kDot4StepsInt4, 15);
@@ -414,15 +491,19 @@ void test_dot_products() {
       int32_t x_sum = 0;
       for (int j = 4 * lane; j < 4 * lane + 4; ++j) x_sum += x[j];
       expect_bits("dot8", found.at[lane], start[lane] + 300 * (products(w, x, lane) + kDot8Offset * x_sum));
-      const auto pair = [](int low, int high) { return static_cast<int32_t>(static_cast<uint32_t>(low & 0xffff) | static_cast<uint32_t>(high) << 16); };
+      const auto pair = [](int low, int high) {
+        return static_cast<int32_t>(static_cast<uint32_t>(low & 0xffff) | static_cast<uint32_t>(high) << 16);
+      };
       expect_bits("even_bytes", even_w.at[lane], pair(w[4 * lane], w[4 * lane + 2]));
       expect_bits("odd_bytes", odd_w.at[lane], pair(w[4 * lane + 1], w[4 * lane + 3]));
     }
   }
-  binary_i32("dot2", [](I32 a, I32 b) { return dot2(a, a, b); }, [](int32_t a, int32_t b) {
-    const auto low = [](int32_t pair) { return static_cast<int64_t>(static_cast<int16_t>(pair & 0xffff)); };
-    return static_cast<uint32_t>(a + low(a) * low(b) + static_cast<int64_t>(a >> 16) * (b >> 16));
-  });
+  binary_i32(
+      "dot2", [](I32 a, I32 b) { return dot2(a, a, b); },
+      [](int32_t a, int32_t b) {
+        const auto low = [](int32_t pair) { return static_cast<int64_t>(static_cast<int16_t>(pair & 0xffff)); };
+        return static_cast<uint32_t>(a + low(a) * low(b) + static_cast<int64_t>(a >> 16) * (b >> 16));
+      });
 }
 
 // The parts of simd.h that all sets share.
@@ -438,7 +519,8 @@ void test_rows() {
       std::memset(to, 0x5a, sizeof to);
       store_first(to, 2, count, load_as_f32(row, 0, dtype), dtype);
       const int size = element_size(dtype);
-      for (int j = 0; j < kLanes; ++j) expect_float("load_first", found.at[j], j < count ? values[1 + j] : 0, values[j]);
+      for (int j = 0; j < kLanes; ++j)
+        expect_float("load_first", found.at[j], j < count ? values[1 + j] : 0, values[j]);
       for (int byte = 0; byte < 8 * kLanes; ++byte) {
         const int at = byte - 2 * size;
         expect_bits<int>("store_first", to[byte], at >= 0 && at < count * size ? row[at] : 0x5a);

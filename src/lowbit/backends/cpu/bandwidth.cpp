@@ -9,7 +9,8 @@ namespace {
 
 constexpr int64_t kPiece = 1 << 20;  // bytes a task at most: large beside the price of claiming it
 constexpr int64_t kSmallPiece = 1 << 14;
-constexpr int64_t kAhead = 2048;     // bytes; on a Zen 3 core this reads 20 % more a second than no prefetch, 512 gives 8 %
+constexpr int64_t kAhead =
+    2048;  // bytes; on a Zen 3 core this reads 20 % more a second than no prefetch, 512 gives 8 %
 
 template <class F>
 void in_pieces(int64_t bytes, int threads, const F& f) {
@@ -69,8 +70,8 @@ void copy_bandwidth(Ptr<unsigned char> to, Ptr<const unsigned char> from, int64_
 }
 
 void bind_bandwidth(nb::module_& m) {
-  m.def("read_bandwidth", &read_bandwidth, nb::call_guard<nb::gil_scoped_release>(), nb::arg("buffer"), nb::arg("nbytes"),
-        nb::arg("threads"));
+  m.def("read_bandwidth", &read_bandwidth, nb::call_guard<nb::gil_scoped_release>(), nb::arg("buffer"),
+        nb::arg("nbytes"), nb::arg("threads"));
   m.def("copy_bandwidth", &copy_bandwidth, nb::call_guard<nb::gil_scoped_release>(), nb::arg("to"), nb::arg("source"),
         nb::arg("nbytes"), nb::arg("threads"));
 }

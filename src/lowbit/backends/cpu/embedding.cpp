@@ -12,8 +12,8 @@ int64_t index_at(const void* indices, int64_t i, bool wide) {
 }  // namespace
 
 // Where the first index lies that names no row; nothing is decoded then. -1: all do.
-int64_t embedding(Ptr<const int64_t> weight, Ptr<const void> indices, int64_t count, bool wide, Ptr<void> out, int dtype,
-                  int threads) {
+int64_t embedding(Ptr<const int64_t> weight, Ptr<const void> indices, int64_t count, bool wide, Ptr<void> out,
+                  int dtype, int threads) {
   const CodedWeight w = CodedWeight::read(weight);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = index_at(indices, i, wide);

@@ -54,8 +54,8 @@ void bind_gptq_columns(nb::module_& m) {
   m.def("gptq_columns", &gptq_columns, nb::call_guard<nb::gil_scoped_release>(), nb::arg("step"), nb::arg("divisor"),
         nb::arg("zero"), nb::arg("unit"), nb::arg("floating"), nb::arg("low"), nb::arg("high"),
         nb::arg("smallest_normal"), nb::arg("magic"), nb::arg("columns"), nb::arg("count"), nb::arg("n"),
-        nb::arg("wanted"), nb::arg("target"), nb::arg("inner"), nb::arg("down"), nb::arg("across"),
-        nb::arg("values"), nb::arg("error"), nb::arg("threads"));
+        nb::arg("wanted"), nb::arg("target"), nb::arg("inner"), nb::arg("down"), nb::arg("across"), nb::arg("values"),
+        nb::arg("error"), nb::arg("threads"));
 }
 
 }  // namespace lowbit

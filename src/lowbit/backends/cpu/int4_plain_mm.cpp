@@ -1,7 +1,7 @@
 // int4_plain_mm: 4-bit weights in plain rows, [N, K / 2] with scales and zero points [N, G], times int8 activations.
 //
-// Few tokens: rows are read as they lie, some at a time, and lanes are columns. Else a block of 16 rows is interleaved just before it is multiplied (rows16.h), once for
-// all tiles of tokens, and the product is that of int4_gemm.h.
+// Few tokens: rows are read as they lie, some at a time, and lanes are columns. Else a block of 16 rows is interleaved
+// just before it is multiplied (rows16.h), once for all tiles of tokens, and the product is that of int4_gemm.h.
 #include <memory>
 #include <vector>
 
@@ -45,7 +45,7 @@ void interleave(const T* from, int64_t stride, int64_t count, T* to) {
 
 // Room for blocks of rows in the arrangement of rows16.
 struct Arranged {
-  int64_t blocks, ahead;  // `ahead`: to the block that is arranged next, from any
+  int64_t blocks, ahead;            // `ahead`: to the block that is arranged next, from any
   Room words, scales, zeros, rows;  // `rows`: one block's codes, scales or zero points where they must be copied first
 
   Arranged(const PlainRows& w, int64_t blocks, int64_t ahead)
@@ -66,8 +66,8 @@ struct Arranged {
         codes = reinterpret_cast<const uint32_t*>(rows.data());
       }
       auto* to = reinterpret_cast<uint32_t*>(words.data()) + at * w.words() * kBlockRows;
-      // 16 rows at a time are more than the processor fetches by itself; what this thread is likely to need next is asked
-      // for meanwhile. Its rows lie behind each other, so that a strip stands for as much of them.
+      // 16 rows at a time are more than the processor fetches by itself; what this thread is likely to need next is
+      // asked for meanwhile. Its rows lie behind each other, so that a strip stands for as much of them.
       const uint8_t* next = w.codes + std::min(row + ahead * kBlockRows, w.n - 1) * w.k / 2;
       for (int64_t word = 0; word < w.words(); word += kStrip) {
         const int64_t some = std::min(kStrip, w.words() - word);
@@ -80,7 +80,15 @@ struct Arranged {
   }
 
   GroupedCodes<4> weight(const PlainRows& w) const {
-    return {reinterpret_cast<const uint32_t*>(words.data()), w.words() * kBlockRows, scales.data(), zeros.data(), kFloat32, kFloatCodes, w.n, w.k, w.group};
+    return {reinterpret_cast<const uint32_t*>(words.data()),
+            w.words() * kBlockRows,
+            scales.data(),
+            zeros.data(),
+            kFloat32,
+            kFloatCodes,
+            w.n,
+            w.k,
+            w.group};
   }
 
  private:
@@ -115,7 +123,8 @@ struct LaneTokens {
 
 // The sums of some rows for all of kTokens tokens; `scales` is room for the rows' scales as float32.
 template <int kTokens, int kRows>
-void multiply_rows(const PlainRows& w, const IntegerTokens<1>& x, const LaneTokens& lanes, int64_t row, float* scales, float (&out)[kTokens][kTogether<kTokens>]) {
+void multiply_rows(const PlainRows& w, const IntegerTokens<1>& x, const LaneTokens& lanes, int64_t row, float* scales,
+                   float (&out)[kTokens][kTogether<kTokens>]) {
   F32 sums[kTokens][kRows];
   const int64_t groups = w.groups(), words = w.words();
   for (int r = 0; r < kRows; ++r) {  // what the zero points take away
@@ -147,7 +156,8 @@ void multiply_rows(const PlainRows& w, const IntegerTokens<1>& x, const LaneToke
         GroupedCodes<4>::codes(load_i32(from + r * words + word), even, odd);
         for (int t = 0; t < kTokens; ++t) {
           const int64_t at = t * words + word;
-          const Dot4 dot = dot4(dot4(zero_dot4(), even, load_bytes(lanes.even.data() + at)), odd, load_bytes(lanes.odd.data() + at));
+          const Dot4 dot =
+              dot4(dot4(zero_dot4(), even, load_bytes(lanes.even.data() + at)), odd, load_bytes(lanes.odd.data() + at));
           found[t][r] = fma(to_f32(total(dot)), load_f32(lanes.d.data() + at), found[t][r]);
         }
       }
@@ -174,7 +184,8 @@ void multiply_few(const PlainRows& w, const IntegerTokens<1>& x, const Output& o
         for (int r = 0; r < kRows; ++r) sums.data()[t * (kTaskRows + kLanes) + row - first + r] = found[t][r];
     };
     int64_t row = first;
-    for (; row + kTogether<kTokens> <= last; row += kTogether<kTokens>) take(std::integral_constant<int, kTogether<kTokens>>{}, row);
+    for (; row + kTogether<kTokens> <= last; row += kTogether<kTokens>)
+      take(std::integral_constant<int, kTogether<kTokens>>{}, row);
     for (; row < last; ++row) take(std::integral_constant<int, 1>{}, row);
     for (int t = 0; t < kTokens; ++t)
       for (int64_t r = first; r < last; r += kLanes) {
@@ -195,7 +206,8 @@ void int4_plain_mm(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t
   std::vector<std::unique_ptr<Arranged>> rooms(std::max(threads, 1));
   const auto weight_of = [&](int64_t first, int64_t last, int worker) {
     auto& room = rooms[worker];
-    if (!room || room->blocks < last - first) room = std::make_unique<Arranged>(rows, last - first, last - first > 1 ? 1 : threads);
+    if (!room || room->blocks < last - first)
+      room = std::make_unique<Arranged>(rows, last - first, last - first > 1 ? 1 : threads);
     room->arrange(rows, first, last);
     return room->weight(rows);
   };

@@ -11,14 +11,18 @@ namespace lowbit {
 enum Way : int { kInt16 = 0, kRegisters = 1, kPanels = 2, kInt8 = 3 };
 
 template <int kBits>
-static void multiply(const GroupedCodes<kBits>& weight, const Activations& x, const Output& out, int64_t integer_block, int way, int threads) {
+static void multiply(const GroupedCodes<kBits>& weight, const Activations& x, const Output& out, int64_t integer_block,
+                     int way, int threads) {
   constexpr int kColumns = GroupedCodes<kBits>::kWordCodes;
   if (way == kRegisters) return gemm_few(weight, x, out, threads);
   if (way == kPanels) return gemm_many(weight, x, out, threads);
   if constexpr (kBits == 4) {
-    if (way == kInt8) return int4_gemm(weight, IntegerTokens<1>(x, integer_block, weight.group, threads), x.m, out, threads);
+    if (way == kInt8)
+      return int4_gemm(weight, IntegerTokens<1>(x, integer_block, weight.group, threads), x.m, out, threads);
     if (x.m <= kTooFewForPairs)
-      return int4_gemm(weight, IntegerTokens<2, 8, false>(x, weight.group % 32 ? integer_block : 32, weight.group, threads), x.m, out, threads);
+      return int4_gemm(weight,
+                       IntegerTokens<2, 8, false>(x, weight.group % 32 ? integer_block : 32, weight.group, threads),
+                       x.m, out, threads);
   }
   int4_gemm(weight, IntegerTokens<2, kColumns>(x, integer_block, weight.group, threads), x.m, out, threads);
 }
@@ -30,9 +34,11 @@ void linear_grouped_codes(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, 
   const Activations from{x, x_dtype, m, k};
   const Output to{out, x_dtype, bias, bias_dtype};
   if (bits == 4)
-    multiply(GroupedCodes<4>{words, stride, scales, zeros, scale_dtype, zeros_kind, n, k, group}, from, to, integer_block, way, threads);
+    multiply(GroupedCodes<4>{words, stride, scales, zeros, scale_dtype, zeros_kind, n, k, group}, from, to,
+             integer_block, way, threads);
   else
-    multiply(GroupedCodes<8>{words, stride, scales, zeros, scale_dtype, zeros_kind, n, k, group}, from, to, integer_block, way, threads);
+    multiply(GroupedCodes<8>{words, stride, scales, zeros, scale_dtype, zeros_kind, n, k, group}, from, to,
+             integer_block, way, threads);
 }
 
 void bind_linear_grouped_codes(nb::module_& m) {

@@ -1,7 +1,7 @@
 // linear for int8: activations become int8, too (int8_gemm.h), or the weight alone is coded.
 //
-// In the layout rows16 a word is four columns of a row. Plain codes are put in that order a few blocks at a time, in the
-// cache. A scale is one of all rows, one a row, or one a tile of rows and columns.
+// In the layout rows16 a word is four columns of a row. Plain codes are put in that order a few blocks at a time, in
+// the cache. A scale is one of all rows, one a row, or one a tile of rows and columns.
 #include "native/bind.h"
 #include "native/int8_gemm.h"
 #include "native/transpose.h"
@@ -125,9 +125,10 @@ struct Int8Weight {
 // Which way a call goes; the launcher knows from how many tokens on which is the faster one.
 enum Int8Way : int { kBytes = 0, kPairs = 1, kRegisters = 2, kPanels = 3 };  // the last two keep x as it is
 
-void linear_int8(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k, Ptr<const uint32_t> words, int64_t stride,
-                 bool plain, Ptr<const float> scales, int granularity, int64_t tile_rows, int64_t tile_columns, int64_t rotation,
-                 Ptr<const void> bias, int bias_dtype, Ptr<void> out, int out_dtype, int way, int threads) {
+void linear_int8(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k, Ptr<const uint32_t> words,
+                 int64_t stride, bool plain, Ptr<const float> scales, int granularity, int64_t tile_rows,
+                 int64_t tile_columns, int64_t rotation, Ptr<const void> bias, int bias_dtype, Ptr<void> out,
+                 int out_dtype, int way, int threads) {
   const int64_t tile = granularity == kTile ? tile_columns : k;
   const Int8Weight weight{words, stride, plain, scales, granularity, n, k, tile_rows, tile};
   const Activations from{x, x_dtype, m, k};
@@ -147,10 +148,11 @@ void linear_int8(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k
 }
 
 void bind_linear_int8(nb::module_& m) {
-  m.def("linear_int8", &linear_int8, nb::call_guard<nb::gil_scoped_release>(), nb::arg("x"), nb::arg("x_dtype"), nb::arg("m"),
-        nb::arg("n"), nb::arg("k"), nb::arg("words"), nb::arg("stride"), nb::arg("plain"), nb::arg("scales"), nb::arg("granularity"),
-        nb::arg("tile_rows"), nb::arg("tile_columns"), nb::arg("rotation"), nb::arg("bias"), nb::arg("bias_dtype"),
-        nb::arg("out"), nb::arg("out_dtype"), nb::arg("way"), nb::arg("threads"));
+  m.def("linear_int8", &linear_int8, nb::call_guard<nb::gil_scoped_release>(), nb::arg("x"), nb::arg("x_dtype"),
+        nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("words"), nb::arg("stride"), nb::arg("plain"),
+        nb::arg("scales"), nb::arg("granularity"), nb::arg("tile_rows"), nb::arg("tile_columns"), nb::arg("rotation"),
+        nb::arg("bias"), nb::arg("bias_dtype"), nb::arg("out"), nb::arg("out_dtype"), nb::arg("way"),
+        nb::arg("threads"));
 }
 
 }  // namespace lowbit

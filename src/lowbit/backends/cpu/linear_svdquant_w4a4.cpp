@@ -369,11 +369,11 @@ void bind_linear_svdquant_w4a4(nb::module_& m) {
         nb::arg("x_dtype"), nb::arg("raw"), nb::arg("raw_dtype"), nb::arg("m"), nb::arg("k"), nb::arg("rank"),
         nb::arg("is_unsigned"), nb::arg("smooth"), nb::arg("smooth_dtype"), nb::arg("down"), nb::arg("down_dtype"),
         nb::arg("codes"), nb::arg("scales"), nb::arg("low"), nb::arg("threads"));
-  m.def("scaled_mm_svdquant_w4a4", &scaled_mm_svdquant_w4a4, nb::call_guard<nb::gil_scoped_release>(),
-        nb::arg("codes"), nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("rank"), nb::arg("is_unsigned"),
-        nb::arg("x_scales"), nb::arg("low"), nb::arg("arrangement"), nb::arg("words"), nb::arg("scales"),
-        nb::arg("scale_dtype"), nb::arg("up"), nb::arg("up_dtype"), nb::arg("bias"), nb::arg("bias_dtype"),
-        nb::arg("out"), nb::arg("out_dtype"), nb::arg("threads"));
+  m.def("scaled_mm_svdquant_w4a4", &scaled_mm_svdquant_w4a4, nb::call_guard<nb::gil_scoped_release>(), nb::arg("codes"),
+        nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("rank"), nb::arg("is_unsigned"), nb::arg("x_scales"),
+        nb::arg("low"), nb::arg("arrangement"), nb::arg("words"), nb::arg("scales"), nb::arg("scale_dtype"),
+        nb::arg("up"), nb::arg("up_dtype"), nb::arg("bias"), nb::arg("bias_dtype"), nb::arg("out"),
+        nb::arg("out_dtype"), nb::arg("threads"));
 }
 
 }  // namespace lowbit

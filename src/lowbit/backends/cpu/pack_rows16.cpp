@@ -56,19 +56,21 @@ void separate_all(const void* from, int64_t n, int64_t units, void* to, int64_t 
 }  // namespace
 
 // from [n, row_bytes] -> to [ceil(n / 16), stride] words; `unit` is 1 or 4 bytes.
-void interleave_rows16(Ptr<const void> from, int64_t n, int64_t row_bytes, int unit, Ptr<void> to, int64_t stride, int threads) {
+void interleave_rows16(Ptr<const void> from, int64_t n, int64_t row_bytes, int unit, Ptr<void> to, int64_t stride,
+                       int threads) {
   if (unit == 4) return interleave_all<uint32_t>(from, n, row_bytes / 4, to, stride, threads);
   interleave_all<uint8_t>(from, n, row_bytes, to, stride, threads);
 }
 
-void separate_rows16(Ptr<const void> from, int64_t n, int64_t row_bytes, int unit, Ptr<void> to, int64_t stride, int threads) {
+void separate_rows16(Ptr<const void> from, int64_t n, int64_t row_bytes, int unit, Ptr<void> to, int64_t stride,
+                     int threads) {
   if (unit == 4) return separate_all<uint32_t>(from, n, row_bytes / 4, to, stride, threads);
   separate_all<uint8_t>(from, n, row_bytes, to, stride, threads);
 }
 
 void bind_pack_rows16(nb::module_& m) {
-  m.def("interleave_rows16", &interleave_rows16, nb::call_guard<nb::gil_scoped_release>(), nb::arg("from"), nb::arg("n"),
-        nb::arg("row_bytes"), nb::arg("unit"), nb::arg("to"), nb::arg("stride"), nb::arg("threads"));
+  m.def("interleave_rows16", &interleave_rows16, nb::call_guard<nb::gil_scoped_release>(), nb::arg("from"),
+        nb::arg("n"), nb::arg("row_bytes"), nb::arg("unit"), nb::arg("to"), nb::arg("stride"), nb::arg("threads"));
   m.def("separate_rows16", &separate_rows16, nb::call_guard<nb::gil_scoped_release>(), nb::arg("from"), nb::arg("n"),
         nb::arg("row_bytes"), nb::arg("unit"), nb::arg("to"), nb::arg("stride"), nb::arg("threads"));
 }

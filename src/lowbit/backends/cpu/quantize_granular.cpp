@@ -7,8 +7,8 @@ namespace lowbit {
 namespace {
 
 constexpr float kMinScale = 1e-8f;
-constexpr int kTogether = 4;         // candidates whose errors are summed in one pass over a row
-constexpr int64_t kSummed = 512;     // columns that are summed in float32, before float64 takes over
+constexpr int kTogether = 4;      // candidates whose errors are summed in one pass over a row
+constexpr int64_t kSummed = 512;  // columns that are summed in float32, before float64 takes over
 
 struct Int8Grid {
   static constexpr float kLargest = 127.0f;
@@ -38,7 +38,7 @@ struct Granularity {
   bool whole;             // one scale for all; tiles are then only pieces of work
   const float* factors;   // [count], that a scale may be multiplied by
   int count;
-  const float* weights;   // of columns, or null
+  const float* weights;  // of columns, or null
 };
 
 template <class Grid>
@@ -80,7 +80,12 @@ template <class Grid>
 class Granular {
  public:
   Granular(const Matrix& w, const Granularity& how, uint8_t* codes, float* scales, int threads)
-      : w_(w), how_(how), codes_(codes), scales_(scales), threads_(threads), across_((w.k + how.columns - 1) / how.columns),
+      : w_(w),
+        how_(how),
+        codes_(codes),
+        scales_(scales),
+        threads_(threads),
+        across_((w.k + how.columns - 1) / how.columns),
         weights_(padded_weights(how.weights, how.weights ? w.k : 0, how.weights ? round_up(w.k, 16) + 16 : 0)) {}
 
   bool run() {
@@ -158,7 +163,8 @@ class Granular {
     const int64_t padded = round_up(count, 16);
     int32_t largest = 0;
     for (int64_t row = top; row < bottom; ++row)
-      largest = std::max(largest, load_row<kDtype>(w_.values, row * w_.k + left, count, room + (row - top) * stride, padded));
+      largest =
+          std::max(largest, load_row<kDtype>(w_.values, row * w_.k + left, count, room + (row - top) * stride, padded));
     if (largest >= kInfinityBits) return false;
     const float scale = shared ? *shared : chosen(largest, room, bottom - top, left, padded, stride);
     if (!shared) scales_[tile] = scale;
@@ -193,9 +199,12 @@ bool quantize_granular(Ptr<const void> w, int dtype, int64_t n, int64_t k, int g
   const Matrix matrix{w, dtype, n, k};
   const Granularity how{tile_rows, tile_columns, whole, factors, count, weights};
   switch (grid) {
-    case 0: return Granular<E4m3Grid>(matrix, how, codes, scales, threads).run();
-    case 1: return Granular<E5m2Grid>(matrix, how, codes, scales, threads).run();
-    default: return Granular<Int8Grid>(matrix, how, codes, scales, threads).run();
+    case 0:
+      return Granular<E4m3Grid>(matrix, how, codes, scales, threads).run();
+    case 1:
+      return Granular<E5m2Grid>(matrix, how, codes, scales, threads).run();
+    default:
+      return Granular<Int8Grid>(matrix, how, codes, scales, threads).run();
   }
 }
 

@@ -65,7 +65,9 @@ struct WnaFormat {
   float largest;  // scale that may be stored
 
   float low() const { return zero_point ? 0.0f : 1.0f - static_cast<float>(1 << (bits - 1)); }
-  float high() const { return zero_point ? static_cast<float>((1 << bits) - 1) : static_cast<float>((1 << (bits - 1)) - 1); }
+  float high() const {
+    return zero_point ? static_cast<float>((1 << bits) - 1) : static_cast<float>((1 << (bits - 1)) - 1);
+  }
   float middle() const { return zero_point ? 0.0f : static_cast<float>(1 << (bits - 1)); }
   Stored kept(float scale) const { return Stored(std::min(std::max(scale, kMinScale), largest), stored); }
 
@@ -99,8 +101,8 @@ struct Job {
   int64_t stride;  // bytes of a row of codes
   int bits;
   void* scales;
-  void* offsets;         // or null
-  uint8_t* zero_points;  // or null
+  void* offsets;                 // or null
+  uint8_t* zero_points;          // or null
   int64_t row_step, group_step;  // of scales, offsets and zero points
 };
 
@@ -196,16 +198,31 @@ bool quantize(const Job<Format>& job, int threads) {
 bool quantize_awq_w4a16(Ptr<const void> w, int dtype, int64_t n, int64_t k, int64_t group, Ptr<const float> tried,
                         int count, Ptr<const float> weights, Ptr<uint8_t> codes, Ptr<void> scales, Ptr<void> zeros,
                         int stored, int threads) {
-  return quantize(Job<AwqFormat>{{w, dtype, n, k}, {stored}, group, tried, count, weights, codes, k / 2, 4, scales,
-                                 zeros, nullptr, 1, n}, threads);
+  return quantize(
+      Job<AwqFormat>{
+          {w, dtype, n, k}, {stored}, group, tried, count, weights, codes, k / 2, 4, scales, zeros, nullptr, 1, n},
+      threads);
 }
 
 bool quantize_wna16(Ptr<const void> w, int dtype, int64_t n, int64_t k, int64_t group, int bits, bool zero_point,
                     float largest, Ptr<const float> tried, int count, Ptr<const float> weights, Ptr<uint8_t> codes,
                     int64_t stride, Ptr<void> scales, Ptr<uint8_t> zero_points, int stored, int threads) {
   const int64_t groups = (k + group - 1) / group;
-  return quantize(Job<WnaFormat>{{w, dtype, n, k}, {stored, bits, zero_point, largest}, group, tried, count, weights,
-                                 codes, stride, bits, scales, nullptr, zero_points, groups, 1}, threads);
+  return quantize(Job<WnaFormat>{{w, dtype, n, k},
+                                 {stored, bits, zero_point, largest},
+                                 group,
+                                 tried,
+                                 count,
+                                 weights,
+                                 codes,
+                                 stride,
+                                 bits,
+                                 scales,
+                                 nullptr,
+                                 zero_points,
+                                 groups,
+                                 1},
+                  threads);
 }
 
 void bind_quantize_integer_groups(nb::module_& m) {

@@ -22,7 +22,9 @@ struct Mxfp4Codes {
   static constexpr int kExponent = 2;  // of the largest weight that a scale of 1 is taken for
   static constexpr int64_t kBytes = 16;
   static simd::F32 miss(simd::F32 value) { return e2m1_miss(simd::abs(value)); }
-  static void store(uint8_t* to, int v, simd::F32 value) { store_nibbles(to + v * (simd::kLanes / 2), e2m1_codes(value)); }
+  static void store(uint8_t* to, int v, simd::F32 value) {
+    store_nibbles(to + v * (simd::kLanes / 2), e2m1_codes(value));
+  }
 };
 
 // The code of the smallest 2^e that is at least amax / (1.75 * 2^exponent): a mantissa above 1.75 carries.

@@ -195,7 +195,8 @@ class Nvfp4Encoder {
 
 // False: the weight holds NaN or infinity, and what was written means nothing.
 bool quantize_nvfp4(Ptr<const void> w, int dtype, int64_t n, int64_t k, bool divides, bool by_row, bool search,
-                    Ptr<const float> weights, Ptr<uint8_t> codes, Ptr<uint8_t> scales, Ptr<float> globals, int threads) {
+                    Ptr<const float> weights, Ptr<uint8_t> codes, Ptr<uint8_t> scales, Ptr<float> globals,
+                    int threads) {
   const Matrix matrix{w, dtype, n, k};
   const Nvfp4Encoder encoder(matrix, divides, search, weights);
   if (!by_row) {

@@ -1,4 +1,5 @@
-// row_errors: how far rows of a quantized weight are from the true ones, decoded and compared while they are in the cache.
+// row_errors: how far rows of a quantized weight are from the true ones, decoded and compared while they are in the
+// cache.
 #include "native/bind.h"
 #include "native/coded_rows.h"
 
@@ -42,9 +43,14 @@ void row_errors(Ptr<const int64_t> weight, Ptr<const void> w, int dtype, Ptr<flo
     for (int64_t row = task * run; row < std::min(n, (task + 1) * run); ++row) {
       decoder.decode(row, coded.codes + row * coded.stride, room.data(), 0, kFloat32);
       switch (dtype) {
-        case kFloat32: sum_row<kFloat32>(w, row * k, room.data(), k, sums + row, n); break;
-        case kBfloat16: sum_row<kBfloat16>(w, row * k, room.data(), k, sums + row, n); break;
-        default: sum_row<kFloat16>(w, row * k, room.data(), k, sums + row, n);
+        case kFloat32:
+          sum_row<kFloat32>(w, row * k, room.data(), k, sums + row, n);
+          break;
+        case kBfloat16:
+          sum_row<kBfloat16>(w, row * k, room.data(), k, sums + row, n);
+          break;
+        default:
+          sum_row<kFloat16>(w, row * k, room.data(), k, sums + row, n);
       }
     }
   });

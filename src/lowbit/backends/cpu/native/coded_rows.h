@@ -1,10 +1,11 @@
-// Rows of a quantized weight as floats, by the operations of the reference in its order, so that every value is the same:
+// Rows of a quantized weight as floats, by the operations of the reference in its order, so that every value is the
+// same:
 //
 //   w = (code - zero point) * scale + offset        the scale times or over a global one; then the rotation undone
 //   w * column factor                               the pre-quant scale of a column
 //
-// in float32, rounded once to the dtype that is wanted. Lanes are columns here, and codes lie in their plain order; those
-// of the layout rows16 are put in order first, where they are read.
+// in float32, rounded once to the dtype that is wanted. Lanes are columns here, and codes lie in their plain order;
+// those of the layout rows16 are put in order first, where they are read.
 #pragma once
 
 #include <algorithm>
@@ -35,11 +36,11 @@ struct CodedWeight {
   // Scales; zero points (uint8) and offsets, where there are any, lie as they do.
   const void* scales;
   ScaleKind scale_kind;
-  int64_t tile_rows;                              // rows that share a scale
-  int64_t block_step, row_step, group_step;       // in elements: for 16 rows (or rows of tiles), for one, for a group
-  int64_t zero;                                   // the code that stands for 0, without zero points
-  const uint8_t* zero_points;                     // or null
-  const void* offsets;                            // or null
+  int64_t tile_rows;                         // rows that share a scale
+  int64_t block_step, row_step, group_step;  // in elements: for 16 rows (or rows of tiles), for one, for a group
+  int64_t zero;                              // the code that stands for 0, without zero points
+  const uint8_t* zero_points;                // or null
+  const void* offsets;                       // or null
   int64_t offset_dtype;
 
   const float* global;
@@ -71,13 +72,16 @@ inline void load_codes(const uint8_t* from, Row16& to) {
     load16_e5m2(from, to);
     return;
   }
-  static const float kE2m1Values[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+  static const float kE2m1Values[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                                        -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
   for (int v = 0; v < kBlockVectors; ++v) {
     if constexpr (kCodec == Codec::kE4m3) to[v] = mul(load_e4m3(from + v * kLanes), set1_f32(256.0f));
     if constexpr (kCodec == Codec::kInt8) to[v] = to_f32(widen_s8(reinterpret_cast<const int8_t*>(from) + v * kLanes));
     if constexpr (kCodec == Codec::kUint8) to[v] = to_f32(widen_u8(from + v * kLanes));
-    if constexpr (kCodec == Codec::kUint4) to[v] = to_f32(bit_and(spread_nibbles(from + v * (kLanes / 2)), set1_i32(15)));
-    if constexpr (kCodec == Codec::kE2m1) to[v] = lookup(make_table(kE2m1Values), spread_nibbles(from + v * (kLanes / 2)));
+    if constexpr (kCodec == Codec::kUint4)
+      to[v] = to_f32(bit_and(spread_nibbles(from + v * (kLanes / 2)), set1_i32(15)));
+    if constexpr (kCodec == Codec::kE2m1)
+      to[v] = lookup(make_table(kE2m1Values), spread_nibbles(from + v * (kLanes / 2)));
   }
 }
 
@@ -90,7 +94,8 @@ inline float e4m3_value(int code) {
   const int magnitude = code & 0x7f;
   if (magnitude == 0x7f) return std::numeric_limits<float>::quiet_NaN();
   const int exponent = magnitude >> 3, mantissa = magnitude & 7;
-  const float value = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(static_cast<float>(mantissa), -9);
+  const float value =
+      exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(static_cast<float>(mantissa), -9);
   return code & 0x80 ? -value : value;
 }
 inline float e8m0_value(int code) {
@@ -180,21 +185,30 @@ class RowDecoder {
 
   void decode_to(const uint8_t* codes, void* to, int64_t at, int dtype) const {
     switch (dtype) {
-      case kFloat32: return decode_by<kFloat32>(codes, to, at);
-      case kBfloat16: return decode_by<kBfloat16>(codes, to, at);
-      default: return decode_by<kFloat16>(codes, to, at);
+      case kFloat32:
+        return decode_by<kFloat32>(codes, to, at);
+      case kBfloat16:
+        return decode_by<kBfloat16>(codes, to, at);
+      default:
+        return decode_by<kFloat16>(codes, to, at);
     }
   }
 
   template <int kDtype>
   void decode_by(const uint8_t* codes, void* to, int64_t at) const {
     switch (w_.codec) {
-      case Codec::kE4m3: return decode_groups<Codec::kE4m3, kDtype>(codes, to, at);
-      case Codec::kE5m2: return decode_groups<Codec::kE5m2, kDtype>(codes, to, at);
-      case Codec::kInt8: return decode_groups<Codec::kInt8, kDtype>(codes, to, at);
-      case Codec::kE2m1: return decode_groups<Codec::kE2m1, kDtype>(codes, to, at);
-      case Codec::kUint4: return decode_groups<Codec::kUint4, kDtype>(codes, to, at);
-      case Codec::kUint8: return decode_groups<Codec::kUint8, kDtype>(codes, to, at);
+      case Codec::kE4m3:
+        return decode_groups<Codec::kE4m3, kDtype>(codes, to, at);
+      case Codec::kE5m2:
+        return decode_groups<Codec::kE5m2, kDtype>(codes, to, at);
+      case Codec::kInt8:
+        return decode_groups<Codec::kInt8, kDtype>(codes, to, at);
+      case Codec::kE2m1:
+        return decode_groups<Codec::kE2m1, kDtype>(codes, to, at);
+      case Codec::kUint4:
+        return decode_groups<Codec::kUint4, kDtype>(codes, to, at);
+      case Codec::kUint8:
+        return decode_groups<Codec::kUint8, kDtype>(codes, to, at);
     }
   }
 

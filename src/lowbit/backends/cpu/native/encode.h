@@ -26,9 +26,12 @@ struct Matrix {
 template <class F>
 inline void with_dtype(int dtype, const F& f) {
   switch (dtype) {
-    case kFloat32: return f(std::integral_constant<int, kFloat32>{});
-    case kBfloat16: return f(std::integral_constant<int, kBfloat16>{});
-    default: return f(std::integral_constant<int, kFloat16>{});
+    case kFloat32:
+      return f(std::integral_constant<int, kFloat32>{});
+    case kBfloat16:
+      return f(std::integral_constant<int, kBfloat16>{});
+    default:
+      return f(std::integral_constant<int, kFloat16>{});
   }
 }
 

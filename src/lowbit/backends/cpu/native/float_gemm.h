@@ -6,7 +6,8 @@
 //   void decode(int64_t block, int64_t first, int64_t last, float* panel) const;
 //       columns first..last of 16 rows, column c to panel[(c - first) * kPanelRows + row]; both ends are multiples of
 //       kPanelColumns, or k
-//   template <int kTokens> void multiply(int64_t block, const FewTokens& x, int64_t token, F32 (&sums)[kTokens][kBlockVectors]) const;
+//   template <int kTokens> void multiply(int64_t block, const FewTokens& x, int64_t token, F32
+//   (&sums)[kTokens][kBlockVectors]) const;
 //       the whole product for a few tokens, decoding in registers
 //
 // Few tokens: a thread takes blocks of rows and reads them once; the bus is the limit. Many tokens: a panel of decoded
@@ -55,7 +56,9 @@ inline void row_to_f32(const Activations& x, int64_t m, float* to) {
   const int64_t begin = m * x.k;
   int64_t c = 0;
   for (; c + kLanes <= x.k; c += kLanes) store_f32(to + c, load_as_f32(x.data, begin + c, x.dtype));
-  if (c < x.k) store_first(to, c, static_cast<int>(x.k - c), load_first(x.data, begin + c, static_cast<int>(x.k - c), x.dtype), kFloat32);
+  if (c < x.k)
+    store_first(to, c, static_cast<int>(x.k - c), load_first(x.data, begin + c, static_cast<int>(x.k - c), x.dtype),
+                kFloat32);
 }
 
 // Activations as float32, made once a call: what a few-token way needs that does nothing else to them.
@@ -88,8 +91,8 @@ constexpr int64_t kPanelColumns = 256;  // 16 KiB or 32 KiB of float32: half of 
 constexpr int64_t kChunkTokens = 96;    // 96 KiB of activations beside a panel in the second-level cache
 constexpr int64_t kTaskPanels = 4;
 
-// sums[t][row] += panel[c][row] * x[c][t] over the columns; x is [columns, kTokens]. Not inlined: what a caller keeps in
-// registers, such as constants of its decoding, would be one sum in memory, and half the speed.
+// sums[t][row] += panel[c][row] * x[c][t] over the columns; x is [columns, kTokens]. Not inlined: what a caller keeps
+// in registers, such as constants of its decoding, would be one sum in memory, and half the speed.
 template <int kTokens>
 __attribute__((noinline)) void multiply_panel(const float* panel, const float* x, int64_t columns, float* sums) {
   using namespace simd;
@@ -172,7 +175,8 @@ void gemm_many(const Weight& w, const Activations& x, const Output& out, int thr
           F32 row[kBlockVectors];
           const float* from = sums + ((p - first_panel) * tokens + t) * kPanelRows + b * kBlockRows;
           for (int v = 0; v < kBlockVectors; ++v) row[v] = load_f32(from + v * kLanes);
-          store_block(row, p * kPanelBlocks + b, w.n, out.bias, out.bias_dtype, out.data, first_tile * tile + t, out.dtype);
+          store_block(row, p * kPanelBlocks + b, w.n, out.bias, out.bias_dtype, out.data, first_tile * tile + t,
+                      out.dtype);
         }
   });
 }
@@ -183,12 +187,14 @@ constexpr int64_t kAheadBytes = 2048;
 constexpr int kFewTokens = 4;  // that share one pass over a block
 
 template <class Weight, int kMost>
-inline void few_of_block(int tokens, const Weight& w, const typename Weight::Few& x, const Output& out, int64_t block, int64_t token) {
+inline void few_of_block(int tokens, const Weight& w, const typename Weight::Few& x, const Output& out, int64_t block,
+                         int64_t token) {
   if constexpr (kMost > 0) {
     if (tokens < kMost) return few_of_block<Weight, kMost - 1>(tokens, w, x, out, block, token);
     simd::F32 sums[kMost][kBlockVectors];
     w.template multiply<kMost>(block, x, token, sums);
-    for (int t = 0; t < kMost; ++t) store_block(sums[t], block, w.n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
+    for (int t = 0; t < kMost; ++t)
+      store_block(sums[t], block, w.n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
   }
 }
 

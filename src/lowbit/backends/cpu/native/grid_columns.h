@@ -114,9 +114,8 @@ struct Square {
 // f(first row, rows) for all pieces of n rows, on threads.
 template <class F>
 inline void for_pieces(int64_t n, int threads, const F& f) {
-  parallel_for((n + kWidth - 1) / kWidth, threads, [&](int64_t task) {
-    f(task * kWidth, std::min<int64_t>(kWidth, n - task * kWidth));
-  });
+  parallel_for((n + kWidth - 1) / kWidth, threads,
+               [&](int64_t task) { f(task * kWidth, std::min<int64_t>(kWidth, n - task * kWidth)); });
 }
 
 }  // namespace lowbit

@@ -1,9 +1,9 @@
 // Weights of 4 or 8 bits in groups along K, in the layout rows16: w = code * scale + what code 0 stands for.
 //
-// As a Weight of int4_gemm.h and of float_gemm.h. There, for few float32 tokens, a code stays where it lies in its word:
-// masked in place it is code * 2^(bits j), exactly a float32, and the activation of its column carries the inverse. So a
-// weight costs a mask, a conversion and a multiplication. What all columns of a group share is done once a group:
-// sum of w x = scale * sum of code x + (code 0) * sum of x.
+// As a Weight of int4_gemm.h and of float_gemm.h. There, for few float32 tokens, a code stays where it lies in its
+// word: masked in place it is code * 2^(bits j), exactly a float32, and the activation of its column carries the
+// inverse. So a weight costs a mask, a conversion and a multiplication. What all columns of a group share is done once
+// a group: sum of w x = scale * sum of code x + (code 0) * sum of x.
 #pragma once
 
 #include <cmath>
@@ -45,7 +45,9 @@ struct GroupedCodes {
     even = simd::low_nibbles(simd::as_bytes(word));
     odd = simd::high_nibbles(simd::as_bytes(word));
   }
-  static Bytes bytes(I32 word) { return simd::as_bytes(simd::bit_xor(word, simd::set1_i32(static_cast<int32_t>(0x80808080u)))); }
+  static Bytes bytes(I32 word) {
+    return simd::as_bytes(simd::bit_xor(word, simd::set1_i32(static_cast<int32_t>(0x80808080u))));
+  }
 
   int64_t at(int64_t block, int64_t g, int v) const { return (block * groups() + g) * kBlockRows + v * simd::kLanes; }
   F32 scale(int64_t block, int64_t g, int v) const { return simd::load_as_f32(scales, at(block, g, v), dtype); }
@@ -56,10 +58,14 @@ struct GroupedCodes {
     using namespace simd;
     const F32 factor = scale(block, g, v);
     switch (zeros_kind) {
-      case kNoZeros: return mul(factor, set1_f32(static_cast<float>(code - kMiddle)));
-      case kValues: return fma(factor, set1_f32(static_cast<float>(code - kMiddle)), load_as_f32(zeros, at(block, g, v), dtype));
-      case kCodes: return mul(factor, to_f32(sub(set1_i32(code), widen_u8(static_cast<const uint8_t*>(zeros) + at(block, g, v)))));
-      default: return mul(factor, sub(set1_f32(static_cast<float>(code)), load_as_f32(zeros, at(block, g, v), dtype)));
+      case kNoZeros:
+        return mul(factor, set1_f32(static_cast<float>(code - kMiddle)));
+      case kValues:
+        return fma(factor, set1_f32(static_cast<float>(code - kMiddle)), load_as_f32(zeros, at(block, g, v), dtype));
+      case kCodes:
+        return mul(factor, to_f32(sub(set1_i32(code), widen_u8(static_cast<const uint8_t*>(zeros) + at(block, g, v)))));
+      default:
+        return mul(factor, sub(set1_f32(static_cast<float>(code)), load_as_f32(zeros, at(block, g, v), dtype)));
     }
   }
 
@@ -152,13 +158,13 @@ struct GroupedCodes {
       for (int v = 0; v < kBlockVectors; ++v) {
         I32 codes = load_i32(word + v * kLanes);
         for (int j = 0; j < kWordCodes; ++j) {
-          store_f32(panel + (c - first + j) * kPanelRows + v * kLanes, fma(to_f32(bit_and(codes, set1_i32(2 * kMiddle - 1))), group_scale[v], group_offset[v]));
+          store_f32(panel + (c - first + j) * kPanelRows + v * kLanes,
+                    fma(to_f32(bit_and(codes, set1_i32(2 * kMiddle - 1))), group_scale[v], group_offset[v]));
           codes = shift_right<kBits>(codes);
         }
       }
     }
   }
 };
-
 
 }  // namespace lowbit

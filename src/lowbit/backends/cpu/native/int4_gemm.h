@@ -170,8 +170,9 @@ struct IntegerTokens {
 
 // The sums of products of one block of columns, as int32: words [first, first + count) of kVectors vectors of rows.
 template <class Weight, class Tokens, int kTokens, int kVectors, int kUnit>
-inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&from)[kVectors], const int8_t* const (&rows)[kTokens], int64_t word,
-                       int64_t count, simd::I32 (&found)[kTokens][kVectors]) {
+inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&from)[kVectors],
+                                                      const int8_t* const (&rows)[kTokens], int64_t word, int64_t count,
+                                                      simd::I32 (&found)[kTokens][kVectors]) {
   using namespace simd;
   if constexpr (Tokens::kPairs) {
     for (auto& row : found)
@@ -251,7 +252,8 @@ inline void int4_tile(const Weight& w, const Tokens& x, int64_t block, int64_t t
   constexpr int kVectors = kBlocks * kBlockVectors;
   const int64_t groups = w.k / w.group, blocks_a_group = w.group / x.block, words = x.block / Tokens::kColumns;
   const uint32_t* from[kVectors];
-  for (int v = 0; v < kVectors; ++v) from[v] = w.words + (block + v / kBlockVectors) * w.stride + v % kBlockVectors * kLanes;
+  for (int v = 0; v < kVectors; ++v)
+    from[v] = w.words + (block + v / kBlockVectors) * w.stride + v % kBlockVectors * kLanes;
   const int8_t* rows[kTokens];
   for (int t = 0; t < kTokens; ++t) rows[t] = x.row(token + t);
   const float* d = x.d + token * (x.k / x.block);
@@ -279,7 +281,8 @@ inline void int4_tile(const Weight& w, const Tokens& x, int64_t block, int64_t t
 }
 
 template <class Weight, class Tokens, int kTokens, int kBlocks, int kUnit>
-__attribute__((noinline)) void int4_store(const Weight& w, const Tokens& x, int64_t block, int64_t token, const Output& out, int64_t n, int64_t first_block) {
+__attribute__((noinline)) void int4_store(const Weight& w, const Tokens& x, int64_t block, int64_t token,
+                                          const Output& out, int64_t n, int64_t first_block) {
   simd::F32 sums[kTokens][kBlocks * kBlockVectors];
   int4_tile<Weight, Tokens, kTokens, kBlocks, kUnit>(w, x, block - first_block, token, sums);
   for (int t = 0; t < kTokens; ++t)
@@ -291,18 +294,20 @@ __attribute__((noinline)) void int4_store(const Weight& w, const Tokens& x, int6
 }
 
 template <class Weight, class Tokens, int kBlocks, int kUnit, int kMost>
-inline void int4_store_of(int tokens, const Weight& w, const Tokens& x, int64_t block, int64_t token, const Output& out, int64_t n, int64_t first_block) {
+inline void int4_store_of(int tokens, const Weight& w, const Tokens& x, int64_t block, int64_t token, const Output& out,
+                          int64_t n, int64_t first_block) {
   if constexpr (kMost > 0) {
-    if (tokens == kMost) return int4_store<Weight, Tokens, kMost, kBlocks, kUnit>(w, x, block, token, out, n, first_block);
+    if (tokens == kMost)
+      return int4_store<Weight, Tokens, kMost, kBlocks, kUnit>(w, x, block, token, out, n, first_block);
     int4_store_of<Weight, Tokens, kBlocks, kUnit, kMost - 1>(tokens, w, x, block, token, out, n, first_block);
   }
 }
 
-constexpr int64_t kInt4ChunkTokens = 192;        // their integers fill the second-level cache beside the words
+constexpr int64_t kInt4ChunkTokens = 192;       // their integers fill the second-level cache beside the words
 constexpr int64_t kInt4TaskBytes = 192 * 1024;  // words of a task, which every tile of tokens reads again
 
-// `weight_of(first, last, worker)` gives a Weight that holds these blocks of rows: the whole one, or, not kWhole, one that
-// begins with them.
+// `weight_of(first, last, worker)` gives a Weight that holds these blocks of rows: the whole one, or, not kWhole, one
+// that begins with them.
 template <class Weight, bool kWhole, int kUnit, class Tokens, class WeightOf>
 void int4_gemm_by(const WeightOf& weight_of, const Tokens& x, int64_t m, int64_t n, const Output& out, int threads) {
   constexpr int kMost = kInt4Tokens<Tokens::kPieces>;

@@ -45,7 +45,8 @@ inline void quantize_int8(const float* x, int64_t count, float largest, int8_t* 
   const int64_t whole = count / kLanes * kLanes;
   I32 most_bits = zero_i32();
   for (int64_t c = 0; c < whole; c += kLanes) most_bits = max(most_bits, as_i32(abs(load_f32(x + c))));
-  if (whole < count) most_bits = max(most_bits, as_i32(abs(load_first(x, whole, static_cast<int>(count - whole), kFloat32))));
+  if (whole < count)
+    most_bits = max(most_bits, as_i32(abs(load_first(x, whole, static_cast<int>(count - whole), kFloat32))));
   alignas(64) float magnitudes[kLanes];
   store_f32(magnitudes, as_f32(most_bits));
   float most = 0.0f;
@@ -197,16 +198,17 @@ void int8_gemm_bytes(const Weight& w, const Int8Tokens& x, const Output& out, in
       for (; block + kInt8Blocks <= last_block; block += kInt8Blocks)
         int8_store_of<Weight, kInt8Blocks, kInt8Tokens>(tokens, w, words, x, block, token, out);
       if constexpr (kInt8Blocks > 1)
-        for (; block < last_block; ++block) int8_store_of<Weight, 1, kInt8Tokens>(tokens, w, words, x, block, token, out);
+        for (; block < last_block; ++block)
+          int8_store_of<Weight, 1, kInt8Tokens>(tokens, w, words, x, block, token, out);
     }
   });
 }
 
 // ---- pairs of int16 ------------------------------------------------------------------------------------------------
 
-constexpr int kPairTokens = 6;               // 12 sums, 2 weights and a token in 16 registers
-constexpr int64_t kPairColumns = 512;        // a panel of 16 KiB of int16: half of a first-level cache
-constexpr int64_t kPairChunkTokens = 192;    // 192 KiB of activations beside a panel in the second-level cache
+constexpr int kPairTokens = 6;             // 12 sums, 2 weights and a token in 16 registers
+constexpr int64_t kPairColumns = 512;      // a panel of 16 KiB of int16: half of a first-level cache
+constexpr int64_t kPairChunkTokens = 192;  // 192 KiB of activations beside a panel in the second-level cache
 constexpr int64_t kPairTaskBlocks = 4;
 
 // sums[t][row] += the products of `words` words: panel is [words, 2, 16 rows] pairs, x is [words, 2, kTokens] pairs.
@@ -281,7 +283,8 @@ void int8_gemm_pairs(const Weight& w, const Int8Tokens& x, const Output& out, in
     auto scaled = [&](int64_t block, int64_t token, int64_t tile, F32(&row)[kBlockVectors]) {
       const int64_t at = ((block - first_block) * tokens + token) * kBlockRows, m = first_group * group + token;
       for (int v = 0; v < kBlockVectors; ++v)
-        row[v] = mul(to_f32(load_i32(dots + at + v * kLanes)), mul(set1_f32(x.scales[m * x.tiles + tile]), w.scale(block, tile, v)));
+        row[v] = mul(to_f32(load_i32(dots + at + v * kLanes)),
+                     mul(set1_f32(x.scales[m * x.tiles + tile]), w.scale(block, tile, v)));
       return at;
     };
     const int64_t there = std::min(tokens, x.m - first_group * group);
@@ -299,8 +302,9 @@ void int8_gemm_pairs(const Weight& w, const Int8Tokens& x, const Output& out, in
               store_i32(panel + (2 * word + 1) * kBlockRows + v * kLanes, odd_bytes(codes));
             }
           for (int64_t g = first_group; g < last_group; ++g)
-            multiply_pairs_of<kPairTokens>(group, panel, pairs + (g * words + first / 4) * 2 * group, (last - first) / 4,
-                                           dots + ((block - first_block) * tokens + (g - first_group) * group) * kBlockRows);
+            multiply_pairs_of<kPairTokens>(
+                group, panel, pairs + (g * words + first / 4) * 2 * group, (last - first) / 4,
+                dots + ((block - first_block) * tokens + (g - first_group) * group) * kBlockRows);
         }
       }
       if (x.tiles > 1)

@@ -58,10 +58,10 @@ std::vector<const char*> runnable_sets() {
   if (!all(basic.ecx, {27})) return sets;  // OSXSAVE: xgetbv may be asked
   const uint64_t saved = saved_state();
   const bool avx2 = (saved & 0x6) == 0x6 && all(basic.ecx, {12, 23, 28, 29}) &&  // FMA, POPCNT, AVX, F16C
-                    all(more.ebx, {3, 5, 8}) && all(extended.ecx, {5});         // BMI1, AVX2, BMI2; LZCNT
+                    all(more.ebx, {3, 5, 8}) && all(extended.ecx, {5});          // BMI1, AVX2, BMI2; LZCNT
   if (!avx2) return sets;
   sets.push_back("avx2");
-  sets.push_back("avx512_emulated");  // compiled for AVX2
+  sets.push_back("avx512_emulated");                                                // compiled for AVX2
   const bool avx512 = (saved & 0xe0) == 0xe0 && all(more.ebx, {16, 17, 30, 31}) &&  // F, DQ, BW, VL
                       all(more.ecx, {11});                                          // VNNI
   if (!avx512) return sets;

@@ -1,7 +1,7 @@
 // The rotation of ConvRot: groups of 4^s values times the regular Hadamard matrix, in place.
 //
-// The matrix is the Kronecker power of a symmetric 4 x 4 one, divided by the root of its size; so a group takes s rounds
-// of products with that small one, of values at distances 1, 4, 16, ..., and these are sums and differences.
+// The matrix is the Kronecker power of a symmetric 4 x 4 one, divided by the root of its size; so a group takes s
+// rounds of products with that small one, of values at distances 1, 4, 16, ..., and these are sums and differences.
 #pragma once
 
 #include "simd.h"
@@ -33,8 +33,8 @@ inline void rotate_sixteen(float* x, float factor) {
   for (int j = 0; j < 4; ++j) std::memcpy(x + 4 * j, &rows[j], 16);
 }
 
-// Every group of a row of k values; `size` is 16, 64, 256, ... and divides k. Round by round over the whole row, so that
-// what short vectors have stored has left the store queue before long ones read it.
+// Every group of a row of k values; `size` is 16, 64, 256, ... and divides k. Round by round over the whole row, so
+// that what short vectors have stored has left the store queue before long ones read it.
 inline void rotate_groups(float* x, int64_t k, int64_t size) {
   using namespace simd;
   float factor = 0.25f;  // a power of two: exact but for subnormals

@@ -16,8 +16,8 @@ constexpr int kBlockVectors = kBlockRows / simd::kLanes;
 static_assert(kBlockRows % simd::kLanes == 0, "a block is whole vectors");
 
 // One output row of a block: 16 sums of token m, or as many as the weight has rows left, with the bias added.
-inline void store_block(const simd::F32 (&sums)[kBlockVectors], int64_t block, int64_t n, const void* bias, int bias_dtype,
-                        void* out, int64_t m, int out_dtype) {
+inline void store_block(const simd::F32 (&sums)[kBlockVectors], int64_t block, int64_t n, const void* bias,
+                        int bias_dtype, void* out, int64_t m, int out_dtype) {
   using namespace simd;
   for (int v = 0; v < kBlockVectors; ++v) {
     const int64_t row = block * kBlockRows + v * kLanes;

@@ -194,7 +194,8 @@ inline void load16_e5m2(const uint8_t* from, F32 (&to)[16 / kLanes]) {
   to[1] = {_mm256_cvtph_ps(_mm_unpackhi_epi8(_mm_setzero_si128(), codes))};
 }
 
-// ---- a table of 16 floats, indexed by the low four bits of every lane -------------------------------------------------
+// ---- a table of 16 floats, indexed by the low four bits of every lane
+// -------------------------------------------------
 
 struct Table16 {
   __m256 low, high;
@@ -205,7 +206,8 @@ inline F32 lookup(Table16 table, I32 index) {  // higher bits of the index are i
   return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 28)))};
 }
 
-// ---- bytes, and products of four of them to a lane ----------------------------------------------------------------------
+// ---- bytes, and products of four of them to a lane
+// ----------------------------------------------------------------------
 
 inline Bytes load_bytes(const void* from) { return {_mm256_loadu_si256(static_cast<const __m256i*>(from))}; }
 inline void store_bytes(void* to, Bytes a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a.v); }
@@ -217,9 +219,7 @@ inline Bytes set4_bytes(const void* four) {  // the same four in every lane
 inline Bytes as_bytes(I32 a) { return {a.v}; }
 inline I32 as_i32(Bytes a) { return {a.v}; }
 inline Bytes low_nibbles(Bytes a) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(15))}; }
-inline Bytes high_nibbles(Bytes a) {
-  return {_mm256_and_si256(_mm256_srli_epi16(a.v, 4), _mm256_set1_epi8(15))};
-}
+inline Bytes high_nibbles(Bytes a) { return {_mm256_and_si256(_mm256_srli_epi16(a.v, 4), _mm256_set1_epi8(15))}; }
 // A byte for each of 16 codes; codes above 15 are not allowed.
 inline Bytes lookup_bytes(const void* table, Bytes codes) {
   const __m128i values = _mm_loadu_si128(static_cast<const __m128i*>(table));

@@ -45,16 +45,20 @@ inline F32 abs(F32 a) {
 inline void transpose(F32 (&rows)[kLanes]) {
   __m512 quads[16];  // 4 * g + i: in quarter j the lane 4 * j + i of rows 4 * g..4 * g + 3
   for (int g = 0; g < 16; g += 4) {
-    const __m512 a = _mm512_shuffle_ps(rows[g].v, rows[g + 1].v, 0x44), b = _mm512_shuffle_ps(rows[g + 2].v, rows[g + 3].v, 0x44);
-    const __m512 c = _mm512_shuffle_ps(rows[g].v, rows[g + 1].v, 0xee), d = _mm512_shuffle_ps(rows[g + 2].v, rows[g + 3].v, 0xee);
+    const __m512 a = _mm512_shuffle_ps(rows[g].v, rows[g + 1].v, 0x44),
+                 b = _mm512_shuffle_ps(rows[g + 2].v, rows[g + 3].v, 0x44);
+    const __m512 c = _mm512_shuffle_ps(rows[g].v, rows[g + 1].v, 0xee),
+                 d = _mm512_shuffle_ps(rows[g + 2].v, rows[g + 3].v, 0xee);
     quads[g] = _mm512_shuffle_ps(a, b, 0x88);
     quads[g + 1] = _mm512_shuffle_ps(a, b, 0xdd);
     quads[g + 2] = _mm512_shuffle_ps(c, d, 0x88);
     quads[g + 3] = _mm512_shuffle_ps(c, d, 0xdd);
   }
   for (int i = 0; i < 4; ++i) {
-    const __m512 a = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x44), b = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x44);
-    const __m512 c = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xee), d = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xee);
+    const __m512 a = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x44),
+                 b = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x44);
+    const __m512 c = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xee),
+                 d = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xee);
     rows[i].v = _mm512_shuffle_f32x4(a, b, 0x88);
     rows[i + 4].v = _mm512_shuffle_f32x4(a, b, 0xdd);
     rows[i + 8].v = _mm512_shuffle_f32x4(c, d, 0x88);
@@ -182,7 +186,8 @@ inline void load16_e5m2(const uint8_t* from, F32 (&to)[16 / kLanes]) {
   to[0] = {_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8))};
 }
 
-// ---- a table of 16 floats, indexed by the low four bits of every lane -------------------------------------------------
+// ---- a table of 16 floats, indexed by the low four bits of every lane
+// -------------------------------------------------
 
 struct Table16 {
   __m512 values;
@@ -192,7 +197,8 @@ inline F32 lookup(Table16 table, I32 index) {  // higher bits of the index are i
   return {_mm512_permutexvar_ps(index.v, table.values)};
 }
 
-// ---- bytes, and products of four of them to a lane ----------------------------------------------------------------------
+// ---- bytes, and products of four of them to a lane
+// ----------------------------------------------------------------------
 
 inline Bytes load_bytes(const void* from) { return {_mm512_loadu_si512(from)}; }
 inline void store_bytes(void* to, Bytes a) { _mm512_storeu_si512(to, a.v); }
@@ -204,9 +210,7 @@ inline Bytes set4_bytes(const void* four) {  // the same four in every lane
 inline Bytes as_bytes(I32 a) { return {a.v}; }
 inline I32 as_i32(Bytes a) { return {a.v}; }
 inline Bytes low_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
-inline Bytes high_nibbles(Bytes a) {
-  return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
-}
+inline Bytes high_nibbles(Bytes a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
 // A byte for each of 16 codes; codes above 15 are not allowed.
 inline Bytes lookup_bytes(const void* table, Bytes codes) {
   const __m128i values = _mm_loadu_si128(static_cast<const __m128i*>(table));
@@ -246,7 +250,9 @@ struct Weights8 {
 };
 constexpr int kDot8Offset = 128;
 constexpr bool kDot8IsOneStep = true;  // whether it is an instruction; if not, dot2 multiplies as fast
-inline Weights8 prepare8(Bytes w) { return {_mm512_xor_si512(w.v, _mm512_set1_epi32(static_cast<int32_t>(0x80808080)))}; }
+inline Weights8 prepare8(Bytes w) {
+  return {_mm512_xor_si512(w.v, _mm512_set1_epi32(static_cast<int32_t>(0x80808080)))};
+}
 inline I32 dot8(I32 sum, Weights8 w, Bytes x) {
   sum.v = _mm512_dpbusd_epi32(sum.v, w.v, x.v);
   keep_order(sum.v);

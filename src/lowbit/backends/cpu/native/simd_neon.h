@@ -75,13 +75,17 @@ inline I32 shift_left(I32 a) {
 }
 template <int kBits>
 inline I32 shift_right(I32 a) {  // zeros come in
-  if constexpr (kBits == 0) return a;
-  else return {vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.v), kBits))};
+  if constexpr (kBits == 0)
+    return a;
+  else
+    return {vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.v), kBits))};
 }
 template <int kBits>
 inline I32 shift_right_signed(I32 a) {
-  if constexpr (kBits == 0) return a;
-  else return {vshrq_n_s32(a.v, kBits)};
+  if constexpr (kBits == 0)
+    return a;
+  else
+    return {vshrq_n_s32(a.v, kBits)};
 }
 inline int32_t reduce_add(I32 a) { return vaddvq_s32(a.v); }
 
@@ -167,14 +171,16 @@ inline void load16_e4m3(const uint8_t* from, F32 (&to)[16 / kLanes]) {
 // 16 codes of float8_e5m2: the upper bytes of float16 values.
 inline void load16_e5m2(const uint8_t* from, F32 (&to)[16 / kLanes]) {
   const uint8x16_t codes = vld1q_u8(from), zero = vdupq_n_u8(0);
-  const float16x8_t half[2] = {vreinterpretq_f16_u8(vzip1q_u8(zero, codes)), vreinterpretq_f16_u8(vzip2q_u8(zero, codes))};
+  const float16x8_t half[2] = {vreinterpretq_f16_u8(vzip1q_u8(zero, codes)),
+                               vreinterpretq_f16_u8(vzip2q_u8(zero, codes))};
   for (int i = 0; i < 2; ++i) {
     to[2 * i] = {vcvt_f32_f16(vget_low_f16(half[i]))};
     to[2 * i + 1] = {vcvt_high_f32_f16(half[i])};
   }
 }
 
-// ---- a table of 16 floats, indexed by the low four bits of every lane -------------------------------------------------
+// ---- a table of 16 floats, indexed by the low four bits of every lane
+// -------------------------------------------------
 
 struct Table16 {
   uint8x16x4_t bytes;
@@ -190,7 +196,8 @@ inline F32 lookup(Table16 table, I32 index) {  // higher bits of the index are i
   return {vreinterpretq_f32_u8(vqtbl4q_u8(table.bytes, vreinterpretq_u8_s32(at)))};
 }
 
-// ---- bytes, and products of four of them to a lane ----------------------------------------------------------------------
+// ---- bytes, and products of four of them to a lane
+// ----------------------------------------------------------------------
 
 inline Bytes load_bytes(const void* from) { return {vld1q_u8(static_cast<const uint8_t*>(from))}; }
 inline void store_bytes(void* to, Bytes a) { vst1q_u8(static_cast<uint8_t*>(to), a.v); }

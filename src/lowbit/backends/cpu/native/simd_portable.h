@@ -69,12 +69,8 @@ inline F32 fma(F32 a, F32 b, F32 c) {
 #endif
 }
 // The second one where they are not ordered, as x86 has it.
-inline F32 min(F32 a, F32 b) {
-  return {plain::floats(plain::choose(a.v < b.v, plain::bits(a.v), plain::bits(b.v)))};
-}
-inline F32 max(F32 a, F32 b) {
-  return {plain::floats(plain::choose(a.v > b.v, plain::bits(a.v), plain::bits(b.v)))};
-}
+inline F32 min(F32 a, F32 b) { return {plain::floats(plain::choose(a.v < b.v, plain::bits(a.v), plain::bits(b.v)))}; }
+inline F32 max(F32 a, F32 b) { return {plain::floats(plain::choose(a.v > b.v, plain::bits(a.v), plain::bits(b.v)))}; }
 inline F32 abs(F32 a) { return {plain::floats(plain::bits(a.v) & plain::all(INT32_MAX))}; }
 
 // Lane i of vector j <-> lane j of vector i.
@@ -131,7 +127,8 @@ inline I32 to_i32(F32 a) {  // half to even; INT32_MIN for NaN and what is too l
   const plain::Ints sign = plain::bits(x) & plain::all(INT32_MIN);
   const plain::Floats large = plain::floats(plain::bits(plain::all(0x1p23f)) | sign);
   const plain::Ints has_fraction = abs(F32{x}).v < plain::all(0x1p23f);
-  const plain::Floats rounded = plain::floats(plain::choose(has_fraction, plain::bits((x + large) - large), plain::bits(x)));
+  const plain::Floats rounded =
+      plain::floats(plain::choose(has_fraction, plain::bits((x + large) - large), plain::bits(x)));
   return {plain::choose(fits, __builtin_convertvector(rounded, plain::Ints), plain::all(INT32_MIN))};
 }
 inline F32 as_f32(I32 a) { return {plain::floats(a.v)}; }
@@ -228,7 +225,8 @@ inline void load16_e5m2(const uint8_t* from, F32 (&to)[16 / kLanes]) {
   for (int i = 0; i < 16 / kLanes; ++i) to[i] = plain::half_to_f32(shift_left<8>(widen_u8(from + i * kLanes)));
 }
 
-// ---- a table of 16 floats, indexed by the low four bits of every lane -------------------------------------------------
+// ---- a table of 16 floats, indexed by the low four bits of every lane
+// -------------------------------------------------
 
 struct Table16 {
   float values[16];
@@ -244,7 +242,8 @@ inline F32 lookup(const Table16& table, I32 index) {  // higher bits of the inde
   return found;
 }
 
-// ---- bytes, and products of four of them to a lane ----------------------------------------------------------------------
+// ---- bytes, and products of four of them to a lane
+// ----------------------------------------------------------------------
 
 inline Bytes load_bytes(const void* from) { return {plain::load<plain::Octets>(from)}; }
 inline void store_bytes(void* to, Bytes a) { std::memcpy(to, &a.v, sizeof a.v); }
@@ -274,9 +273,7 @@ inline Shorts even_signed(Bytes a) { return reinterpret_cast<Shorts>(reinterpret
 inline Shorts odd_signed(Bytes a) { return reinterpret_cast<Shorts>(a.v) >> 8; }
 inline Ints low_shorts(Ints a) { return ints(words(a) << 16) >> 16; }
 // The two int16 of every lane, added.
-inline Ints pair_sums(Shorts a) {
-  return low_shorts(reinterpret_cast<Ints>(a)) + (reinterpret_cast<Ints>(a) >> 16);
-}
+inline Ints pair_sums(Shorts a) { return low_shorts(reinterpret_cast<Ints>(a)) + (reinterpret_cast<Ints>(a) >> 16); }
 
 }  // namespace plain
 

@@ -80,7 +80,8 @@ inline __m512 shuffle_f32x4(__m512 a, __m512 b, unsigned choice) {
     __m128 at[4];
   };
   const auto low = as<Quarters>(a), high = as<Quarters>(b);
-  return as<__m512>(Quarters{{low.at[choice & 3], low.at[choice >> 2 & 3], high.at[choice >> 4 & 3], high.at[choice >> 6 & 3]}});
+  return as<__m512>(
+      Quarters{{low.at[choice & 3], low.at[choice >> 2 & 3], high.at[choice >> 4 & 3], high.at[choice >> 6 & 3]}});
 }
 
 inline __m512 cvtph_ps(__m256i a) {

@@ -17,8 +17,10 @@ typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 // Four vectors of four values: rows become columns.
 template <class V>
 inline void transpose_quads(V (&rows)[4]) {
-  const V a = __builtin_shufflevector(rows[0], rows[2], 0, 4, 1, 5), b = __builtin_shufflevector(rows[0], rows[2], 2, 6, 3, 7);
-  const V c = __builtin_shufflevector(rows[1], rows[3], 0, 4, 1, 5), d = __builtin_shufflevector(rows[1], rows[3], 2, 6, 3, 7);
+  const V a = __builtin_shufflevector(rows[0], rows[2], 0, 4, 1, 5),
+          b = __builtin_shufflevector(rows[0], rows[2], 2, 6, 3, 7);
+  const V c = __builtin_shufflevector(rows[1], rows[3], 0, 4, 1, 5),
+          d = __builtin_shufflevector(rows[1], rows[3], 2, 6, 3, 7);
   rows[0] = __builtin_shufflevector(a, c, 0, 4, 1, 5);
   rows[1] = __builtin_shufflevector(a, c, 2, 6, 3, 7);
   rows[2] = __builtin_shufflevector(b, d, 0, 4, 1, 5);
@@ -33,7 +35,8 @@ inline void transpose_bytes(const uint8_t* from, uint8_t* to, int64_t stride) {
   const auto round = [](const Bytes16(&in)[16], Bytes16(&out)[16]) {
     for (int i = 0; i < 8; ++i) {
       out[2 * i] = __builtin_shufflevector(in[i], in[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      out[2 * i + 1] = __builtin_shufflevector(in[i], in[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+      out[2 * i + 1] =
+          __builtin_shufflevector(in[i], in[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
   };
   round(a, b);
