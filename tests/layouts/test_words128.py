@@ -56,7 +56,7 @@ def test_many_rows_are_packed_in_pieces(monkeypatch):
     fmt = parse_spec("nvfp4")
     plain = fmt.quantize(gaussian(37, 256))
     whole = words128.pack(fmt, plain)["qdata"]
-    monkeypatch.setattr(words128, "row_chunks", lambda *shape: [(at, min(at + 5, 37)) for at in range(0, 37, 5)])
+    monkeypatch.setattr(words128, "row_chunks", lambda *_: [(at, min(at + 5, 37)) for at in range(0, 37, 5)])
     packed = words128.pack(fmt, plain)
     assert torch.equal(packed["qdata"], whole)
     assert torch.equal(words128.unpack(fmt, packed)["qdata"], plain["qdata"])
