@@ -7,6 +7,22 @@ import importlib.util
 if importlib.util.find_spec("triton") is None:  # before any kernel is registered: a backend is there as a whole, or not
     raise ImportError("Triton is not installed; pip install triton (Linux), or a build of PyTorch that brings it")
 
-from lowbit.backends.triton import linear_awq_w4a16, linear_mxfp4, linear_nvfp4, linear_wna16
+from lowbit.backends.triton import (
+    dequantize,
+    embedding,
+    linear_awq_w4a16,
+    linear_mxfp4,
+    linear_nvfp4,
+    linear_svdquant_w4a4,
+    linear_wna16,
+)
 
-__all__ = ["linear_awq_w4a16", "linear_mxfp4", "linear_nvfp4", "linear_wna16"]
+__all__ = [
+    "dequantize",
+    "embedding",
+    "linear_awq_w4a16",
+    "linear_mxfp4",
+    "linear_nvfp4",
+    "linear_svdquant_w4a4",
+    "linear_wna16",
+]
