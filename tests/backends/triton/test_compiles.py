@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
+
+from lowbit.backends.triton.compile_ahead import Compiled
+from lowbit.backends.triton.tuning import KERNELS
+from tests.support import triton_launches
+from tests.support.triton_launches import all_noted, distinct, entries, judge, qualified, title
+
+TITLES = sorted({title(entry) for entry in entries()})
+TARGETS = ("sm_90", "sm_80")
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_every_entry_is_launched(name):
+    """The table of examples has arguments that each registered kernel takes, so that nothing escapes the compiler."""
+    found, missing = all_noted()
+    assert name not in missing, missing[name]
+    assert found[name]
+
+
+@pytest.mark.parametrize("index", range(len(KERNELS)), ids=[qualified(kernel) for kernel in KERNELS])
+def test_compiles(index):
+    """Every kernel compiles in its first config for Hopper and Ampere, fits their memory and keeps its registers."""
+    kernel = KERNELS[index]
+    for target in TARGETS:
+        mine = [one for one in distinct(all_noted(target)[0]) if one.kernel is kernel]
+        assert mine, f"no entry of the dispatch table launches {qualified(kernel)} in the examples"
+        verdict = judge(mine[0], mine[0].launch.configs[0], target)
+        assert not verdict.fault, f"{mine[0].by}, {mine[0].launch.configs[0]}, {target}: {verdict.fault}"
+
+
+@pytest.mark.parametrize(
+    ("made", "position", "fault", "note"),
+    [
+        (Compiled(90, 0, 1000, "st.global.v4"), 0, "", ""),
+        (Compiled(4, 0, 1000, "trap;"), 1, "nothing is left", ""),
+        (Compiled(255, 64, 1000, "st.global.v4"), 0, "spills 64 bytes", ""),
+        (Compiled(255, 64, 1000, "st.global.v4"), 1, "", "spills 64 bytes"),
+        (Compiled(90, 0, 1 << 20, "st.global.v4"), 0, "needs 1048576 bytes", ""),
+        (Compiled(90, 0, 1 << 20, "st.global.v4"), 1, "", "passed over"),
+    ],
+)
+def test_verdicts(monkeypatch, made, position, fault, note):
+    """An empty kernel is a fault in any config; spills and too much memory are one in the first, else noted."""
+    one = next(one for one in distinct(all_noted()[0]) if len(one.launch.configs) > 1)
+    monkeypatch.setattr(triton_launches, "compile_launch", lambda *_: made)
+    verdict = judge(one, one.launch.configs[position], "sm_90")
+    assert verdict.fault.startswith(fault)
+    assert verdict.note.startswith(note)
+    assert bool(verdict.fault) == bool(fault)
+    assert bool(verdict.note) == bool(note)
+
+
+def test_what_the_compiler_raises_is_a_fault(monkeypatch):
+    """An error of the compiler is reported with its text; the others are still compiled."""
+
+    def refuse(*_):
+        raise RuntimeError("ptxas says no")
+
+    monkeypatch.setattr(triton_launches, "compile_launch", refuse)
+    one = distinct(all_noted()[0])[0]
+    assert "ptxas says no" in judge(one, one.launch.configs[0], "sm_90").fault
+
+
+def test_an_op_without_examples_is_named(monkeypatch):
+    """A kernel of an op that the table of examples does not know fails by name."""
+    known = entries()[0]
+    unknown = type(known)("no_such_op", "*", "triton", "", 0.0, None, known.run)
+    monkeypatch.setattr(triton_launches, "entries", lambda: [unknown])
+    all_noted.cache_clear()
+    try:
+        found, missing = all_noted()
+    finally:
+        all_noted.cache_clear()
+    assert not found
+    assert "no example arguments for this op" in missing[title(unknown)]
