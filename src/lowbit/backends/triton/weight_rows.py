@@ -25,9 +25,7 @@ from lowbit.backends.triton.tuning import Arguments, Config, config, tuned
 from lowbit.errors import UnsupportedError
 from lowbit.formats.awq_w4a16 import MIDDLE, AwqW4A16
 from lowbit.formats.base import Format
-from lowbit.formats.granular import Granular
 from lowbit.formats.int8 import Int8
-from lowbit.formats.nvfp4 import Nvfp4
 from lowbit.formats.parts import Dim, Parts
 from lowbit.formats.wna16 import WNA16
 from lowbit.layouts import words128
@@ -118,7 +116,8 @@ def _decode_rows(
     codes, scale, zero, offset, shared, columns, indices, out, first, count, n, k, units, row_step, scale_row,
     scale_group, BITS: tl.constexpr, CODE: tl.constexpr, LOW: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr,
     TALL: tl.constexpr, SHARED: tl.constexpr, ROW_SHARED: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
-    RAGGED: tl.constexpr, ASSEMBLE: tl.constexpr, LARGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr, STEPS: tl.constexpr,
+    RAGGED: tl.constexpr, ASSEMBLE: tl.constexpr, LARGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
     unit = (tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U))[None, :]
@@ -221,21 +220,23 @@ def describe(fmt: Format, parts: Parts, k: int, layout: str) -> Coded:
     if other is not None and other.stride() != scale.stride():
         scale, other = scale.contiguous(), other.contiguous()
         zero, offset = (other, None) if offset is None else (None, other)
-    tall, group, scale_row, scale_group = _steps(fmt, scale, wide=wide)
-    bits = _bits(fmt)
+    bits, group = _bits(fmt), _group(fmt)
     unit, codes = (_UNIT, qdata) if wide else _units(qdata, bits, group)
-    units = k // (_UNIT * _UNIT) if wide else triton.cdiv(k, unit)
+    tall, scale_row, scale_group = _steps(fmt, scale, wide=wide)
     shared = parts.get("global_scale")
-    kinds = {torch.float8_e4m3fn: FLOAT8, torch.uint8: POWER}
-    return Coded(codes.shape[0], k, {
-        "codes": codes, "scale": _raw(scale), "zero": zero, "offset": offset, "shared": shared,
-        "columns": parts["pre_quant_scale"].contiguous() if fmt.pre_quant_scale else None, "units": units,
-        "row_step": codes.stride(0) // _UNIT if wide else codes.stride(0), "scale_row": scale_row, "scale_group": scale_group, "BITS": bits,
-        "CODE": _CODES[fmt.name], "LOW": float(MIDDLE if isinstance(fmt, AwqW4A16) else 1 << (bits - 1)),
-        "SCALE": kinds.get(scale.dtype, FLOAT), "GROUP": group, "TALL": tall,
-        "SHARED": _ALONE if shared is None else _OVER if getattr(fmt, "global_scale_divides", False) else _TIMES,
-        "ROW_SHARED": shared is not None and shared.dim() > 0, "UNIT": unit, "WIDE": wide, "RAGGED": k % unit != 0,
-    })  # fmt: skip
+    divides = getattr(fmt, "global_scale_divides", False)
+    arguments = {
+        "codes": codes, "row_step": codes.stride(0) // (_UNIT if wide else 1), "BITS": bits, "CODE": _CODES[fmt.name],
+        "units": k // (_UNIT * _UNIT) if wide else triton.cdiv(k, unit), "UNIT": unit, "WIDE": wide,
+        "RAGGED": k % unit != 0,
+        "scale": _raw(scale), "scale_row": scale_row, "scale_group": scale_group, "TALL": tall, "GROUP": group,
+        "SCALE": {torch.float8_e4m3fn: FLOAT8, torch.uint8: POWER}.get(scale.dtype, FLOAT),
+        "zero": zero, "offset": offset, "LOW": float(MIDDLE if isinstance(fmt, AwqW4A16) else 1 << (bits - 1)),
+        "shared": shared, "SHARED": _ALONE if shared is None else _OVER if divides else _TIMES,
+        "ROW_SHARED": shared is not None and shared.dim() > 0,
+        "columns": parts["pre_quant_scale"].contiguous() if fmt.pre_quant_scale else None,
+    }  # fmt: skip
+    return Coded(codes.shape[0], k, arguments)
 
 
 def refuses(fmt: Format, parts: Parts, dtype: torch.dtype, layout: str = "") -> str | None:
@@ -250,8 +251,8 @@ def refuses(fmt: Format, parts: Parts, dtype: torch.dtype, layout: str = "") -> 
         return f"the result is {str(dtype).removeprefix('torch.')}; the decoder gives float32, bfloat16 and float16"
     group, least = _group(fmt), _UNIT if layout else 8 // _bits(fmt)
     if group % least:
-        where = f"in {layout}" if layout else "that share a byte or not"
-        return f"groups of {group} columns {where}; the decoder takes multiples of {least}"
+        why = f"which {layout} keeps side by side" if layout else "which share a byte"
+        return f"groups of {group} columns; the decoder takes multiples of {least}, {why}"
     return device.refuses(torch.empty(0, dtype=dtype, device=parts["qdata"].device), **parts)
 
 
@@ -267,14 +268,13 @@ def _group(fmt: Format) -> int:
     return next((dim.per for dim in dims if isinstance(dim, Dim) and dim.axis == "K"), 0)
 
 
-def _steps(fmt: Format, scale: Tensor, *, wide: bool) -> tuple[int, int, int, int]:
-    """Rows and columns that share a scale, and the steps in memory from one row (of tiles) or group to the next."""
+def _steps(fmt: Format, scale: Tensor, *, wide: bool) -> tuple[int, int, int]:
+    """Rows that share a scale, and the steps in memory from one row (of tiles) and from one group to the next."""
     rule = next(rule for rule in fmt.rules if rule.name == "scale")
-    group = _group(fmt)
     if rule.row_axis is None:
-        return 1, 0, 0, 0
+        return 1, 0, 0
     row_axis = 1 if wide else rule.row_axis
-    return rule.rows_per_entry, group, scale.stride(row_axis), scale.stride(1 - row_axis)
+    return rule.rows_per_entry, scale.stride(row_axis), scale.stride(1 - row_axis)
 
 
 def _units(qdata: Tensor, bits: int, group: int) -> tuple[int, Tensor]:
@@ -282,8 +282,9 @@ def _units(qdata: Tensor, bits: int, group: int) -> tuple[int, Tensor]:
     raw = _raw(qdata if qdata.stride(1) == 1 else qdata.contiguous())
     for unit in (_UNIT, _UNIT // 2, _UNIT // 4, 1):
         size = unit * bits // 8
-        aligned = raw.stride(0) % size == raw.shape[1] % size == raw.data_ptr() % size == 0 if size else False
-        if aligned and group % unit == 0:
+        if not size or group % unit:
+            continue
+        if raw.stride(0) % size == raw.shape[1] % size == raw.data_ptr() % size == 0:
             return unit, raw.view(_WORDS[size])
     raise UnsupportedError(f"groups of {group} columns with codes of {bits} bits: see `refuses`")
 
