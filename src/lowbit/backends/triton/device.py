@@ -6,14 +6,16 @@ On a CPU the kernels run in Triton's interpreter, for testing, when TRITON_INTER
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lowbit.backends import gpu
+from lowbit.backends.gpu import Target, assume
+
+__all__ = ["DTYPES", "INTERPRETED", "Target", "assume", "on", "refuses", "target_of"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,50 +23,9 @@ _OLDEST = (7, 5)  # the first with integer tensor cores
 _FIRST_WITH_BFLOAT16 = (8, 0)
 
 
-@dataclass(frozen=True)
-class Target:
-    """What the code is compiled for: `kind` "cuda", "hip", "xpu" or "interpreter", and NVIDIA's compute capability."""
-
-    kind: str
-    capability: tuple[int, int] = (0, 0)
-    processors: int = 132
-    """Streaming multiprocessors (compute units): how many programs run side by side."""
-
-    @property
-    def assembles(self) -> bool:
-        """Whether kernels may use PTX: what it does is written out in Triton's own words for all other targets."""
-        return self.kind == "cuda" and self.capability >= _FIRST_WITH_BFLOAT16
-
-
-_assumed: ContextVar[Target | None] = ContextVar("lowbit_triton_target", default=None)
-
-
-@contextlib.contextmanager
-def assume(target: Target) -> Iterator[None]:
-    """Within this block every device is taken for `target`: for compiling without one."""
-    token = _assumed.set(target)
-    try:
-        yield
-    finally:
-        _assumed.reset(token)
-
-
 def target_of(device: torch.device) -> Target:
-    """The target of a device."""
-    assumed = _assumed.get()
-    return _read(device.type, device.index) if assumed is None else assumed
-
-
-@functools.cache
-def _read(kind: str, index: int | None) -> Target:
-    if INTERPRETED:
-        return Target("interpreter")
-    if kind == "cuda":
-        found = torch.cuda.get_device_properties(index)
-        if getattr(torch.version, "hip", None):
-            return Target("hip", processors=found.multi_processor_count)
-        return Target("cuda", (found.major, found.minor), found.multi_processor_count)
-    return Target(kind)
+    """The target of a device: in the interpreter that, whatever the device, unless one is assumed."""
+    return Target("interpreter") if INTERPRETED and gpu.assumed() is None else gpu.target_of(device)
 
 
 def refuses(x: Tensor, **others: Tensor | None) -> str | None:

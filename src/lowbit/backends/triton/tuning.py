@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ import torch
 import triton
 from triton.testing import do_bench
 
+from lowbit.backends.cache import cache_folder, write_whole
 from lowbit.backends.triton import device
 from lowbit.errors import UnsupportedError
 
@@ -179,12 +179,8 @@ class TunedKernel:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _file(self, where: torch.device) -> Path:
-        root = (
-            os.environ.get("LOWBIT_CACHE")
-            or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lowbit"
-        )
         chip = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
-        return Path(root) / "triton" / f"{self.name}-{chip.replace(' ', '_')}-{self._fingerprint}.json"
+        return cache_folder("triton") / f"{self.name}-{chip.replace(' ', '_')}-{self._fingerprint}.json"
 
     def _stored(self, where: torch.device) -> dict[str, str]:
         try:
@@ -198,13 +194,8 @@ class TunedKernel:
         return next((config for config in configs if str(config) == text), None)
 
     def _remember(self, where: torch.device, key: tuple[Any, ...], config: Config) -> None:
-        path = self._file(where)
-        with contextlib.suppress(OSError):  # a folder that cannot be written costs time, not results
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({**self._stored(where), repr(key[1:]): str(config)}, indent=1)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-                file.write(text)
-            Path(file.name).replace(path)
+        text = json.dumps({**self._stored(where), repr(key[1:]): str(config)}, indent=1)
+        write_whole(self._file(where), text.encode())
 
 
 def tuned(

@@ -1,0 +1,11 @@
+"""Kernels in CUDA C++, compiled at first use by NVRTC. The import fails, in words, where the compiler is missing."""
+
+from __future__ import annotations
+
+from lowbit.backends.cuda import compiler
+
+compiler.check()  # before any kernel is registered: a backend is there as a whole, or not at all
+
+from lowbit.backends.cuda import linear_words
+
+__all__ = ["compiler", "linear_words"]

@@ -1,0 +1,68 @@
+// The few instructions that kernels are written in: as they are on a GPU, and in plain C++ for a CPU, where the tests
+// run whole kernels with a simulator in the place of CUDA's own headers (simulator.h).
+#pragma once
+
+#ifdef __CUDACC_RTC__
+#define LOWBIT_DEVICE __device__ __forceinline__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using int64_t = long long;
+#else
+#define LOWBIT_DEVICE inline
+#include "simulator.h"
+#endif
+
+namespace lowbit {
+
+// Bytes of `low` (0..3) and `high` (4..7), picked by the four nibbles of `selector`.
+template <uint32_t selector>
+LOWBIT_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high) {
+#ifdef __CUDACC_RTC__
+  return __byte_perm(low, high, selector);
+#else
+  const uint64_t both = uint64_t(high) << 32 | low;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= uint32_t(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return out;
+#endif
+}
+
+// (bits & mask) | set, one instruction.
+template <uint32_t mask, uint32_t set>
+LOWBIT_DEVICE uint32_t masked(uint32_t bits) {
+#ifdef __CUDACC_RTC__
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(out) : "r"(bits), "n"(mask), "n"(set));
+  return out;
+#else
+  return (bits & mask) | set;
+#endif
+}
+
+// (bits & mask) | other, one instruction.
+template <uint32_t mask>
+LOWBIT_DEVICE uint32_t merged(uint32_t bits, uint32_t other) {
+#ifdef __CUDACC_RTC__
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(out) : "r"(bits), "n"(mask), "r"(other));
+  return out;
+#else
+  return (bits & mask) | other;
+#endif
+}
+
+// a * b + c for two bfloat16 side by side, each rounded once.
+LOWBIT_DEVICE uint32_t fma_bfloat16_pair(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef __CUDACC_RTC__
+  uint32_t out;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+#else
+  return simulator::fma_bfloat16_pair(a, b, c);
+#endif
+}
+
+}  // namespace lowbit
