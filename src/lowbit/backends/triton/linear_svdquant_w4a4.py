@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowbit.backends.triton import device
-from lowbit.backends.triton.quantize_svdquant_w4a4 import quantized
-from lowbit.backends.triton.svdquant_gemm import TOLERANCE, grouped_product
+from lowbit.backends.triton.quantize_svdquant_w4a4 import MOST_SPLITS, quantized
+from lowbit.backends.triton.svdquant_gemm import TOLERANCE, grouped_product, low_splits
 from lowbit.dispatch import kernel
 from lowbit.formats.parts import Parts
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
@@ -26,9 +26,11 @@ def linear_svdquant_w4a4(fmt: SvdquantW4A4, x: Tensor, parts: Parts, bias: Tenso
     out = x.new_empty((*x.shape[:-1], fmt.rows_of(parts)))
     if not out.numel():
         return out
+    (m, k), n = rows.shape, out.shape[-1]
     codes, scale, low = quantized(
         rows, parts["smooth_factor"], parts["proj_down"], unsigned=fmt.act_unsigned,
         shift=GELU_SHIFT if fmt.act_unsigned else 0.0,
+        most_splits=min(MOST_SPLITS, low_splits(m, n, k, device.target_of(x.device))),
     )  # fmt: skip
     weight, weight_scale, up = (parts[name].contiguous() for name in ("qdata", "scale", "proj_up"))
     grouped_product(codes, scale, low, weight, weight_scale, up, bias, out)

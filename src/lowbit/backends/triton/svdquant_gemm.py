@@ -42,6 +42,7 @@ _UP, _DOWN = tl.constexpr(2.0**96), tl.constexpr(-(2.0**-36))
 _FINISH, _SIXTEENTH = tl.constexpr(2.0**49), tl.constexpr(1 / 16)
 _RANKS = tl.constexpr(32)  # columns of the low rank in one product
 _FEWEST, _MOST = 16, 128  # tokens of a tile
+_LOWS = 4  # sums of the low rank added by one program
 _NIBBLES = tl.constexpr("shl.b32 $0, $2, 4;\nand.b32 $0, $0, 0xF0F0F0F0;\nand.b32 $1, $2, 0xF0F0F0F0;")
 
 
@@ -122,32 +123,36 @@ def _grouped_product(
         acc *= _FINISH
     present = (tokens < m)[None, :] & (rows < n)[:, None]
     held = tl.minimum(tokens, low_rows - 1)
+    # The sums of the low rank are shared among the programs that share K: all are linear in them.
+    if splits <= LOWS:
+        first = split * (LOWS // splits)
+        acc = _add_low_rank(acc, low, up, first, held, loaded, low_rows, rank, LOWS // splits, TILED, EXACT)
+    elif split < LOWS:
+        acc = _add_low_rank(acc, low, up, split, held, loaded, low_rows, rank, 1, TILED, EXACT)
     if splits == 1:
-        acc = _add_low_rank(acc, low, up, held, loaded, low_rows, rank, LOWS, TILED, EXACT)
         if bias is not None:
             acc += tl.load(bias + loaded).to(tl.float32)[:, None]
         at = out + tokens[None, :].to(tl.int64) * n + rows[:, None]
         tl.store(at, acc.to(out.dtype.element_ty), mask=present)
     else:
-        if split == 0:
-            acc = _add_low_rank(acc, low, up, held, loaded, low_rows, rank, LOWS, TILED, EXACT)
         at = out + (split.to(tl.int64) * m + tokens[None, :]) * n + rows[:, None]
         tl.store(at, acc, mask=present)
 
 
 @triton.jit
 def _add_low_rank(
-    acc, low, up, tokens, rows, low_rows, rank, LOWS: tl.constexpr, TILED: tl.constexpr, EXACT: tl.constexpr
+    acc, low, up, low_from, tokens, rows, low_rows, rank, COUNT: tl.constexpr, TILED: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """acc [rows, tokens] plus up [rows, rank] times the sum of low [LOWS, tokens, rank] over its first axis."""
+    """acc [rows, tokens] plus up [rows, rank] times the sum of COUNT pieces of low [S, tokens, rank]."""
     BLOCK_N: tl.constexpr = acc.shape[0]
     BLOCK_M: tl.constexpr = acc.shape[1]
     for first in tl.range(0, rank, _RANKS, num_stages=1):
         column = first + tl.arange(0, _RANKS)
         inside = column < rank
         right = tl.zeros((_RANKS, BLOCK_M), tl.float32)
-        for part in tl.static_range(LOWS):
-            at = low + (tokens[None, :].to(tl.int64) + part * low_rows.to(tl.int64)) * rank + column[:, None]
+        for part in tl.static_range(COUNT):
+            at = low + ((low_from + part) * low_rows.to(tl.int64) + tokens[None, :]) * rank + column[:, None]
             right += tl.load(at, mask=inside[:, None], other=0.0)
         if TILED:
             up_at = up + ((rows // 128).to(tl.int64) * rank * 128 + rows % 128)[:, None] + column[None, :] * 128
@@ -168,6 +173,12 @@ def padded_tokens(m: int) -> int:
     return round_up(m, max(_FEWEST, min(bucket(m), _MOST)))
 
 
+def low_splits(m: int, n: int, k: int, target: Target) -> int:
+    """The most pieces of the low rank's sums that the kernel should add up."""
+    each = _FEWEST if m <= _FEWEST else _LOWS  # more of them take more registers than there are
+    return each * splits_for(m, n, k // GROUP, target)
+
+
 def offset_of(target: Target) -> int:
     """How the sums are made floats: see the module."""
     if target.kind == "interpreter" or (target.kind == "cuda" and target.capability[0] in (9, 10)):
@@ -182,8 +193,8 @@ def grouped_product(
     """Write the sum above into out [..., N] of M tokens.
 
     codes: int8 [padded_tokens(M), K], the even columns of each group first, with scales float32 [K/64,
-    padded_tokens(M)]; of both only M tokens count. low: float32 [S, L, R] with L >= M, to be summed over S. weight:
-    bytes [N, K/2] with weight_scale [K/64, N] and up [N, R], or tiles.
+    padded_tokens(M)]; of both only M tokens count. low: float32 [S, L, R] with L >= M, to be summed over S, a power of
+    two. weight: bytes [N, K/2] with weight_scale [K/64, N] and up [N, R], or tiles.
     """
     n, rank, target = out.shape[-1], low.shape[-1], device.target_of(out.device)
     m, k = out.numel() // n, codes.shape[1]
