@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowbit import dispatch
 from lowbit.errors import FormatError, WeightError
 from lowbit.formats import parse_spec
 from lowbit.formats.base import MIN_SCALE
+from lowbit.layouts.base import fitting_layout
 from lowbit.numerics.floats import fp8_max
+from lowbit.tensor import QuantizedTensor
 from tests.support import gaussian, outlier_weight, sqnr
 
 NAMES = ["fp8_e4m3", "fp8_e5m2"]
@@ -188,3 +191,40 @@ def test_wrong_fields_are_refused(fields, message):
     """Every field's bad value gives one FormatError that says what is allowed."""
     with pytest.raises(FormatError, match=message):
         parse_spec(f"fp8_e4m3({fields})")
+
+
+@pytest.mark.parametrize("fields", ["", "granularity=row,", "granularity=block,", "granularity=block,block_size=7x50,"])
+def test_rounded_activations_keep_the_weight_and_change_the_linear_alone(fields):
+    """With activations=fp8 the parts are the same, and the product is within e4m3's error of that of the weight."""
+    fmt, plain = parse_spec(f"fp8_e4m3({fields}activations=fp8)"), parse_spec(f"fp8_e4m3({fields}activations=none)")
+    w, x, bias = gaussian(130, 257) * 0.02, torch.randn(2, 9, 257), torch.randn(130)
+    parts = fmt.quantize(w)
+    same = plain.quantize(w)
+    assert torch.equal(parts["qdata"].view(torch.uint8), same["qdata"].view(torch.uint8))
+    assert torch.equal(parts["scale"], same["scale"])
+    assert (fmt.rounds_input, plain.rounds_input) == (True, False)
+    y, exact = fmt.linear(x, parts, bias), plain.linear(x, parts, bias)
+    assert y.shape == (2, 9, 130)
+    assert 29 < sqnr(exact - bias, y - bias) < 35
+
+
+def test_activations_are_none_unless_asked_for():
+    """The default leaves the input alone and is not part of a spec; fp8_e5m2 has no such field."""
+    assert str(parse_spec("fp8_e4m3(activations=none)")) == "fp8_e4m3"
+    with pytest.raises(FormatError, match="activations is 'int8', expected one of none, fp8"):
+        parse_spec("fp8_e4m3(activations=int8)")
+    with pytest.raises(FormatError, match="fp8_e5m2 has no field activations"):
+        parse_spec("fp8_e5m2(activations=fp8)")
+
+
+def test_native_kernels_leave_rounded_activations_to_eager():
+    """On a CPU, packed for it or not, a linear with activations=fp8 is the reference's, and kernels say why."""
+    spec = "fp8_e4m3(granularity=row,activations=fp8)"
+    fmt, w, x = parse_spec(spec), gaussian(64, 128), torch.randn(3, 128)
+    parts = fmt.quantize(w)
+    layer = QuantizedTensor.quantize(w, spec, dtype=torch.float32)
+    assert torch.equal(torch.nn.functional.linear(x, layer), fmt.linear(x, parts, None))
+    assert fitting_layout("rows16", fmt, 64, 128) is None
+    assert fitting_layout("rows16", parse_spec("fp8_e4m3(granularity=row)"), 64, 128) is not None
+    for name, why in dispatch.explain("linear", "fp8_e4m3", "", "cpu", (fmt, x, parts, None)).items():
+        assert not name.startswith("cpu:") or "rounds its input" in (why or ""), name

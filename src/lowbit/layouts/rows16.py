@@ -38,6 +38,8 @@ FORMATS = (*_BYTEWISE, "awq_w4a16", "wna16", "nvfp4", "mxfp4", "int8", "svdquant
 def refuses(fmt: Format, n: int, k: int) -> str | None:
     """Why a weight [n, k] cannot be arranged like this, in words that follow its shape, or None."""
     config = fmt.config()
+    if fmt.name in _BYTEWISE and fmt.rounds_input:
+        return "rounds its input to fp8, which no kernel for this arrangement does"
     if config.get("act_order"):
         return "has columns whose groups are scattered (act_order)"
     if config.get("bits", 4) not in {4, 8}:

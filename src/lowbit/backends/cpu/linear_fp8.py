@@ -20,6 +20,8 @@ _COLUMNS = 4  # a vector load of codes takes as many
 
 def refuses(fmt: Fp8E4M3 | Fp8E5M2, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why this call cannot run here, or None."""
+    if fmt.rounds_input:
+        return "rounds its input to fp8; the kernel multiplies activations as they are"
     if fmt.granularity == "block" and fmt.block_size[1] % _COLUMNS:
         return f"tiles of {fmt.block_size[1]} columns; the kernel takes multiples of {_COLUMNS}"
     return refuses_input(fmt, x, parts, bias)

@@ -21,6 +21,8 @@ from lowbit.numerics.groups import row_chunks
 
 def refuses(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why this call cannot run here, or None."""
+    if fmt.rounds_input:
+        return "rounds its input, too; the kernel multiplies activations as they are"
     return refuses_input(fmt, x, parts, bias) or coded_rows.refuses(fmt, x.dtype)
 
 

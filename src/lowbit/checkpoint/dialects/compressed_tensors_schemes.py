@@ -162,6 +162,8 @@ def _static(config: Mapping[str, Any], arguments: dict[str, Any]) -> dict[str, A
 
 
 def _fp8(config: dict[str, Any]) -> Scheme | str:
+    if config["activations"] != "none":
+        return "lowbit writes fp8 there with activations as they are; use activations=none"
     strategy = {"tensor": "tensor", "row": "channel", "block": "block"}[config["granularity"]]
     more = {"block_structure": config["block_size"]} if strategy == "block" else {}
     static = _static(config, _weights(8, "float", "tensor"))

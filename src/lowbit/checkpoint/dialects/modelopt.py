@@ -106,6 +106,8 @@ class ModelOpt:
             return f"it has {width} columns, and ModelOpt wants a multiple of {_GROUP}" if width % _GROUP else None
         if fmt.name != "fp8_e4m3" or config["granularity"] != "tensor" or fmt.pre_quant_scale:
             return "ModelOpt has nvfp4 and fp8_e4m3 with one scale a weight, nothing else"
+        if fmt.rounds_input:
+            return "ModelOpt's FP8 has no scales found on the fly; use activations=none with an input_scale"
         if not fmt.input_scale:
             return "ModelOpt's FP8 rounds its input with a stored scale; calibrate, and use fp8_e4m3(input_scale=true)"
         return None

@@ -73,6 +73,8 @@ class Float8(TensorClass):
     def why_not(self, stored: StoredLayer) -> str | None:
         if stored.format.input_scale or stored.format.pre_quant_scale:
             return "torchao stores no scales for the input of Float8Tensor"
+        if stored.format.rounds_input:
+            return "lowbit writes Float8Tensor with activations as they are; use activations=none"
         assert isinstance(stored.format, Granular)
         return blocks_refused(stored.format, stored.shape)
 
