@@ -31,6 +31,9 @@
 struct uint2 {
   unsigned x, y;
 };
+struct float2 {
+  float x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -66,6 +69,7 @@ struct Barrier {
 
 struct Fragments {
   uint32_t a[4], b[2];
+  float value;
 };
 
 struct Warp {
@@ -219,7 +223,7 @@ void mma_m16n8k16(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
   };
   Fiber& own = fiber();
   Warp& warp = *own.warp;
-  warp.held[own.lane] = {{a0, a1, a2, a3}, {b0, b1}};
+  warp.held[own.lane] = {{a0, a1, a2, a3}, {b0, b1}, 0.0f};
   warp.barrier.wait();
   for (int i = 0; i < 4; ++i) {
     const int row = own.lane / 4 + 8 * (i / 2), column = own.lane % 4 * 2 + i % 2;
@@ -232,6 +236,15 @@ void mma_m16n8k16(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
     sums[i] = float(total);
   }
   warp.barrier.wait();
+}
+
+inline float from_lane_xor(float value, int mask) {
+  Fiber& own = fiber();
+  own.warp->held[own.lane].value = value;
+  own.warp->barrier.wait();
+  const float found = own.warp->held[own.lane ^ mask].value;
+  own.warp->barrier.wait();
+  return found;
 }
 
 }  // namespace simulator

@@ -6,6 +6,6 @@ from lowbit.backends.cuda import compiler
 
 compiler.check()  # before any kernel is registered: a backend is there as a whole, or not at all
 
-from lowbit.backends.cuda import linear_words
+from lowbit.backends.cuda import int4_plain_mm, linear_words
 
-__all__ = ["compiler", "linear_words"]
+__all__ = ["compiler", "int4_plain_mm", "linear_words"]

@@ -65,4 +65,43 @@ LOWBIT_DEVICE uint32_t fma_bfloat16_pair(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
+// Four products of bytes, signed, and a sum.
+LOWBIT_DEVICE int dot4(uint32_t a, uint32_t b, int sum) {
+#ifdef __CUDACC_RTC__
+  return __dp4a(int(a), int(b), sum);
+#else
+  for (int i = 0; i < 32; i += 8) sum += int(int8_t(a >> i)) * int8_t(b >> i);
+  return sum;
+#endif
+}
+
+// The value of the lane whose number differs in the bits of `mask`.
+LOWBIT_DEVICE float from_lane_xor(float value, int mask) {
+#ifdef __CUDACC_RTC__
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+#else
+  return simulator::from_lane_xor(value, mask);
+#endif
+}
+
+// The sum over a warp, the same bits in every lane.
+LOWBIT_DEVICE float warp_sum(float value) {
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) value += from_lane_xor(value, mask);
+  return value;
+}
+
+LOWBIT_DEVICE bool not_a_number(float value) { return value != value; }
+LOWBIT_DEVICE bool is_finite(float value) { return value - value == 0.0f; }
+
+// The largest value of a warp; NaN when there is one.
+LOWBIT_DEVICE float warp_max(float value) {
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) {
+    const float other = from_lane_xor(value, mask);
+    value = not_a_number(other) || other > value ? other : value;
+  }
+  return value;
+}
+
 }  // namespace lowbit
