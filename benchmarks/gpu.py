@@ -1,0 +1,449 @@
+"""Every format's kernels on this GPU: linears against cuBLAS and other people's, encoders against copying, and a model.
+
+    scripts/gpu [--quick] [--shapes NxK...] [--tokens M...] [--formats SPEC...] [--sections linears codecs model]
+                [--budget SECONDS] [--json FILE]
+    scripts/gpu --crossovers SPEC
+
+Kernels are those that the dispatch table chooses, and named. Ours, cuBLAS and the peers that are installed take turns
+in one process, on bfloat16 inputs, inputs and weights in so many copies that no L2 holds them. A result is compared
+with the float64 product before it is timed: a wrong one has no speed, and makes the exit code 1. Rows are measured in
+the order of their importance; those for which the budget leaves no time are named. Above 1, a ratio says that ours is
+faster.
+
+--crossovers times every way that a launcher can go (`ROUTES`), whatever it would choose, for 1 to 4096 tokens.
+Without a GPU it says so, with exit code 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import gpu_codecs, gpu_linears, gpu_machine, gpu_model, gpu_peers
+from benchmarks.cpu_linears import Drawn, Entry, WrongResultError
+from benchmarks.cpu_timing import alternate, quartiles, ratio
+from benchmarks.gpu_peers import CUBLAS, Dense, reason
+from benchmarks.gpu_timing import GpuContender, copies_for
+from lowbit import dispatch
+from lowbit.dispatch import Kernel
+from lowbit.errors import LowbitError
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = ("12288x3072", "3072x12288", "18432x3072", "4096x14336")
+TOKENS = (1, 4096, 16, 256, 64)  # the most important first
+CROSSOVER_TOKENS = tuple(1 << i for i in range(13))
+SECTIONS = ("linears", "codecs", "model")
+SHARES = {"linears": 0.75, "codecs": 0.9, "model": 1.0}  # of the budget that is over after each section
+ROUNDS, ROUND_BUDGET = 7, 0.5  # of a row; seconds
+NO_GPU = 3
+Seconds = Callable[[], float]
+
+
+@dataclass
+class Bench:
+    """What all measurements share: the device, its limits, the clock, and how calls are timed."""
+
+    device: torch.device
+    l2: int
+    copy_bandwidth: float
+    peaks: Mapping[str, float]
+    clock: Seconds = time.perf_counter
+    contender: Callable[..., GpuContender] = GpuContender
+    rounds: int = ROUNDS
+    others: bool = True
+    takes_eager: bool = False
+    """Whether what eager runs is measured, too: where there are no other kernels to try this program with."""
+
+    def lacks(self, kernel: Kernel | None) -> bool:
+        """Whether this is no kernel worth measuring."""
+        return kernel is not None and kernel.backend == "eager" and not self.takes_eager
+
+    def race(self, entries: Sequence[tuple[str, Callable[[int], object], int]]) -> dict[str, GpuContender]:
+        """Time (name, call, copies) in turn."""
+        made = {name: self.contender(name, call, copies=copies) for name, call, copies in entries}
+        alternate(list(made.values()), self.rounds, ROUND_BUDGET, self.clock)
+        return made
+
+
+@dataclass
+class Shape:
+    """A weight [n, k] in every format that was asked for so far, and in bfloat16."""
+
+    bench: Bench
+    n: int
+    k: int
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def dense(self) -> Dense:
+        """The bfloat16 weight."""
+        return Dense.make(self.n, self.k, self.bench.device)
+
+    @cached_property
+    def cublas(self) -> Entry:
+        """The product that ratios are to."""
+        return gpu_peers.cublas(self.dense, self.bench.l2)
+
+    def drawn(self, spec: str) -> Drawn:
+        """The weight of a format."""
+        return _drawn(self.bench.device, spec, self.n, self.k)
+
+    def entries(self, spec: str) -> tuple[Entry, list[Entry]]:
+        """Ours and its peers."""
+        mine = gpu_linears.ours(spec, self.drawn(spec), self.bench.l2)
+        if not self.bench.others:
+            return mine, []
+        return mine, gpu_peers.peers([spec], self.dense, self.drawn, self.bench.l2, self.failures)
+
+
+@cache
+def _drawn(device: torch.device, spec: str, n: int, k: int) -> Drawn:
+    return gpu_linears.drawn_on(device, spec, n, k)
+
+
+def inputs(bench: Bench, m: int, k: int, copies: int) -> list[torch.Tensor]:
+    """Activations [m, k] in so many copies."""
+    generator = torch.Generator(bench.device).manual_seed(2)
+    x = torch.randn(m, k, generator=generator, device=bench.device).bfloat16()
+    return [x, *(x.clone() for _ in range(copies - 1))]
+
+
+def _call(entry: Entry, given: Sequence[Any]) -> tuple[Callable[[int], object], int]:
+    """The call of an entry by the number of a copy, and how many copies there are."""
+    count = len(entry.weights)
+    return lambda i: entry.run(given[i % len(given)], entry.weights[i % count]), count
+
+
+def measure_linear(shape: Shape, spec: str, tokens: Sequence[int], is_over: Callable[[], bool]) -> Iterator[dict]:
+    """One row for each number of tokens, until the time is over."""
+    about = {"section": "linears", "format": spec, "shape": [shape.n, shape.k]}
+    try:
+        mine, peers = shape.entries(spec)
+    except (LowbitError, RuntimeError) as error:
+        yield {**about, "tokens": None, "fault": reason(error)}
+        return
+    for m in tokens:
+        if is_over():
+            yield {**about, "tokens": m, "skipped": "the budget is used up"}
+            continue
+        yield {**about, "tokens": m, **_linear_row(shape, mine, peers, m)}
+        if shape.bench.device.type == "cuda":
+            torch.cuda.empty_cache()  # graphs keep the memory of their calls
+
+
+def _linear_row(shape: Shape, mine: Entry, peers: Sequence[Entry], m: int) -> dict[str, Any]:
+    bench = shape.bench
+    xs = inputs(bench, m, shape.k, copies_for(2 * m * shape.k, bench.l2))
+    try:
+        kernel = mine.kernel(xs[0]) if mine.kernel else None
+        if bench.lacks(kernel):
+            return {"skipped": "no kernel: it would run eager"}
+        error = mine.check(xs[0], mine.run(xs[0], mine.weights[0]))
+    except WrongResultError as wrong:
+        return {"fault": str(wrong)}
+    except (LowbitError, RuntimeError) as failed:
+        return {"fault": reason(failed)}
+    present, errors, absent = [mine, shape.cublas], {mine.name: error}, {}
+    given: dict[str, list[Any]] = {mine.name: xs, CUBLAS: xs}
+    for peer in peers:
+        try:
+            given[peer.name] = [peer.input(x) for x in xs]
+            errors[peer.name] = peer.check(xs[0] if given[peer.name][0].is_floating_point() else given[peer.name][0],
+                                           peer.run(given[peer.name][0], peer.weights[0]))  # fmt: skip
+            present.append(peer)
+        except Exception as failed:  # noqa: BLE001, PERF203  (other people's code raises anything)
+            absent[peer.name] = reason(failed)
+    made = bench.race([(one.name, *_call(one, given[one.name])) for one in present])
+    return {
+        "kernel": f"{kernel.name}@{mine.layout}" if kernel and mine.layout else kernel.name if kernel else None,
+        "error": error,
+        **_speed(bench, made[mine.name], mine.nbytes + 2 * m * (shape.k + shape.n), 2 * m * shape.n * shape.k),
+        "cublas_seconds": made[CUBLAS].median,
+        "ratios": {name: ratio(made[mine.name], other) for name, other in made.items() if name != mine.name},
+        "peer_errors": {name: errors[name] for name in made if name in errors and name != mine.name},
+        "absent": absent,
+    }
+
+
+def _speed(bench: Bench, timed: GpuContender, nbytes: int, work: int = 0) -> dict[str, Any]:
+    seconds = timed.median
+    found = {
+        "seconds": seconds,
+        "quartiles": quartiles(timed.times),
+        "rounds": len(timed.times),
+        "timed_by": timed.runner.how if timed.runner else None,
+        "copies": timed.copies,
+        "bytes": nbytes,
+        "of_copy": nbytes / seconds / bench.copy_bandwidth,
+    }
+    if work:
+        found["of_peak"] = work / seconds / bench.peaks["bfloat16"]
+    return found
+
+
+def measure_codecs(bench: Bench, shape: tuple[int, int], is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """One row an encoder or decoder, until the time is over."""
+    for name, make in gpu_codecs.codecs(bench.device, bench.l2, shape):
+        about = {"section": "codecs", "name": name, "shape": list(shape)}
+        if is_over():
+            yield {**about, "skipped": "the budget is used up"}
+            continue
+        try:
+            codec = make()
+        except WrongResultError as wrong:
+            yield {**about, "fault": str(wrong)}
+            continue
+        except (LowbitError, RuntimeError) as failed:
+            yield {**about, "fault": reason(failed)}
+            continue
+        if bench.lacks(codec.kernel):
+            yield {**about, "skipped": "no kernel: it would run eager"}
+            continue
+        timed = bench.race([(name, lambda i, own=codec: own.run(own.inputs[i % len(own.inputs)]), len(codec.inputs))])
+        yield {**about, "kernel": codec.kernel.name, **_speed(bench, timed[name], codec.nbytes)}
+
+
+def crossovers(bench: Bench, spec: str, shape: tuple[int, int], tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """The seconds of every route of a format, and of cuBLAS, by the number of tokens; wrong routes have none."""
+    routes = gpu_linears.ROUTES.get(spec)
+    if routes is None:
+        known = ", ".join(gpu_linears.ROUTES) or "none"
+        raise WrongResultError(f"{spec} has no routes to compare; those with some: {known}")
+    here, rows = Shape(bench, *shape), []
+    mine, _ = Shape(bench, *shape).entries(spec)
+    for m in tokens:
+        xs = inputs(bench, m, shape[1], copies_for(2 * m * shape[1], bench.l2))
+        row: dict[str, Any] = {"tokens": m, "seconds": {}, "faults": {}}
+        timed = [(CUBLAS, *_call(here.cublas, xs))]
+        for name, route in routes.items():
+            try:
+                with gpu_linears.forced(route):
+                    mine.check(xs[0], mine.run(xs[0], mine.weights[0]))
+            except (WrongResultError, LowbitError, RuntimeError) as error:
+                row["faults"][name] = reason(error)
+                continue
+            run, count = _call(mine, xs)
+            timed.append((name, _within(route, run), count))
+        row["seconds"] = {name: one.median for name, one in bench.race(timed).items()}
+        own = {name: value for name, value in row["seconds"].items() if name != CUBLAS}
+        row["best"] = min(own, key=lambda name: own[name]) if own else None
+        rows.append(row)
+    return rows
+
+
+def _within(route: gpu_linears.Route, run: Callable[[int], object]) -> Callable[[int], object]:
+    def call(index: int) -> object:
+        with gpu_linears.forced(route):
+            return run(index)
+
+    return call
+
+
+# ---- what is printed ------------------------------------------------------------------------------------------------
+
+
+def show_linears(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """Ratios to cuBLAS by format and tokens, one line a shape; and the best peer where ours is slower than it."""
+    done = [row for row in rows if "ratios" in row]
+    if not done:
+        return
+    tokens = sorted({row["tokens"] for row in done})
+    table = Table(
+        title="times as fast as cuBLAS bf16 [quartiles]; share of copying at M = 1, of the bf16 peak at the last"
+    )
+    for head in ("format", "N x K", *(f"M = {m}" for m in tokens), "copy", "peak", "slower than"):
+        table.add_column(head, justify="left" if head in {"format", "N x K", "slower than"} else "right")
+    groups = itertools.groupby(done, key=lambda row: (row["format"], tuple(row["shape"])))
+    for (spec, (n, k)), group in groups:
+        by = {row["tokens"]: row for row in group}
+        first, last = by[min(by)], by[max(by)]
+        behind = {
+            f"{name} (M = {m}: {found['ratio']:.2f})"
+            for m, row in by.items()
+            for name, found in row["ratios"].items()
+            if name != CUBLAS and found["ratio"] < 1
+        }
+        table.add_row(
+            spec, f"{n} x {k}", *(_spread(by[m]["ratios"][CUBLAS]) if m in by else "" for m in tokens),
+            f"{first['of_copy']:.0%}", f"{last['of_peak']:.0%}", "\n".join(sorted(behind)),
+        )  # fmt: skip
+    console.print(table)
+
+
+def _spread(found: dict[str, Any]) -> str:
+    low, high = found["quartiles"]
+    return f"{found['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def show_codecs(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """Encoders and decoders."""
+    done = [row for row in rows if "seconds" in row]
+    if not done:
+        return
+    table = Table(title="{} x {} bfloat16".format(*done[0]["shape"]))
+    for head in ("what", "kernel", "us", "of copying"):
+        table.add_column(head, justify="left" if head in {"what", "kernel"} else "right")
+    for row in done:
+        table.add_row(row["name"], row["kernel"], f"{1e6 * row['seconds']:.0f}", f"{row['of_copy']:.0%}")
+    console.print(table)
+
+
+def show_crossovers(console: Console, spec: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Microseconds by route."""
+    names = list(dict.fromkeys(name for row in rows for name in row["seconds"]))
+    table = Table(title=f"{spec}: microseconds by route")
+    for head in ("M", *names, "best", "faults"):
+        table.add_column(head, justify="left" if head in {"best", "faults"} else "right")
+    for row in rows:
+        times = (f"{1e6 * row['seconds'][name]:.1f}" if name in row["seconds"] else "" for name in names)
+        faults = "\n".join(f"{name}: {why}" for name, why in row["faults"].items())
+        table.add_row(str(row["tokens"]), *times, row["best"] or "", faults)
+    console.print(table)
+
+
+def show_rest(console: Console, result: Mapping[str, Any]) -> None:
+    """What has no speed, and why."""
+    rows = [row for section in ("linears", "codecs") for row in result.get(section, ())]
+    for word, style in (("fault", "red"), ("skipped", "dim")):
+        by: dict[str, list[str]] = {}
+        for row in rows:
+            if word in row:
+                by.setdefault(row[word], []).append(_title(row))
+        for why, names in by.items():
+            console.print(f"{word}: {why}: {', '.join(names)}", style=style, markup=False)
+    for name, why in {**result.get("missing", {}), **result.get("failures", {})}.items():
+        console.print(f"peer {name}: {why}", style="dim", markup=False)
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    if row["section"] == "codecs":
+        return row["name"]
+    n, k = row["shape"]
+    return f"{row['format']} {n}x{k}" + (f" M={row['tokens']}" if row["tokens"] else "")
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, with what --quick changes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", metavar="NxK", help=f"weights; default: {' '.join(SHAPES)}")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="M", help=f"default: {' '.join(map(str, TOKENS))}")
+    parser.add_argument("--formats", nargs="+", metavar="SPEC", help=f"default: {' '.join(gpu_linears.SPECS)}")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--quick", action="store_true", help="one shape, 1 and 4096 tokens, few rounds, no peers")
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds in all; what is left over is named")
+    parser.add_argument("--crossovers", metavar="SPEC", help="time every route of a format instead")
+    default = Path(os.environ["OUT"]) / "gpu.json" if os.environ.get("OUT") else RESULTS / "gpu.json"
+    parser.add_argument("--json", type=Path, default=default, help="default: gpu.json in $OUT, or in results/")
+    given = parser.parse_args(arguments)
+    given.shapes = [
+        tuple(int(size) for size in one.split("x")) for one in given.shapes or SHAPES[: 1 if given.quick else 4]
+    ]
+    given.tokens = given.tokens or list(TOKENS[:2] if given.quick else TOKENS)
+    given.formats = given.formats or [spec for spec in gpu_linears.SPECS if gpu_linears.known(spec)]
+    return given
+
+
+def measure(bench: Bench, given: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """All sections, each within its share of the budget; `write` gets the result after every one."""
+    began = bench.clock()
+    result: dict[str, Any] = {"missing": gpu_peers.missing() if bench.others else {}, "failures": {}}
+    for section in given.sections:
+        end = began + given.budget * SHARES[section]
+
+        def is_over(end: float = end) -> bool:
+            return bench.clock() > end
+
+        if section == "linears":
+            result[section] = _linears(bench, given, is_over, result["failures"])
+        elif section == "codecs":
+            shape = gpu_codecs.SHAPE if bench.device.type == "cuda" else given.shapes[0]
+            result[section] = list(measure_codecs(bench, shape, is_over))
+        else:
+            result[section] = gpu_model.measure(bench, quick=given.quick)
+        write(result)
+    return result
+
+
+def _linears(
+    bench: Bench, given: argparse.Namespace, is_over: Callable[[], bool], failures: dict[str, str]
+) -> list[dict[str, Any]]:
+    rows = []
+    for n, k in given.shapes:
+        shape = Shape(bench, n, k, failures)
+        for spec in given.formats:
+            rows += measure_linear(shape, spec, given.tokens, is_over)
+        _drawn.cache_clear()
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write."""
+    given = parse(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if not torch.cuda.is_available():
+        console.print("no GPU: torch.cuda.is_available() says so; nothing was measured")
+        return NO_GPU
+    if (why := dispatch.load("triton")) is not None:
+        console.print(f"the triton backend is not there: {why}", style="bold red")
+        return 1
+    torch.set_grad_enabled(False)
+    bench = Bench(
+        torch.device("cuda", torch.cuda.current_device()), gpu_machine.l2_bytes(), gpu_machine.copy_bandwidth(),
+        gpu_machine.peaks(), rounds=3 if given.quick else ROUNDS, others=not given.quick,
+    )  # fmt: skip
+    machine = gpu_machine.about()
+    speeds = {"copy_bytes_s": bench.copy_bandwidth, "peaks_flop_s": dict(bench.peaks)}
+    if given.crossovers:
+        found = {str(shape): crossovers(bench, given.crossovers, shape, CROSSOVER_TOKENS) for shape in given.shapes}
+        for shape, rows in found.items():
+            show_crossovers(console, f"{given.crossovers} {shape}", rows)
+        path = given.json.with_name(f"gpu_crossovers_{given.crossovers.partition('(')[0]}.json")
+        _write(path, {"machine": machine, **speeds, "crossovers": found})
+        return 0
+    result = measure(bench, given, lambda so_far: _write(given.json, {"machine": machine, **speeds, **so_far}))
+    return report(console, {"machine": machine, **speeds, **result})
+
+
+def report(console: Console, result: Mapping[str, Any]) -> int:
+    """Print the tables, the shortest last; 1 if a result was wrong."""
+    show_rest(console, result)
+    if "codecs" in result:
+        show_codecs(console, result["codecs"])
+    if "model" in result:
+        gpu_model.show(console, result["model"])
+    if "linears" in result:
+        show_linears(console, result["linears"])
+    machine, peaks = result["machine"], result["peaks_flop_s"]
+    console.print(
+        f"{machine['gpu']}, driver {machine['driver']}, torch {machine['packages']['torch']}, triton "
+        f"{machine['packages']['triton']}, commit {machine['commit']}; copies {result['copy_bytes_s'] / 1e9:.0f} GB/s; "
+        + ", ".join(f"{name} {speed / 1e12:.0f} T/s" for name, speed in peaks.items())
+    )
+    rows = [row for section in ("linears", "codecs") for row in result.get(section, ())]
+    faults = [row for row in rows if "fault" in row] + [row for row in result.get("model", ()) if "fault" in row]
+    return 1 if faults else 0
+
+
+def _write(path: Path, result: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""The GPU benchmark without a GPU: its order, ratios, checks, budget, JSON; CPU tensors, clocks that obey."""
+
+import json
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from benchmarks import gpu, gpu_codecs, gpu_linears, gpu_machine, gpu_model, gpu_peers, gpu_timing
+from benchmarks.cpu_linears import WrongResultError
+from benchmarks.gpu_peers import CUBLAS, Dense
+from benchmarks.gpu_timing import GpuContender, calls_for, copies_for
+from lowbit.errors import UnsupportedError
+
+ROOT = Path(__file__).parents[2]
+N, K = 256, 512
+L2 = 1 << 16
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Time passes by a second whenever it is asked for."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        """The seconds."""
+        self.now += 1.0
+        return self.now
+
+
+class FakeRunner:
+    """Two rounds over the copies, in a time that the name sets."""
+
+    how = "fake"
+
+    def __init__(self, call, copies, seconds):
+        self.call, self.calls, self.seconds = call, 2 * copies, seconds
+
+    def __call__(self):
+        """Run all calls."""
+        for index in range(self.calls):
+            self.call(index)
+        return self.calls * self.seconds
+
+
+def bench(**seconds):
+    """A `Bench` on the CPU; names not given take a millisecond."""
+
+    def contender(name, call, copies):
+        wanted = next((value for key, value in seconds.items() if name.lower().startswith(key)), 1e-3)
+        return GpuContender(name, call, copies=copies, make=lambda call, copies: FakeRunner(call, copies, wanted))
+
+    return gpu.Bench(
+        CPU, L2, 1e9, {"bfloat16": 1e12}, clock=Clock(), contender=contender, rounds=2, others=False, takes_eager=True
+    )  # fmt: skip
+
+
+def never():
+    """No budget is over."""
+    return False
+
+
+def test_a_graph_holds_a_millisecond_and_every_copy():
+    """Short calls are many in a graph, long ones one for each copy, always all copies alike."""
+    assert calls_for(1e-5, 8) == 104
+    assert calls_for(1.0, 8) == 8
+    assert calls_for(1e-9, 3) == 258
+    assert copies_for(10, 1000) == 64
+    assert copies_for(1000, 1000) == 3
+    assert copies_for(1 << 31, 1 << 20) == 2
+
+
+def test_a_visit_is_the_median_replay_of_a_call():
+    """The first replay is not counted, and the seconds are those of one call."""
+    replays = iter([9.0, 9.0, 8.0, 4.0, 6.0])
+    seen = []
+
+    class Runner:
+        calls, how = 2, "fake"
+
+        def __call__(self):
+            """The next time."""
+            return next(replays)
+
+    def make(call, copies):
+        assert copies == 3
+        call(4)
+        return Runner()
+
+    one = GpuContender("a", seen.append, copies=3, make=make)
+    one.prepare(Clock())
+    assert seen == [1]  # copy 4 of 3
+    assert one.visit(Clock()) == 3.0
+    assert one.estimate == 4.5
+
+
+@pytest.mark.parametrize("spec", ["awq_w4a16", "int8", "svdquant_w4a4", gpu_linears.W4A8])
+def test_a_row_has_its_speed_and_ratios(spec):
+    """Ours is compared with cuBLAS by the ratio of medians; bytes over time is set against copying."""
+    found = bench(cublas=3e-3)
+    rows = list(gpu.measure_linear(gpu.Shape(found, N, K), spec, (1, 5), never))
+    assert [row["tokens"] for row in rows] == [1, 5]
+    for row in rows:
+        assert "fault" not in row
+        assert row["ratios"][CUBLAS]["ratio"] == pytest.approx(3.0)
+        assert row["seconds"] == pytest.approx(1e-3)
+        assert row["of_copy"] == pytest.approx(row["bytes"] / 1e-3 / 1e9)
+        assert row["of_peak"] == pytest.approx(2 * row["tokens"] * N * K / 1e-3 / 1e12)
+        assert 0 <= row["error"] < 0.3
+        assert row["copies"] > 1
+
+
+def test_a_wrong_result_has_no_speed(monkeypatch):
+    """A product that is 3 % too large is reported as a fault, without seconds."""
+    monkeypatch.setattr(gpu_linears.F, "linear", lambda x, w, own=torch.nn.functional.linear: own(x, w) * 1.03)
+    (row,) = gpu.measure_linear(gpu.Shape(bench(), N, K), "awq_w4a16", (2,), never)
+    assert "off by" in row["fault"]
+    assert "seconds" not in row
+
+
+def test_what_the_budget_leaves_over_is_named():
+    """Rows beyond the budget are not measured and say so; so do codecs."""
+    rows = list(gpu.measure_linear(gpu.Shape(bench(), N, K), "int8", (1, 2), lambda: True))
+    rows += gpu.measure_codecs(bench(), (64, 256), lambda: True)
+    assert {row["skipped"] for row in rows} == {"the budget is used up"}
+    shown = StringIO()
+    gpu.show_rest(Console(file=shown, width=400), {"linears": rows[:2], "codecs": rows[2:]})
+    assert "int8 256x512 M=2" in shown.getvalue()
+    assert "dequantize awq_w4a16" in shown.getvalue()
+
+
+def test_what_would_run_eager_is_not_measured():
+    """A format without a kernel has no speed."""
+    found = bench()
+    found.takes_eager = False
+    with gpu.dispatch.use_backend("eager"):
+        (row,) = gpu.measure_linear(gpu.Shape(found, N, K), "int8", (2,), never)
+    assert row["skipped"].startswith("no kernel")
+
+
+def test_codecs_are_right_and_compared_with_copying():
+    """Every encoder and decoder gives what eager gives; a result that differs is a fault."""
+    rows = list(gpu.measure_codecs(bench(), (64, 1024), never))
+    assert len(rows) == len(gpu_codecs.OPS) + 2 * sum(map(gpu_linears.known, gpu_codecs.SPECS))
+    assert not [row for row in rows if "fault" in row]
+    assert all(row["of_copy"] == pytest.approx(row["bytes"] / 1e-3 / 1e9) for row in rows)
+    codes = torch.arange(4000).view(4, 1000) % 100
+    codes = codes.to(torch.int8)
+    with pytest.raises(WrongResultError, match="of the codes"):
+        gpu_codecs.compare("x", codes + (torch.arange(1000) < 5).to(torch.int8), codes)
+    with pytest.raises(WrongResultError, match="off by"):
+        gpu_codecs.compare("x", torch.ones(8) * 1.01, torch.ones(8))
+    with pytest.raises(WrongResultError, match="instead of"):
+        gpu_codecs.compare("x", torch.ones(8), torch.ones(7))
+
+
+def test_peers_that_are_missing_or_fail_are_named():
+    """A package that is not there, and a peer that raises, have a reason and no row."""
+    failures = {}
+    dense = Dense.make(N, K, CPU)
+
+    def drawn(spec):
+        return gpu_linears.drawn_on(CPU, spec, N, K)
+
+    found = gpu_peers.peers(list(gpu_linears.SPECS), dense, drawn, L2, failures)
+    made = {entry.name for entry in found}
+    expected = {peer.name for peer in gpu_peers.PEERS if peer.package not in gpu_peers.missing()}
+    assert made | set(failures) == expected
+    assert not made & set(failures)
+    x = torch.randn(20, K).bfloat16()
+    int_mm = next(entry for entry in found if "_int_mm" in entry.name)
+    given = int_mm.input(x)
+    assert int_mm.check(given, int_mm.run(given, int_mm.weights[0])) == 0
+    with pytest.raises(WrongResultError):
+        int_mm.check(given, int_mm.run(given, int_mm.weights[0]) + 1)
+    with pytest.raises(RuntimeError, match="17 tokens"):
+        int_mm.input(x[:3])
+    mine = gpu_peers.cublas(dense, L2)
+    assert mine.check(x, mine.run(x, mine.weights[0])) < 0.01
+    with pytest.raises(WrongResultError):
+        mine.check(x, mine.run(x, mine.weights[0]) * 2)
+
+
+TINY = gpu_model.Sizes(hidden=256, mlp=512, heads=2, blocks=1, image=24, text=8)
+
+
+def test_the_model_measures_every_variant():
+    """Each variant's output is near that of float32, its weights are smaller, and its time is set against bf16's."""
+    rows = {row["name"]: row for row in gpu_model.measure(bench(bf16=2e-3), sizes=TINY)}
+    assert set(rows) == set(gpu_model.VARIANTS)
+    for name, row in rows.items():
+        if "skipped" in row:
+            continue
+        assert "fault" not in row
+        assert row["ratio"]["ratio"] == pytest.approx(1.0 if name == "bf16" else 2.0)
+    assert rows["bf16"]["error"] < rows["int8"]["error"] < rows["svdquant_w4a4 + awq_w4a16"]["error"]
+    assert rows["int8"]["of_dense_weights"] < 0.52
+    assert rows["svdquant_w4a4 + awq_w4a16"]["of_dense_weights"] < 0.42  # the low rank is 32 of 256 columns here
+    shown = StringIO()
+    gpu_model.show(Console(file=shown, width=200), list(rows.values()))
+    assert "svdquant_w4a4 + awq_w4a16" in shown.getvalue()
+
+
+def test_a_wrong_model_has_no_time(monkeypatch):
+    """A variant whose error is beyond its limit reports a fault."""
+    monkeypatch.setattr(gpu_model, "VARIANTS", {"bf16": ("", "", 0.03), "int8": ("int8", "int8", 1e-9)})
+    rows = gpu_model.measure(bench(), sizes=TINY)
+    assert "off by" in rows[1]["fault"]
+    assert "seconds" not in rows[1]
+    assert "seconds" in rows[0]
+
+
+def test_all_sections_and_the_report(tmp_path, monkeypatch):
+    """A run writes valid JSON after every section, prints its tables, and ends with 1 if a result was wrong."""
+    model = [{"name": "bf16", "seconds": 1e-3}]
+    monkeypatch.setattr(gpu_model, "measure", lambda *_, **__: model)
+    target = tmp_path / "gpu.json"
+    given = gpu.parse(
+        ["--quick", "--shapes", f"{N}x{K}", "--tokens", "1", "3", "--formats", "int8", "--budget", "1e9"]
+    )  # fmt: skip
+    written = []
+    monkeypatch.setattr(gpu_codecs, "SPECS", ("int8",))
+    monkeypatch.setattr(gpu_codecs, "OPS", {})
+    result = gpu.measure(bench(), given, lambda so_far: (written.append(list(so_far)), gpu._write(target, so_far)))
+    assert [keys[-1] for keys in written] == ["linears", "codecs", "model"]
+    assert json.loads(target.read_text())["linears"][0]["format"] == "int8"
+    machine = {"gpu": "none", "driver": None, **gpu_machine.where()}
+    whole = {"machine": machine, "copy_bytes_s": 1e9, "peaks_flop_s": {"bfloat16": 1e12}, **result}
+    shown = StringIO()
+    assert gpu.report(Console(file=shown, width=200), whole) == 0
+    assert "256 x 512" in shown.getvalue()
+    whole["linears"][0] = {**whole["linears"][0], "fault": "wrong"}
+    assert gpu.report(Console(file=shown, width=200), whole) == 1
+
+
+def test_crossovers_force_each_route(monkeypatch):
+    """Every route is timed under its own constants, the fastest is named, and the constants are as before."""
+    from lowbit.backends.triton import linear_words
+
+    before, seen = linear_words._FEW, set()
+
+    def linear(x, w, own=torch.nn.functional.linear):
+        seen.add(linear_words._FEW)
+        return own(x, w)
+
+    monkeypatch.setattr(gpu_linears.F, "linear", linear)
+    monkeypatch.setattr(gpu_linears, "ROUTES", {"int8": {"one": {"linear_words": {"_FEW": 7}}, "two": {}}})
+    found = bench(two=5e-4)
+    rows = gpu.crossovers(found, "int8", (N, K), (1, 4))
+    assert [row["best"] for row in rows] == ["two", "two"]
+    assert set(rows[0]["seconds"]) == {CUBLAS, "one", "two"}
+    assert seen == {before, 7}
+    assert before == linear_words._FEW
+    with pytest.raises(WrongResultError, match="no routes"):
+        gpu.crossovers(found, "awq_w4a16", (N, K), (1,))
+
+
+def test_a_route_that_names_no_constant_is_refused():
+    """A constant that a kernel file does not have is an error that says where the table is."""
+    with pytest.raises(UnsupportedError, match="ROUTES"), gpu_linears.forced({"linear_words": {"NOT_THERE": 1}}):
+        pass
+
+
+def test_the_routes_name_constants_that_exist():
+    """Each route of the table can be forced, and leaves everything as it was."""
+    for routes in gpu_linears.ROUTES.values():
+        for route in routes.values():
+            with gpu_linears.forced(route):
+                pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_so():
+    """scripts/gpu and the benchmark end with 3 and one line."""
+    env = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
+    found = subprocess.run(["scripts/gpu"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert found.returncode == gpu.NO_GPU
+    assert "no GPU" in found.stdout
+    assert gpu.main([]) == gpu.NO_GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.real_empty
+def test_a_captured_call_is_replayed():
+    """On a GPU the calls are in a graph that uses every copy, and what cannot be captured is launched."""
+    copies = [torch.zeros(1000, device="cuda") for _ in range(3)]
+    runner = gpu_timing.capture(lambda i: copies[i % 3].add_(1), 3)
+    before = [one[0].item() for one in copies]
+    assert runner() > 0
+    after = [one[0].item() for one in copies]
+    assert runner.how == "graph"
+    assert [b - a for a, b in zip(before, after, strict=True)] == [runner.calls / 3] * 3
+    waiting = gpu_timing.capture(lambda i: copies[i % 3].sum().item(), 3)
+    assert waiting.how == "launches"
+    assert waiting() > 0
