@@ -99,7 +99,7 @@ def parse_header(raw: bytes, path: Path, size: int) -> tuple[dict[str, str], dic
     except ValueError as error:
         raise CheckpointError(
             f"{path}: the header cannot be read: {error}. The file is damaged or is no safetensors file; "
-            "download it again"
+            "download or write it again"
         ) from error
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
@@ -153,7 +153,7 @@ def _check_coverage(infos: list[TensorInfo], path: Path, data_start: int, size: 
         cut = next(info for info in infos if info.stop > size)
         raise CheckpointError(
             f"{path}: is truncated: {stop - size} of {stop} bytes are missing, from tensor {cut.name!r} on. "
-            "Download it again"
+            "Download or write it again"
         )
     if infos and infos[0].start != data_start:
         raise CheckpointError(
