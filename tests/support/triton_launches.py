@@ -9,6 +9,7 @@ refuses all of them, is an error: nothing escapes the compiler by being forgotte
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -322,6 +323,10 @@ def all_noted(target: str = "sm_90", few: bool = True) -> tuple[dict[str, list[N
             found.setdefault(title(entry), []).extend(launches)
         except MissingExampleError as error:  # noqa: PERF203  (every entry is tried)
             missing[title(entry)] = str(error)
+        except Exception as error:  # noqa: BLE001  (one broken entry must not hide the others)
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{last.filename.rpartition('/')[2]}:{last.lineno}"
+            missing[title(entry)] = f"{title(entry)} ({entry.name}) raises {error!r} at {where}"
     return found, missing
 
 
