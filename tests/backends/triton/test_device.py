@@ -131,7 +131,7 @@ main()
 
 
 def test_without_triton_the_import_is_silent_and_doctor_says_it():
-    """`import lowbit` prints nothing and fails at nothing; asking for the backend, or the doctor, says what is missing."""
+    """`import lowbit` says nothing and fails at nothing; asking for the backend, or the doctor, says what lacks."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(["src", env.get("PYTHONPATH", "")])
     env["COLUMNS"] = "200"

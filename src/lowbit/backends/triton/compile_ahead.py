@@ -28,7 +28,7 @@ from lowbit.backends.triton.tuning import Config, Launch
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.uint8: "u8",
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv",
-    torch.float8_e5m2: "fp8e5",
+    torch.float8_e5m2: "fp8e5", torch.bool: "i1",
 }  # fmt: skip
 _DIVISIBLE = [["tt.divisibility", 16]]
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
