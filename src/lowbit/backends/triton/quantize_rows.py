@@ -3,12 +3,12 @@
     scale = absmax / 127, at least 1e-30        code = value / scale, rounded half to even, or with noise stochastically
 
 The value may be an activation of x (GELU, or SiLU(gate) * up), rounded to the dtype of x as a kernel of its own would
-round it, and may be rotated in groups (`rotate_rows`). Codes and scales are eager's, bit for bit, but for the order of a
-rotation's sums and the last bits of an activation.
+round it, and may be rotated in groups (`rotate_rows`). Codes and scales are eager's, bit for bit, but for the order of
+a rotation's sums and the last bits of an activation.
 
 A program holds whole rows, in float32, between the maximum and the division; rows of more than 16384 columns are read
-twice. A quotient is the product with the reciprocal, corrected twice by its remainder, which is what IEEE division gives
-(a division instruction is not rounded right, and its exact form takes twice as long as the rest of the kernel).
+twice. A quotient is the product with the reciprocal, corrected twice by its remainder, which is what IEEE division
+gives: Triton's own `/` is not rounded right, and its exact form is a routine with branches.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ def _values(
         at = x + start[:, None] + column
         value = _input(at, at + k, inside, ACTIVATION)
         if ROTATED:
-            parts = parts + (rotate_rows.rotate(value, hadamard, CUTS),)
+            parts += (rotate_rows.rotate(value, hadamard, CUTS),)  # type: ignore[assignment]
         else:
-            parts = parts + (value.to(tl.float32),)
+            parts += (value.to(tl.float32),)  # type: ignore[assignment]
     if ROTATED:
         parts = rotate_rows.combine(parts)
     return parts
@@ -230,7 +230,7 @@ def quantize_rows(
     rows = (x.reshape(m, columns) if x.dim() != 2 else x).contiguous()
     codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
     count = triton.cdiv(k, blocks) if blocks else 1
-    scales = torch.empty((count, m), dtype=torch.float32, device=x.device).t()
+    scales = _scales(m, count, x.device)
     if not m or not k:
         return codes, scales.fill_(MIN_ACTIVATION_SCALE)
     if not seed or seed < 0:
@@ -238,10 +238,17 @@ def quantize_rows(
         return codes, scales
     for start, stop in row_chunks(m, k):  # the noise of a chunk is drawn from the number of its first row
         noise = uniform_noise((stop - start, k), seed, start, x.device)
-        piece = torch.empty((count, stop - start), dtype=torch.float32, device=x.device).t()
+        piece = _scales(stop - start, count, x.device)
         _launch(rows[start:stop], noise, codes[start:stop], piece, rotation, activation, blocks)
         scales[start:stop] = piece
     return codes, scales
+
+
+def _scales(m: int, count: int, where: torch.device) -> Tensor:
+    """[M, count], stored as its transpose: a product reads those of all tokens in one block."""
+    shape = (m, 1) if count == 1 else (count, m)
+    scales = torch.empty(shape, dtype=torch.float32, device=where)
+    return scales if count == 1 else scales.t()
 
 
 def _launch(
@@ -257,9 +264,9 @@ def _launch(
     tile, target = _tile(k, rotation, blocks), device.target_of(x.device)
     across = triton.cdiv(scales.shape[1], tile.groups) if blocks else 1
     _quantize_rows(
-        lambda meta: (triton.cdiv(m, tile.tokens), across),
+        lambda _: (triton.cdiv(m, tile.tokens), across),
         x.device, x=x, matrix=rotate_rows.matrix(rotation, x.dtype, target, x.device) if rotation else None,
-        noise=noise, codes=codes, scales=scales.t(), stride=x.shape[1], m=m, k=k, ACTIVATION=activation,
+        noise=noise, codes=codes, scales=scales, stride=x.shape[1], m=m, k=k, ACTIVATION=activation,
         ROTATED=rotation > 0, CUTS=rotate_rows.cuts(x.dtype, target), BLOCKS=blocks > 0, LOOPS=tile.loops,
         TOKENS=tile.tokens, GROUPS=tile.groups, PIECES=tile.pieces, COLUMNS=tile.columns,
     )  # fmt: skip
