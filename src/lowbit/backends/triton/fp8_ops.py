@@ -100,17 +100,17 @@ def _arguments(x: Tensor, kind: torch.dtype) -> dict[str, object]:
 
 def refuses_quantize(x: Tensor, scale: Tensor, output_type: torch.dtype) -> str | None:
     """Why this call cannot run here, or None."""
-    return encoders.refuses_values(x=x, scale=scale)
+    return encoders.refuses_values(values=x, scale=scale)
 
 
 def refuses_dequantize(x: Tensor, scale: Tensor, output_type: torch.dtype) -> str | None:
     """Why this call cannot run here, or None."""
-    return encoders.refuses_result(output_type) or encoders.refuses_values(x=x, scale=scale)
+    return encoders.refuses_result(output_type) or encoders.refuses_values(values=x, scale=scale)
 
 
 def refuses_stochastic(x: Tensor, rng: Tensor, output_type: torch.dtype) -> str | None:
     """Why this call cannot run here, or None."""
-    return encoders.refuses_values(x=x, rng=rng)
+    return encoders.refuses_values(values=x, rng=rng)
 
 
 @kernel("quantize_per_tensor_fp8", backend="triton", refuses=refuses_quantize)

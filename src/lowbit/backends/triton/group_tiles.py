@@ -27,8 +27,9 @@ def place(n, k, group, across, EVEN: tl.constexpr, ROWS: tl.constexpr, GROUPS: t
 
 @triton.jit
 def sigmoid(value):
-    """1 / (1 + e**-value)."""
-    return 1.0 / (1.0 + tl.exp(-value))
+    """1 / (1 + e**-value), of no power that could overflow."""
+    power = tl.exp(-tl.abs(value))
+    return tl.where(value < 0.0, power, 1.0) / (1.0 + power)
 
 
 @triton.jit

@@ -38,7 +38,7 @@ def _decode_mxfp8(codes, scales, out, m, m_bucket, groups, ROWS: tl.constexpr, G
 
 def refuses_quantize(x: Tensor, pad_32x: bool) -> str | None:
     """Why this call cannot run here, or None."""
-    return encoders.refuses_values(x=x)
+    return encoders.refuses_values(values=x)
 
 
 def refuses_dequantize(qx: Tensor, block_scales: Tensor, output_type: torch.dtype) -> str | None:

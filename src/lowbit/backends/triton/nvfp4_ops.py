@@ -53,7 +53,7 @@ def _decode_nvfp4(
 
 def refuses_quantize(x: Tensor, per_tensor_scale: Tensor, epsilon: float, pad_16x: bool, hi_first: bool) -> str | None:
     """Why this call cannot run here, or None."""
-    return encoders.refuses_values(x=x, per_tensor_scale=per_tensor_scale)
+    return encoders.refuses_values(values=x, per_tensor_scale=per_tensor_scale)
 
 
 def refuses_dequantize(
@@ -101,6 +101,7 @@ def dequantize(
         _decode_nvfp4(
             lambda meta: (ceil_div(groups, meta["GROUPS"]) * ceil_div(m, meta["ROWS"]),),
             qx.device, codes=qx.contiguous(), shared=per_tensor_scale,
-            scales=block_scales.contiguous().view(torch.uint8), out=out, m=m, m_bucket=encoders.power_of_two(m), groups=groups, HIGH_FIRST=hi_first,
+            scales=block_scales.contiguous().view(torch.uint8), out=out, m=m,
+            m_bucket=encoders.power_of_two(m), groups=groups, HIGH_FIRST=hi_first,
         )  # fmt: skip
     return out

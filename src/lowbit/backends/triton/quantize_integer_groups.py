@@ -194,6 +194,7 @@ def _encode(
 
     _encode_groups(
         grid, w.device, w=w, noise=noise, qdata=parts["qdata"].view(torch.uint8),
-        scales=encoders.stored(parts["scale"]), zeros=zeros, flag=flag, n=n, k=k, groups=groups, stored=stored, most=most, SIZE=size, AWQ=awq, BITS=bits,
+        scales=encoders.stored(parts["scale"]), zeros=zeros, flag=flag, n=n, k=k, groups=groups,
+        stored=stored, most=most, SIZE=size, AWQ=awq, BITS=bits,
         EVEN=k % size == 0, LOOPS=ceil_div(size, piece), PIECE=piece, VALUES=_VALUES,
     )  # fmt: skip
