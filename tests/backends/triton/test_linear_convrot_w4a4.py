@@ -10,6 +10,7 @@ from tests.support.triton_linear import DEVICE, DTYPES, check_properties, requir
 
 require()
 
+linear_convrot_w4a4 = pytest.importorskip("lowbit.backends.triton.linear_convrot_w4a4")
 UNROTATED = ("convrot_w4a4(rotation=0)", "convrot_w4a4(rotation=0,linear_dtype=int8)")
 ROTATED = ("convrot_w4a4(rotation=16)", "convrot_w4a4", "convrot_w4a4(rotation=64,linear_dtype=int8)")
 
@@ -26,16 +27,19 @@ def both(spec, n, k, x, bias=None):
 @pytest.mark.parametrize("spec", UNROTATED)
 def test_without_a_rotation_the_bits_are_eagers(spec, dtype):
     """Odd numbers of rows, columns and tokens, with a bias and without one: the same codes, sums and roundings."""
-    for m, n, k in ((3, 1, 8), (3, 15, 24), (2, 17, 520), (1, 35, 320), (17, 35, 72), (70, 100, 256)):
+    for m, n, k in ((3, 1, 8), (2, 17, 520), (1, 35, 320), (17, 35, 72)):
         bias = torch.randn(n).to(dtype) if m % 2 else None
         found, wanted = both(spec, n, k, activations(m, k, dtype), bias)
         assert found.dtype == wanted.dtype
         assert torch.equal(found, wanted), (n, k, m)
 
 
+@pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("spec", UNROTATED)
-def test_the_largest_sums_are_exact(spec):
-    """All codes and all activations at their ends: nothing overflows on the way to an int32."""
+def test_the_largest_sums_are_exact(spec, halves, monkeypatch):
+    """All codes and all activations at their ends: nothing overflows on the way to an int32, also by float16."""
+    if halves:
+        monkeypatch.setattr(linear_convrot_w4a4, "offset_of", lambda _: linear_convrot_w4a4.HALVES)
     fmt, k = parse_spec(spec), 4096
     packed, _ = packed_weight(spec, 16, k, "")
     for code in (0x77, -0x78):  # 7 and -8 in every nibble
@@ -71,10 +75,10 @@ def test_rows_longer_than_what_registers_hold():
     assert torch.equal(found, wanted)
 
 
-def test_properties():
+@pytest.mark.parametrize(("spec", "k"), [("convrot_w4a4(rotation=64)", 64), (UNROTATED[1], 40)])
+def test_properties(spec, k):
     """Gaps, leading axes and no tokens change nothing, and every call gives the same bits."""
-    check_properties("convrot_w4a4(rotation=64)", 20, 192, layout="")
-    check_properties("convrot_w4a4(rotation=0,linear_dtype=int8)", 16, 40, layout="")
+    check_properties(spec, 20, k, layout="")
 
 
 def test_too_many_columns_are_refused():

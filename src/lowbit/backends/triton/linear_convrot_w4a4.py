@@ -2,7 +2,8 @@
 
 As in `svdquant_gemm`, the weight is the left operand and is decoded in registers, a nibble in the upper half of a byte
 being 16 times its code, and activations come one byte a code with the even columns of 64 first. One scale a row and one
-a token multiply the whole sum, so that int32 sums over all of K stay in the tensor cores.
+a token multiply the whole sum, so that int32 sums over all of K stay in the tensor cores (on Turing, float16 products
+of 64 columns, which float32 sums exactly).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from lowbit.backends.triton import device, rotate_rows
 from lowbit.backends.triton.quantize_rows import magnitude, quotient
 from lowbit.backends.triton.split_sums import splits_for
+from lowbit.backends.triton.svdquant_gemm import HALVES, offset_of
 from lowbit.backends.triton.tuning import Arguments, Config, bucket, config, tuned
 from lowbit.dispatch import kernel
 from lowbit.formats.convrot_w4a4 import LARGEST, ConvrotW4A4
@@ -32,7 +34,7 @@ _ROUND_BITS = tl.constexpr(0x4B400000)
 _NIBBLES = tl.constexpr("shl.b32 $0, $2, 4;\nand.b32 $0, $0, 0xF0F0F0F0;\nand.b32 $1, $2, 0xF0F0F0F0;")
 _FEWEST, _MOST = 16, 128  # tokens of a tile
 _ROWS = 16  # groups of columns in one product of a rotation, at least
-_HELD = 16384  # columns of a row that stay in registers
+_HELD, _PIECE = 16384, 8192  # columns of a row that stay in registers, and of a longer row at a time
 _PLAIN_PIECES = 4  # of 64 columns, taken together where nothing is rotated
 
 
@@ -80,10 +82,14 @@ def _quantize_convrot(
     LOOPS: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """A program quantizes TOKENS rows, GROUPS groups of PIECES * 64 columns at a time. codes: [M, columns]."""
-    bits = tl.zeros((TOKENS,), tl.int32)
-    for loop in tl.static_range(LOOPS):
-        parts = _values(x, matrix, m, k, loop * GROUPS, ROTATED, CUTS, TOKENS, GROUPS, PIECES)
-        bits = tl.maximum(bits, _peak(parts, TOKENS, GROUPS))
+    if LOOPS == 1:
+        parts = _values(x, matrix, m, k, 0, ROTATED, CUTS, TOKENS, GROUPS, PIECES)
+        bits = _peak(parts, TOKENS, GROUPS)
+    else:
+        bits = tl.zeros((TOKENS,), tl.int32)
+        for loop in range(LOOPS):
+            some = _values(x, matrix, m, k, loop * GROUPS, ROTATED, CUTS, TOKENS, GROUPS, PIECES)
+            bits = tl.maximum(bits, _peak(some, TOKENS, GROUPS))
     scale = tl.div_rn(bits.to(tl.float32, bitcast=True), tl.full((TOKENS,), 1.0 * LARGEST, tl.float32))
     scale = tl.where(scale < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)  # NaN stays
     alone = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -92,7 +98,7 @@ def _quantize_convrot(
     token = tl.program_id(0) * TOKENS + row // GROUPS
     scale = tl.reshape(tl.broadcast_to(scale[:, None], (TOKENS, GROUPS)), (TOKENS * GROUPS, 1))
     reciprocal = tl.div_rn(tl.full((TOKENS * GROUPS, 1), 1.0, tl.float32), scale)
-    for loop in tl.static_range(LOOPS):
+    for loop in range(LOOPS):
         if LOOPS > 1:
             parts = _values(x, matrix, m, k, loop * GROUPS, ROTATED, CUTS, TOKENS, GROUPS, PIECES)
         for piece in tl.static_range(PIECES):
@@ -113,7 +119,7 @@ def _quantized(x: Tensor, rotation: int, largest: int) -> tuple[Tensor, Tensor]:
     scales = torch.empty(m, dtype=torch.float32, device=x.device)
     pieces = rotate_rows.pieces(rotation) if rotation else _PLAIN_PIECES
     groups = triton.next_power_of_2(triton.cdiv(k, pieces * _SPAN))
-    held = min(groups, _HELD // (pieces * _SPAN))
+    held = groups if k <= _HELD else max(1, _PIECE // (pieces * _SPAN))
     tokens = max(1, _ROWS // held)
     _quantize_convrot(
         lambda _: (triton.cdiv(m, tokens),),
@@ -129,7 +135,9 @@ def _quantized(x: Tensor, rotation: int, largest: int) -> tuple[Tensor, Tensor]:
 
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
-    """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller."""
+    """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller; on Turing the first."""
+    if arguments["HALVES"]:
+        return configs[:1]
     wanted = max(_FEWEST, min(arguments["m_bucket"], _MOST))
     return [one for one in configs if wanted // 2 <= one.constants["BLOCK_M"] <= wanted] or list(configs[:1])
 
@@ -150,7 +158,7 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
 @triton.jit(do_not_specialize=("m", "m_bucket"))
 def _convrot_product(
     x, x_scale, codes, scale, bias, out, m, m_bucket, n, k, splits: tl.constexpr, SPANS: tl.constexpr,
-    RAGGED: tl.constexpr, ASSEMBLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RAGGED: tl.constexpr, HALVES: tl.constexpr, ASSEMBLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -175,8 +183,13 @@ def _convrot_product(
                 )
             else:
                 even, odd = (packed << 4).to(tl.int8), (packed & -16).to(tl.int8)
-            sums = tl.dot(even, tl.load(x_at + span * 64), sums, out_dtype=tl.int32)
-            sums = tl.dot(odd, tl.load(x_at + (span * 64 + 32)), sums, out_dtype=tl.int32)
+            x_even, x_odd = tl.load(x_at + span * 64), tl.load(x_at + (span * 64 + 32))
+            if HALVES:
+                floats = tl.dot(even.to(tl.float16), x_even.to(tl.float16))
+                sums += tl.dot(odd.to(tl.float16), x_odd.to(tl.float16), floats).to(tl.int32)
+            else:
+                sums = tl.dot(even, x_even, sums, out_dtype=tl.int32)
+                sums = tl.dot(odd, x_odd, sums, out_dtype=tl.int32)
     sums = sums >> 4  # exact: all products were 16 times too large
     present = (tokens < m)[None, :] & (rows < n)[:, None]
     at = out + (split.to(tl.int64) * m + tokens[None, :]) * n + rows[:, None]
@@ -233,7 +246,8 @@ def linear_convrot_w4a4(fmt: ConvrotW4A4, x: Tensor, parts: Parts, bias: Tensor 
     _convrot_product(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"]), splits),
         x.device, x=codes, x_scale=x_scale, codes=qdata, scale=scale, bias=bias, out=sums, m=m, m_bucket=bucket(m),
-        n=n, k=k, splits=splits, SPANS=together, RAGGED=k % _SPAN > 0, ASSEMBLE=target.assembles,
+        n=n, k=k, splits=splits, SPANS=together, RAGGED=k % _SPAN > 0,
+        HALVES=offset_of(target) == HALVES, ASSEMBLE=target.assembles,
     )  # fmt: skip
     if splits > 1:
         _add_integers(

@@ -14,7 +14,7 @@ away with the conversion to float: a sum plus 2**17 (more than 16 * 64 * 15 * 8)
 small positive integer are those of the float 2**-149 times as large. That times (2**96 * sw) minus (2**-36 * sw), which
 both are exact, is 2**-53 * sum * sw, rounded once, in one instruction; 2**49 at the end puts it right. The 2**17 is the
 accumulator's first value or, where an accumulator would have to be written every time (wgmma), one more product of
-constants: 32 * 64 * 64.
+constants: 32 * 64 * 64. On Turing the products are those of float16, as exact, summed in float32.
 """
 
 from __future__ import annotations
@@ -36,20 +36,28 @@ from lowbit.numerics.groups import round_up
 from lowbit.numerics.int4_matmul import GROUP
 
 TOLERANCE = 3e-3  # codes and integer sums are eager's; what differs is the order of float32 sums before the last cast
-CONVERT, MULTIPLY, START = 0, 1, 2  # values of OFFSET: none, by a product of constants, as the accumulator's start
+# Values of OFFSET: none, by a product of constants, as the accumulator's start; or no integers, but float16 products.
+CONVERT, MULTIPLY, START, HALVES = 0, 1, 2, 3
 _START = tl.constexpr(1 << 17)
 _UP, _DOWN = tl.constexpr(2.0**96), tl.constexpr(-(2.0**-36))
 _FINISH, _SIXTEENTH = tl.constexpr(2.0**49), tl.constexpr(1 / 16)
 _RANKS = tl.constexpr(32)  # columns of the low rank in one product
 _FEWEST, _MOST = 16, 128  # tokens of a tile
-_LOWS = 4  # sums of the low rank added by one program
+_LOWS = {CONVERT: 2, MULTIPLY: 4, START: 2, HALVES: 2}  # sums of the low rank that a program has registers to add
 _NIBBLES = tl.constexpr("shl.b32 $0, $2, 4;\nand.b32 $0, $0, 0xF0F0F0F0;\nand.b32 $1, $2, 0xF0F0F0F0;")
 
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
-    """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller."""
+    """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller.
+
+    The largest has too few registers where the products take two of them for every sum (mma); Turing has none to spare.
+    """
+    if arguments["OFFSET"] == HALVES:
+        return configs[:1]
     wanted = max(_FEWEST, min(arguments["m_bucket"], _MOST))
-    return [one for one in configs if wanted // 2 <= one.constants["BLOCK_M"] <= wanted] or list(configs[:1])
+    most = 4 if arguments["OFFSET"] == START else 8
+    fit = [one for one in configs if wanted // 2 <= one.constants["BLOCK_M"] <= wanted and one.warps <= most]
+    return fit or list(configs[:1])
 
 
 @tuned(
@@ -76,6 +84,7 @@ def _grouped_product(
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
     groups = k // 64
+    converts: tl.constexpr = OFFSET % 3 == 0
     loaded = tl.minimum(rows, n - 1)  # rows beyond the last repeat it: no mask in the loop
     byte = tl.arange(0, 32)
     if TILED:
@@ -105,10 +114,15 @@ def _grouped_product(
         elif OFFSET == 2:
             sums = tl.full((BLOCK_N, BLOCK_M), _START, tl.int32)
         else:
-            sums = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-        sums = tl.dot(even, tl.load(x_at + group * 64), sums, out_dtype=tl.int32)
-        sums = tl.dot(odd, tl.load(x_at + (group * 64 + 32)), sums, out_dtype=tl.int32)
-        if OFFSET == 0:
+            sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32 if OFFSET == 3 else tl.int32)
+        x_even, x_odd = tl.load(x_at + group * 64), tl.load(x_at + (group * 64 + 32))
+        if OFFSET == 3:
+            sums = tl.dot(even.to(tl.float16), x_even.to(tl.float16), sums)
+            sums = tl.dot(odd.to(tl.float16), x_odd.to(tl.float16), sums)
+        else:
+            sums = tl.dot(even, x_even, sums, out_dtype=tl.int32)
+            sums = tl.dot(odd, x_odd, sums, out_dtype=tl.int32)
+        if converts:
             scaled = sums.to(tl.float32) * w_scale[:, None]
         else:
             scaled = tl.fma(
@@ -117,7 +131,7 @@ def _grouped_product(
                 tl.broadcast_to((w_scale * _DOWN)[:, None], (BLOCK_N, BLOCK_M)),
             )
         acc = tl.fma(scaled, tl.broadcast_to(t_scale[None, :], (BLOCK_N, BLOCK_M)), acc)
-    if OFFSET == 0:
+    if converts:
         acc *= _SIXTEENTH
     else:
         acc *= _FINISH
@@ -175,7 +189,7 @@ def padded_tokens(m: int) -> int:
 
 def low_splits(m: int, n: int, k: int, target: Target) -> int:
     """The most pieces of the low rank's sums that the kernel should add up."""
-    each = _FEWEST if m <= _FEWEST else _LOWS  # more of them take more registers than there are
+    each = _FEWEST if m <= _FEWEST else _LOWS[offset_of(target)]
     return each * splits_for(m, n, k // GROUP, target)
 
 
@@ -183,7 +197,9 @@ def offset_of(target: Target) -> int:
     """How the sums are made floats: see the module."""
     if target.kind == "interpreter" or (target.kind == "cuda" and target.capability[0] in (9, 10)):
         return MULTIPLY
-    return START if target.assembles else CONVERT
+    if target.assembles:
+        return START
+    return HALVES if target.kind == "cuda" else CONVERT  # Triton has no integer products for Turing
 
 
 def grouped_product(
