@@ -71,9 +71,10 @@ def launch(
 
 
 def _argument(value: Tensor | int | None) -> Any:
+    """As cuda.core takes it: a plain int is an address."""
     if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_void_p(0) if value is None else ctypes.c_int(value)
+        return value.data_ptr()
+    return 0 if value is None else ctypes.c_int(value)
 
 
 @cache
