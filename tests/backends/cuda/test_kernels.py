@@ -39,7 +39,7 @@ def test_launch(monkeypatch):
     monkeypatch.setitem(sys.modules, "fake_core", core)
     monkeypatch.setattr(compiler, "core", lambda: core)
     monkeypatch.setattr(compiler, "compiled", lambda *what: compiler.Binary(repr(what).encode(), "symbol"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch.cuda, "device", lambda index: _Entered(said, index))
     kernels._loaded.cache_clear()
