@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,10 +9,13 @@ from lowbit.formats import parse_spec
 from lowbit.layouts import svdquant_tiles
 from lowbit.numerics.int4_matmul import GELU_SHIFT
 from lowbit.ops import quantize_svdquant_w4a4, scaled_mm_svdquant_w4a4
+from tests.support import ptx
 from tests.support.cpu_linear import activations, relative_error
 from tests.support.triton_linear import DEVICE, DTYPES, require
 
 require()
+
+svdquant_gemm = pytest.importorskip("lowbit.backends.triton.svdquant_gemm")
 
 
 def moved(*arguments):
@@ -84,6 +88,16 @@ def test_multiplying_is_eagers(unsigned, dtype):
     """The named product of plain and of tiled weights is eager's, all codes and any strides of its tensors included."""
     for n, k, rank, m in ((100, 192, 3, 5), (128, 128, 40, 9), (1, 64, 1, 1), (17, 64, 4, 0)):
         check_multiplying(n, k, rank, m, dtype, unsigned)
+
+
+def test_assembly():
+    """The PTX makes of every byte, in every place of a register, 16 times its two codes."""
+    packed = np.arange(256, dtype=np.uint8)
+    packed = np.concatenate([packed, np.roll(packed, 1), np.roll(packed, 2), np.roll(packed, 3)])
+    found = ptx.run(svdquant_gemm.NIBBLES.value, {2: packed.view(np.uint32)})
+    codes = packed.view(np.int8).astype(np.int32)
+    for register, wanted in ((0, ((codes & 15) ^ 8) - 8), (1, codes >> 4)):
+        assert np.array_equal(found[register].view(np.int8), 16 * wanted)
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowbit.backends.triton import device, rotate_rows
 from lowbit.backends.triton.quantize_rows import magnitude, quotient
 from lowbit.backends.triton.split_sums import splits_for
-from lowbit.backends.triton.svdquant_gemm import HALVES, offset_of
+from lowbit.backends.triton.svdquant_gemm import HALVES, nibbles, offset_of
 from lowbit.backends.triton.tuning import Arguments, Config, bucket, config, tuned
 from lowbit.dispatch import kernel
 from lowbit.formats.convrot_w4a4 import LARGEST, ConvrotW4A4
@@ -31,7 +31,6 @@ _SPAN = 64  # columns of which the even ones come first
 _SMALLEST_SCALE = tl.constexpr(MIN_ACTIVATION_SCALE)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: a float of which the last bit is worth 1
 _ROUND_BITS = tl.constexpr(0x4B400000)
-_NIBBLES = tl.constexpr("shl.b32 $0, $2, 4;\nand.b32 $0, $0, 0xF0F0F0F0;\nand.b32 $1, $2, 0xF0F0F0F0;")
 _FEWEST, _MOST = 16, 128  # tokens of a tile
 _ROWS = 16  # groups of columns in one product of a rotation, at least
 _HELD, _PIECE = 16384, 8192  # columns of a row that stay in registers, and of a longer row at a time
@@ -177,12 +176,7 @@ def _convrot_product(
                 packed = tl.load(code_at + span * 32, mask=(byte < k // 2 - span * 32)[None, :], other=0)
             else:
                 packed = tl.load(code_at + span * 32)
-            if ASSEMBLE:
-                even, odd = tl.inline_asm_elementwise(
-                    _NIBBLES, "=&r,=r,r", [packed], (tl.int8, tl.int8), is_pure=True, pack=4
-                )
-            else:
-                even, odd = (packed << 4).to(tl.int8), (packed & -16).to(tl.int8)
+            even, odd = nibbles(packed, ASSEMBLE)
             x_even, x_odd = tl.load(x_at + span * 64), tl.load(x_at + (span * 64 + 32))
             if HALVES:
                 floats = tl.dot(even.to(tl.float16), x_even.to(tl.float16))

@@ -44,7 +44,7 @@ _FINISH, _SIXTEENTH = tl.constexpr(2.0**49), tl.constexpr(1 / 16)
 _RANKS = tl.constexpr(32)  # columns of the low rank in one product
 _FEWEST, _MOST = 16, 128  # tokens of a tile
 _LOWS = {CONVERT: 2, MULTIPLY: 4, START: 2, HALVES: 2}  # sums of the low rank that a program has registers to add
-_NIBBLES = tl.constexpr("shl.b32 $0, $2, 4;\nand.b32 $0, $0, 0xF0F0F0F0;\nand.b32 $1, $2, 0xF0F0F0F0;")
+NIBBLES = tl.constexpr("shl.b32 $0, $2, 4;\nand.b32 $0, $0, 0xF0F0F0F0;\nand.b32 $1, $2, 0xF0F0F0F0;")
 
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
@@ -103,12 +103,7 @@ def _grouped_product(
         w_scale = tl.load(scale_at + tl.cast(group, tl.int64) * scale_step).to(tl.float32)
         t_scale = tl.load(x_scale_at + tl.cast(group, tl.int64) * m_padded)
         packed = tl.load(code_at + tl.cast(group, tl.int64) * code_step)
-        if ASSEMBLE:
-            even, odd = tl.inline_asm_elementwise(
-                _NIBBLES, "=&r,=r,r", [packed], (tl.int8, tl.int8), is_pure=True, pack=4
-            )
-        else:
-            even, odd = (packed << 4).to(tl.int8), (packed & -16).to(tl.int8)
+        even, odd = nibbles(packed, ASSEMBLE)
         if OFFSET == 1:
             sums = tl.dot(tl.full((BLOCK_N, 32), 64, tl.int8), tl.full((32, BLOCK_M), 64, tl.int8), out_dtype=tl.int32)
         elif OFFSET == 2:
@@ -151,6 +146,16 @@ def _grouped_product(
     else:
         at = out + (split.to(tl.int64) * m + tokens[None, :]) * n + rows[:, None]
         tl.store(at, acc, mask=present)
+
+
+@triton.jit
+def nibbles(packed, ASSEMBLE: tl.constexpr):
+    """int8 bytes -> int8, 16 times the signed code in the low nibbles, and in the high ones."""
+    if ASSEMBLE:
+        low, high = tl.inline_asm_elementwise(NIBBLES, "=&r,=r,r", [packed], (tl.int8, tl.int8), is_pure=True, pack=4)
+    else:
+        low, high = (packed << 4).to(tl.int8), (packed & -16).to(tl.int8)
+    return low, high
 
 
 @triton.jit
