@@ -103,6 +103,7 @@ def _four_factors(word, BLOCK_N: tl.constexpr, ELEMENTS: tl.constexpr):
         config(BLOCK_M=16, BLOCK_N=128, warps=4, stages=4),
         config(BLOCK_M=16, BLOCK_N=128, warps=8, stages=4),
         config(BLOCK_M=32, BLOCK_N=128, warps=4, stages=4),
+        config(BLOCK_M=64, BLOCK_N=128, warps=8, stages=3),
         config(BLOCK_M=64, BLOCK_N=128, warps=4, stages=3),
         config(BLOCK_M=64, BLOCK_N=256, warps=8, stages=3),
         config(BLOCK_M=128, BLOCK_N=128, warps=8, stages=3),
