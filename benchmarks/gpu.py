@@ -17,13 +17,14 @@ Without a GPU it says so, with exit code 3.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -217,39 +218,27 @@ def measure_codecs(bench: Bench, shape: tuple[int, int], is_over: Callable[[], b
 
 
 def crossovers(bench: Bench, spec: str, shape: tuple[int, int], tokens: Sequence[int]) -> list[dict[str, Any]]:
-    """The seconds of every route of a format, and of cuBLAS, by the number of tokens; wrong routes have none."""
-    routes = gpu_linears.ROUTES.get(spec)
-    if routes is None:
-        known = ", ".join(gpu_linears.ROUTES) or "none"
-        raise WrongResultError(f"{spec} has no routes to compare; those with some: {known}")
+    """The seconds of every route of a format, and of cuBLAS, by tokens; wrong or closed ones have none."""
     here, rows = Shape(bench, *shape), []
-    mine, _ = Shape(bench, *shape).entries(spec)
+    mine = gpu_linears.ours(spec, here.drawn(spec), bench.l2)
     for m in tokens:
         xs = inputs(bench, m, shape[1], copies_for(2 * m * shape[1], bench.l2))
         row: dict[str, Any] = {"tokens": m, "seconds": {}, "faults": {}}
         timed = [(CUBLAS, *_call(here.cublas, xs))]
-        for name, route in routes.items():
+        for name, route in gpu_linears.routes(spec).items():
+            entry = replace(mine, run=gpu_linears.along(route, mine))
             try:
-                with gpu_linears.forced(route):
-                    mine.check(xs[0], mine.run(xs[0], mine.weights[0]))
+                with contextlib.nullcontext() if route.decodes else gpu_linears.forced(route):
+                    mine.check(xs[0], entry.run(xs[0], entry.weights[0]))
             except (WrongResultError, LowbitError, RuntimeError) as error:
                 row["faults"][name] = reason(error)
                 continue
-            run, count = _call(mine, xs)
-            timed.append((name, _within(route, run), count))
+            timed.append((name, *_call(entry, xs)))
         row["seconds"] = {name: one.median for name, one in bench.race(timed).items()}
         own = {name: value for name, value in row["seconds"].items() if name != CUBLAS}
         row["best"] = min(own, key=lambda name: own[name]) if own else None
         rows.append(row)
     return rows
-
-
-def _within(route: gpu_linears.Route, run: Callable[[int], object]) -> Callable[[int], object]:
-    def call(index: int) -> object:
-        with gpu_linears.forced(route):
-            return run(index)
-
-    return call
 
 
 # ---- what is printed ------------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +31,30 @@ SPECS = (
     "svdquant_w4a4", "awq_w4a16", "int8", FP8_ROW, "nvfp4", "fp8_e4m3(granularity=row)", "mxfp4", "mxfp8", W4A8,
 )  # fmt: skip
 HUGE = 1 << 62
-# By format, the routes that a launcher takes by the number of tokens: the constants of kernel files that force each.
-Route = Mapping[str, Mapping[str, int]]
-ROUTES: dict[str, dict[str, Route]] = {}
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way that a linear can go: a backend, with constants of kernel files that keep its launchers on that way."""
+
+    backend: str = "triton"
+    constants: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    decodes: bool = False
+    """Whether the launcher is passed by: the weight is decoded once, and PyTorch multiplies."""
+
+
+ROUTES: Mapping[str, Route] = {
+    "cuda": Route("cuda"),
+    "triton, fused": Route(
+        constants={
+            "linear_bytes": {"MANY": HUGE},
+            "linear_plain": {"FEW": HUGE},
+            "linear_fp8_activations": {"_MANY": HUGE},
+        }
+    ),
+    "triton, torch._scaled_mm": Route(constants={"linear_fp8_activations": {"_MANY": 0}}),
+    "triton, decoded": Route(decodes=True),
+}
 
 
 def drawn_on(device: torch.device, spec: str, n: int, k: int) -> Drawn:
@@ -87,15 +110,20 @@ def _w4a8(drawn: Drawn, l2: int) -> Entry:
     return Entry(W4A8, run, [operands, *clones], nbytes, check, chosen, coalesced_int4.TAG)
 
 
+def routes(spec: str) -> dict[str, Route]:
+    """The ways that a format's linear may go."""
+    return {name: route for name, route in ROUTES.items() if spec == FP8_ROW or "_scaled_mm" not in name}
+
+
 @contextlib.contextmanager
 def forced(route: Route) -> Iterator[None]:
-    """Within this block the constants of kernel files have these values.
+    """Within this block the route's backend alone runs, and the constants of kernel files have the route's values.
 
     Raises `UnsupportedError` for one that is not there: the table of routes has to follow the kernels.
     """
     before = []
     try:
-        for module, constants in route.items():
+        for module, constants in route.constants.items():
             loaded = importlib.import_module(f"lowbit.backends.triton.{module}")
             for name, value in constants.items():
                 if not hasattr(loaded, name):
@@ -104,7 +132,27 @@ def forced(route: Route) -> Iterator[None]:
                     )
                 before.append((loaded, name, getattr(loaded, name)))
                 setattr(loaded, name, value)
-        yield
+        with dispatch.use_backend(route.backend):
+            yield
     finally:
         for loaded, name, value in reversed(before):
             setattr(loaded, name, value)
+
+
+def along(route: Route, entry: Entry) -> Callable[[Any, Any], Tensor]:
+    """`entry.run` along a route. Raises `UnsupportedError` where the route is not open to it."""
+
+    def run(x: Any, weight: Any) -> Tensor:
+        with forced(route):
+            return entry.run(x, weight)
+
+    def decode(x: Any, weight: Any) -> Tensor:
+        decoded = importlib.import_module("lowbit.backends.triton.decoded_linear")
+        if not isinstance(weight, QuantizedTensor):
+            raise UnsupportedError("is an op of its own, which is not decoded")
+        given = (weight.format, x, weight.parts, None, weight.kernel_layout)
+        if (why := decoded.refuses(*given)) is not None:
+            raise UnsupportedError(why)
+        return decoded.product(*given)
+
+    return decode if route.decodes else run

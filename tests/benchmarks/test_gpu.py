@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks import gpu, gpu_codecs, gpu_linears, gpu_machine, gpu_model, gpu_peers, gpu_timing
 from benchmarks.cpu_linears import WrongResultError
+from benchmarks.gpu_linears import Route
 from benchmarks.gpu_peers import CUBLAS, Dense
 from benchmarks.gpu_timing import GpuContender, calls_for, copies_for
 from lowbit.errors import UnsupportedError
@@ -242,7 +243,7 @@ def test_all_sections_and_the_report(tmp_path, monkeypatch):
 
 
 def test_crossovers_force_each_route(monkeypatch):
-    """Every route is timed under its own constants, the fastest is named, and the constants are as before."""
+    """Every route is timed under its own constants, the fastest is named, a closed one says why, and nothing stays."""
     from lowbit.backends.triton import linear_words
 
     before, seen = linear_words._FEW, set()
@@ -251,30 +252,56 @@ def test_crossovers_force_each_route(monkeypatch):
         seen.add(linear_words._FEW)
         return own(x, w)
 
+    routes = {
+        "one": Route("eager", {"linear_words": {"_FEW": 7}}),
+        "two": Route("eager"),
+        "closed": Route("cuda"),
+    }
     monkeypatch.setattr(gpu_linears.F, "linear", linear)
-    monkeypatch.setattr(gpu_linears, "ROUTES", {"int8": {"one": {"linear_words": {"_FEW": 7}}, "two": {}}})
-    found = bench(two=5e-4)
-    rows = gpu.crossovers(found, "int8", (N, K), (1, 4))
+    monkeypatch.setattr(gpu_linears, "ROUTES", routes)
+    rows = gpu.crossovers(bench(two=5e-4), "int8", (N, K), (1, 4))
     assert [row["best"] for row in rows] == ["two", "two"]
     assert set(rows[0]["seconds"]) == {CUBLAS, "one", "two"}
+    assert "UnsupportedError" in rows[0]["faults"]["closed"]
     assert seen == {before, 7}
     assert before == linear_words._FEW
-    with pytest.raises(WrongResultError, match="no routes"):
-        gpu.crossovers(found, "awq_w4a16", (N, K), (1,))
+    shown = StringIO()
+    gpu.show_crossovers(Console(file=shown, width=400), "int8", rows)
+    assert "500.0" in shown.getvalue()
+
+
+def test_the_decoding_route_passes_the_launcher_by(monkeypatch):
+    """The weight is decoded as it is packed, and an op without a format is refused."""
+    from lowbit.backends.triton import decoded_linear
+
+    route = gpu_linears.ROUTES["triton, decoded"]
+    mine = gpu_linears.ours("awq_w4a16", gpu_linears.drawn_on(CPU, "awq_w4a16", N, K), L2)
+    given = []
+    monkeypatch.setattr(decoded_linear, "refuses", lambda *_: None)
+    monkeypatch.setattr(decoded_linear, "product", lambda *arguments: given.append(arguments))
+    gpu_linears.along(route, mine)("x", mine.weights[0])
+    ((fmt, x, _, bias, layout),) = given
+    assert (fmt, x, bias, layout) == (mine.weights[0].format, "x", None, mine.layout)
+    with pytest.raises(UnsupportedError, match="op of its own"):
+        gpu_linears.along(route, mine)("x", ())
 
 
 def test_a_route_that_names_no_constant_is_refused():
     """A constant that a kernel file does not have is an error that says where the table is."""
-    with pytest.raises(UnsupportedError, match="ROUTES"), gpu_linears.forced({"linear_words": {"NOT_THERE": 1}}):
+    route = Route("eager", {"linear_words": {"NOT_THERE": 1}})
+    with pytest.raises(UnsupportedError, match="ROUTES"), gpu_linears.forced(route):
         pass
 
 
-def test_the_routes_name_constants_that_exist():
-    """Each route of the table can be forced, and leaves everything as it was."""
-    for routes in gpu_linears.ROUTES.values():
-        for route in routes.values():
-            with gpu_linears.forced(route):
-                pass
+@pytest.mark.parametrize("name", gpu_linears.ROUTES)
+def test_the_routes_name_constants_that_exist(name):
+    """Each route of the table can be forced."""
+    route = gpu_linears.ROUTES[name]
+    with gpu_linears.forced(Route("eager", route.constants)):
+        pass
+    assert {"triton, torch._scaled_mm"} == set(gpu_linears.routes(gpu_linears.FP8_ROW)) - set(
+        gpu_linears.routes("int8")
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -109,14 +109,12 @@ def test_a_graph_of_a_shape_never_seen(spec):
 
 @every_linear
 def test_compiled_whole(spec):
-    """torch.compile(fullgraph=True) gives the eager result, with no graph break, for two numbers of tokens."""
+    """torch.compile(fullgraph=True) gives the eager result, with no graph break."""
     torch.compiler.reset()
-    run = linear(spec)
+    run, x = linear(spec), tokens(16)
+    wanted = run(x * 2) + 1
     compiled = torch.compile(lambda x: run(x * 2) + 1, fullgraph=True, dynamic=False)
-    for m in (1, 40):
-        x = tokens(m)
-        wanted = run(x * 2) + 1
-        assert relative_error(compiled(x), wanted.double()) < 5e-3
+    assert relative_error(compiled(x), wanted.double()) < 5e-3
     torch.compiler.reset()
 
 
