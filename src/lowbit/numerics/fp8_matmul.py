@@ -1,8 +1,8 @@
 """Matrix products of float8_e4m3fn codes, and the linear layers with 8-bit floating-point activations made of them.
 
 A product of two e4m3 codes is exact in float32 (and each code in bfloat16 and TF32, so that no setting of PyTorch's
-matmul precision rounds one); the sums are float32 and differ by their order alone. Tensor cores before compute
-capability 10.0 keep about 14 bits of such sums, which is why kernels there add up no more than 128 columns in them.
+matmul precision rounds one); the sums are float32 and differ by their order alone. Tensor cores of Ada and
+Hopper keep about 14 bits of such sums, which is why kernels there add up no more than 128 columns in them.
 """
 
 from __future__ import annotations

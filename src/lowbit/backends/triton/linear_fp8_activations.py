@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.triton import device, fp8_gemm, quantize_rows_fp8
-from lowbit.backends.triton.encoders import converts
 from lowbit.formats.fp8 import Fp8E4M3
 from lowbit.formats.parts import Parts
 
@@ -42,7 +41,7 @@ def linear(fmt: Fp8E4M3, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor
 def refuses_scaled(fmt: Fp8E4M3, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why PyTorch's product cannot take this call, or None."""
     n, k = parts["qdata"].shape
-    if not converts(x.device):
+    if not fp8_gemm.multiplies_e4m3(device.target_of(x.device)):
         return "the device does not multiply e4m3 codes"
     if fmt.granularity == "block":
         return "scales of blocks; PyTorch's product takes scales of rows"

@@ -1,7 +1,7 @@
 """Activations to float8_e4m3fn on the fly, a scale for each row or for each block of columns of each row.
 
 One kernel: the largest magnitude, the scale, a correctly rounded quotient, the code. Codes and scales are those of
-`numerics.fp8_matmul.quantize_rows_fp8` bit for bit.
+`numerics.fp8_matmul.quantize_rows_fp8` bit for bit; of a row with an infinity the scales, while all its codes are NaN.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.backends.triton import rounding
-from lowbit.backends.triton.encoders import converts
+from lowbit.backends.triton import device, rounding
 from lowbit.backends.triton.tuning import config, tuned
 from lowbit.numerics.floats import E4M3_MAX
 from lowbit.numerics.int8_matmul import MIN_ACTIVATION_SCALE
@@ -20,6 +19,7 @@ from lowbit.numerics.int8_matmul import MIN_ACTIVATION_SCALE
 _LARGEST, _SMALLEST = tl.constexpr(E4M3_MAX), tl.constexpr(MIN_ACTIVATION_SCALE)
 _ONE_PASS = 16384  # columns that a program keeps in registers between the two passes
 _TILE = 2048  # elements of a program where rows are short
+_ROUNDS = (9, 0)  # the first that surely rounds float32 to e4m3 at once: for 8.9, Triton 3.6 truncates to float16 first
 
 
 @tuned([config(warps=4, stages=1), config(warps=8, stages=1), config(warps=16, stages=1)], key=("x", "k", "columns"))
@@ -63,7 +63,7 @@ def _quantize_rows_fp8(
 
 def quantize(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Rows x [M, K] -> float8_e4m3fn codes [M, K], float32 scales [ceil(K / columns), M]. M and K are not 0."""
-    m, k = x.shape
+    (m, k), target = x.shape, device.target_of(x.device)
     columns = min(columns, k)
     blocks = triton.cdiv(k, columns)
     block = min(triton.next_power_of_2(columns), _ONE_PASS)
@@ -73,6 +73,6 @@ def quantize(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     _quantize_rows_fp8(
         lambda _: (triton.cdiv(m, rows) * blocks,),
         x.device, x=x, codes=codes.view(torch.uint8), scale=scale, m=m, k=k, columns=columns, ROWS=rows, BLOCK=block,
-        ONE_PASS=columns <= _ONE_PASS, CONVERTS=converts(x.device),
+        ONE_PASS=columns <= _ONE_PASS, CONVERTS=target.kind == "cuda" and target.capability >= _ROUNDS,
     )  # fmt: skip
     return codes, scale
