@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from lowbit.formats import parse_spec
-from tests.support.cpu_linear import activations
+from tests.support.cpu_linear import activations, relative_error
 from tests.support.triton_linear import DEVICE, DTYPES, require
-from tests.support.triton_rows import in_layout, random_parts
+from tests.support.triton_rows import in_layout, random_parts, refusal, run
 
 require()
 from lowbit.backends.triton import decoded_linear  # noqa: E402  (needs Triton)
@@ -47,11 +47,22 @@ def test_pieces(spec, layout, monkeypatch):
     """A weight decoded in pieces of any number of rows gives the same product, and no token gives none."""
     fmt, parts, weight = case(spec, layout, 150, 256, torch.float32)
     x, bias = activations(9, 256, torch.float32).view(3, 3, 256).to(DEVICE), torch.randn(150, device=DEVICE)
-    monkeypatch.setattr(decoded_linear, "ELEMENTS", 256 * 37)
+    monkeypatch.setattr(decoded_linear, "ELEMENTS", 256 * 83)
     for added in (bias, None):
         found = decoded_linear.product(fmt, x, parts, added, layout)
         torch.testing.assert_close(found, F.linear(x, weight, added), rtol=1e-5, atol=1e-4)
     assert decoded_linear.product(fmt, x[:0], parts, bias, layout).shape == (0, 3, 150)
+
+
+@pytest.mark.parametrize(("spec", "layout"), CASES)
+def test_input_gradient(spec, layout, monkeypatch):
+    """The registered gradient is grad times the weight, in one piece and in several, for any leading axes."""
+    fmt, parts, weight = case(spec, layout, 150, 256, torch.float32)
+    grad = activations(6, 150, torch.float32).view(2, 3, 150).to(DEVICE)
+    for elements in (1 << 20, 256 * 83):
+        monkeypatch.setattr(decoded_linear, "ELEMENTS", elements)
+        found = run("linear_input_gradient", spec, layout, fmt, grad, parts, 256)
+        assert relative_error(found, grad.cpu().double() @ weight.cpu().double()) <= 1e-6
 
 
 def test_refusal():
@@ -60,6 +71,7 @@ def test_refusal():
     parts = in_layout(fmt, random_parts(fmt, 4, 64), "")
     x = torch.zeros(1, 64, dtype=torch.float16, device=DEVICE)
     assert "3 bits" in decoded_linear.refuses(fmt, x, parts, None, "")
+    assert "3 bits" in refusal("linear_input_gradient", "wna16", "", fmt, x[:, :4], parts, 64)
 
 
 @pytest.mark.gpu

@@ -29,7 +29,7 @@ def test_product(spec, dtype):
 @pytest.mark.parametrize("spec", ["awq_w4a16", "nvfp4"])
 def test_numbers_of_tokens(spec):
     """Every number of tokens gives the same product, on both sides of where the weight is decoded first."""
-    for m in (2, 5, 17, 63, linear_plain.FEW, linear_plain.FEW + 1):
+    for m in (5, 17, linear_plain.FEW, linear_plain.FEW + 1):
         check_linear(spec, 20, 128, m, torch.float16, layout="", bias=m % 2 == 0)
 
 

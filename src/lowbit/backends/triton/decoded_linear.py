@@ -1,6 +1,6 @@
-"""The linear for many tokens: the weight is decoded once, in pieces of bounded size, and PyTorch multiplies.
+"""The linear for many tokens, and the gradient of any: the weight is decoded in pieces, and PyTorch multiplies.
 
-A launcher calls `product` where `refuses` gives no reason; it is registered for nothing itself.
+Launchers call these where `refuses` gives no reason; nothing is registered here.
 """
 
 from __future__ import annotations
@@ -41,6 +41,17 @@ def product(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None, layout: s
         else:
             torch.addmm(bias[start:stop], rows, weight, out=out[:, start:stop])
     return out.view(*x.shape[:-1], coded.n)
+
+
+def input_gradient(fmt: Format, grad: Tensor, parts: Parts, k: int, layout: str) -> Tensor:
+    """grad [..., N] -> [..., K] in the dtype of grad; several pieces of the weight are summed in float32."""
+    coded = weight_rows.describe(fmt, parts, k, layout)
+    if coded.n * k <= ELEMENTS:
+        return grad @ _rows(coded, grad, 0, coded.n)
+    total = grad.new_zeros((*grad.shape[:-1], k), dtype=torch.float32)
+    for start, stop in row_chunks(coded.n, k, elements=ELEMENTS):
+        total += grad[..., start:stop] @ _rows(coded, grad, start, stop)
+    return total.to(grad.dtype)
 
 
 def _rows(coded: weight_rows.Coded, x: Tensor, start: int, stop: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lowbit.backends.triton import linear_plain
+from lowbit.backends.triton import decoded_linear, linear_plain
 from lowbit.dispatch import kernel
 from lowbit.formats.awq_w4a16 import AwqW4A16
 
@@ -19,3 +19,15 @@ def gemv_awq_w4a16(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor, bias: Te
     """x [..., K], bytes [N, K/2], scales and zeros [K/g, N], bias [N] or None -> [..., N] in the dtype of x."""
     parts = {"qdata": q, "scale": scales, "zero": zeros}
     return linear_plain.linear_plain(AwqW4A16(group_size=group), x, parts, bias)
+
+
+def refuses_gradient(grad: Tensor, q: Tensor, scales: Tensor, zeros: Tensor, group: int) -> str | None:
+    """Why this call cannot run here, or None."""
+    return refuses(grad, q, scales, zeros, None, group)
+
+
+@kernel("gemv_awq_w4a16_input_gradient", backend="triton", refuses=refuses_gradient, tolerance=6e-3)
+def gemv_awq_w4a16_input_gradient(grad: Tensor, q: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Tensor:
+    """grad [..., N], bytes [N, K/2], scales and zeros [K/g, N] -> [..., K] in the dtype of grad."""
+    parts = {"qdata": q, "scale": scales, "zero": zeros}
+    return decoded_linear.input_gradient(AwqW4A16(group_size=group), grad, parts, 2 * q.shape[1], "")

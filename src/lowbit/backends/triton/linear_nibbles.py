@@ -4,9 +4,9 @@
 
 Four bytes of a row are a word of eight columns: nibble j of word i is column 8 i + j. The decoder of words gives all
 nibbles 0 of a block of 128 columns first, then all nibbles 1, and x is brought into that order instead of the weight:
-for a product the order of columns does not matter. The weight is the left operand, decoded in registers and rounded once
-to the dtype of x (`alpha` multiplies the float32 sums). With few tokens K is split over programs, whose float32 sums a
-second kernel adds in a fixed order.
+for a product the order of columns does not matter. The weight is the left operand, decoded in registers and rounded
+once to the dtype of x (`alpha` multiplies the float32 sums). With few tokens K is split over programs, whose float32
+sums a second kernel adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
 
 @tuned(
     [
+        config(BLOCK_M=16, BLOCK_N=128, warps=4, stages=4),
         config(BLOCK_M=16, BLOCK_N=64, warps=4, stages=4),
         config(BLOCK_M=16, BLOCK_N=64, warps=2, stages=4),
-        config(BLOCK_M=16, BLOCK_N=128, warps=4, stages=4),
         config(BLOCK_M=32, BLOCK_N=128, warps=4, stages=3),
         config(BLOCK_M=64, BLOCK_N=128, warps=8, stages=3),
         config(BLOCK_M=128, BLOCK_N=128, warps=8, stages=3),
@@ -96,7 +96,7 @@ def _linear_nibbles(
         values = words.decode(stored, CODE, dtype, ASSEMBLE)
         weights = ()
         for j in tl.static_range(8):
-            weights = weights + (_weight(values[j], factor, added, lowered, HALF_SCALES, dtype),)
+            weights = weights + (_weight(values[j], factor, added, lowered, HALF_SCALES, dtype),)  # noqa: RUF005
         by_nibble = tl.reshape(tl.permute(tl.reshape(part, (BLOCK_M, 16, 8)), (0, 2, 1)), (BLOCK_M, 128))
         sums = tl.dot(_side_by_side(weights, BLOCK_N), tl.trans(by_nibble), sums)
     tokens, present = tokens[None, :].to(tl.int64), tl.trans(present)
@@ -137,8 +137,6 @@ def _by_word(tile):
     """[rows, groups of a block] -> [rows, 16]: the value of each word."""
     rows: tl.constexpr = tile.shape[0]
     groups: tl.constexpr = tile.shape[1]
-    if groups == 1:
-        return tl.broadcast_to(tile, (rows, 16))
     return tl.reshape(tl.broadcast_to(tile[:, :, None], (rows, groups, 16 // groups)), (rows, 16))
 
 
