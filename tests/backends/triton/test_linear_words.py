@@ -1,0 +1,53 @@
+"""The ways a 4-bit product may go: which one is taken, and that the ways agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.triton_linear import DEVICE, check_linear, require
+
+require()
+
+from lowbit.backends.triton import decoded_linear, device, linear_words  # noqa: E402
+from lowbit.backends.triton.device import Target, assume  # noqa: E402
+from lowbit.dispatch import load  # noqa: E402
+
+SPECS = ("awq_w4a16", "wna16(group_size=32,zero_point=True)", "nvfp4", "mxfp4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+def test_many_tokens(spec, dtype, monkeypatch):
+    """From a number of tokens on the weight is decoded once, with the same accuracy; below it never is."""
+    load("triton")
+    calls = []
+    product = decoded_linear.product
+    monkeypatch.setattr(decoded_linear, "product", lambda *args: calls.append(args[1].shape) or product(*args))
+    monkeypatch.setattr(linear_words, "MANY", 5)
+    check_linear(spec, 35, 256, 4, dtype, layout="words128")
+    assert calls == []
+    check_linear(spec, 35, 256, 5, dtype, layout="words128")
+    assert calls == [(5, 256)]
+
+
+def _tiles(m: int, target: Target, assemble: bool) -> set[tuple[int, int]]:
+    kernel = linear_words._linear_words
+    arguments = {"x": torch.empty(m, 128, device=DEVICE), "ASSEMBLE": assemble, "m_bucket": 1 << (m - 1).bit_length()}
+    with assume(target):
+        left = kernel.prune(kernel.configs, arguments)
+    assert 1 <= len(left) <= 5
+    return {(one.constants["BLOCK_M"], one.constants["BLOCK_N"]) for one in left}
+
+
+def test_tiles():
+    """Every number of tokens has few tiles to try; the smallest and the tallest are for GPUs that can run them."""
+    hopper, ampere, other = Target("cuda", (9, 0)), Target("cuda", (8, 0)), Target("hip")
+    for m in (1, 2, 8, 9, 16, 17, 33, 64, 100, 5000):
+        for target in (hopper, ampere, other):
+            tiles = _tiles(m, target, target.kind == "cuda")
+            assert max(rows for _, rows in tiles) <= (256 if target is hopper else 128)
+            assert min(tokens for tokens, _ in tiles) >= (8 if target.kind == "cuda" else 16)
+            assert max(tokens for tokens, _ in tiles) < max(2 * m, 17)
+    assert {tokens for tokens, _ in _tiles(1, hopper, assemble=True)} == {8}
+    assert device.target_of(DEVICE) != hopper
