@@ -17,13 +17,13 @@ require()
 SPECS = (
     "fp8_e4m3",
     "fp8_e4m3(granularity=row)",
-    "fp8_e4m3(granularity=block,block_size=5x24)",
+    "fp8_e4m3(granularity=block,block_size=5x200)",
     "fp8_e5m2",
     "fp8_e5m2(granularity=row)",
     "fp8_e5m2(granularity=block)",
     "int8",
     "int8(granularity=tensor)",
-    "int8(granularity=block,block_size=32x16)",
+    "int8(granularity=block,block_size=32x144)",
     "nvfp4",
     "nvfp4(global_scale_divides=True)",
     "nvfp4(row_global_scale=True)",
@@ -43,7 +43,7 @@ SPECS = (
 )
 STOCHASTIC = tuple(spec for spec in SPECS if parse_spec(spec).stochastic)
 DTYPES = (torch.float16, torch.float32, torch.bfloat16)
-SHAPES = ((1, 1), (15, 36), (3, 1056), (2, 2304))
+SHAPES = ((1, 1), (3, 1056), (15, 36), (2, 2304))
 KINDS = ("usual", "tiny", "ties", "huge", "zeros")
 
 
@@ -87,18 +87,18 @@ def encoded(w: torch.Tensor, fmt: Format, seed: int | None = None, where: str = 
         return encode(w.to(DEVICE), fmt, seed=seed, where=where)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spec", SPECS)
-def test_bits(spec, kind):
-    """Codes and scales are those of the reference, bit for bit, for every dtype and for ragged shapes."""
+def test_bits(spec):
+    """Codes and scales are the reference's, bit for bit, for weights of every kind and dtype and for ragged shapes."""
     fmt = parse_spec(spec)
-    for number, shape in enumerate(fitting(fmt)):
-        w = weight(kind, shape, DTYPES[(number + KINDS.index(kind)) % len(DTYPES)])
-        assert not differing(encoded(w, fmt), fmt.quantize(w)), (shape, w.dtype)
+    for number, kind in enumerate(KINDS):
+        shape = fitting(fmt)[number % len(fitting(fmt))]
+        w = weight(kind, shape, DTYPES[number % len(DTYPES)])
+        assert not differing(encoded(w, fmt), fmt.quantize(w)), (kind, shape, w.dtype)
 
 
-@pytest.mark.parametrize("rows", [17, 100])
-@pytest.mark.parametrize("spec", ["int8(granularity=block,block_size=32x16)", "nvfp4", "mxfp4", "awq_w4a16", "wna16"])
+@pytest.mark.parametrize("rows", [17, 35])
+@pytest.mark.parametrize("spec", ["int8(granularity=block,block_size=32x144)", "nvfp4", "mxfp4", "awq_w4a16", "wna16"])
 def test_rows(spec, rows):
     """Rows that do not fill the last tile get the reference's codes, and no other row is written."""
     fmt, w = parse_spec(spec), weight("usual", (rows, 128), torch.float16)
@@ -109,8 +109,7 @@ def test_rows(spec, rows):
 def test_stochastic(spec):
     """With a seed the noise is the reference's, so the codes are, too; another seed gives others."""
     fmt = parse_spec(spec)
-    shape = fitting(fmt)[-2 if len(fitting(fmt)) > 1 else 0]
-    w = weight("usual", shape, torch.float32)
+    w = weight("usual", fitting(fmt)[-1], torch.float32)
     found = encoded(w, fmt, seed=7)
     assert not differing(found, fmt.quantize(w, seed=7))
     assert "qdata" in differing(encoded(w, fmt, seed=8), found)
@@ -118,11 +117,12 @@ def test_stochastic(spec):
 
 def test_stochastic_pieces():
     """The noise is drawn in the reference's pieces of rows, also of a weight that has several."""
-    fmt, w = parse_spec("int8(granularity=tensor)"), weight("usual", (70, 8192), torch.float32)
+    fmt, w = parse_spec("int8(granularity=tensor)"), weight("usual", (35, 8192), torch.float32)
     assert len(list(fmt.row_ranges(*w.shape))) > 1
     assert not differing(encoded(w, fmt, seed=3), fmt.quantize(w, seed=3))
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, where a GPU is silent
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 @pytest.mark.parametrize("spec", SPECS)
 def test_not_finite(spec, value):
