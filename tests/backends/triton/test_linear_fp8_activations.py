@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowbit.dispatch import use_backend
 from lowbit.formats import parse_spec
 from lowbit.formats.granular import Granular
 from lowbit.numerics.floats import from_fp8
 from lowbit.numerics.fp8_matmul import quantize_rows_fp8
+from lowbit.ops import linear
 from tests.support.cpu_linear import activations, relative_error
 from tests.support.triton_linear import DEVICE, DTYPES, ROWS, TOKENS, require
 
@@ -123,18 +125,31 @@ def test_many_columns_are_split_and_repeat():
 def test_properties():
     """Gaps in x, leading axes and no tokens change nothing; parts with gaps are refused in words."""
     fmt, parts, _ = weight("granularity=row,", 100, 128)
-    linear = linear_fp8_activations.linear
+    run = linear_fp8_activations.linear
     for m in (1, 40):
         x = activations(m, 128, torch.float16).to(DEVICE)
-        whole = linear(fmt, x, parts, None)
+        whole = run(fmt, x, parts, None)
         gaps = activations(m, 256, torch.float16).to(DEVICE)
         gaps[:, ::2] = x
-        assert torch.equal(linear(fmt, gaps[:, ::2], parts, None), whole)
-        assert torch.equal(linear(fmt, x.view(1, m, 1, 128), parts, None), whole.view(1, m, 1, 100))
-    assert torch.equal(linear(fmt, x[0], parts, None), linear(fmt, x[:1], parts, None)[0])
-    assert linear(fmt, x[:0], parts, None).shape == (0, 100)
+        assert torch.equal(run(fmt, gaps[:, ::2], parts, None), whole)
+        assert torch.equal(run(fmt, x.view(1, m, 1, 128), parts, None), whole.view(1, m, 1, 100))
+    assert torch.equal(run(fmt, x[0], parts, None), run(fmt, x[:1], parts, None)[0])
+    assert run(fmt, x[:0], parts, None).shape == (0, 100)
     gaps = {**parts, "qdata": parts["qdata"].t().contiguous().t()}
     assert "gaps" in str(linear_fp8_activations.refuses(fmt, x, gaps, None))
+
+
+def test_the_format_asks_for_it():
+    """A linear of a weight in fp8_e4m3 with activations=fp8 runs here, and one without is not rounded."""
+    fmt, parts, w = weight("granularity=row,", 40, 128)
+    x = activations(5, 128, torch.float16).to(DEVICE)
+    with use_backend("triton"):
+        rounded = linear(x, list(parts.values()), None, fmt.spec)
+        kept = linear(x, list(parts.values()), None, "fp8_e4m3(granularity=row)")
+    assert torch.equal(rounded, linear_fp8_activations.linear(fmt, x, parts, None))
+    exact = x.cpu().double() @ w.t()
+    assert relative_error(kept.cpu(), exact) < 1e-3
+    assert 1e-2 < relative_error(rounded.cpu(), exact) < 4e-2
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, which interprets
