@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import gpu_codecs, gpu_linears, gpu_machine, gpu_model, gpu_peers
+from benchmarks import gpu_codecs, gpu_compile, gpu_linears, gpu_machine, gpu_model, gpu_peers
 from benchmarks.cpu_linears import Drawn, Entry, WrongResultError
 from benchmarks.cpu_timing import alternate, quartiles, ratio
 from benchmarks.gpu_peers import CUBLAS, Dense, reason
@@ -49,6 +49,7 @@ CROSSOVER_TOKENS = tuple(1 << i for i in range(13))
 SECTIONS = ("linears", "codecs", "model")
 SHARES = {"linears": 0.75, "codecs": 0.9, "model": 1.0}  # of the budget that is over after each section
 ROUNDS, ROUND_BUDGET = 7, 0.5  # of a row; seconds
+COMPILE_SECONDS = 75.0  # at most, before anything is measured; part of the budget
 NO_GPU = 3
 Seconds = Callable[[], float]
 
@@ -392,6 +393,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"the triton backend is not there: {why}", style="bold red")
         return 1
     torch.set_grad_enabled(False)
+    if "linears" in given.sections or given.crossovers:
+        tokens = CROSSOVER_TOKENS if given.crossovers else given.tokens
+        wanted = gpu_compile.options(given.shapes, tokens, [given.crossovers] if given.crossovers else given.formats)
+        took = gpu_compile.in_processes(min(os.cpu_count() or 1, 16), wanted, COMPILE_SECONDS)
+        given.budget -= took
+        console.print(f"compiled the linears in {took:.0f} s")
     bench = Bench(
         torch.device("cuda", torch.cuda.current_device()), gpu_machine.l2_bytes(), gpu_machine.copy_bandwidth(),
         gpu_machine.peaks(), rounds=3 if given.quick else ROUNDS, others=not given.quick,

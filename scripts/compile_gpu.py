@@ -2,9 +2,10 @@
 
     scripts/compile_gpu [--targets sm_80,sm_90] [--kernels NAME...] [--all-configs] [--all-tokens] [--json FILE]
 
-A kernel is compiled for each set of dtypes and constants that the dispatch table calls it with, in its first config or
-in all. It fails if the compiler does, if nothing is left of a kernel, and if the first config spills registers or wants
-more shared memory than the target has; later configs that do are passed over when they are timed, and marked here.
+A kernel is compiled for some (--variants 0: all) of the sets of dtypes and constants that the dispatch table calls it
+with, in its first config or in all. It fails if the compiler does, if nothing is left of a kernel, and if the first
+config spills registers or wants more shared memory than the target has; later configs that do are passed over when they
+are timed, and marked here.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="those whose name or entry contains one of these")
     parser.add_argument("--all-configs", action="store_true", help="not the first alone")
     parser.add_argument("--all-tokens", action="store_true", help="more numbers of tokens, and float16 beside bfloat16")
+    parser.add_argument("--variants", type=int, default=4, help="of a kernel and target, spread over all; 0 for all")
     parser.add_argument("--json", type=Path, help="write the rows there, too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args(arguments)
@@ -74,6 +76,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if unknown := [name for name in given.targets if name not in TARGETS]:
         parser.error(f"unknown target {', '.join(unknown)}; there are {', '.join(TARGETS)}")
     return given
+
+
+def spread(found: Sequence[Noted], count: int) -> list[Noted]:
+    """Of each kernel at most so many variants, the first and the last among them; 0 for all."""
+    by: dict[str, list[Noted]] = {}
+    for one in found:
+        by.setdefault(qualified(one.kernel), []).append(one)
+    if not count:
+        return list(found)
+    chosen = []
+    for many in by.values():
+        last = len(many) - 1
+        places = dict.fromkeys(round(index * last / max(1, count - 1)) for index in range(count))
+        chosen += [many[place] for place in places]
+    return chosen
 
 
 def collect(given: argparse.Namespace) -> list[str]:
@@ -84,7 +101,7 @@ def collect(given: argparse.Namespace) -> list[str]:
         missing += [f"{target}: {why}" for why in without.values()]
         if not given.kernels:
             missing += [f"{target}: no entry launches {name}" for name in unlaunched(found)]
-        for one in distinct(found):
+        for one in spread(distinct(found), given.variants):
             names = (qualified(one.kernel), one.by, one.what)
             if given.kernels and not any(wanted in name for wanted in given.kernels for name in names):
                 continue

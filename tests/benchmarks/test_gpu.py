@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from rich.console import Console
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks import gpu, gpu_codecs, gpu_linears, gpu_machine, gpu_model, gpu_peers, gpu_timing
+from benchmarks import gpu, gpu_codecs, gpu_compile, gpu_linears, gpu_machine, gpu_model, gpu_peers, gpu_timing
 from benchmarks.cpu_linears import WrongResultError
 from benchmarks.gpu_linears import Route
 from benchmarks.gpu_peers import CUBLAS, Dense
 from benchmarks.gpu_timing import GpuContender, calls_for, copies_for
+from lowbit.backends.triton.device import Target
 from lowbit.errors import UnsupportedError
 
 ROOT = Path(__file__).parents[2]
@@ -302,6 +304,33 @@ def test_the_routes_name_constants_that_exist(name):
     assert {"triton, torch._scaled_mm"} == set(gpu_linears.routes(gpu_linears.FP8_ROW)) - set(
         gpu_linears.routes("int8")
     )
+
+
+def test_what_is_measured_is_compiled_before(monkeypatch):
+    """Each config of each launch is compiled once, in shares that miss none; what fails is left to the benchmark."""
+    if gpu_compile.dispatch.load("triton") is not None:
+        pytest.skip("no triton backend")
+    target = Target("cuda", (9, 0))
+    found = gpu_compile.jobs(target, ["awq_w4a16", "int8", gpu_linears.W4A8], [(N, K), (2 * N, K)], (1, 512))
+    names = {launch.kernel.name for launch, _ in found}
+    assert {"_linear_words", "_int8_gemm"} <= names
+    assert len({(id(launch), config) for launch, config in found}) == len(found)
+    compiled = []
+
+    class Function:
+        def warmup(self, **arguments):
+            """Note it, and fail for some."""
+            compiled.append(arguments)
+            if len(compiled) == 2:
+                raise RuntimeError("ptxas")
+
+    launch, config = found[0]
+    fake = replace(launch, kernel=replace(launch.kernel, function=Function()))
+    assert [gpu_compile.compile_job((fake, config)) for _ in range(3)] == [True, False, True]
+    assert compiled[0]["grid"] == (1,)
+    assert compiled[0]["num_warps"] == config.warps
+    assert set(config.constants) | set(launch.arguments) <= set(compiled[0])
+    assert gpu_compile.options([(1, 2)], (3,), ["a"]) == ["--shapes", "1x2", "--tokens", "3", "--formats", "a"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
