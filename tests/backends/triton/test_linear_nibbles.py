@@ -102,8 +102,8 @@ def test_bfloat16_in_the_interpreter_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", ["awq_w4a16", "wna16(group_size=32,zero_point=True)", "nvfp4", "mxfp4"])
 def test_large(spec, dtype):
-    """Shapes of real layers give the right product, for numbers of tokens on both sides of every crossover."""
-    for m in (1, 7, 16, 33, 100, 256, 1500):
-        check_linear(spec, 6144, 3072, m, dtype, layout="")
+    """The shape of a real layer gives the right product, for numbers of tokens on both sides of every crossover."""
+    for m in (1, 33, 256, 300):
+        check_linear(spec, 2048, 3072, m, dtype, layout="")
