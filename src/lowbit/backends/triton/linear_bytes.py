@@ -9,7 +9,7 @@ are taken in the order `_column`, of the weight by whom a word belongs to, of th
 Codes are exact in the dtype of x. A scale of the tensor or of a row multiplies the float32 sums, and so does that of a
 block as wide as a tile, or wider, tile by tile. Others, such as the powers of two of mxfp8, multiply the value, which
 is then rounded once: for powers of two in bfloat16 that is exact. With few tokens K is split over programs, whose
-float32 sums a second kernel adds in a fixed order; with many (`MANY`) `decoded_linear` runs.
+float32 sums a second kernel adds in a fixed order; with many (`MANY`), and for float32, `decoded_linear` runs.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def linear(
 
     blocks: None for the scales of a `Granular` format.
     """
-    if _many(x) and decoded_linear.refuses(fmt, x, parts, bias, "") is None:
+    if _decodes_once(x) and decoded_linear.refuses(fmt, x, parts, bias, "") is None:
         return decoded_linear.product(fmt, x, parts, bias, "")
     alpha = None
     if blocks is None and isinstance(fmt, Granular) and fmt.granularity == "block":
@@ -202,7 +202,10 @@ def refuses(x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     return device.refuses(x, bias=bias, **parts)
 
 
-def _many(x: Tensor) -> bool:
+def _decodes_once(x: Tensor) -> bool:
+    """Whether tokens are many, or float32 on a GPU whose tensor cores would round them: PyTorch multiplies better."""
+    if x.dtype == torch.float32 and device.target_of(x.device).assembles:
+        return x.numel() > 0
     return x.numel() >= MANY * max(1, x.shape[-1])
 
 
