@@ -48,6 +48,7 @@ ROUTES: Mapping[str, Route] = {
     "triton, fused": Route(
         constants={
             "linear_bytes": {"MANY": HUGE},
+            "linear_words": {"MANY": HUGE},
             "linear_plain": {"FEW": HUGE},
             "linear_fp8_activations": {"_MANY": HUGE},
         }
