@@ -30,7 +30,7 @@ def test_product(unsigned, dtype):
         check_linear(spec, n, k, 3, dtype, layout="", reference=eager_linear(spec, n, k))
     spec = f"svdquant_w4a4(rank=5,act_unsigned={unsigned})"
     reference = eager_linear(spec, 35, 128)
-    for m in (1, 2, 17, 130):
+    for m in (1, 17, 70):
         check_linear(spec, 35, 128, m, dtype, layout="", bias=m % 2 == 0, reference=reference)
 
 

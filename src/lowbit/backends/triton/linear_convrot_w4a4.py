@@ -17,8 +17,7 @@ from torch import Tensor
 
 from lowbit.backends.triton import device, rotate_rows
 from lowbit.backends.triton.quantize_rows import magnitude, quotient
-from lowbit.backends.triton.split_sums import splits_for
-from lowbit.backends.triton.svdquant_gemm import HALVES, nibbles, offset_of
+from lowbit.backends.triton.svdquant_gemm import HALVES, nibbles, offset_of, splits_of
 from lowbit.backends.triton.tuning import Arguments, Config, bucket, config, tuned
 from lowbit.dispatch import kernel
 from lowbit.formats.convrot_w4a4 import LARGEST, ConvrotW4A4
@@ -235,7 +234,7 @@ def linear_convrot_w4a4(fmt: ConvrotW4A4, x: Tensor, parts: Parts, bias: Tensor 
     scale, bias = scale.contiguous(), None if bias is None else bias.contiguous()
     spans = codes.shape[1] // _SPAN
     together = 2 if spans % 2 == 0 else 1
-    splits = splits_for(m, n, spans // together, target)
+    splits = splits_of(m, n, spans // together, target)
     sums = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.int32, device=x.device)
     _convrot_product(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"]), splits),

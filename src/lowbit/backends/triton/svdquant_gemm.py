@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lowbit.backends.triton import device
 from lowbit.backends.triton.device import Target
-from lowbit.backends.triton.split_sums import add_splits, splits_for
+from lowbit.backends.triton.split_sums import add_splits
 from lowbit.backends.triton.tuning import Arguments, Config, bucket, config, tuned
 from lowbit.dispatch import kernel
 from lowbit.layouts import svdquant_tiles as tiles
@@ -43,7 +43,9 @@ _UP, _DOWN = tl.constexpr(2.0**96), tl.constexpr(-(2.0**-36))
 _FINISH, _SIXTEENTH = tl.constexpr(2.0**49), tl.constexpr(1 / 16)
 _RANKS = tl.constexpr(32)  # columns of the low rank in one product
 _FEWEST, _MOST = 16, 128  # tokens of a tile
-_LOWS = {CONVERT: 2, MULTIPLY: 4, START: 2, HALVES: 2}  # sums of the low rank that a program has registers to add
+_LOWS = {CONVERT: 2, MULTIPLY: 4, START: 2, HALVES: 2}  # sums of the low rank that a program adds at once
+_SOME = 512  # tokens up to which the low rank's sums come in more pieces
+_MOST_SPLITS = 16
 NIBBLES = tl.constexpr("shl.b32 $0, $2, 4;\nand.b32 $0, $0, 0xF0F0F0F0;\nand.b32 $1, $2, 0xF0F0F0F0;")
 
 
@@ -77,7 +79,8 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
 @triton.jit(do_not_specialize=("m", "m_bucket", "low_rows"))
 def _grouped_product(
     x, x_scale, low, codes, scale, up, bias, out, m, m_bucket, m_padded, low_rows, n, k, rank, splits: tl.constexpr,
-    LOWS: tl.constexpr, TILED: tl.constexpr, OFFSET: tl.constexpr, ASSEMBLE: tl.constexpr, EXACT: tl.constexpr,
+    LOWS: tl.constexpr, CHUNK: tl.constexpr, TILED: tl.constexpr, OFFSET: tl.constexpr, ASSEMBLE: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -135,9 +138,9 @@ def _grouped_product(
     # The sums of the low rank are shared among the programs that share K: all are linear in them.
     if splits <= LOWS:
         first = split * (LOWS // splits)
-        acc = _add_low_rank(acc, low, up, first, held, loaded, low_rows, rank, LOWS // splits, TILED, EXACT)
+        acc = _add_low_rank(acc, low, up, first, held, loaded, low_rows, rank, LOWS // splits, CHUNK, TILED, EXACT)
     elif split < LOWS:
-        acc = _add_low_rank(acc, low, up, split, held, loaded, low_rows, rank, 1, TILED, EXACT)
+        acc = _add_low_rank(acc, low, up, split, held, loaded, low_rows, rank, 1, 1, TILED, EXACT)
     if splits == 1:
         if bias is not None:
             acc += tl.load(bias + loaded).to(tl.float32)[:, None]
@@ -160,19 +163,21 @@ def nibbles(packed, ASSEMBLE: tl.constexpr):
 
 @triton.jit
 def _add_low_rank(
-    acc, low, up, low_from, tokens, rows, low_rows, rank, COUNT: tl.constexpr, TILED: tl.constexpr,
-    EXACT: tl.constexpr,
+    acc, low, up, low_from, tokens, rows, low_rows, rank, COUNT: tl.constexpr, MOST: tl.constexpr,
+    TILED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """acc [rows, tokens] plus up [rows, rank] times the sum of COUNT pieces of low [S, tokens, rank]."""
     BLOCK_N: tl.constexpr = acc.shape[0]
     BLOCK_M: tl.constexpr = acc.shape[1]
+    CHUNK: tl.constexpr = COUNT if COUNT < MOST else MOST  # noqa: FURB136
     for first in tl.range(0, rank, _RANKS, num_stages=1):
         column = first + tl.arange(0, _RANKS)
         inside = column < rank
         right = tl.zeros((_RANKS, BLOCK_M), tl.float32)
-        for part in tl.static_range(COUNT):
-            at = low + ((low_from + part) * low_rows.to(tl.int64) + tokens[None, :]) * rank + column[:, None]
-            right += tl.load(at, mask=inside[:, None], other=0.0)
+        for start in tl.range(0, COUNT, CHUNK, num_stages=1):  # no more at once than there are registers for
+            for part in tl.static_range(CHUNK):
+                piece = (low_from + start + part) * low_rows.to(tl.int64) + tokens[None, :]
+                right += tl.load(low + piece * rank + column[:, None], mask=inside[:, None], other=0.0)
         if TILED:
             up_at = up + ((rows // 128).to(tl.int64) * rank * 128 + rows % 128)[:, None] + column[None, :] * 128
         else:
@@ -192,10 +197,21 @@ def padded_tokens(m: int) -> int:
     return round_up(m, max(_FEWEST, min(bucket(m), _MOST)))
 
 
+def splits_of(m: int, n: int, blocks: int, target: Target) -> int:
+    """Into how many pieces to cut `blocks` blocks of columns so that the processors have work: a power of two.
+
+    Fewer with many tokens, whose partial sums are many, too.
+    """
+    each = 8 if m <= _FEWEST else 4 if m <= _MOST // 2 else 2  # programs of 64 rows for a processor
+    tiles = triton.cdiv(n, 64) * triton.cdiv(m, _MOST)
+    wanted = min(each * target.processors // tiles, blocks, _MOST_SPLITS)
+    return 1 << max(0, wanted.bit_length() - 1)
+
+
 def low_splits(m: int, n: int, k: int, target: Target) -> int:
     """The most pieces of the low rank's sums that the kernel should add up."""
-    each = _FEWEST if m <= _FEWEST else _LOWS[offset_of(target)]
-    return each * splits_for(m, n, k // GROUP, target)
+    each = 16 if m <= _FEWEST else 8 if m <= _SOME else 4
+    return each * splits_of(m, n, k // GROUP, target)
 
 
 def offset_of(target: Target) -> int:
@@ -219,15 +235,15 @@ def grouped_product(
     """
     n, rank, target = out.shape[-1], low.shape[-1], device.target_of(out.device)
     m, k = out.numel() // n, codes.shape[1]
-    splits = splits_for(m, n, k // GROUP, target)
+    splits = splits_of(m, n, k // GROUP, target)
     bias = None if bias is None else bias.contiguous()
     sums = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=out.device)
     _grouped_product(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"]), splits),
         out.device, x=codes, x_scale=scale, low=low, codes=weight, scale=weight_scale, up=up, bias=bias, out=sums, m=m,
         m_bucket=bucket(m), m_padded=codes.shape[0], low_rows=low.shape[1], n=n, k=k, rank=rank, splits=splits,
-        LOWS=low.shape[0], TILED=weight.dim() == 4, OFFSET=offset_of(target), ASSEMBLE=target.assembles,
-        EXACT=up.dtype == torch.float32 or not target.assembles,
+        LOWS=low.shape[0], CHUNK=_LOWS[offset_of(target)], TILED=weight.dim() == 4, OFFSET=offset_of(target),
+        ASSEMBLE=target.assembles, EXACT=up.dtype == torch.float32 or not target.assembles,
     )  # fmt: skip
     if splits > 1:
         add_splits(sums, None, bias, out)
