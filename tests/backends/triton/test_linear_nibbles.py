@@ -10,6 +10,8 @@ from tests.support.triton_rows import in_layout, random_parts, refusal
 
 require()
 from lowbit.backends.triton import linear_nibbles, linear_plain  # noqa: E402  (needs Triton)
+from lowbit.backends.triton.device import Target, assume  # noqa: E402
+from lowbit.backends.triton.tuning import record  # noqa: E402
 
 SPECS = (
     "awq_w4a16(group_size=8)", "awq_w4a16", "awq_w4a16(group_size=256)", "wna16", "wna16(group_size=0,zero_point=True)",
@@ -45,6 +47,17 @@ def test_ragged_columns(spec):
 def test_what_the_fused_kernel_does_not_take(spec):
     """Other codes and groups are decoded first, with the same result."""
     check_linear(spec, 33, 240, 3, torch.float16, layout="")
+
+
+def test_turing_multiplies_the_decoded_weight():
+    """Triton has no tensor-core code for compute capability 7.5, so there nothing but the decoder is launched."""
+    fmt = parse_spec("awq_w4a16")
+    parts = fmt.empty_parts((64, 256), torch.device("meta"), torch.float16)
+    x = torch.empty((3, 256), dtype=torch.float16, device="meta")
+    for capability, name in (((7, 5), "_decode_rows"), ((8, 0), "_linear_nibbles")):
+        with assume(Target("cuda", capability)), record() as launches:
+            linear_plain.linear_plain(fmt, x, parts, None)
+        assert launches[0].kernel.name == name
 
 
 @pytest.mark.parametrize("spec", ["awq_w4a16", "nvfp4"])

@@ -26,8 +26,7 @@ def refuses(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> str | 
 def linear_plain(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     """x [..., K], plain parts, bias [N] or None -> [..., N] in the dtype of x."""
     group = _group(fmt, x.shape[-1])
-    few = x.numel() <= FEW * x.shape[-1] and x.dtype != torch.float32
-    if not few or getattr(fmt, "bits", 4) != 4 or not linear_nibbles.fits(group, parts["qdata"]):
+    if not _is_fused(fmt, x, group, parts["qdata"]):
         return decoded_linear.product(fmt, x, parts, bias, "")
     scale, zero, offset = parts["scale"], parts.get("zero"), parts.get("zero_point")
     other = zero if offset is None else offset
@@ -45,6 +44,15 @@ def linear_plain(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> T
         code=words.INTEGERS if integers else words.E2M1, stored=_STORED.get(scale.dtype, PLAIN), zero=zero,
         offset=offset, alpha=alpha, bias=bias,
     )  # fmt: skip
+
+
+def _is_fused(fmt: Format, x: Tensor, group: int, codes: Tensor) -> bool:
+    """Whether the weight is decoded where it is multiplied."""
+    target = device.target_of(x.device)
+    if x.dtype == torch.float32 or (target.kind == "cuda" and not target.assembles):
+        return False  # Triton multiplies these without tensor cores: for Turing it writes scalar code that spills
+    few = x.numel() <= FEW * x.shape[-1]
+    return few and getattr(fmt, "bits", 4) == 4 and linear_nibbles.fits(group, codes)
 
 
 def _group(fmt: Format, k: int) -> int:
