@@ -59,6 +59,12 @@ def _worst(value, BY_GROUP: tl.constexpr):
         return tl.max(tl.reshape(bits, (bits.shape[0] * bits.shape[1] * bits.shape[2],)), axis=0)
 
 
+@triton.jit
+def _by_constant(value, divisor: tl.constexpr):
+    """value / divisor; quotients too small to be exact here are smaller than any scale."""
+    return rounding.quotient(value, divisor, 1.0 / divisor)
+
+
 def _for_size(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
     """Programs of about 4096 values; of long groups, one in one row."""
     piece = arguments["PIECE"]
@@ -100,24 +106,25 @@ def _encode_groups(
     if AWQ:
         low, high = tl.where(known, low, 0.0), tl.where(known, high, 0.0)
         by_group = index.to(tl.int64) * n + row
-        step = tl.maximum(tl.div_rn(high * 0.5 - low * 0.5, _STEPS / 2), _SMALLEST)
+        step = tl.maximum(_by_constant(high * 0.5 - low * 0.5, _STEPS / 2), _SMALLEST)
         zero = rounding.store_rounded(zeros + by_group, low + _MIDDLE * step, known)
         step = rounding.store_rounded(scales + by_group, step, known)
+        reciprocal = tl.div_rn(1.0, step)
     else:
         by_group = row * groups + index
         if zeros is None:
-            step = tl.div_rn(bits.to(tl.float32, bitcast=True), HALF - 1.0)
+            step = _by_constant(bits.to(tl.float32, bitcast=True), HALF - 1.0)
         else:
             low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)  # the range holds 0
-            step = tl.div_rn(high, TOP + 0.0) - tl.div_rn(low, TOP + 0.0)
+            step = _by_constant(high, TOP + 0.0) - _by_constant(low, TOP + 0.0)
         step = tl.minimum(tl.maximum(step, _SMALLEST), most)
         step = rounding.store_rounded(scales + by_group, step, known)
+        reciprocal = tl.div_rn(1.0, step)
         if zeros is not None:
-            point = tl.minimum(tl.maximum(tl.div_rn(-low, step), 0.0), TOP + 0.0)
+            point = tl.minimum(tl.maximum(rounding.quotient(-low, step, reciprocal), 0.0), TOP + 0.0)
             point = rounding.half_even(point)
             tl.store(zeros + by_group, point.to(tl.uint8), mask=known)
             zero = point.to(tl.float32)
-    reciprocal = tl.div_rn(1.0, step)
     for loop in range(LOOPS):
         if LOOPS > 1:
             column, inside, value = _piece(w, row, index, loop * PIECE, n, k, SIZE, EVEN, PIECE)

@@ -25,7 +25,6 @@ _GROUP = tl.constexpr(GROUP)
         config(ROWS=8, GROUPS=16, warps=4),
         config(ROWS=4, GROUPS=32, warps=4),
         config(ROWS=4, GROUPS=16, warps=4),
-        config(ROWS=8, GROUPS=32, warps=8),
     ],
     key=("n_bucket", "k", "x", "FOUR_BITS", "ACTIVATION"),
 )

@@ -39,7 +39,6 @@ def _times(value, shared, DIVIDES: tl.constexpr):
         config(ROWS=8, GROUPS=32, warps=4),
         config(ROWS=4, GROUPS=64, warps=4),
         config(ROWS=4, GROUPS=32, warps=4),
-        config(ROWS=8, GROUPS=64, warps=8),
     ],
     key=("n_bucket", "k", "x", "ACTIVATION"),
 )
