@@ -31,6 +31,29 @@ def test_many_tokens(spec, dtype, monkeypatch):
     assert calls == [(5, 256)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, "nvfp4(row_global_scale=True)"])
+def test_folded(spec, dtype, monkeypatch):
+    """For up to 4 tokens a row is cut into pieces that fill the tile, with the same result, for odd numbers of rows."""
+    monkeypatch.setattr(linear_words, "_FOLDED_ROWS", 0)
+    folds = []
+    fold = linear_words._fold
+    monkeypatch.setattr(linear_words, "_fold", lambda *args: folds.append(fold(*args)) or folds[-1])
+    for n, k, m in ((35, 1024, 1), (3, 1024, 2), (35, 256, 3), (9, 256, 4), (9, 256, 5), (9, 384, 1)):
+        check_linear(spec, n, k, m, dtype, layout="words128", bias=m % 2 == 0)
+    assert folds == [8, 4, 2, 2, 1, 1]
+
+
+def test_folds():
+    """Pieces hold whole blocks and whole groups, and rows are left whole where there are too few to need it."""
+    hopper = Target("cuda", (9, 0))
+    assert linear_words._fold(1, 12288, 3072, 128, hopper) == 8
+    assert linear_words._fold(1, 12288, 3072, 3072, hopper) == 1
+    assert linear_words._fold(1, 12288, 1536, 256, hopper) == 2
+    assert linear_words._fold(1, 256, 3072, 64, hopper) == 1
+    assert linear_words._fold(8, 12288, 3072, 64, hopper) == 1
+
+
 def _tiles(m: int, target: Target, assemble: bool) -> set[tuple[int, int]]:
     kernel = linear_words._linear_words
     arguments = {"x": torch.empty(m, 128, device=DEVICE), "ASSEMBLE": assemble, "m_bucket": 1 << (m - 1).bit_length()}

@@ -4,7 +4,8 @@
 
 The weight is the left operand, decoded in registers; activations are the right one and go through shared memory. A
 decoded weight is rounded once to the dtype of x (that of nvfp4 and mxfp4 is exact but for `alpha`, which multiplies the
-float32 sums). With few tokens K is split over programs, whose float32 sums a second kernel adds in a fixed order.
+float32 sums). With few tokens K is split: up to four are folded into the tile (`_fold`), else over programs, whose
+float32 sums a second kernel adds in a fixed order.
 
 Up to 8 tokens are one tile of NVIDIA's small products: for one token, too, they take fewer instructions a code than
 multiplying by hand would, 2.9 to 3.8 in the compiled code for Hopper against at least 3.4 for one token alone.
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.backends.triton import decoded_linear, device, scale_codes, words
+from lowbit.backends.triton.device import Target
 from lowbit.backends.triton.floats import e4m3_value, e8m0_value
 from lowbit.backends.triton.split_sums import add_splits, splits_for
 from lowbit.backends.triton.tuning import Arguments, Config, bucket, config, tuned
@@ -29,6 +31,8 @@ from lowbit.layouts.words128 import COLUMNS, NAME
 
 PLAIN, E4M3, E8M0 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what scales are stored as
 _STEP = 16  # columns of one product
+_SMALLEST = 8  # tokens of the smallest tile
+_FOLDED_ROWS = 128  # of a tile or two, for each processor
 _FEW = 16  # tokens up to which the smallest tile is the only sensible one
 # Tokens from which the weight is decoded once for all of them: from here on a tile of 128 tokens decodes each code four
 # times and more, and the decoded weight is read once a tile, too. Reasoned from that; not measured on a GPU yet.
@@ -55,54 +59,60 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
         config(BLOCK_M=16, BLOCK_N=128, JOINED=0, warps=4, stages=4),
         config(BLOCK_M=8, BLOCK_N=32, JOINED=1, warps=1, stages=4),
         config(BLOCK_M=8, BLOCK_N=64, JOINED=1, warps=2, stages=4),
-        config(BLOCK_M=8, BLOCK_N=64, JOINED=1, warps=2, stages=6),
+        config(BLOCK_M=8, BLOCK_N=128, JOINED=1, warps=4, stages=4),
         config(BLOCK_M=8, BLOCK_N=128, JOINED=1, warps=2, stages=4),
         config(BLOCK_M=32, BLOCK_N=128, JOINED=0, warps=4, stages=4),
         config(BLOCK_M=64, BLOCK_N=128, JOINED=0, warps=4, stages=4),
         config(BLOCK_M=64, BLOCK_N=256, JOINED=0, warps=8, stages=3),
         config(BLOCK_M=128, BLOCK_N=128, JOINED=0, warps=8, stages=3),
     ],
-    key=("m_bucket", "n", "k", "x", "scale", "splits"),
+    key=("m_bucket", "n", "k", "x", "scale", "splits", "fold"),
     prune=_sensible,
 )
 @triton.jit(do_not_specialize=("m", "m_bucket"))
 def _linear_words(
-    x, codes, scale, zero, offset, alpha, bias, out, m, m_bucket, n, k, splits: tl.constexpr,
+    x, codes, scale, zero, offset, alpha, bias, out, m, m_bucket, n, k, splits: tl.constexpr, fold: tl.constexpr,
     CODE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, ROW_ALPHA: tl.constexpr, ASSEMBLE: tl.constexpr,
     HALF_SCALES: tl.constexpr, JOINED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # A row of the tile is one of `fold` pieces of a row of the weight, and so is a row of x: see `_fold`.
+    HEIGHT: tl.constexpr = BLOCK_N // fold
+    place = tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) * HEIGHT + place % HEIGHT
+    piece = place // HEIGHT
+    width = k // fold
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
     dtype: tl.constexpr = x.dtype.element_ty
     join: tl.constexpr = JOINED and dtype != tl.float32  # a tile of float32 would not fit into shared memory
     inside = rows < n
     loaded = tl.where(inside, rows, 0)  # rows beyond the last repeat row 0: no mask in the loop
-    present = (tokens < m)[None, :]
+    present = (tokens < m * fold)[None, :]
     word = tl.arange(0, 16)
-    code_at = codes + loaded[:, None].to(tl.int64) * (k // 8) + word[None, :]
+    code_at = codes + (loaded.to(tl.int64) * (k // 8) + piece * (width // 8))[:, None] + word[None, :]
     column = tl.arange(0, 128 if join else 16)
-    x_at = x + tokens[None, :].to(tl.int64) * k + column[:, None]
-    blocks = k // 128
+    x_at = x + tokens[None, :].to(tl.int64) * width + column[:, None]
+    scales_at = loaded + piece.to(tl.int64) * (width // GROUP) * n if fold > 1 else loaded
+    blocks = width // 128
     first = blocks * split // splits
     last = blocks * (split + 1) // splits
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # Scales are read one block ahead: they are too small for copies that go on by themselves.
-    next_scale = _of_block(scale, first, n, loaded, GROUP)
+    next_scale = _of_block(scale, first, n, scales_at, GROUP)
     if zero is not None:
-        next_zero = _of_block(zero, first, n, loaded, GROUP)
+        next_zero = _of_block(zero, first, n, scales_at, GROUP)
     if offset is not None:
-        next_offset = _of_block(offset, first, n, loaded, GROUP)
+        next_offset = _of_block(offset, first, n, scales_at, GROUP)
     for block in range(first, last):
         factors = _columns(_factor(next_scale, SCALE, HALF_SCALES, dtype))
         added = _columns(_factor(next_zero, PLAIN, HALF_SCALES, dtype)) if zero is not None else factors
         lowered = _columns((next_offset.to(tl.float32) - 8.0).to(dtype)) if offset is not None else factors
         ahead = tl.minimum(block + 1, last - 1)
-        next_scale = _of_block(scale, ahead, n, loaded, GROUP)
+        next_scale = _of_block(scale, ahead, n, scales_at, GROUP)
         if zero is not None:
-            next_zero = _of_block(zero, ahead, n, loaded, GROUP)
+            next_zero = _of_block(zero, ahead, n, scales_at, GROUP)
         if offset is not None:
-            next_offset = _of_block(offset, ahead, n, loaded, GROUP)
+            next_offset = _of_block(offset, ahead, n, scales_at, GROUP)
         values = words.decode(tl.load(code_at + block * 16), CODE, dtype, ASSEMBLE)
         weights = ()
         for j in tl.static_range(8):
@@ -124,6 +134,14 @@ def _linear_words(
             sums = tl.dot(_side_by_side(weights, BLOCK_N), part, sums)
     if CODE == words.TINY_E2M1:
         sums *= 128.0  # 2**(126 - 119), and for float16 2**(14 - 7)
+    if fold > 1:  # a piece of a row was multiplied with all pieces of x: what counts is the one of the same columns
+        sums = tl.where(piece[:, None] == (tokens % fold)[None, :], sums, 0.0)
+        sums = tl.sum(tl.sum(tl.reshape(sums, (fold, HEIGHT, BLOCK_M // fold, fold)), axis=3), axis=0)
+        rows = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
+        tokens = tl.program_id(1) * (BLOCK_M // fold) + tl.arange(0, BLOCK_M // fold)
+        inside = rows < n
+        loaded = tl.where(inside, rows, 0)
+        present = (tokens < m)[None, :]
     if splits == 1:
         if ROW_ALPHA:
             sums *= tl.load(alpha + loaded)[:, None]
@@ -229,18 +247,33 @@ def product(
     half = assembles and _exact_in(x.dtype, scale, stored) and (zero is None or zero.dtype == x.dtype)
     if half and stored.value == E4M3.value:
         code = words.TINY_E2M1  # normal again by scales that are raised as far as the dtype goes
-    splits = splits_for(m, n, k // COLUMNS, target)
+    fold = _fold(m, n, k, group, target)
+    splits = splits_for(m, n, k // COLUMNS, target) if fold == 1 else 1
     sums = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=x.device)
     _linear_words(
-        lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"]), splits),
+        lambda meta: (triton.cdiv(n * fold, meta["BLOCK_N"]), triton.cdiv(m * fold, meta["BLOCK_M"]), splits),
         x.device, x=rows, codes=codes, scale=_bytes(scale), zero=zero, offset=offset, alpha=alpha, bias=bias, out=sums,
-        m=m, m_bucket=bucket(m), n=n, k=k, splits=splits, CODE=code, SCALE=stored, GROUP=group,
+        m=m, m_bucket=bucket(m), n=n, k=k, splits=splits, fold=fold, CODE=code, SCALE=stored, GROUP=group,
         ROW_ALPHA=alpha is not None and alpha.numel() > 1, ASSEMBLE=assembles,
         HALF_SCALES=half,
     )  # fmt: skip
     if splits > 1:
         add_splits(sums, alpha, bias, out)
     return out
+
+
+def _fold(m: int, n: int, k: int, group: int, target: Target) -> int:
+    """Into how many rows of fewer columns to take each row of the weight and of x, for a few tokens.
+
+    The smallest tile multiplies 8 tokens. With one token the other places hold the later pieces of its columns, and a
+    row of the weight is eight rows of an eighth: the products of pieces that belong together, added up, are the result.
+    So K is split without a second kernel. What counts as enough programs is reasoned, not measured on a GPU yet.
+    """
+    for fold in (8, 4, 2):
+        whole = k % (fold * COLUMNS) == 0 and (k // fold) % group == 0
+        if whole and m * fold <= _SMALLEST and n * fold >= _FOLDED_ROWS * target.processors:
+            return fold
+    return 1
 
 
 def is_many(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> bool:
