@@ -5,8 +5,9 @@
 
 One kernel rounds x: codes, the step of a block, and the moment of a group, sum of step * code. Another multiplies. The
 weight is its left operand: nibbles become int8 in registers, all even columns of a block before all odd ones, and the
-codes of x are stored in that order. The product of a block is an exact int32 (of a group, where groups are narrower);
-all else is float32. With few tokens K is split over programs, whose float32 sums a third kernel adds in a fixed order.
+codes of x are stored in that order. The product of a block (of a group, where groups are narrower) is an exact integer,
+on Turing, for which Triton has no integer products, one of float16; all else is float32. With few tokens K is split
+over programs, whose float32 sums a third kernel adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ def _round_blocks(
 
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
-    """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller."""
+    """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller; on Turing the first."""
+    if arguments["HALVES"]:
+        return configs[:1]
     wanted = max(_FEW, min(arguments["m_bucket"], _WIDE))
     return [one for one in configs if wanted // 2 <= one.constants["BLOCK_M"] <= wanted] or list(configs[:1])
 
@@ -113,7 +116,8 @@ def _int8_operand(packed, BLOCK_N: tl.constexpr, ASSEMBLE: tl.constexpr):
 @triton.jit(do_not_specialize=("m", "m_bucket"))
 def _int4_mm(
     codes, step, moment, qdata, scale, zero, bias, out, m, m_bucket, wide, n, k, splits: tl.constexpr,
-    GROUP: tl.constexpr, ASSEMBLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, ASSEMBLE: tl.constexpr, HALVES: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -142,7 +146,10 @@ def _int4_mm(
                     chosen = tl.where((piece_of == piece)[None, :], weight, 0)
                 else:
                     chosen = weight
-                product = tl.dot(chosen, part, out_dtype=tl.int32).to(tl.float32)
+                if HALVES:
+                    product = tl.dot(chosen.to(tl.float16), part.to(tl.float16))
+                else:
+                    product = tl.dot(chosen, part, out_dtype=tl.int32).to(tl.float32)
                 if PIECES > 1 or (j * _BLOCK) % GROUP == 0:
                     at = group + j * _BLOCK // GROUP + piece
                     factor = tl.load(scale + row * (k // GROUP) + at).to(tl.float32)
@@ -215,7 +222,7 @@ def _product(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"]), splits),
         rows.device, codes=codes, step=step, moment=moment, qdata=qdata.view(torch.int8), scale=scale, zero=zero,
         bias=bias, out=sums, m=m, m_bucket=bucket(m), wide=wide, n=n, k=k, splits=splits, GROUP=group,
-        ASSEMBLE=target.assembles, COLUMNS=columns,
+        ASSEMBLE=target.assembles, HALVES=target.kind == "cuda" and not target.assembles, COLUMNS=columns,
     )  # fmt: skip
     if splits > 1:
         add_splits(sums, None, bias, out)

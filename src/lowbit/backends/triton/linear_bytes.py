@@ -34,6 +34,7 @@ from lowbit.numerics.groups import ceil_div
 
 MANY = 512  # tokens from which decoding once pays: by the traffic of both ways, not yet measured
 _TILE = 128  # columns
+_OLD_TILE = 32  # on Turing, for whose tensor cores Triton has no code: what its registers hold
 _FEW = 16  # tokens up to which the smallest tile is the only sensible one
 _UNORDERED = 32  # tokens up to which their columns are put in order by addresses, pairs at a time: no kernel more
 _UNSCALED, _SUMS, _VALUES = (tl.constexpr(i) for i in range(3))  # what a scale of blocks multiplies
@@ -50,6 +51,8 @@ class Blocks:
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
     """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller, and fits registers."""
+    if arguments["BLOCK_K"] < _TILE:
+        return configs[:1]
     wanted = max(_FEW, min(arguments["m_bucket"], 128))
     found = [one for one in configs if wanted // 2 <= one.constants["BLOCK_M"] <= wanted] or list(configs[:1])
     if arguments["SCALED"] == _SUMS.value or arguments["x"].dtype == torch.float32:  # two tiles of sums
@@ -223,26 +226,28 @@ def product(
     out = x.new_empty((*x.shape[:-1], n))
     if not m or not n:
         return out
-    words = width % 4 == 0 and (blocks is None or blocks.columns % 4 == 0) and _aligned(qdata)
+    old = target.kind == "cuda" and not target.assembles
+    tile = _OLD_TILE if old else _TILE
+    words = not old and width % 4 == 0 and (blocks is None or blocks.columns % 4 == 0) and _aligned(qdata)
     splits = splits_for(m, n, ceil_div(width, _TILE), target)
     sums = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=x.device)
-    scaled = _scaling(blocks, width)
+    scaled = _scaling(blocks, width, four=not old)
     ordered = words and m > _UNORDERED and k % 64 == 0 and k == width
     _linear_bytes(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"]), splits),
         x.device, x=_ordered(rows) if ordered else rows, codes=qdata.view(torch.int32 if words else torch.int8),
         alpha=alpha, bias=bias, out=sums, m=m, m_bucket=bucket(m), n=n, k=k, width=width, splits=splits,
-        CODE=code.value, WORDS=words, **scaled, ORDERED=ordered, RAGGED=k % _TILE != 0 or width % _TILE != 0,
+        CODE=code.value, WORDS=words, **scaled, ORDERED=ordered, RAGGED=k % tile != 0 or width % tile != 0,
         ROW_ALPHA=alpha is not None and alpha.numel() > 1,
         PROGRAM=bytes_values.program(code, x.dtype, target, scaled=scaled["SCALED"] == _VALUES.value) if words else "",
-        BLOCK_K=_TILE,
+        BLOCK_K=tile,
     )  # fmt: skip
     if splits > 1:
         add_splits(sums, alpha, bias, out)
     return out
 
 
-def _scaling(blocks: Blocks | None, width: int) -> dict[str, Any]:
+def _scaling(blocks: Blocks | None, width: int, *, four: bool) -> dict[str, Any]:
     """The kernel's arguments that say where scales of blocks are and what they multiply."""
     if blocks is None:
         return {"scale": None, "groups": 0, "SCALED": 0, "GROUP": 0, "BLOCK_ROWS": 1, "FOUR_SCALES": False}
@@ -251,7 +256,7 @@ def _scaling(blocks: Blocks | None, width: int) -> dict[str, Any]:
     if blocks.columns % _TILE == 0 or blocks.columns >= width:
         group = blocks.columns if blocks.columns % _TILE == 0 else ceil_div(width, _TILE) * _TILE
         return {"scale": scale, "groups": groups, "SCALED": _SUMS.value, **shape, "GROUP": group, "FOUR_SCALES": False}
-    four = scale.dtype == torch.uint8 and 4 * blocks.columns == _TILE and groups % 4 == 0 and _aligned(scale)
+    four = four and scale.dtype == torch.uint8 and 4 * blocks.columns == _TILE and groups % 4 == 0 and _aligned(scale)
     if four:
         scale, groups = scale.view(torch.int32), groups // 4
     return {"scale": scale, "groups": groups, "SCALED": _VALUES.value, **shape, "FOUR_SCALES": four}
