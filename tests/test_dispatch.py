@@ -140,6 +140,28 @@ def test_a_layout_is_only_given_to_a_kernel_that_reads_it(kernels):
         dispatch.select("linear", "fp8_e4m3", "swizzled", "cpu", args)
 
 
+def test_no_weight_is_put_into_a_layout_that_files_hold(kernels):
+    """A kernel for tiles as files hold them makes no plain weight into tiles; one whose layout is made at load does."""
+    kernels.loaded["cpu"] = None
+    fmt = parse_spec("svdquant_w4a4")
+
+    @dispatch.kernel("linear", backend="cpu", format="svdquant_w4a4", layout="kitchen_tile_packed_w4a4")
+    def linear_tiles(fmt, x, parts, bias):
+        return None
+
+    @dispatch.kernel("linear", backend="cpu", format="svdquant_w4a4")
+    def linear_plain(fmt, x, parts, bias):
+        return None
+
+    assert dispatch.preferred_layout("linear", fmt, 256, 128, "cpu") == ""
+
+    @dispatch.kernel("linear", backend="cpu", format="svdquant_w4a4", layout="rows16")
+    def linear_rows16(fmt, x, parts, bias):
+        return None
+
+    assert dispatch.preferred_layout("linear", fmt, 256, 128, "cpu") == "rows16"
+
+
 def test_use_backend_follows_the_context_not_the_process():
     """Another thread is not affected by a use_backend block."""
     seen = []
