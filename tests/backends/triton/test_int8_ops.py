@@ -74,9 +74,10 @@ def test_dequantize(dtype):
     for shape in ((), (1,), (2, 3, 1), (2, 3, 255)):
         scale = torch.rand(shape).to(DEVICE)
         assert_same(lambda s=scale: dequantize_int8(q, s, dtype))
-    assert_same(lambda: dequantize_int8(q.transpose(0, 1), torch.rand(3, 2, 1).to(DEVICE), dtype))
-    assert_same(lambda: dequantize_int8(q[:0], torch.rand(()).to(DEVICE), dtype))
-    assert_same(lambda: dequantize_int8(q[0, 0, 0], torch.rand(()).to(DEVICE), dtype))
+    rows, one = torch.rand(3, 2, 1).to(DEVICE), torch.rand(()).to(DEVICE)
+    assert_same(lambda: dequantize_int8(q.transpose(0, 1), rows, dtype))
+    assert_same(lambda: dequantize_int8(q[:0], one, dtype))
+    assert_same(lambda: dequantize_int8(q[0, 0, 0], one, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -91,8 +92,9 @@ def test_linear(dtype):
         assert_same(lambda s=scale: int8_linear(x, weight, s, None, dtype))
         assert_same(lambda s=scale: int8_linear(x, weight, s, bias, dtype))
         assert_same(lambda s=scale: int8_linear(x, weight, s, bias, dtype, True, 16), limit=3e-3)
-    assert_same(lambda: int8_linear(x[..., :0], weight[:, :0], torch.rand(40).to(DEVICE), bias, dtype))
-    assert_same(lambda: int8_linear(x[:0], weight, torch.rand(40).to(DEVICE), bias, dtype))
+    one = torch.ones(1, device=DEVICE)
+    assert_same(lambda: int8_linear(x[..., :0], weight[:, :0], one, bias, dtype))
+    assert_same(lambda: int8_linear(x[:0], weight, one, bias, dtype))
 
 
 def test_what_they_refuse():

@@ -1,4 +1,4 @@
-"""The exact product of int8 codes, scaled: out[m, n] = (sum over k of a[m, k] * b[n, k]) * (row[m] * scale[n]) + bias[n].
+"""Products of int8 codes, scaled: out[m, n] = (sum over k of a[m, k] * b[n, k]) * (row[m] * scale[n]) + bias[n].
 
 Sums are int32 in the tensor cores; scales, bias and the one rounding follow in float32, in eager's order, so that the
 result is eager's, bit for bit. With few tokens K is split over programs, whose int32 sums a second kernel adds.

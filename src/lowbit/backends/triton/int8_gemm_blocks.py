@@ -38,7 +38,6 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
         config(BLOCK_M=16, BLOCK_N=64, warps=4, stages=5),
         config(BLOCK_M=16, BLOCK_N=128, warps=4, stages=5),
         config(BLOCK_M=32, BLOCK_N=128, warps=4, stages=4),
-        config(BLOCK_M=64, BLOCK_N=128, warps=4, stages=4),
         config(BLOCK_M=64, BLOCK_N=128, warps=8, stages=4),
         config(BLOCK_M=128, BLOCK_N=128, warps=8, stages=3),
         config(BLOCK_M=32, BLOCK_N=64, warps=8, stages=1),
