@@ -58,6 +58,8 @@ def _linear_nibbles(
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
     dtype: tl.constexpr = x.dtype.element_ty
+    # Scales that make normal numbers of tiny codes, but for 2**7: the largest, 448, would pass what the dtype can hold.
+    RAISE: tl.constexpr = 1.0 if CODE != words.TINY_E2M1 else 2.0**119 if dtype == tl.bfloat16 else 2.0**7
     inside = rows < n
     loaded = tl.where(inside, rows, 0).to(tl.int64)  # rows beyond the last repeat row 0: no mask in the loop
     present = (tokens < m)[:, None]
@@ -77,8 +79,7 @@ def _linear_nibbles(
     if offset is not None:
         next_offset = _of_block(offset, scale_at, first, scale_group, groups, GROUP, RAGGED)
     for block in range(first, last):
-        factor = _scale_value(next_scale, SCALE)
-        factor = _by_word(factor.to(dtype) if HALF_SCALES else factor)
+        factor = _by_word(_factor(next_scale, SCALE, RAISE, HALF_SCALES, dtype))
         added = None if zero is None else _by_word(next_zero.to(dtype if HALF_SCALES else tl.float32))
         lowered = None if offset is None else _by_word((next_offset.to(tl.float32) - 8.0).to(dtype))
         ahead = tl.minimum(block + 1, last - 1)
@@ -99,6 +100,8 @@ def _linear_nibbles(
             weights = weights + (_weight(values[j], factor, added, lowered, HALF_SCALES, dtype),)  # noqa: RUF005
         by_nibble = tl.reshape(tl.permute(tl.reshape(part, (BLOCK_M, 16, 8)), (0, 2, 1)), (BLOCK_M, 128))
         sums = tl.dot(_side_by_side(weights, BLOCK_N), tl.trans(by_nibble), sums)
+    if CODE == words.TINY_E2M1:
+        sums *= 128.0
     tokens, present = tokens[None, :].to(tl.int64), tl.trans(present)
     if splits == 1:
         if ROW_ALPHA:
@@ -124,12 +127,17 @@ def _of_block(values, at, block, step, groups, GROUP: tl.constexpr, RAGGED: tl.c
 
 
 @triton.jit
-def _scale_value(stored, SCALE: tl.constexpr):
+def _factor(stored, SCALE: tl.constexpr, RAISE: tl.constexpr, HALF_SCALES: tl.constexpr, DTYPE: tl.constexpr):
+    """What is stored, as what a value is multiplied by, times RAISE: in DTYPE where nothing is lost, or in float32."""
     if SCALE == E4M3:
-        return e4m3_value(stored.to(tl.int32))
-    if SCALE == E8M0:
-        return e8m0_value(stored.to(tl.int32))
-    return stored.to(tl.float32)
+        factor = e4m3_value(stored.to(tl.int32))
+    elif SCALE == E8M0:
+        factor = e8m0_value(stored.to(tl.int32))
+    else:
+        factor = stored.to(tl.float32)
+    if RAISE != 1.0:
+        factor *= RAISE
+    return factor.to(DTYPE) if HALF_SCALES else factor
 
 
 @triton.jit
@@ -178,6 +186,8 @@ def product(
     if not m:
         return out
     half = target.assembles and _exact_in(x.dtype, scale, stored)
+    if half and code.value == words.E2M1.value and stored.value == E4M3.value:
+        code = words.TINY_E2M1
     splits = splits_for(m, n, triton.cdiv(k, COLUMNS), target)
     sums = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=x.device)
     _linear_nibbles(
