@@ -34,12 +34,7 @@ def _place(row, column, tall, wide, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @tuned(
-    [
-        config(BLOCK=2048, warps=4),
-        config(BLOCK=4096, warps=8),
-        config(BLOCK=4096, warps=4),
-        config(BLOCK=1024, warps=4),
-    ],
+    [config(BLOCK=2048, warps=4), config(BLOCK=4096, warps=8), config(BLOCK=1024, warps=4)],
     key=("n", "k", "tall", "wide", "w", "out", "FIT"),
 )
 @triton.jit
