@@ -219,7 +219,7 @@ def test_repacking_holds_one_weight_twice(toy):
     assert 8 * one < held.peak <= 9 * one
 
 
-def test_preferred_layout_asks_backends_in_order():
+def test_preferred_layout_asks_backends_in_order(monkeypatch):
     """The first backend's packed kernel whose layout the weight fits, else its plain one; eager has no say."""
     fmt = lowbit.parse_spec(SPEC)
     with toy_layout.toy_backend("linear"):
@@ -234,7 +234,9 @@ def test_preferred_layout_asks_backends_in_order():
             assert dispatch.preferred_layout("linear", fmt, 128, 64, "cpu") == "toy"
         dispatch.kernel("linear", backend="cpu", format="fp8_e4m3")(toy_layout.linear_toy)
         assert dispatch.preferred_layout("linear", fmt, 128, 64, "cpu") == "toy"
+        monkeypatch.setitem(dispatch.BACKENDS, "triton", ("cpu",))
         dispatch._STATE.loaded["triton"] = None
+        dispatch._STATE.candidates.clear()
         dispatch.kernel("linear", backend="triton", format="fp8_e4m3")(toy_layout.linear_toy)
         assert dispatch.preferred_layout("linear", fmt, 128, 64, "cpu") == ""
 
