@@ -7,8 +7,8 @@ decoded weight is rounded once to the dtype of x (that of nvfp4 and mxfp4 is exa
 float32 sums). With few tokens K is split: up to four are folded into the tile (`_fold`), else over programs, whose
 float32 sums a second kernel adds in a fixed order.
 
-Up to 8 tokens are one tile of NVIDIA's small products: for one token, too, they take fewer instructions a code than
-multiplying by hand would, 2.9 to 3.8 in the compiled code for Hopper against at least 3.4 for one token alone.
+Up to 8 tokens are one tile of NVIDIA's small products, for one token, too: the compiled loop for Hopper has 3.0 to 4.2
+instructions a code, loads and scales included. To decode a code, widen it and multiply it by hand is 3.4 without them.
 """
 
 from __future__ import annotations
