@@ -97,7 +97,8 @@ def _linear_nibbles(
         values = words.decode(stored, CODE, dtype, ASSEMBLE)
         weights = ()
         for j in tl.static_range(8):
-            weights = weights + (_weight(values[j], factor, added, lowered, HALF_SCALES, dtype),)  # noqa: RUF005
+            weight = _weight(values[j], factor, added, lowered, HALF_SCALES, dtype)
+            weights = weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
         by_nibble = tl.reshape(tl.permute(tl.reshape(part, (BLOCK_M, 16, 8)), (0, 2, 1)), (BLOCK_M, 128))
         sums = tl.dot(_side_by_side(weights, BLOCK_N), tl.trans(by_nibble), sums)
     if CODE == words.TINY_E2M1:
