@@ -48,7 +48,7 @@ def quantize_int8_tensorwise(x: Tensor, scale: Tensor | None, seed: int) -> tupl
 def dequantize_int8(q: Tensor, scale: Tensor, output_type: torch.dtype) -> Tensor:
     """codes [...], scale of one value, [..., 1] or [...] -> [...] in `output_type`."""
     rows, factor = _as_rows(q), scale.float()
-    factor = factor.reshape(1, 1) if scale.numel() == 1 else factor.reshape(rows.shape[0], -1)
+    factor = factor.reshape(1, 1) if scale.numel() == 1 else _as_rows(factor)
     out = torch.empty(rows.shape, dtype=output_type, device=q.device)
     for start, stop in row_chunks(*rows.shape):
         piece = factor if factor.shape[0] == 1 else factor[start:stop]

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.backends.triton import device, rotate_rows
-from lowbit.backends.triton.quantize_rows import magnitude, quotient
+from lowbit.backends.triton.rounding import magnitude, quotient
 from lowbit.backends.triton.svdquant_gemm import HALVES, nibbles, offset_of, splits_of
 from lowbit.backends.triton.tuning import Arguments, Config, bucket, config, tuned
 from lowbit.dispatch import kernel

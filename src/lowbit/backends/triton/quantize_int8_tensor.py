@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.backends.triton import device
-from lowbit.backends.triton.quantize_rows import code_of, magnitude
+from lowbit.backends.triton.quantize_rows import code_of
+from lowbit.backends.triton.rounding import magnitude
 from lowbit.backends.triton.tuning import config, tuned
 from lowbit.dispatch import kernel
 from lowbit.numerics.groups import row_chunks

@@ -7,8 +7,8 @@ round it, and may be rotated in groups (`rotate_rows`). Codes and scales are eag
 a rotation's sums and the last bits of an activation.
 
 A program holds whole rows, in float32, between the maximum and the division; rows of more than 16384 columns are read
-twice. A quotient is the product with the reciprocal, corrected twice by its remainder, which is what IEEE division
-gives: Triton's own `/` is not rounded right, and its exact form is a routine with branches.
+twice. Quotients are IEEE's (`rounding.quotient`): Triton's own `/` is not rounded right, and its exact form is a
+routine with branches.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.backends.triton import device, rotate_rows
+from lowbit.backends.triton.rounding import magnitude, quotient
 from lowbit.backends.triton.tuning import Arguments, Config, config, tuned
 from lowbit.numerics.groups import row_chunks
 from lowbit.numerics.int8_matmul import INT8_MAX, MIN_ACTIVATION_SCALE
@@ -37,14 +38,6 @@ _LONGEST_PIECE = 4096  # columns of longer rows at a time
 
 
 @triton.jit
-def quotient(value, divisor, reciprocal):
-    """value / divisor as IEEE rounds it, for a quotient below 2**20; reciprocal: 1 / divisor, rounded right."""
-    found = value * reciprocal
-    found = tl.fma(tl.fma(-found, divisor, value), reciprocal, found)
-    return tl.fma(tl.fma(-found, divisor, value), reciprocal, found)
-
-
-@triton.jit
 def code_of(steps, noise):
     """float32 steps and noise in [0, 1), or None -> int8 codes in [-127, 127]; NaN gives 0."""
     steps = tl.where(steps == steps, steps, 0.0)  # noqa: PLR0124
@@ -52,12 +45,6 @@ def code_of(steps, noise):
         steps = tl.floor(steps + noise)
     steps = tl.minimum(tl.maximum(steps, -_LARGEST), _LARGEST)
     return (steps + _NEAREST).to(tl.int32, bitcast=True).to(tl.int8)
-
-
-@triton.jit
-def magnitude(value):
-    """The bits of |value|, float32: ordered as magnitudes are, infinity and then NaN last."""
-    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
