@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 import types
 
 import pytest
@@ -27,7 +26,6 @@ def test_launch(monkeypatch):
     """A launch goes to torch's current stream on the tensors' device, and a kernel is loaded there once."""
     said = []
     core = types.SimpleNamespace(
-        __name__="fake_core",
         Stream=types.SimpleNamespace(from_handle=lambda handle: ("stream", handle)),
         LaunchConfig=lambda **sizes: sizes,
         launch=lambda *what: said.append(what),
@@ -36,7 +34,6 @@ def test_launch(monkeypatch):
             from_cubin=lambda code: types.SimpleNamespace(get_kernel=lambda symbol: (code, symbol))
         ),
     )
-    monkeypatch.setitem(sys.modules, "fake_core", core)
     monkeypatch.setattr(compiler, "core", lambda: core)
     monkeypatch.setattr(compiler, "compiled", lambda *what: compiler.Binary(repr(what).encode(), "symbol"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))

@@ -61,7 +61,7 @@ def int4_plain_mm(
     blocks, kind = k // BLOCK, f"lowbit::{_DTYPES[x.dtype]}"
     codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
     steps = torch.empty((m, blocks, 2), dtype=torch.float32, device=x.device)
-    arguments = [rows, codes, steps, m * blocks]
+    arguments: list[Tensor | int] = [rows, codes, steps, m * blocks]
     kernels.launch(_SOURCE, f"lowbit::quantize_blocks<{kind}>", x.device, -(-m * blocks // 8), 256, arguments)
     tokens = 1 << (m - 1).bit_length()
     name = f"lowbit::int4_rows<{kind}, lowbit::{_DTYPES[scale.dtype]}, {tokens}, {_ROWS[tokens]}, {_WARPS}>"

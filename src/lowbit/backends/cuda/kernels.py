@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -83,5 +82,4 @@ def _loaded(source: str, name: str, index: int) -> Any:
     core = compiler.core()
     core.Device(index).set_current()
     binary = compiler.compiled(source, name, architecture(torch.cuda.get_device_capability(index)))
-    module = importlib.import_module(core.__name__)
-    return module.ObjectCode.from_cubin(binary.code).get_kernel(binary.symbol)
+    return core.ObjectCode.from_cubin(binary.code).get_kernel(binary.symbol)
