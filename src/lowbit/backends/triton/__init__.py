@@ -33,6 +33,8 @@ from lowbit.backends.triton import (
     quantize_integer_groups,
     quantize_mx,
     quantize_nvfp4,
+    scaled_mm_mxfp8,
+    scaled_mm_nvfp4,
 )
 
 __all__ = [
@@ -61,4 +63,6 @@ __all__ = [
     "quantize_integer_groups",
     "quantize_mx",
     "quantize_nvfp4",
+    "scaled_mm_mxfp8",
+    "scaled_mm_nvfp4",
 ]
