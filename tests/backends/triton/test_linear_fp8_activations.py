@@ -19,6 +19,7 @@ require()
 from lowbit.backends.triton import fp8_gemm, linear_fp8_activations  # noqa: E402
 from lowbit.backends.triton.device import Target, assume  # noqa: E402
 from lowbit.backends.triton.quantize_rows_fp8 import quantize  # noqa: E402
+from lowbit.backends.triton.tuning import record  # noqa: E402
 
 FIELDS = ("", "granularity=row,", "granularity=block,", "granularity=block,block_size=32x64,",
           "granularity=block,block_size=20x36,", "granularity=block,block_size=7x200,")  # fmt: skip
@@ -123,7 +124,7 @@ def test_many_columns_are_split_and_repeat():
 
 
 def test_properties():
-    """Gaps in x, leading axes and no tokens change nothing; parts with gaps are refused in words."""
+    """Gaps in x or the bias, leading axes, no tokens and no rows change nothing; parts with gaps are refused."""
     fmt, parts, _ = weight("granularity=row,", 100, 128)
     run = linear_fp8_activations.linear
     for m in (1, 40):
@@ -135,6 +136,10 @@ def test_properties():
         assert torch.equal(run(fmt, x.view(1, m, 1, 128), parts, None), whole.view(1, m, 1, 100))
     assert torch.equal(run(fmt, x[0], parts, None), run(fmt, x[:1], parts, None)[0])
     assert run(fmt, x[:0], parts, None).shape == (0, 100)
+    none = {"qdata": parts["qdata"][:0], "scale": parts["scale"][:0]}
+    assert run(fmt, x, none, None).shape == (40, 0)
+    bias = torch.randn(200, device=DEVICE).half()
+    assert torch.equal(run(fmt, x, parts, bias[::2]), run(fmt, x, parts, bias[::2].contiguous()))
     gaps = {**parts, "qdata": parts["qdata"].t().contiguous().t()}
     assert "gaps" in str(linear_fp8_activations.refuses(fmt, x, gaps, None))
 
@@ -181,6 +186,22 @@ def test_every_code_of_the_weight():
     found = linear_fp8_activations.linear(fmt, x.to(DEVICE), parts, None).cpu()
     wanted = from_fp8(every.view(torch.float8_e4m3fn)).expand(3, 256)
     assert torch.allclose(found, wanted, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_a_tile_shape_is_chosen_for_each_size_of_blocks():
+    """What was fastest with steps of 32 columns is not taken for steps of 128, for which it may not fit."""
+    keys = set()
+    for block in (32, 128):
+        fmt = parse_spec(f"fp8_e4m3(granularity=block,block_size={block}x{block},activations=fp8)")
+        x, parts = torch.empty(16, 4096, device="meta"), fmt.empty_parts((256, 4096), torch.device("meta"), torch.float32)
+        with assume(Target("cuda", (8, 9))), record() as launches:
+            linear_fp8_activations.linear(fmt, x, parts, None)
+        keys |= {
+            tuple(str(one.arguments[name]) for name in one.kernel.key if name != "out")
+            for one in launches
+            if one.kernel.name == "_fp8_gemm"
+        }
+    assert len(keys) == 2
 
 
 def test_pytorchs_product_is_refused_in_words():

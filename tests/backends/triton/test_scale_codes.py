@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from tests.support import ptx
+
+ml_dtypes = pytest.importorskip("ml_dtypes")
 
 scale_codes = pytest.importorskip(
     "lowbit.backends.triton.scale_codes", reason="Triton is not installed", exc_type=ImportError

@@ -27,7 +27,9 @@ _TALLEST = 128  # rows of the weight in a tile; the others divide it
 _FEW = 16  # tokens up to which the smallest tile is the only sensible one
 _BAND = tl.constexpr(8)
 _FIRST_WITH_E4M3 = (8, 9)
-_FULL_SUMS = (10, 11)  # major compute capabilities whose tensor cores keep sums in float32, in memory of their own
+# Major compute capabilities whose tensor cores have memory of their own for sums, said to be whole float32: that was not
+# measured here.
+_FULL_SUMS = (10, 11)
 _SPILLS = 64 * 128  # elements of a tile above which registers spill where codes are decoded, or sums are read back
 
 
@@ -50,7 +52,7 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
         config(BLOCK_M=128, BLOCK_N=128, warps=8, stages=3),
         config(BLOCK_M=128, BLOCK_N=128, warps=8, stages=4),
     ],
-    key=("m_bucket", "n", "k", "per_block", "splits"),
+    key=("m_bucket", "n", "k", "per_block", "splits", "CHUNK", "BLOCKS", "out"),
     prune=_sensible,
 )
 @triton.jit(do_not_specialize=("m", "m_bucket"))

@@ -28,8 +28,9 @@ def linear(fmt: Fp8E4M3, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor
     """x [..., K], plain parts, bias [N] or None -> [..., N] in the dtype of x."""
     rows, weight = x.reshape(-1, x.shape[-1]).contiguous(), parts["qdata"]
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    if not rows.shape[0]:
+    if not out.numel():
         return out
+    bias = None if bias is None else bias.contiguous()
     tile = fmt.block_size if fmt.granularity == "block" else None
     codes, scale = quantize_rows_fp8.quantize(rows, tile[1] if tile else rows.shape[1])
     if rows.shape[0] >= _MANY and refuses_scaled(fmt, x, parts, bias) is None:

@@ -50,7 +50,7 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
         config(BLOCK_M=64, warps=4, stages=3),
         config(BLOCK_M=64, warps=8, stages=3),
     ],
-    key=("m_bucket", "k", "rank", "x", "splits", "PACKED"),
+    key=("m_bucket", "k", "rank", "x", "splits", "PACKED", "HALF"),
     prune=_sensible,
 )
 @triton.jit(do_not_specialize=("m", "m_bucket", "rows_out"))

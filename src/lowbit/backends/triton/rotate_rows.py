@@ -8,7 +8,7 @@ are the value, where there are tensor cores for them; elsewhere float32 is multi
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -37,7 +37,7 @@ def matrix(rotation: int, dtype: torch.dtype, target: Target, where: torch.devic
     return _matrix(rotation, torch.bfloat16 if cuts(dtype, target) else dtype, where)
 
 
-@lru_cache(maxsize=32)
+@cache  # for good: a CUDA graph reads it as long as it lives
 def _matrix(rotation: int, dtype: torch.dtype, where: torch.device) -> Tensor:
     inner = min(rotation, COLUMNS)
     with torch.inference_mode(False):  # a cached inference tensor could not serve autograd later
