@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
 
+from lowbit.backends.triton import compile_ahead
 from lowbit.backends.triton.compile_ahead import Compiled
 from lowbit.backends.triton.tuning import KERNELS
 from tests.support import triton_launches
@@ -56,6 +57,23 @@ def test_verdicts(monkeypatch, made, position, fault, note):
     assert verdict.note.startswith(note)
     assert bool(verdict.fault) == bool(fault)
     assert bool(verdict.note) == bool(note)
+
+
+def test_resources_are_those_of_the_kernel():
+    """Functions that are not inlined are listed beside the kernel, before it or behind."""
+    said = """Resource usage:
+ Common:
+  GLOBAL:0
+ Function __internal_division:
+  REG:40 STACK:16 SHARED:0
+ Function _linear:
+  REG:4 STACK:0 SHARED:0
+ Function _linear_part:
+  REG:80 STACK:8 SHARED:0
+"""
+    assert compile_ahead._read_resources(said, "_linear") == (4, 0)
+    with pytest.raises(RuntimeError, match="nothing of the registers of _other"):
+        compile_ahead._read_resources(said, "_other")
 
 
 def test_what_the_compiler_raises_is_a_fault(monkeypatch):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ class Function:
     cache_key = "source"
 
     def __init__(self):
-        self.launches, self.broken = [], {}
+        self.launches, self.broken, self.trapped = [], {}, set()
 
     def __getitem__(self, grid):
         """What launches on a grid."""
@@ -40,6 +41,11 @@ class Function:
             self.launches.append((grid, arguments))
 
         return launch
+
+    def warmup(self, grid, **arguments):
+        """What compiles without launching: its PTX is a trap for the blocks in `trapped`."""
+        ptx = "trap;" if arguments["BLOCK"] in self.trapped else "st.global.b32 [%rd1], %r1;"
+        return SimpleNamespace(asm={"ptx": ptx})
 
 
 @pytest.fixture
@@ -145,6 +151,28 @@ def test_a_config_that_fails_is_passed_over(timed):
     timed.function.broken = {32: tuning.triton.runtime.errors.OutOfResources(1, 2, "shared memory")}
     assert call(kernel(timed.function)) == LARGE
     assert timed.blocks == [16, 64]
+
+
+def test_a_trap_is_passed_over(timed):
+    """A config of which the compiler left nothing that stores is never launched: that would end the process."""
+    timed.function.trapped = {16, 32}
+    assert call(kernel(timed.function)) == LARGE
+    assert timed.blocks == [64]
+    assert {arguments["BLOCK"] for _, arguments in timed.function.launches} == {64}
+
+
+def test_memory_too_short_to_time(timed, monkeypatch):
+    """Where the clock finds no memory the first config runs: this process keeps to it, another one times again."""
+
+    def do_bench(run, **_):
+        run()
+        raise torch.cuda.OutOfMemoryError("no room for the buffer that empties the cache")
+
+    with monkeypatch.context() as short:
+        short.setattr(tuning, "do_bench", do_bench)
+        assert call(kernel(timed.function)) == SMALL
+    assert call(kernel(timed.function)) == MIDDLE
+    assert timed.blocks == [16, 32, 64]
 
 
 def test_none_that_works_is_an_error_in_words(timed):

@@ -63,7 +63,7 @@ def compile_launch(launch: Launch, config: Config, target: Target) -> Compiled:
     made = triton.compile(source, target=gpu, options=config.options)
     if target.kind != "cuda":
         return Compiled(0, 0, made.metadata.shared, made.asm["amdgcn"])
-    registers, spills = _resources(made.asm["cubin"])
+    registers, spills = _resources(made.asm["cubin"], made.metadata.name)
     return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"])
 
 
@@ -79,14 +79,19 @@ def _kind(value: Any, parameter: Any) -> str:
     return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of its stack, where spilled registers go."""
+def _resources(cubin: bytes, kernel: str) -> tuple[int, int]:
+    """Registers a thread of a kernel and bytes of its stack, where spilled registers go."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
         said = subprocess.run(tool, capture_output=True, text=True, check=True).stdout  # noqa: S603
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    return _read_resources(said, kernel)
+
+
+def _read_resources(said: str, kernel: str) -> tuple[int, int]:
+    """What cuobjdump says of a kernel: functions that are not inlined have entries of their own."""
+    found = re.search(rf"Function {re.escape(kernel)}:\s*REG:(\d+) STACK:(\d+)", said)
     if found is None:
-        raise RuntimeError(f"cuobjdump said nothing of registers: {said[:200]}")
+        raise RuntimeError(f"cuobjdump said nothing of the registers of {kernel}: {said[:200]}")
     return int(found[1]), int(found[2])

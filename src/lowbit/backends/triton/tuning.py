@@ -6,7 +6,8 @@ what was found); the choice is kept in memory and, by the kernel's source, Trito
 (`LOWBIT_CACHE`, by default a folder of the user's cache). While a CUDA graph is captured nothing can be timed: a shape
 that was never seen runs in the first config, so warm up first. In the interpreter it is the first config always.
 
-A config that does not compile is passed over; when none does, `UnsupportedError` names the kernel and the shape.
+A config that does not compile is passed over, and so is one of which the compiler left nothing but a trap, before it
+can end the process; when none is left, `UnsupportedError` names the kernel and the shape.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -33,6 +36,7 @@ from lowbit.errors import UnsupportedError
 Arguments = Mapping[str, Any]
 Grid = Callable[[Arguments], tuple[int, ...]]
 _WARM_UP, _MEASURE = 5, 20  # milliseconds a config, after compiling it
+_STORES = re.compile(r"\bst\.global|\bred\.|\batom\.|cp\.async\.bulk")  # what of PTX reaches memory
 
 
 @dataclass(frozen=True)
@@ -131,14 +135,16 @@ class TunedKernel:
                 return configs[0]
             found = self._recall(where, key, configs)
             if found is None:
-                found = self._measure(grid, arguments, configs)
-                self._remember(where, key, found)
+                found, timed = self._measure(grid, arguments, configs)
+                if timed:
+                    self._remember(where, key, found)
         else:
             found = configs[0]
         self._chosen[key] = found
         return found
 
-    def _measure(self, grid: Grid, arguments: Arguments, configs: Sequence[Config]) -> Config:
+    def _measure(self, grid: Grid, arguments: Arguments, configs: Sequence[Config]) -> tuple[Config, bool]:
+        """The fastest, and whether it was timed: where memory is short the first that runs is taken."""
         times: dict[Config, float] = {}
         failures: dict[str, str] = {}
         for config in configs:
@@ -157,19 +163,29 @@ class TunedKernel:
         best = min(times, key=lambda config: times[config])
         if os.environ.get("TRITON_PRINT_AUTOTUNING") == "1":
             print(f"lowbit: {self.name} {shown}: {best} takes {times[best] * 1e3:.1f} us, best of {len(times)}")  # noqa: T201
-        return best
+        return best, math.isfinite(times[best])
 
     def _time(self, grid: Grid, arguments: Arguments, config: Config) -> float | str:
-        """Milliseconds, or why the config cannot run: out of shared memory, a failed assembly."""
+        """Milliseconds, or why the config cannot run: out of shared memory, a failed assembly, nothing assembled."""
         try:
-            self._run(grid, arguments, config)  # compiles it
+            if self._is_empty(grid, arguments, config):
+                return "the compiler left nothing of it but a trap"
+            self._run(grid, arguments, config)
             return float(
                 do_bench(
                     lambda: self._run(grid, arguments, config), warmup=_WARM_UP, rep=_MEASURE, return_mode="median"
                 )
             )
+        except torch.cuda.OutOfMemoryError:  # a kernel allocates nothing: it is the buffer that empties the cache
+            return math.inf
         except (triton.TritonError, RuntimeError) as error:
             return str(error).strip().partition("\n")[0]
+
+    def _is_empty(self, grid: Grid, arguments: Arguments, config: Config) -> bool:
+        """Whether the compiled config stores nothing. To run such a one is an error that no later call survives."""
+        made = self.function.warmup(grid=grid, **arguments, **config.constants, **config.options)
+        ptx = getattr(made, "asm", {}).get("ptx")
+        return ptx is not None and _STORES.search(ptx) is None
 
     # ---- on disk ----------------------------------------------------------------------------------------------------
 
@@ -219,4 +235,4 @@ def bucket(m: int) -> int:
 
 
 def _plain(value: Any) -> Any:
-    return str(value.dtype) if isinstance(value, torch.Tensor) else value
+    return str(value.dtype) if isinstance(value, torch.Tensor) else getattr(value, "value", value)
