@@ -49,6 +49,18 @@ def test_what_the_fused_kernel_does_not_take(spec):
     check_linear(spec, 33, 240, 3, torch.float16, layout="")
 
 
+@pytest.mark.parametrize("zero", [torch.bfloat16, torch.float32], ids=str)
+def test_zeros_of_another_dtype(zero):
+    """Weights are made in 16 bits only where neither scales nor zeros are rounded by that."""
+    fmt = parse_spec("awq_w4a16")
+    parts = fmt.empty_parts((64, 256), torch.device("meta"), torch.bfloat16)
+    parts["zero"] = parts["zero"].to(zero)
+    x = torch.empty((3, 256), dtype=torch.bfloat16, device="meta")
+    with assume(Target("cuda", (9, 0))), record() as launches:
+        linear_plain.linear_plain(fmt, x, parts, None)
+    assert launches[0].arguments["HALF_SCALES"] == (zero == torch.bfloat16)
+
+
 def test_turing_multiplies_the_decoded_weight():
     """Triton has no tensor-core code for compute capability 7.5, so there nothing but the decoder is launched."""
     fmt = parse_spec("awq_w4a16")

@@ -5,13 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.cpu_linear import activations, packed_weight
 from tests.support.triton_linear import DEVICE, check_linear, require
 
 require()
 
 from lowbit.backends.triton import decoded_linear, device, linear_words  # noqa: E402
 from lowbit.backends.triton.device import Target, assume  # noqa: E402
-from lowbit.dispatch import load  # noqa: E402
+from lowbit.dispatch import load, use_backend  # noqa: E402
+from lowbit.formats import parse_spec  # noqa: E402
+from lowbit.formats.parts import narrow_rows  # noqa: E402
+from lowbit.layouts.base import get_layout  # noqa: E402
+from lowbit.ops.generic import run_linear  # noqa: E402
 
 SPECS = ("awq_w4a16", "wna16(group_size=32,zero_point=True)", "nvfp4", "mxfp4")
 
@@ -29,6 +34,49 @@ def test_many_tokens(spec, dtype, monkeypatch):
     assert calls == []
     check_linear(spec, 35, 256, 5, dtype, layout="words128")
     assert calls == [(5, 256)]
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "first"),
+    [
+        (Target("cuda", (9, 0)), torch.bfloat16, 512), (Target("cuda", (9, 0)), torch.float32, 17),
+        (Target("cuda", (7, 5)), torch.float16, 1), (Target("hip"), torch.float16, 512),
+    ],
+)  # fmt: skip
+def test_no_scalar_code_that_spills(target, dtype, first):
+    """Where Triton has no tensor-core code the weight is decoded for as few tokens as make it spill."""
+    fmt = parse_spec("awq_w4a16")
+    packed, _ = packed_weight("awq_w4a16", 16, 256, "words128")
+    parts = dict(zip(fmt.part_names, packed.part_list, strict=True))
+    parts = {name: part.to(dtype) if part.is_floating_point() else part for name, part in parts.items()}
+    with assume(target):
+        found = [
+            linear_words.is_many(fmt, torch.empty(m, 256, dtype=dtype), parts, None) for m in (0, first - 1, first)
+        ]
+    assert found == [False, False, True]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_no_rows(spec):
+    """A weight without rows gives a result without columns."""
+    fmt = parse_spec(spec)
+    packed, _ = packed_weight(spec, 16, 256, "words128")
+    parts = narrow_rows(fmt.rules, dict(zip(fmt.part_names, packed.in_layout("").part_list, strict=True)), 0, 0)
+    parts = {name: part.to(DEVICE) for name, part in get_layout("words128", fmt).packed(fmt, parts).items()}
+    x = activations(3, 256, torch.float16).to(DEVICE)
+    with use_backend("triton"), torch.inference_mode():
+        assert run_linear(x, list(parts.values()), None, f"{fmt.spec}@words128:1").shape == (3, 0)
+
+
+@pytest.mark.parametrize("layout", ["", "words128"])
+def test_bias_with_gaps(layout):
+    """A bias is read where its elements are."""
+    packed, _ = packed_weight("awq_w4a16", 35, 256, layout)
+    packed = packed if DEVICE.type == "cpu" else packed.in_layout("").to(DEVICE).in_layout(layout)
+    x, bias = activations(3, 256, torch.float16).to(DEVICE), torch.randn(70, device=DEVICE).half()[::2]
+    with use_backend("triton"), torch.inference_mode():
+        wanted = torch.nn.functional.linear(x, packed, bias.contiguous())
+        assert torch.equal(torch.nn.functional.linear(x, packed, bias), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -74,3 +122,15 @@ def test_tiles():
             assert max(tokens for tokens, _ in tiles) < max(2 * m, 17)
     assert {tokens for tokens, _ in _tiles(1, hopper, assemble=True)} == {8}
     assert device.target_of(DEVICE) != hopper
+
+
+def test_tiles_that_triton_makes_a_trap():
+    """For GPUs with tensor memory a tile of up to 32 tokens is tried, and is the first, for any number of tokens."""
+    kernel = linear_words._linear_words
+    for capability in ((10, 0), (10, 3), (11, 0)):
+        for m_bucket in (16, 32, 64, 128, 512):
+            arguments = {"x": torch.empty(1, 128, device=DEVICE), "ASSEMBLE": True, "m_bucket": m_bucket}
+            with assume(Target("cuda", capability)):
+                left = kernel.prune(kernel.configs, arguments)
+            assert left[0].constants["BLOCK_M"] <= 32
+            assert len(left) <= 5

@@ -44,7 +44,7 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
         config(BLOCK_M=64, BLOCK_N=128, warps=8, stages=3),
         config(BLOCK_M=128, BLOCK_N=128, warps=8, stages=3),
     ],
-    key=("m_bucket", "n", "k", "x", "scale", "GROUP", "splits"),
+    key=("m_bucket", "n", "k", "x", "scale", "zero", "offset", "CODE", "GROUP", "splits"),
     prune=_sensible,
 )
 @triton.jit(do_not_specialize=("m", "m_bucket"))
@@ -184,9 +184,11 @@ def product(
     (m, k), n = rows.shape, codes.shape[0]
     target = device.target_of(x.device)
     out = x.new_empty((*x.shape[:-1], n))
-    if not m:
+    if not m or not n:
         return out
-    half = target.assembles and _exact_in(x.dtype, scale, stored)
+    bias = None if bias is None else bias.contiguous()
+    alpha = None if alpha is None else alpha.contiguous()
+    half = target.assembles and _exact_in(x.dtype, scale, stored) and (zero is None or zero.dtype == x.dtype)
     if half and code.value == words.E2M1.value and stored.value == E4M3.value:
         code = words.TINY_E2M1
     splits = splits_for(m, n, triton.cdiv(k, COLUMNS), target)

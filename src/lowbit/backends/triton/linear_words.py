@@ -34,6 +34,10 @@ _STEP = 16  # columns of one product
 _SMALLEST = 8  # tokens of the smallest tile
 _FOLDED_ROWS = 128  # of a tile or two, for each processor
 _FEW = 16  # tokens up to which the smallest tile is the only sensible one
+# Compute capabilities whose products of 64 rows and more go through tensor memory. There Triton 3.6 makes the tiles of
+# more than 32 tokens a trap, which tuning passes over: one that works is always among those to try, and is the first.
+_TENSOR_MEMORY = (10, 11)
+_SAFE = 32
 # Tokens from which the weight is decoded once for all of them: from here on a tile of 128 tokens decodes each code four
 # times and more, and the decoded weight is read once a tile, too. Reasoned from that; not measured on a GPU yet.
 MANY = 512
@@ -45,6 +49,8 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
     smallest = 8 if arguments["ASSEMBLE"] else 16  # what NVIDIA's tensor cores take, and others'
     wanted = max(smallest, min(arguments["m_bucket"], 128))
     least = wanted // 2 if wanted > _FEW else wanted
+    if target.kind == "cuda" and target.capability[0] in _TENSOR_MEMORY:
+        least = min(least, _SAFE)
     tallest = 256 if target.kind == "cuda" and target.capability >= (9, 0) else 128  # others run out of registers
     fitting = [one for one in configs if one.constants["BLOCK_N"] <= tallest]
     return [one for one in fitting if least <= one.constants["BLOCK_M"] <= wanted] or fitting[:1]
@@ -66,7 +72,7 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
         config(BLOCK_M=64, BLOCK_N=256, JOINED=0, warps=8, stages=3),
         config(BLOCK_M=128, BLOCK_N=128, JOINED=0, warps=8, stages=3),
     ],
-    key=("m_bucket", "n", "k", "x", "scale", "splits", "fold"),
+    key=("m_bucket", "n", "k", "x", "scale", "zero", "offset", "splits", "fold", "CODE", "GROUP"),
     prune=_sensible,
 )
 @triton.jit(do_not_specialize=("m", "m_bucket"))
@@ -241,8 +247,10 @@ def product(
     (m, k), n = rows.shape, codes.shape[0]
     target = device.target_of(x.device)
     out = x.new_empty((*x.shape[:-1], n))
-    if not m:
+    if not m or not n:
         return out
+    bias = None if bias is None else bias.contiguous()
+    alpha = None if alpha is None else alpha.contiguous()
     assembles = target.assembles and x.dtype != torch.float32
     half = assembles and _exact_in(x.dtype, scale, stored) and (zero is None or zero.dtype == x.dtype)
     if half and stored.value == E4M3.value:
@@ -277,9 +285,15 @@ def _fold(m: int, n: int, k: int, group: int, target: Target) -> int:
 
 
 def is_many(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> bool:
-    """Whether `decoded_linear` is to multiply: there are many tokens, and it takes the call."""
-    tokens = x.numel() // x.shape[-1]
-    return tokens >= MANY and decoded_linear.refuses(fmt, x, parts, bias, NAME) is None
+    """Whether `decoded_linear` is to multiply: there are many tokens, and it takes the call.
+
+    For Turing, and for float32, Triton multiplies without tensor cores, in scalar code that spills: for Turing in all
+    tiles, for float32 in those of 64 tokens and more.
+    """
+    target, many = device.target_of(x.device), MANY
+    if target.kind == "cuda" and (x.dtype == torch.float32 or not target.assembles):
+        many = _FEW + 1 if target.assembles else 1
+    return x.numel() >= many * x.shape[-1] and decoded_linear.refuses(fmt, x, parts, bias, NAME) is None
 
 
 def refuses_group(group: int) -> str | None:
