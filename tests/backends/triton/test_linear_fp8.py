@@ -50,6 +50,18 @@ def test_properties():
     check_properties("fp8_e4m3(granularity=block)", 70, 256, layout="")
 
 
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_where_x_begins(offset):
+    """Activations may begin at any element of their memory, for few tokens and for some, which are put in order."""
+    fmt = parse_spec("fp8_e4m3")
+    parts = [part.to(DEVICE) for part in fmt.quantize(torch.randn(9, 128)).values()]
+    for m in (3, 40):
+        room = torch.zeros(m * 128 + 4, dtype=torch.float16, device=DEVICE)
+        x = room[offset : offset + m * 128].view(m, 128).copy_(torch.randn(m, 128))
+        with use_backend("triton"):
+            assert torch.equal(linear(x, parts, None, fmt.spec), linear(x.clone(), parts, None, fmt.spec))
+
+
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 @pytest.mark.parametrize("k", [77, 128, 260])
 def test_nan_codes(k, code):

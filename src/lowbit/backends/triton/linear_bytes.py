@@ -112,7 +112,7 @@ def _four_factors(word, BLOCK_N: tl.constexpr, ELEMENTS: tl.constexpr):
         config(BLOCK_M=128, BLOCK_N=128, warps=8, stages=3),
         config(BLOCK_M=128, BLOCK_N=256, warps=8, stages=3),
     ],
-    key=("m_bucket", "n", "k", "x", "splits", "CODE", "SCALED", "GROUP"),
+    key=("m_bucket", "n", "k", "x", "splits", "CODE", "SCALED", "GROUP", "WORDS"),
     prune=_sensible,
 )
 @triton.jit(do_not_specialize=("m", "m_bucket"))
@@ -264,6 +264,7 @@ def _scaling(blocks: Blocks | None, width: int, *, four: bool) -> dict[str, Any]
 
 def _ordered(rows: Tensor) -> Tensor:
     """The columns of [M, K] as the kernel takes them: `_column`, by copying pairs."""
+    rows = rows.clone() if rows.storage_offset() % 2 else rows  # pairs begin at a multiple of their size
     pairs = rows.view(torch.int32 if rows.dtype.itemsize == 2 else torch.int64)
     return pairs.view(-1, 4, 4, 2).permute(0, 2, 3, 1).reshape(pairs.shape).view(rows.dtype)
 

@@ -108,7 +108,7 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
 
 @tuned(
     [config(STEPS=1, warps=4, stages=1), config(STEPS=2, warps=4, stages=1), config(STEPS=4, warps=4, stages=1)],
-    key=("codes", "out", "indices", "units", "CODE", "GROUP", "LARGE"),
+    key=("codes", "out", "indices", "units", "CODE", "BITS", "GROUP", "WIDE", "LARGE"),
     prune=_sensible,
 )
 @triton.jit(do_not_specialize=("first", "count", "n"))
@@ -224,6 +224,7 @@ def describe(fmt: Format, parts: Parts, k: int, layout: str) -> Coded:
     unit, codes = (_UNIT, qdata) if wide else _units(qdata, bits, group)
     tall, scale_row, scale_group = _steps(fmt, scale, wide=wide)
     shared = parts.get("global_scale")
+    shared = None if shared is None else shared.contiguous()
     divides = getattr(fmt, "global_scale_divides", False)
     arguments = {
         "codes": codes, "row_step": codes.stride(0) // (_UNIT if wide else 1), "BITS": bits, "CODE": _CODES[fmt.name],
