@@ -47,6 +47,34 @@ def test_product(spec, dtype, monkeypatch):
         torch.testing.assert_close(found.double(), wanted, rtol=1.01 * half_ulp, atol=1e-5 * wanted.abs().max().item())
 
 
+def test_where_x_begins(monkeypatch):
+    """The kernel loads 8 bytes of x at a time: rows that begin elsewhere are copied first, others are not."""
+    seen = []
+    monkeypatch.setattr(kernels, "launch", lambda *args: seen.append(args[-1][0]))
+    fmt = parse_spec("awq_w4a16")
+    packed, _ = packed_weight("awq_w4a16", 16, 256, words128.NAME)
+    parts = _parts_for(fmt, packed, torch.float16)
+    room = torch.zeros(520, dtype=torch.float16)
+    with assume(Target("cuda", (9, 0))):
+        for offset in (0, 1, 2, 4):
+            x = room[offset : offset + 512].view(2, 256)
+            linear_words.linear(fmt, x, parts, None)
+            assert seen[-1].data_ptr() % 8 == 0
+            assert (seen[-1].data_ptr() == x.data_ptr()) == (offset % 4 == 0)
+
+
+def test_nothing_to_do(monkeypatch):
+    """No tokens, or no rows of the weight, give an empty result without a launch: a grid of no blocks is an error."""
+    monkeypatch.setattr(kernels, "launch", lambda *_: pytest.fail("launched"))
+    fmt = parse_spec("awq_w4a16")
+    packed, _ = packed_weight("awq_w4a16", 16, 256, words128.NAME)
+    parts = _parts_for(fmt, packed, torch.float16)
+    none = {"qdata": parts["qdata"][:0], "scale": parts["scale"][:, :0], "zero": parts["zero"][:, :0]}
+    with assume(Target("cuda", (9, 0))):
+        assert linear_words.linear(fmt, torch.zeros(0, 256).half(), parts, None).shape == (0, 16)
+        assert linear_words.linear(fmt, torch.zeros(2, 256).half(), none, None).shape == (2, 0)
+
+
 def test_refusals():
     """What the kernel cannot take is refused in words that name it."""
     fmt = parse_spec("awq_w4a16")
@@ -58,6 +86,8 @@ def test_refusals():
         assert "9 tokens" in linear_words.refuses(fmt, activations(9, 256, torch.float16), parts, None)
         assert "float32" in linear_words.refuses(fmt, x.float(), parts, None)
         assert "scales are float16" in linear_words.refuses(fmt, x.bfloat16(), parts, None)
+        mixed = {**parts, "zero": parts["zero"].float()}
+        assert "zeros are float32, scales float16" in linear_words.refuses(fmt, x, mixed, None)
         assert "bias is float32" in linear_words.refuses(fmt, x, parts, torch.zeros(16))
         assert "meta" in linear_words.refuses(fmt, x, parts, torch.zeros(16, device="meta"))
     with assume(Target("cuda", (7, 5))):

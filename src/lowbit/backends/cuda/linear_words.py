@@ -25,6 +25,7 @@ _HALVES = {torch.bfloat16: "kBFloat16", torch.float16: "kFloat16"}
 _WARPS = 8  # of a block
 _WAVES = 4  # blocks for each multiprocessor that make larger tiles worth while; reasoned, not measured
 _STEP = 16
+_X_ALIGNMENT = 8  # bytes of x that a lane loads at a time
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,13 @@ def refuses(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> str | 
 
 
 def _refuses_groups(fmt: Format, x: Tensor, parts: Parts) -> str | None:
-    scale, group = parts["scale"], fmt.unit((1, x.shape[-1]))[1]
+    scale, zero, group = parts["scale"], parts.get("zero"), fmt.unit((1, x.shape[-1]))[1]
     if "zero_point" in parts:
         return "codes with zero points"
     if scale.dtype.itemsize == 2 and scale.dtype != x.dtype:
         return f"scales are {_kind(scale)}, x {_kind(x)}; the kernel takes one dtype, or scales in float32"
+    if zero is not None and zero.dtype != scale.dtype:
+        return f"zeros are {_kind(zero)}, scales {_kind(scale)}; the kernel takes one dtype"
     if group % _STEP or (words128.COLUMNS % group and group % words128.COLUMNS):
         return f"groups of {group} columns; the kernel takes 16, 32, 64, 128 and multiples of 128"
     return None
@@ -75,8 +78,10 @@ def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     (m, k), codes, found = rows.shape, parts["qdata"], _operands(fmt, parts, x)
     n = codes.shape[0]
     out = x.new_empty((*x.shape[:-1], n))
-    if not m:
+    if not m or not n:
         return out
+    if rows.data_ptr() % _X_ALIGNMENT:
+        rows = rows.clone()
     sixteens = min(found.group, words128.COLUMNS) // _STEP
     tiles = _tiles(n, sixteens, x.device)
     name = (
