@@ -8,7 +8,8 @@ Kernels are those that the dispatch table chooses, and named. Ours, cuBLAS and t
 in one process, on bfloat16 inputs, inputs and weights in so many copies that no L2 holds them. A result is compared
 with the float64 product before it is timed: a wrong one has no speed, and makes the exit code 1. Rows are measured in
 the order of their importance; those for which the budget leaves no time are named. Above 1, a ratio says that ours is
-faster.
+faster. A process of its own measures, and writes the JSON after every row: when it dies, or stays in a row, that row is
+a fault, and another process goes on with the next.
 
 --crossovers times every way that a launcher can go (`ROUTES`), whatever it would choose, for 1 to 4096 tokens.
 Without a GPU it says so, with exit code 3.
@@ -20,9 +21,10 @@ import argparse
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -50,6 +52,9 @@ SHARES = {"linears": 0.75, "codecs": 0.9, "model": 1.0}  # of the budget that is
 ROUNDS, ROUND_BUDGET = 7, 0.5  # of a row; seconds
 COMPILE_SECONDS = 75.0  # at most, before anything is measured; part of the budget
 NO_GPU = 3
+MOST_PROCESSES = 6  # that measure, one after the other
+STALL = 90.0  # seconds after which a row is given up
+GRACE = 30.0  # seconds beyond the budget after which all is
 Seconds = Callable[[], float]
 
 
@@ -65,6 +70,8 @@ class Bench:
     contender: Callable[..., GpuContender] = GpuContender
     rounds: int = ROUNDS
     others: bool = True
+    begin: Callable[[dict[str, Any]], None] = lambda _: None
+    """Called with what says which row, before it is measured."""
     takes_eager: bool = False
     """Whether what eager runs is measured, too: where there are no other kernels to try this program with."""
 
@@ -131,6 +138,10 @@ def _call(entry: Entry, given: Sequence[Any]) -> tuple[Callable[[int], object], 
 def measure_linear(shape: Shape, spec: str, tokens: Sequence[int], is_over: Callable[[], bool]) -> Iterator[dict]:
     """One row for each number of tokens, until the time is over."""
     about = {"section": "linears", "format": spec, "shape": [shape.n, shape.k]}
+    if is_over():  # making the weight takes time, too
+        yield from ({**about, "tokens": m, "skipped": "the budget is used up"} for m in tokens)
+        return
+    shape.bench.begin({**about, "tokens": None})
     try:
         mine, peers = shape.entries(spec)
     except (LowbitError, RuntimeError) as error:
@@ -140,6 +151,7 @@ def measure_linear(shape: Shape, spec: str, tokens: Sequence[int], is_over: Call
         if is_over():
             yield {**about, "tokens": m, "skipped": "the budget is used up"}
             continue
+        shape.bench.begin({**about, "tokens": m})
         yield {**about, "tokens": m, **_linear_row(shape, mine, peers, m)}
         if shape.bench.device.type == "cuda":
             torch.cuda.empty_cache()  # graphs keep the memory of their calls
@@ -167,7 +179,10 @@ def _linear_row(shape: Shape, mine: Entry, peers: Sequence[Entry], m: int) -> di
             present.append(peer)
         except Exception as failed:  # noqa: BLE001, PERF203  (other people's code raises anything)
             absent[peer.name] = reason(failed)
-    made = bench.race([(one.name, *_call(one, given[one.name])) for one in present])
+    try:
+        made = bench.race([(one.name, *_call(one, given[one.name])) for one in present])
+    except RuntimeError as failed:
+        return {"fault": reason(failed)}
     return {
         "kernel": f"{kernel.name}@{mine.layout}" if kernel and mine.layout else kernel.name if kernel else None,
         "error": error,
@@ -195,13 +210,18 @@ def _speed(bench: Bench, timed: GpuContender, nbytes: int, work: int = 0) -> dic
     return found
 
 
-def measure_codecs(bench: Bench, shape: tuple[int, int], is_over: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-    """One row an encoder or decoder, until the time is over."""
+def measure_codecs(
+    bench: Bench, shape: tuple[int, int], is_over: Callable[[], bool], done: Collection[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """One row an encoder or decoder that is not done, until the time is over."""
     for name, make in gpu_codecs.codecs(bench.device, bench.l2, shape):
+        if name in done:
+            continue
         about = {"section": "codecs", "name": name, "shape": list(shape)}
         if is_over():
             yield {**about, "skipped": "the budget is used up"}
             continue
+        bench.begin(about)
         try:
             codec = make()
         except WrongResultError as wrong:
@@ -254,6 +274,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one shape, 1 and 4096 tokens, few rounds, no peers")
     parser.add_argument("--budget", type=float, default=240.0, help="seconds in all; what is left over is named")
     parser.add_argument("--crossovers", metavar="SPEC", help="time every route of a format instead")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # the process that measures
     default = Path(os.environ["OUT"]) / "gpu.json" if os.environ.get("OUT") else RESULTS / "gpu.json"
     parser.add_argument("--json", type=Path, default=default, help="default: gpu.json in $OUT, or in results/")
     given = parser.parse_args(arguments)
@@ -265,37 +286,114 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return given
 
 
-def measure(bench: Bench, given: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """All sections, each within its share of the budget; `write` gets the result after every one."""
+def measure(
+    bench: Bench,
+    given: argparse.Namespace,
+    write: Callable[[dict[str, Any]], None],
+    before: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """All sections, each within its share of the budget; `write` gets the result before and after every row.
+
+    before: a result that another process began, whose rows are kept. Raises when a row leaves the GPU unusable.
+    """
     began = bench.clock()
-    result: dict[str, Any] = {"missing": gpu_peers.missing() if bench.others else {}, "failures": {}}
+    result: dict[str, Any] = {"missing": gpu_peers.missing() if bench.others else {}, "failures": {}, **(before or {})}
+
+    def begin(about: dict[str, Any]) -> None:
+        write({**result, "running": about})
+
+    def keep(section: str, rows: Iterable[dict[str, Any]]) -> None:
+        for row in rows:
+            result[section].append(row)
+            write(result)
+            if "fault" in row and bench.device.type == "cuda":
+                torch.cuda.synchronize()  # a broken context breaks all that follows
+
+    bench = replace(bench, begin=begin)
     for section in given.sections:
         end = began + given.budget * SHARES[section]
 
         def is_over(end: float = end) -> bool:
             return bench.clock() > end
 
+        done = result.setdefault(section, [])
         if section == "linears":
-            result[section] = _linears(bench, given, is_over, result["failures"])
+            keep(section, _linears(bench, given, is_over, result["failures"], list(done)))
         elif section == "codecs":
             shape = gpu_codecs.SHAPE if bench.device.type == "cuda" else given.shapes[0]
-            result[section] = list(measure_codecs(bench, shape, is_over))
-        else:
-            result[section] = gpu_model.measure(bench, quick=given.quick)
+            keep(section, measure_codecs(bench, shape, is_over, {row["name"] for row in done}))
+        elif not done and is_over():
+            keep(section, [{"name": "the model", "skipped": "the budget is used up"}])
+        elif not done:
+            begin({"section": section, "name": "the model"})
+            keep(section, gpu_model.measure(bench, quick=given.quick))
         write(result)
     return result
 
 
 def _linears(
-    bench: Bench, given: argparse.Namespace, is_over: Callable[[], bool], failures: dict[str, str]
-) -> list[dict[str, Any]]:
-    rows = []
+    bench: Bench,
+    given: argparse.Namespace,
+    is_over: Callable[[], bool],
+    failures: dict[str, str],
+    done: Sequence[Mapping[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    known = {(row["format"], *row["shape"], row["tokens"]) for row in done}
     for n, k in given.shapes:
         shape = Shape(bench, n, k, failures)
         for spec in given.formats:
-            rows += measure_linear(shape, spec, given.tokens, is_over)
+            left = [m for m in given.tokens if (spec, n, k, m) not in known]
+            if left and (spec, n, k, None) not in known:
+                yield from measure_linear(shape, spec, left, is_over)
         _drawn.cache_clear()
-    return rows
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a process has written so far; empty where there is nothing."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def ended(result: dict[str, Any], why: str, word: str = "fault") -> bool:
+    """Make a row of the one in which a process ended, if it was in one; whether it was."""
+    about = result.pop("running", None)
+    if about is not None:
+        result.setdefault(about["section"], []).append({**about, word: why})
+    return about is not None
+
+
+def supervise(
+    command: Sequence[str], path: Path, budget: float, *, stall: float = STALL, grace: float = GRACE, every: float = 0.5
+) -> dict[str, Any]:
+    """Run the process that measures until it has finished, again where it died: see the module. Returns its JSON."""
+    path.unlink(missing_ok=True)
+    began = time.monotonic()
+    result: dict[str, Any] = {}
+    for _ in range(MOST_PROCESSES):
+        left = budget - (time.monotonic() - began)
+        process = subprocess.Popen([*command, "--budget", str(max(0.0, left))])
+        started, why, word = time.time(), "", "fault"
+        while process.poll() is None:
+            time.sleep(every)
+            if time.monotonic() - began > budget + grace:
+                why, word = "the time was over in the middle of it", "skipped"
+            elif time.time() - max(started, path.stat().st_mtime if path.exists() else 0.0) > stall:
+                why = f"did not end within {stall:.0f} s"
+            if why:
+                process.kill()
+                process.wait()
+        result = read(path)
+        if result.pop("finished", False):
+            return result
+        within = ended(result, why or f"the process ended with {process.returncode} in it", word)
+        _write(path, result)
+        if word == "skipped" or (not within and not _has_faults(result)):
+            break
+    result["failures"] = {**result.get("failures", {}), "measuring": "ended before all rows were there"}
+    return result
+
+
+def _has_faults(result: Mapping[str, Any]) -> bool:
+    return any("fault" in row for section in SECTIONS for row in result.get(section, ()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -309,27 +407,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"the triton backend is not there: {why}", style="bold red")
         return 1
     torch.set_grad_enabled(False)
-    if "linears" in given.sections or given.crossovers:
+    if ("linears" in given.sections or given.crossovers) and not given.child:
         tokens = CROSSOVER_TOKENS if given.crossovers else given.tokens
         wanted = gpu_compile.options(given.shapes, tokens, [given.crossovers] if given.crossovers else given.formats)
         took = gpu_compile.in_processes(min(os.cpu_count() or 1, 16), wanted, COMPILE_SECONDS)
         given.budget -= took
         console.print(f"compiled the linears in {took:.0f} s")
+    if not given.crossovers and not given.child:
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        command = [sys.executable, "-m", "benchmarks.gpu", *words, "--child", "--json", str(given.json)]
+        result = supervise(command, given.json, given.budget)
+        _write(given.json, result)
+        if "machine" not in result:
+            console.print("nothing was measured: see what the process said above", style="bold red")
+            return 1
+        return max(report(console, result), int("measuring" in result["failures"]))
     bench = Bench(
         torch.device("cuda", torch.cuda.current_device()), gpu_machine.l2_bytes(), gpu_machine.copy_bandwidth(),
         gpu_machine.peaks(), rounds=3 if given.quick else ROUNDS, others=not given.quick,
     )  # fmt: skip
-    machine = gpu_machine.about()
-    speeds = {"copy_bytes_s": bench.copy_bandwidth, "peaks_flop_s": dict(bench.peaks)}
+    about = {
+        "machine": gpu_machine.about(), "copy_bytes_s": bench.copy_bandwidth, "peaks_flop_s": dict(bench.peaks),
+    }  # fmt: skip
     if given.crossovers:
         found = {str(shape): crossovers(bench, given.crossovers, shape, CROSSOVER_TOKENS) for shape in given.shapes}
         for shape, rows in found.items():
             show_crossovers(console, f"{given.crossovers} {shape}", rows)
         path = given.json.with_name(f"gpu_crossovers_{given.crossovers.partition('(')[0]}.json")
-        _write(path, {"machine": machine, **speeds, "crossovers": found})
+        _write(path, {**about, "crossovers": found})
         return 0
-    result = measure(bench, given, lambda so_far: _write(given.json, {"machine": machine, **speeds, **so_far}))
-    return report(console, {"machine": machine, **speeds, **result})
+    result = measure(bench, given, lambda so_far: _write(given.json, {**about, **so_far}), read(given.json))
+    _write(given.json, {**about, **result, "finished": True})
+    return 0
 
 
 def report(console: Console, result: Mapping[str, Any]) -> int:
@@ -354,7 +463,9 @@ def report(console: Console, result: Mapping[str, Any]) -> int:
 
 def _write(path: Path, result: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    whole = path.with_name(path.name + ".new")  # a process that is killed leaves no half of a file
+    whole.write_text(json.dumps(result, indent=1) + "\n")
+    whole.replace(path)
 
 
 if __name__ == "__main__":

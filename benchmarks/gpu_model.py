@@ -168,6 +168,7 @@ def measure(bench: Bench, *, quick: bool = False, sizes: Sizes | None = None) ->
     for name, (modulation, others, limit) in VARIANTS.items():
         row: dict[str, Any] = {"name": name, "modulation": modulation, "others": others}
         rows.append(row)
+        bench.begin({"section": "model", "name": name})
         if not all(known(spec) for spec in (modulation, others) if spec):
             row["skipped"] = "this lowbit has no such format"
             continue

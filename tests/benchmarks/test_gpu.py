@@ -1,6 +1,7 @@
 """The GPU benchmark without a GPU: its order, ratios, checks, budget, JSON; CPU tensors, clocks that obey."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -222,7 +223,7 @@ def test_a_wrong_model_has_no_time(monkeypatch):
 
 
 def test_all_sections_and_the_report(tmp_path, monkeypatch):
-    """A run writes valid JSON after every section, prints its tables, and ends with 1 if a result was wrong."""
+    """A run writes valid JSON around every row, prints its tables, and ends with 1 if a result was wrong."""
     model = [{"name": "bf16", "seconds": 1e-3}]
     monkeypatch.setattr(gpu_model, "measure", lambda *_, **__: model)
     target = tmp_path / "gpu.json"
@@ -233,7 +234,10 @@ def test_all_sections_and_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_codecs, "SPECS", ("int8",))
     monkeypatch.setattr(gpu_codecs, "OPS", {})
     result = gpu.measure(bench(), given, lambda so_far: (written.append(list(so_far)), gpu._write(target, so_far)))
-    assert [keys[-1] for keys in written] == ["linears", "codecs", "model"]
+    assert list(dict.fromkeys(key for keys in written for key in keys))[2:] == ["linears", "running", "codecs", "model"]
+    kept = gpu.measure(bench(), given, [].append, {**result, "linears": result["linears"][:1]})
+    assert [row["tokens"] for row in kept["linears"]] == [1, 3]
+    assert kept["linears"][0] == result["linears"][0]
     assert json.loads(target.read_text())["linears"][0]["format"] == "int8"
     machine = {"gpu": "none", "driver": None, **gpu_machine.where()}
     whole = {"machine": machine, "copy_bytes_s": 1e9, "peaks_flop_s": {"bfloat16": 1e12}, **result}
@@ -242,6 +246,77 @@ def test_all_sections_and_the_report(tmp_path, monkeypatch):
     assert "256 x 512" in shown.getvalue()
     whole["linears"][0] = {**whole["linears"][0], "fault": "wrong"}
     assert gpu.report(Console(file=shown, width=200), whole) == 1
+
+
+PROCESS = """
+import json, os, sys, time
+path, how = sys.argv[1:3]
+found = json.load(open(path)) if os.path.exists(path) else {"linears": []}
+if found["linears"]:
+    found["finished"] = True
+    found["linears"].append({"tokens": 16})
+else:
+    found["linears"].append({"tokens": 1})
+    found["running"] = {"section": "linears", "tokens": 4}
+json.dump(found, open(path, "w"))
+if "running" in found:
+    os.abort() if how == "dies" else time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("how", "why"), [("dies", "ended with -6"), ("hangs", "did not end within")])
+def test_a_process_that_dies_or_hangs_loses_one_row(tmp_path, how, why):
+    """The row that a process died of is a fault; those before it are kept, and those after it are measured."""
+    path = tmp_path / "gpu.json"
+    command = [sys.executable, "-S", "-c", PROCESS, str(path), how]
+    result = gpu.supervise(command, path, 60.0, stall=0.5, every=0.05)
+    assert [row["tokens"] for row in result["linears"]] == [1, 4, 16]
+    assert why in result["linears"][1]["fault"]
+    assert "failures" not in result
+
+
+FILES = {
+    "triton/test_ends.py": "import time\ndef test_bad(): assert 0\ndef test_hangs(): time.sleep(60)\n",
+    "cuda/test_dies.py": "import os\ndef test_good(): pass\ndef test_dies(): os.abort()\n",
+    "cuda/test_fine.py": "def test_fine(): pass\n",
+}
+
+
+def test_a_test_that_hangs_or_dies_hides_no_other(tmp_path):
+    """At the end of the time the failures until then are there, beside the tests of files that ended as they should."""
+    for name, text in FILES.items():
+        path = tmp_path / "tests/backends" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    log = tmp_path / "log"
+    command = [
+        sys.executable,
+        "scripts/gpu_tests.py",
+        str(log),
+        "--root",
+        str(tmp_path),
+        "--seconds",
+        "4",
+        "--jobs",
+        "3",
+    ]
+    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    for line in ("test_ends.py: cut off", "test_dies.py: died of signal 6", "test_bad", "test_hangs", "::test_dies"):
+        assert line in found.stdout
+    assert "tests: 2 passed; of 3 files 2 failed" in found.stdout.splitlines()[-1]
+    assert "test_fine PASSED" in log.read_text()
+
+
+def test_the_end_of_the_time_keeps_what_was_measured(tmp_path):
+    """A process that is far over the budget is ended; its rows stay, and the result says that some are missing."""
+    path = tmp_path / "gpu.json"
+    command = [sys.executable, "-S", "-c", PROCESS, str(path), "hangs"]
+    result = gpu.supervise(command, path, 0.3, grace=0.2, every=0.05)
+    assert result["linears"][0] == {"tokens": 1}
+    assert "time was over" in result["linears"][1]["skipped"]
+    assert "measuring" in result["failures"]
 
 
 def test_crossovers_force_each_route(monkeypatch):

@@ -193,7 +193,8 @@ def test_a_tile_shape_is_chosen_for_each_size_of_blocks():
     keys = set()
     for block in (32, 128):
         fmt = parse_spec(f"fp8_e4m3(granularity=block,block_size={block}x{block},activations=fp8)")
-        x, parts = torch.empty(16, 4096, device="meta"), fmt.empty_parts((256, 4096), torch.device("meta"), torch.float32)
+        x = torch.empty(16, 4096, device="meta")
+        parts = fmt.empty_parts((256, 4096), x.device, x.dtype)
         with assume(Target("cuda", (8, 9))), record() as launches:
             linear_fp8_activations.linear(fmt, x, parts, None)
         keys |= {

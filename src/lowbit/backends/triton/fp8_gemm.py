@@ -27,8 +27,8 @@ _TALLEST = 128  # rows of the weight in a tile; the others divide it
 _FEW = 16  # tokens up to which the smallest tile is the only sensible one
 _BAND = tl.constexpr(8)
 _FIRST_WITH_E4M3 = (8, 9)
-# Major compute capabilities whose tensor cores have memory of their own for sums, said to be whole float32: that was not
-# measured here.
+# Major compute capabilities whose tensor cores have memory of their own for sums, said to be whole float32: nobody has
+# measured that here.
 _FULL_SUMS = (10, 11)
 _SPILLS = 64 * 128  # elements of a tile above which registers spill where codes are decoded, or sums are read back
 
