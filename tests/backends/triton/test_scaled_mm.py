@@ -11,7 +11,7 @@ from tests.support.cpu_linear import relative_error
 from tests.support.triton_linear import DEVICE, DTYPES, ON_GPU, require
 
 require()
-pytest.importorskip("lowbit.backends.triton.scaled_mm_blocks", exc_type=ImportError)
+device = pytest.importorskip("lowbit.backends.triton.device", exc_type=ImportError)
 
 # Relative RMS: the order of float32 sums, which tensor cores cut off instead of rounding, or one rounding.
 ROUNDING = {torch.float32: 1e-5 if ON_GPU else 1e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
@@ -72,6 +72,14 @@ def test_product(name, m, n, k, dtype):
 def test_groups_of_16(k):
     """K of nvfp4 needs to be a multiple of 16 alone."""
     check(scaled_mm_nvfp4, nvfp4_operands(5, 19, k), ROUNDING[torch.float32], out_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_turing(name):
+    """Where there is no bfloat16, operands are multiplied in float32, in narrow blocks."""
+    op, operands = OPS[name]
+    with device.assume(device.Target("cuda", (7, 5))):
+        check(op, operands(9, 70, 160), 1e-6, out_dtype=torch.float32, bias=torch.linspace(-1, 1, 70))
 
 
 def test_alpha():

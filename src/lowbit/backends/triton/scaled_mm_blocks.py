@@ -27,13 +27,15 @@ from lowbit.backends.triton.split_sums import add_splits, splits_for
 from lowbit.backends.triton.tuning import Arguments, Config, bucket, config, tuned
 
 _COLUMNS = 128  # of a block
+_NARROW_COLUMNS = 64  # of mxfp8, where registers hold both operands
+_ONE_IN_REGISTERS = (9, 10, 11)  # major compute capabilities whose tensor cores read at least one from shared memory
 _OLD_COLUMNS = 32  # on Turing, for whose tensor cores Triton has no code: what its registers hold
 _LOWERED = tl.constexpr(16384.0)  # 2**14: tiny codes of both operands, times 2**126, by scales raised by 2**119
 
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
     """Those whose tile of rows of a is not far larger than their number, nor far smaller."""
-    if arguments["BLOCK_K"] < _COLUMNS:
+    if arguments["BLOCK_K"] == _OLD_COLUMNS:
         return configs[:1]
     wanted = max(16, min(arguments["m_bucket"], 128))
     return [one for one in configs if wanted // 2 <= one.constants["BLOCK_M"] <= wanted]
@@ -163,9 +165,10 @@ def product(
     target = device.target_of(a.device)
     old = target.kind == "cuda" and not target.assembles
     dtype = torch.float32 if old or target.kind == "interpreter" else torch.bfloat16
-    columns = _OLD_COLUMNS if old else _COLUMNS
+    wide = fp4 or (target.kind == "cuda" and target.capability[0] in _ONE_IN_REGISTERS)
+    columns = _OLD_COLUMNS if old else _COLUMNS if wide else _NARROW_COLUMNS
     k = a.shape[1] * (2 if fp4 else 1)
-    splits = splits_for(m, n, triton.cdiv(k, _COLUMNS), target)
+    splits = splits_for(m, n, triton.cdiv(k, columns), target)
     sums = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=a.device)
     _scaled_mm_blocks(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"]), splits),
