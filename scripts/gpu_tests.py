@@ -21,15 +21,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARES = {"test_graphs.py": 6}  # processes that share the tests of a file that takes long
 FOLDERS = ("tests/backends/triton", "tests/backends/cuda")
 # The options of a machine that has pytest and little else.
 PYTEST = (
     "-m", "pytest", "-v", "--no-showlocals", "--override-ini=filterwarnings=default", "--override-ini=minversion=8",
-    "--override-ini=faulthandler_timeout=60", "-p", "no:cacheprovider",
+    "--override-ini=faulthandler_timeout=60", "-p", "no:cacheprovider", "-p", "scripts.gpu_tests",
 )  # fmt: skip
 NOTHING = 5  # pytest's exit status where it collected no test, or skipped the whole file
+SHARE = "LOWBIT_TEST_SHARE"
 SHOWN = 30  # lines about failures
 _ANY = re.compile("PASSED|SKIPPED|FAILED|ERROR|XFAIL|XPASS")
+
+
+def pytest_collection_modifyitems(items: list[object]) -> None:
+    """As a plugin of those processes: leave every process of a file its share of the tests."""
+    index, count = (int(number) for number in os.environ[SHARE].split("/"))
+    items[:] = items[index::count]
 
 
 @dataclass
@@ -60,15 +69,24 @@ def run(files: Sequence[Path], root: Path, seconds: float, jobs: int, grace: flo
     """Run every file that can be started in time, `jobs` at once."""
     end = time.monotonic() + seconds
     # What is timed while others use the GPU must not be remembered.
-    env = {**os.environ, "LOWBIT_CACHE": folder, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"}
+    env = {
+        **os.environ,
+        "LOWBIT_CACHE": folder,
+        "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "2",
+    }
     started: list[File] = []
-    waiting = list(files)
+    counts = {path: SHARES.get(path.name, 1) for path in files}
+    waiting = [(path, f"{index}/{count}") for path, count in counts.items() for index in range(count)]
     while time.monotonic() < end:
         free = jobs - sum(one.process.poll() is None for one in started)
-        for path in waiting[:free]:
+        for path, share in waiting[:free]:
             log = (Path(folder) / f"{len(started)}.log").open("w+b")
             command = [sys.executable, *PYTEST, str(path.relative_to(root))]
-            process = subprocess.Popen(command, cwd=root, env=env, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, cwd=root, env={**env, SHARE: share}, stdout=log, stderr=subprocess.STDOUT
+            )
             started.append(File(path, process, log))
         del waiting[: max(0, free)]
         if not waiting and all(one.process.poll() is not None for one in started):
@@ -119,10 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=170.0)
     parser.add_argument("--grace", type=float, default=10.0, help="seconds after an interrupt")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
+    parser.add_argument("--root", type=Path, default=REPOSITORY)
     given = parser.parse_args(arguments)
     files = [path for folder in FOLDERS for path in sorted((given.root / folder).glob("test_*.py"))]
-    files.sort(key=lambda path: path.stat().st_size, reverse=True)  # long ones first
+    files.sort(key=lambda path: (SHARES.get(path.name, 1), path.stat().st_size), reverse=True)  # long ones first
     with tempfile.TemporaryDirectory() as folder:
         return report(run(files, given.root, given.seconds, given.jobs, given.grace, folder), files, given.log)
 

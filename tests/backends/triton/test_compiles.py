@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -10,12 +11,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from lowbit.backends.triton import compile_ahead
 from lowbit.backends.triton.compile_ahead import Compiled
-from lowbit.backends.triton.tuning import KERNELS
+from lowbit.backends.triton.device import assume
+from lowbit.backends.triton.tuning import KERNELS, record
+from lowbit.formats import parse_spec
+from lowbit.layouts.base import get_layout
 from tests.support import triton_launches
 from tests.support.triton_launches import all_noted, distinct, entries, judge, qualified, title
 
 TITLES = sorted({title(entry) for entry in entries()})
 TARGETS = ("sm_90", "sm_80")
+TARGET = triton_launches.TARGETS["sm_90"]
 
 
 @pytest.mark.parametrize("name", TITLES)
@@ -57,6 +62,19 @@ def test_verdicts(monkeypatch, made, position, fault, note):
     assert verdict.note.startswith(note)
     assert bool(verdict.fault) == bool(fault)
     assert bool(verdict.note) == bool(note)
+
+
+@pytest.mark.parametrize("layout", ["", "words128"])
+@pytest.mark.parametrize("spec", ["awq_w4a16(group_size=256)", "wna16(group_size=0,zero_point=True)"])
+def test_groups_wider_than_a_block(spec, layout):
+    """A scale for more columns than are decoded at a time, or for the whole row, compiles like any other."""
+    fmt, x = parse_spec(spec), torch.empty((1, 512), dtype=torch.bfloat16, device="meta")
+    parts = fmt.empty_parts((64, 512), x.device, x.dtype)
+    parts = get_layout(layout, fmt).pack(fmt, parts) if layout else parts
+    (linear,) = [one for one in entries() if (one.op, one.format, one.layout) == ("linear", fmt.name, layout)]
+    with assume(TARGET), record() as launches:
+        linear.run(fmt, x, parts, None)
+    assert compile_ahead.compile_launch(launches[0], launches[0].configs[0], TARGET).spills == 0
 
 
 def test_resources_are_those_of_the_kernel():

@@ -121,10 +121,12 @@ def _of_block(values, at, block, step, groups, GROUP: tl.constexpr, RAGGED: tl.c
     """What is stored by group for a block of columns: [rows, groups of the block]."""
     if GROUP >= 128:
         return tl.load(values + at + (block * 128 // GROUP).to(tl.int64) * step)
-    group = (block * (128 // GROUP) + tl.arange(0, 128 // GROUP))[None, :]
-    if RAGGED:
-        return tl.load(values + at + group.to(tl.int64) * step, mask=group < groups, other=0)
-    return tl.load(values + at + group.to(tl.int64) * step)
+    else:  # not after it: Triton compiles what stands behind a return, too
+        group = (block * (128 // GROUP) + tl.arange(0, 128 // GROUP))[None, :]
+        if RAGGED:
+            return tl.load(values + at + group.to(tl.int64) * step, mask=group < groups, other=0)
+        else:
+            return tl.load(values + at + group.to(tl.int64) * step)
 
 
 @triton.jit

@@ -192,8 +192,9 @@ def _of_block(values, block, n, rows, GROUP: tl.constexpr):
     """What is stored by group [G, N] for a block of 128 columns: [number of groups, rows]."""
     if GROUP >= 128:
         return tl.load(values + (block * 128 // GROUP).to(tl.int64) * n + rows)[None, :]
-    group = block * (128 // GROUP) + tl.arange(0, 128 // GROUP)
-    return tl.load(values + group[:, None].to(tl.int64) * n + rows[None, :])
+    else:  # not after it: Triton compiles what stands behind a return, too
+        group = block * (128 // GROUP) + tl.arange(0, 128 // GROUP)
+        return tl.load(values + group[:, None].to(tl.int64) * n + rows[None, :])
 
 
 @triton.jit
