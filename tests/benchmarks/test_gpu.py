@@ -21,6 +21,7 @@ from benchmarks.gpu_peers import CUBLAS, Dense
 from benchmarks.gpu_timing import GpuContender, calls_for, copies_for
 from lowbit.backends.triton.device import Target
 from lowbit.errors import UnsupportedError
+from scripts import gpu_tests
 
 ROOT = Path(__file__).parents[2]
 N, K = 256, 512
@@ -282,6 +283,7 @@ FILES = {
 }
 
 
+@pytest.mark.slow
 def test_a_test_that_hangs_or_dies_hides_no_other(tmp_path):
     """At the end of the time the failures until then are there, beside the tests of files that ended as they should."""
     for name, text in FILES.items():
@@ -296,7 +298,7 @@ def test_a_test_that_hangs_or_dies_hides_no_other(tmp_path):
         "--root",
         str(tmp_path),
         "--seconds",
-        "4",
+        "6",
         "--jobs",
         "3",
     ]
@@ -307,6 +309,17 @@ def test_a_test_that_hangs_or_dies_hides_no_other(tmp_path):
         assert line in found.stdout
     assert "tests: 2 passed; of 3 files 2 failed" in found.stdout.splitlines()[-1]
     assert "test_fine PASSED" in log.read_text()
+
+
+def test_processes_share_a_file_that_takes_long(monkeypatch):
+    """Every test of the file is in one share, and the shares differ by one test at most."""
+    shares = [list(range(17)) for _ in range(6)]
+    for index, items in enumerate(shares):
+        monkeypatch.setenv(gpu_tests.SHARE, f"{index}/6")
+        gpu_tests.pytest_collection_modifyitems(items)
+    assert sorted(item for items in shares for item in items) == list(range(17))
+    assert {len(items) for items in shares} == {2, 3}
+    assert all(list(ROOT.glob(f"tests/backends/*/{name}")) for name in gpu_tests.SHARES)
 
 
 def test_the_end_of_the_time_keeps_what_was_measured(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -44,11 +46,17 @@ SPECS = _specs()
 every_linear = pytest.mark.parametrize("spec", SPECS)
 
 
+@functools.cache
+def quantized(spec):
+    """The weight in this format, made once."""
+    w = torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * 0.02
+    return QuantizedTensor.quantize(w.bfloat16(), parse_spec(spec))
+
+
 def linear(spec, device="cuda"):
     """A function of x that multiplies with a weight in this format, on a device."""
-    fmt = parse_spec("wna16(group_size=64,zero_point=true)" if spec == W4A8 else spec)
-    w = torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * 0.02
-    weight = QuantizedTensor.quantize(w.bfloat16(), fmt)
+    weight = quantized("wna16(group_size=64,zero_point=true)" if spec == W4A8 else spec)
+    fmt = weight.format
     if spec == W4A8:
         operands = coalesced_int4.operands(coalesced_int4.pack(fmt, weight.parts))
         operands = tuple(part.to(device) for part in operands)
