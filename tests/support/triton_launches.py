@@ -38,6 +38,7 @@ MORE_SPECS = (
     "fp8_e4m3(granularity=row)", "fp8_e5m2(granularity=row)", "int8(granularity=row)", "int8(granularity=tensor)",
     "int8(granularity=block)", "int8(rotation=256)", "wna16(group_size=64,zero_point=true)", "wna16(bits=8)",
     "svdquant_w4a4(act_unsigned=True)", "nvfp4(row_global_scale=True)",
+    "awq_w4a16(group_size=256)", "wna16(group_size=0,zero_point=true)",
 )  # fmt: skip
 # Ops that a forward never runs: what they cost in registers is of no interest, only that they compile.
 COLD = ("pack", "unpack", "row_errors", "scale_search", "gptq_columns", "descent_columns", "refit_unit")
