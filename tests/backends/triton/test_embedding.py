@@ -19,6 +19,8 @@ from tests.support.triton_rows import (
 )  # fmt: skip
 
 require()
+from lowbit.backends.triton import weight_rows  # noqa: E402  (needs Triton)
+
 CASES = [(spec, "") for spec in PLAIN_SPECS] + [(spec, "words128") for spec in WORDS_SPECS]
 ROWS = 23
 INDICES = torch.tensor([[22, 0, 3], [3, 7, 0]])
@@ -46,6 +48,17 @@ def test_shapes_of_indices(spec):
     for indices in (torch.tensor(4), torch.empty((0, 3), dtype=torch.int64), torch.arange(20)[::3], INDICES.t()):
         found = run("embedding", spec, "", fmt, indices.to(DEVICE), packed, 90, torch.float16)
         assert_same_bits(found, wanted[indices])
+
+
+def test_a_table_without_rows(monkeypatch):
+    """Every index gives a row of NaN, and nothing is read: there is no memory to read."""
+    monkeypatch.setattr(weight_rows, "_decode_rows", lambda *_, **__: pytest.fail("launched"))
+    fmt = parse_spec("int8")
+    parts = {name: part[:0] if part.dim() else part for name, part in random_parts(fmt, ROWS, 64).items()}
+    indices = torch.tensor([0, -1, 5], device=DEVICE)
+    found = run("embedding", "int8", "", fmt, indices, in_layout(fmt, parts, ""), 64, torch.float16)
+    assert found.shape == (3, 64)
+    assert found.isnan().all()
 
 
 def test_an_index_that_names_no_row():

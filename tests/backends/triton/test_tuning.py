@@ -214,7 +214,7 @@ def test_a_capture_takes_the_first_and_is_not_remembered(timed, monkeypatch):
     capturing = [True]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU/B")
     one = kernel(timed.function)
 
     def run():
@@ -227,7 +227,7 @@ def test_a_capture_takes_the_first_and_is_not_remembered(timed, monkeypatch):
     capturing[0] = True
     assert run() == MIDDLE
     (path,) = (timed.folder / "triton").iterdir()
-    assert path.name.startswith("_fake-A_GPU-")
+    assert path.name.startswith("_fake-A_GPU_B-")
 
 
 def test_recording_runs_nothing(timed):

@@ -37,6 +37,7 @@ Arguments = Mapping[str, Any]
 Grid = Callable[[Arguments], tuple[int, ...]]
 _WARM_UP, _MEASURE = 5, 20  # milliseconds a config, after compiling it
 _STORES = re.compile(r"\bst\.global|\bred\.|\batom\.|cp\.async\.bulk")  # what of PTX reaches memory
+_NO_NAME = re.compile(r"[^\w.-]")  # what the name of a GPU has, and that of a file has not: a slash, for one
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class TunedKernel:
 
     def _file(self, where: torch.device) -> Path:
         chip = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
-        return cache_folder("triton") / f"{self.name}-{chip.replace(' ', '_')}-{self._fingerprint}.json"
+        return cache_folder("triton") / f"{self.name}-{_NO_NAME.sub('_', chip)}-{self._fingerprint}.json"
 
     def _stored(self, where: torch.device) -> dict[str, str]:
         try:

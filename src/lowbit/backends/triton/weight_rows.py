@@ -182,7 +182,10 @@ class Coded:
 
     def look_up(self, out: Tensor, indices: Tensor) -> None:
         """The rows that `indices` [...] name -> out [..., K], contiguous; NaN for one that names no row."""
-        self._launch(out, indices.contiguous(), 0, indices.numel())
+        if self.n:
+            self._launch(out, indices.contiguous(), 0, indices.numel())
+        else:  # the kernel reads row 0 in the place of one that is not there
+            out.fill_(float("nan"))
 
     def _launch(self, out: Tensor, indices: Tensor | None, first: int, count: int) -> None:
         if not count or not self.k:
