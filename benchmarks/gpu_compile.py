@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from lowbit import dispatch
 from lowbit.backends.triton.device import Target, assume, target_of
 from lowbit.backends.triton.tuning import Config, Launch, record
 from lowbit.errors import LowbitError
-from lowbit.formats import parse_spec
+from lowbit.formats import Parts, parse_spec
 from lowbit.layouts import coalesced_int4
 from lowbit.layouts.base import get_layout
 from tests.support.triton_launches import META, Noted
@@ -57,14 +58,22 @@ def _run(spec: str, x: torch.Tensor, n: int, k: int) -> None:
         entries = _entries(W4A8, dispatch.ANY_FORMAT, "")
     else:
         fmt = parse_spec(spec)
-        layout = dispatch.preferred_layout("linear", fmt, n, k, "cuda")
-        parts = fmt.empty_parts((n, k), META, x.dtype)
-        args = (fmt, x, get_layout(layout, fmt).pack(fmt, parts) if layout else parts, None)
+        layout, parts = _packed(spec, n, k, x.dtype)
+        args = (fmt, x, parts, None)
         entries = _entries("linear", fmt.name, layout)
     for entry in entries:
         if entry.refuses is None or entry.refuses(*args) is None:
             entry.run(*args)
             return
+
+
+@cache
+def _packed(spec: str, n: int, k: int, dtype: torch.dtype) -> tuple[str, Parts]:
+    """The layout that a format's linear prefers, and parts in it; packing takes seconds, also without values."""
+    fmt = parse_spec(spec)
+    layout = dispatch.preferred_layout("linear", fmt, n, k, "cuda")
+    parts = fmt.empty_parts((n, k), META, dtype)
+    return layout, get_layout(layout, fmt).pack(fmt, parts) if layout else parts
 
 
 def _entries(op: str, format: str, layout: str) -> Iterator[dispatch.Kernel]:

@@ -65,8 +65,10 @@ class File:
         return "passed" if code in {0, NOTHING} else f"died of signal {-code}" if code < 0 else "failed"
 
 
-def run(files: Sequence[Path], root: Path, seconds: float, jobs: int, grace: float, folder: str) -> list[File]:
-    """Run every file that can be started in time, `jobs` at once."""
+def run(
+    files: Sequence[Path], root: Path, seconds: float, jobs: int, grace: float, folder: str
+) -> tuple[list[File], list[Path]]:
+    """Run every file, `jobs` at once; returns those that were started, and those, or shares of them, that were not."""
     end = time.monotonic() + seconds
     # What is timed while others use the GPU must not be remembered.
     env = {
@@ -98,10 +100,10 @@ def run(files: Sequence[Path], root: Path, seconds: float, jobs: int, grace: flo
         end = time.monotonic() + wait
         while any(one.process.poll() is None for one in started) and time.monotonic() < end:
             time.sleep(0.1)
-    return started
+    return started, list(dict.fromkeys(path for path, _ in waiting))
 
 
-def report(started: Sequence[File], files: Sequence[Path], log: Path) -> int:
+def report(started: Sequence[File], late: Sequence[Path], log: Path) -> int:
     """Write the log, print what failed, and the counts last."""
     passed, bad = 0, []
     with log.open("wb") as whole:
@@ -117,7 +119,6 @@ def report(started: Sequence[File], files: Sequence[Path], log: Path) -> int:
                 # A line without a verdict is of the test that the process was in when it ended.
                 named += [line for line in lines if "::" in line and not _ANY.search(line)]
                 bad.append((one, named))
-        late = [path for path in files if path not in {one.path for one in started}]
         for path in late:
             whole.write(f"==== {path}: no time was left\n".encode())
     for one, named in bad:
@@ -126,8 +127,10 @@ def report(started: Sequence[File], files: Sequence[Path], log: Path) -> int:
             print(f"  {line[:200]}")
     for path in late:
         print(f"{path.name}: no time was left")
-    print(f"tests: {passed} passed; of {len(files)} files {len(bad)} failed and {len(late)} had no time; see {log}")
-    return 1 if bad or late or not files else 0
+    print(
+        f"tests: {passed} passed; of {len(started)} processes {len(bad)} failed; {len(late)} files had no time: {log}"
+    )
+    return 1 if bad or late or not started else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,7 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = [path for folder in FOLDERS for path in sorted((given.root / folder).glob("test_*.py"))]
     files.sort(key=lambda path: (SHARES.get(path.name, 1), path.stat().st_size), reverse=True)  # long ones first
     with tempfile.TemporaryDirectory() as folder:
-        return report(run(files, given.root, given.seconds, given.jobs, given.grace, folder), files, given.log)
+        started, late = run(files, given.root, given.seconds, given.jobs, given.grace, folder)
+        return report(started, late, given.log)
 
 
 if __name__ == "__main__":

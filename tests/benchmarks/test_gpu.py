@@ -307,7 +307,7 @@ def test_a_test_that_hangs_or_dies_hides_no_other(tmp_path):
     assert found.returncode == 1
     for line in ("test_ends.py: cut off", "test_dies.py: died of signal 6", "test_bad", "test_hangs", "::test_dies"):
         assert line in found.stdout
-    assert "tests: 2 passed; of 3 files 2 failed" in found.stdout.splitlines()[-1]
+    assert "tests: 2 passed; of 3 processes 2 failed; 0 files had no time" in found.stdout.splitlines()[-1]
     assert "test_fine PASSED" in log.read_text()
 
 
