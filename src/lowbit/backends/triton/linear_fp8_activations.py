@@ -56,7 +56,7 @@ def refuses_scaled(fmt: Fp8E4M3, x: Tensor, parts: Parts, bias: Tensor | None) -
 def scaled(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """codes [M, K], scale [1, M], weight [N, K], its scale [] or [N, 1], bias [N] bfloat16 -> bfloat16 [M, N].
 
-    Sums are carried over to float32 registers as those of `fp8_gemm` are (no `use_fast_accum`).
+    Without `use_fast_accum`, so that PyTorch carries sums over to float32 registers, as `fp8_gemm` does.
     """
     columns = weight_scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()
     product = torch._scaled_mm  # noqa: SLF001  (no public op multiplies fp8 codes)
