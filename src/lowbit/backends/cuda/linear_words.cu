@@ -52,7 +52,7 @@ LOWBIT_DEVICE uint32_t pair_of(Spread words, int j) {
 // kTiles: tiles of 16 rows of a warp. kSixteens: sixteens of columns that share a scale, 8 where a group has 128 or
 // more.
 template <Code code, Half half, ScaleType scale_type, bool zeros, int kSixteens, int kTiles, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, kSixteens == 1 ? 1 : 2)
     linear_words(const uint16_t* __restrict__ x, const uint4* __restrict__ codes, const void* __restrict__ scale,
                  const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_step,
                  const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, int m, int n, int k,

@@ -111,7 +111,7 @@ def _operands(fmt: Format, parts: Parts, x: Tensor) -> _Operands:
 
 def _tiles(n: int, sixteens: int, device: torch.device) -> int:
     """Tiles of 16 rows a warp: more of them share a load of x, fewer make more blocks and need fewer registers."""
-    return 2 if sixteens > 1 and n >= _WAVES * target_of(device).processors * 2 * _STEP else 1
+    return 2 if sixteens > 2 and n >= _WAVES * target_of(device).processors * 2 * _STEP else 1
 
 
 def _kind(tensor: Tensor) -> str:
