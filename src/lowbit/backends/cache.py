@@ -13,7 +13,7 @@ def cache_folder(kind: str) -> Path:
     chosen = os.environ.get("LOWBIT_CACHE")
     if chosen:
         return Path(chosen) / kind
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit" / kind
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lowbit" / kind
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -24,5 +24,10 @@ def write_whole(path: Path, content: bytes) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        Path(file.name).replace(path)
+            made = Path(file.name)
+        try:
+            made.write_bytes(content)
+            made.replace(path)
+        except OSError:  # a full disk
+            made.unlink(missing_ok=True)
+            raise

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lowbit.backends.triton import bytes_values, decoded_linear, device
 from lowbit.backends.triton.floats import e8m0_value
-from lowbit.backends.triton.split_sums import add_splits, splits_for
+from lowbit.backends.triton.split_sums import add_splits, splits_for, store_sums
 from lowbit.backends.triton.tuning import Arguments, Config, bucket, config, tuned
 from lowbit.formats.base import Format
 from lowbit.formats.granular import Granular
@@ -126,8 +126,7 @@ def _linear_bytes(
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
     dtype: tl.constexpr = x.dtype.element_ty
-    inside = rows < n
-    loaded = tl.where(inside, rows, 0)  # rows beyond the last repeat row 0: no mask in the loop
+    loaded = tl.where(rows < n, rows, 0)  # rows beyond the last repeat row 0: no mask in the loop
     present = (tokens < m)[None, :]
     at = tl.arange(0, BLOCK_K)
     UNIT: tl.constexpr = 4 if WORDS else 1  # columns of an element of `codes`
@@ -166,18 +165,7 @@ def _linear_bytes(
             sums = tl.fma(tl.dot(weight, part, input_precision="ieee"), step, sums)
         else:
             sums = tl.dot(weight, part, sums, input_precision="ieee")
-    if splits == 1:
-        if ROW_ALPHA:
-            sums *= tl.load(alpha + loaded)[:, None]
-        elif alpha is not None:
-            sums *= tl.load(alpha)
-        if bias is not None:
-            sums += tl.load(bias + loaded).to(tl.float32)[:, None]
-        out_at = out + tokens[None, :].to(tl.int64) * n + rows[:, None]
-        tl.store(out_at, sums.to(out.dtype.element_ty), mask=present & inside[:, None])
-    else:
-        out_at = out + (split.to(tl.int64) * m + tokens[None, :]) * n + rows[:, None]
-        tl.store(out_at, sums, mask=present & inside[:, None])
+    store_sums(sums, alpha, bias, out, rows, tokens, split, m, n, splits, ROW_ALPHA)
 
 
 def linear(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowbit.backends.triton import device, words
 from lowbit.backends.triton.floats import e4m3_value, e8m0_value
-from lowbit.backends.triton.split_sums import add_splits, splits_for
+from lowbit.backends.triton.split_sums import add_splits, splits_for, store_sums
 from lowbit.backends.triton.tuning import Arguments, Config, bucket, config, tuned
 
 COLUMNS = 128  # of a block
@@ -60,8 +60,7 @@ def _linear_nibbles(
     dtype: tl.constexpr = x.dtype.element_ty
     # Scales that make normal numbers of tiny codes, but for 2**7: the largest, 448, would pass what the dtype can hold.
     RAISE: tl.constexpr = 1.0 if CODE != words.TINY_E2M1 else 2.0**119 if dtype == tl.bfloat16 else 2.0**7
-    inside = rows < n
-    loaded = tl.where(inside, rows, 0).to(tl.int64)  # rows beyond the last repeat row 0: no mask in the loop
+    loaded = tl.where(rows < n, rows, 0).to(tl.int64)  # rows beyond the last repeat row 0: no mask in the loop
     present = (tokens < m)[:, None]
     word = tl.arange(0, 16)[None, :]
     column = tl.arange(0, 128)[None, :]
@@ -103,17 +102,7 @@ def _linear_nibbles(
         sums = tl.dot(_side_by_side(weights, BLOCK_N), tl.trans(by_nibble), sums)
     if CODE == words.TINY_E2M1:
         sums *= 128.0
-    tokens, present = tokens[None, :].to(tl.int64), tl.trans(present)
-    if splits == 1:
-        if ROW_ALPHA:
-            sums *= tl.load(alpha + loaded)[:, None]
-        elif alpha is not None:
-            sums *= tl.load(alpha)
-        if bias is not None:
-            sums += tl.load(bias + loaded).to(tl.float32)[:, None]
-        tl.store(out + tokens * n + rows[:, None], sums.to(out.dtype.element_ty), mask=present & inside[:, None])
-    else:
-        tl.store(out + (split.to(tl.int64) * m + tokens) * n + rows[:, None], sums, mask=present & inside[:, None])
+    store_sums(sums, alpha, bias, out, rows, tokens, split, m, n, splits, ROW_ALPHA)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from torch import Tensor
 from lowbit.backends.triton import decoded_linear, device, scale_codes, words
 from lowbit.backends.triton.device import Target
 from lowbit.backends.triton.floats import e4m3_value, e8m0_value
-from lowbit.backends.triton.split_sums import add_splits, splits_for
+from lowbit.backends.triton.split_sums import add_splits, splits_for, store_sums
 from lowbit.backends.triton.tuning import Arguments, Config, bucket, config, tuned
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
@@ -91,8 +91,7 @@ def _linear_words(
     split = tl.program_id(2)
     dtype: tl.constexpr = x.dtype.element_ty
     join: tl.constexpr = JOINED and dtype != tl.float32  # a tile of float32 would not fit into shared memory
-    inside = rows < n
-    loaded = tl.where(inside, rows, 0)  # rows beyond the last repeat row 0: no mask in the loop
+    loaded = tl.where(rows < n, rows, 0)  # rows beyond the last repeat row 0: no mask in the loop
     present = (tokens < m * fold)[None, :]
     word = tl.arange(0, 16)
     code_at = codes + (loaded.to(tl.int64) * (k // 8) + piece * (width // 8))[:, None] + word[None, :]
@@ -145,21 +144,7 @@ def _linear_words(
         sums = tl.sum(tl.sum(tl.reshape(sums, (fold, HEIGHT, BLOCK_M // fold, fold)), axis=3), axis=0)
         rows = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
         tokens = tl.program_id(1) * (BLOCK_M // fold) + tl.arange(0, BLOCK_M // fold)
-        inside = rows < n
-        loaded = tl.where(inside, rows, 0)
-        present = (tokens < m)[None, :]
-    if splits == 1:
-        if ROW_ALPHA:
-            sums *= tl.load(alpha + loaded)[:, None]
-        elif alpha is not None:
-            sums *= tl.load(alpha)
-        if bias is not None:
-            sums += tl.load(bias + loaded).to(tl.float32)[:, None]
-        at = out + tokens[None, :].to(tl.int64) * n + rows[:, None]
-        tl.store(at, sums.to(out.dtype.element_ty), mask=present & inside[:, None])
-    else:
-        at = out + (split.to(tl.int64) * m + tokens[None, :]) * n + rows[:, None]
-        tl.store(at, sums, mask=present & inside[:, None])
+    store_sums(sums, alpha, bias, out, rows, tokens, split, m, n, splits, ROW_ALPHA)
 
 
 @triton.jit

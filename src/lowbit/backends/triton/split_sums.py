@@ -21,6 +21,31 @@ def splits_for(m: int, n: int, blocks: int, target: Target) -> int:
     return 1 << max(0, wanted.bit_length() - 1)
 
 
+@triton.jit
+def store_sums(
+    sums, alpha, bias, out, rows, tokens, split, m, n, SPLITS: tl.constexpr, ROW_ALPHA: tl.constexpr
+):  # fmt: skip
+    """Where a product ends: float32 sums [rows, tokens] -> out [m, n] as alpha * sums + bias, alpha [] or [n].
+
+    With K split, the sums as they are -> out [SPLITS, m, n], for `add_splits`.
+    """
+    inside = rows < n
+    present = (tokens < m)[None, :] & inside[:, None]
+    if SPLITS == 1:
+        loaded = tl.where(inside, rows, 0)
+        if ROW_ALPHA:
+            sums *= tl.load(alpha + loaded)[:, None]
+        elif alpha is not None:
+            sums *= tl.load(alpha)
+        if bias is not None:
+            sums += tl.load(bias + loaded).to(tl.float32)[:, None]
+        at = out + tokens[None, :].to(tl.int64) * n + rows[:, None]
+        tl.store(at, sums.to(out.dtype.element_ty), mask=present)
+    else:
+        at = out + (split.to(tl.int64) * m + tokens[None, :]) * n + rows[:, None]
+        tl.store(at, sums, mask=present)
+
+
 @tuned([config(BLOCK=1024, warps=4, stages=1)])
 @triton.jit(do_not_specialize=("m",))
 def _add_splits(
