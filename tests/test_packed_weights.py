@@ -22,7 +22,7 @@ KINDS = {
     "fp8 rows": ("fp8_e4m3(granularity=row)", "toy"),
     "int8 blocks": ("int8(granularity=block,block_size=16x32)", "toy"),
     "nvfp4": ("nvfp4", "toy"),
-    "wna16": ("wna16(group_size=32,zero_point=true)", "coalesced_int4"),
+    "wna16": ("wna16(group_size=32,zero_point=true)", "rows16"),
 }
 
 
@@ -226,7 +226,7 @@ def test_survives_pickling_with_its_version(protocol, pair):
         file.seek(0)
         back = torch.load(file, weights_only=True)
     assert (back.spec, back.matrix, back.kernel_layout) == (packed.spec, packed.matrix, packed.kernel_layout)
-    assert packed.spec.rpartition(":")[2] == {"toy": "7", "coalesced_int4": "1"}[packed.kernel_layout]
+    assert packed.spec.rpartition(":")[2] == {"toy": "7", "rows16": "1"}[packed.kernel_layout]
     pairs = zip(back.part_list, packed.part_list, strict=True)
     assert all(torch.equal(raw_bytes(one), raw_bytes(other)) for one, other in pairs)
 

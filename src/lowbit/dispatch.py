@@ -174,8 +174,8 @@ def preferred_layout(op: str, fmt: Format, n: int, k: int, device: str) -> str:
 
     It is that of the first kernel, in the order in which they are asked, whose layout the weight fits; of one backend's
     kernels those with a layout of their own come first, but for `embedding`: rows are looked up where they lie side by
-    side. A layout that files hold, too, is for weights that come in it: none is put into it. For eager it is always the
-    plain parts.
+    side. A layout that files hold, too, is for weights that come in it: none is put into it, and none into one that
+    has to be asked for by name (`Layout.named`). For eager it is always the plain parts.
     """
     forced = _forced.get()
     entries = [entry for entry in candidates(op, fmt.name, device) if forced in (None, entry.backend)]
@@ -185,7 +185,7 @@ def preferred_layout(op: str, fmt: Format, n: int, k: int, device: str) -> str:
             return ""
         for entry in mine:
             layout = fitting_layout(entry.layout, fmt, n, k) if entry.layout else None
-            if layout is not None and not layout.stored:
+            if layout is not None and not layout.stored and not layout.named:
                 return entry.layout
         if any(not entry.layout for entry in mine):
             return ""

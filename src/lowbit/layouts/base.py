@@ -42,6 +42,8 @@ class Layout:
     """The shapes of the packed parts of a weight [n, k]; None: they are found by packing parts without values."""
     alignment: int = 0
     """Each part begins at a multiple of this many bytes and is contiguous; 0: the kernels take any storage."""
+    named: bool = False
+    """Whether it has to be asked for by name: its kernels round activations, which those of plain parts leave alone."""
 
     @property
     def tag(self) -> str:

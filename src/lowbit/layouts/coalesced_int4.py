@@ -15,6 +15,13 @@ of 31 billion weights (pytorch/executorch#20038, which this arrangement is from)
 It is an arrangement for kernels. Files hold the plain parts: shapes cannot tell [N, G] from [G, N] where N = G, so
 `int4_plain_mm` wants to be told `TAG`, and takes nothing else. Version 1.
 
+A linear of a weight in this layout is `int4_plain_mm`: its activations are rounded to int8, by blocks of 32 columns
+with a scale each, on every device (`numerics.w4a8`). That costs about 0.5 % of the result's RMS, more where single
+activations are far larger than their neighbours. As plain parts leave activations alone, "auto" never chooses the
+layout; whoever wants it names it: `lowbit.load(.., layout="coalesced_int4")`, `lowbit.nn.repack_(module,
+"coalesced_int4")` or `QuantizedTensor.in_layout("coalesced_int4")`. All else (dequantize, embedding, gradients, saving)
+gives what the plain parts give.
+
 Packing is exact or refused: an offset of awq_w4a16 that is no multiple of its scale within the dtype has no zero point.
 """
 
@@ -34,6 +41,7 @@ from lowbit.layouts.base import Layout, register_layout
 NAME = "coalesced_int4"
 VERSION = 1
 TAG = f"{NAME}:{VERSION}"
+FORMATS = ("awq_w4a16", "wna16")
 ACTIVATION_BLOCK = 32  # columns that share a scale of the activations
 MIN_GROUP = 8  # columns in a word of codes
 _BITS = 4
@@ -88,8 +96,13 @@ def unpack(fmt: Format, parts: Mapping[str, Tensor]) -> Parts:
 
 def operands(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """qdata, scale and zero of packed parts, as `int4_plain_mm` takes them; without zero points, 8 for all."""
-    zero = parts.get("zero", parts.get("zero_point"))
+    zero = zeros(parts)
     return parts["qdata"], parts["scale"], torch.full_like(parts["scale"], MIDDLE) if zero is None else zero
+
+
+def zeros(parts: Mapping[str, Tensor]) -> Tensor | None:
+    """The zero points of packed parts, [N, G]; None where 8 stands for all."""
+    return parts.get("zero", parts.get("zero_point"))
 
 
 def check_tag(layout: str) -> None:
@@ -141,4 +154,4 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-register_layout(Layout(NAME, VERSION, (_AWQ, "wna16"), pack, unpack, refuses, stored=False))
+register_layout(Layout(NAME, VERSION, FORMATS, pack, unpack, refuses, stored=False, named=True))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lowbit.backends import coalesced_linear
 from lowbit.backends.cpu import native
 from lowbit.backends.cpu.operands import DTYPES, address, dtype_code, output_of, rows_of
 from lowbit.dispatch import kernel
+
+_TOLERANCE = 1e-3
 
 
 def refuses(x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, group_size: int) -> str | None:
@@ -21,7 +24,7 @@ def refuses(x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor, bias: Tensor 
     return None
 
 
-@kernel("int4_plain_mm", backend="cpu", refuses=refuses, tolerance=1e-3)
+@kernel("int4_plain_mm", backend="cpu", refuses=refuses, tolerance=_TOLERANCE)
 def int4_plain_mm(
     x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
@@ -34,3 +37,6 @@ def int4_plain_mm(
         dtype_code(scale), group_size, address(bias), dtype_code(bias), out.data_ptr(), native.threads(),
     )  # fmt: skip
     return out
+
+
+coalesced_linear.serve("cpu", int4_plain_mm, refuses, tolerance=_TOLERANCE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit.backends import coalesced_linear
 from lowbit.dispatch import kernel
 from lowbit.formats.base import DECODE_ELEMENTS
 from lowbit.numerics.groups import row_chunks
@@ -31,3 +32,6 @@ def int4_plain_mm_input_gradient(grad: Tensor, qdata: Tensor, scale: Tensor, zer
         weight = codes.sub_(zero[start:stop].float().unsqueeze(-1)).mul_(scale[start:stop].float().unsqueeze(-1))
         total += grad[..., start:stop].float() @ weight.flatten(1)
     return total.to(grad.dtype)
+
+
+coalesced_linear.serve("eager", int4_plain_mm)

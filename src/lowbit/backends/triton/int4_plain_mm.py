@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowbit.backends import coalesced_linear
 from lowbit.backends.triton import device, rounding
 from lowbit.backends.triton.split_sums import add_splits, splits_for
 from lowbit.backends.triton.tuning import Arguments, Config, bucket, config, tuned
@@ -34,6 +35,7 @@ _WIDEST = 16384  # columns of a group that a program rounds at a time
 _SPAN = 256  # columns that it rounds where groups are narrow
 _WIDE = 64  # tokens in the largest tile
 _TOKENS = 1 << 12  # of a piece of x, whose codes are made and multiplied before the next one's
+_TOLERANCE = 1e-3
 # Four bytes in $2; the codes of even columns out in $0, of odd ones in $1.
 NIBBLES = tl.constexpr("""{
 .reg .b32 t;
@@ -187,7 +189,7 @@ def refuses(x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor, bias: Tensor 
     return device.refuses(x, qdata=qdata, scale=scale, zero=zero, bias=bias)
 
 
-@kernel("int4_plain_mm", backend="triton", refuses=refuses, tolerance=1e-3)
+@kernel("int4_plain_mm", backend="triton", refuses=refuses, tolerance=_TOLERANCE)
 def int4_plain_mm(
     x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
@@ -226,3 +228,6 @@ def _product(
     )  # fmt: skip
     if splits > 1:
         add_splits(sums, None, bias, out)
+
+
+coalesced_linear.serve("triton", int4_plain_mm, refuses, tolerance=_TOLERANCE)
