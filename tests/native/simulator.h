@@ -1,8 +1,13 @@
 // A GPU on one CPU thread: CUDA kernels compiled by a C++ compiler, every thread of a block a fiber.
 //
-// Fibers run until they meet others, at __syncthreads or in a warp's matrix product; then the next one runs. Blocks run
-// one after another, so a static variable serves as shared memory. It is slow, and says nothing of races between two
-// barriers; but index arithmetic, fragment maps, decoding and the order of sums are those of the kernel itself.
+// Fibers run until they meet others, at a barrier or in a warp's matrix product; then another one runs. Blocks run one
+// after another, so a static variable serves as shared memory. It is slow; but index arithmetic, fragment maps,
+// decoding and the order of sums are those of the kernel itself.
+//
+// What the hardware leaves open is drawn by chance, from LOWBIT_SIMULATOR_SEED: which thread runs first, and whether an
+// asynchronous copy or product happens at once or as late as it may, when it is waited for. Registers that a product is
+// still writing hold garbage, and so does shared memory that nobody wrote. A kernel that gives the same right result
+// for several seeds has its barriers and waits where they must be.
 #pragma once
 
 #include <ucontext.h>
@@ -13,6 +18,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -26,21 +32,36 @@
 #define threadIdx (::simulator::fiber().thread)
 #define blockIdx (::simulator::block().index)
 #define blockDim (::simulator::block().size)
+#define gridDim (::simulator::block().grid)
 #define __syncthreads() (::simulator::block().barrier.wait())
+#define __syncwarp() (::simulator::fiber().warp->barrier.wait())
 
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
-struct float2 {
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(8) float2 {
   float x, y;
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct dim3 {
   unsigned x = 0, y = 0, z = 0;
 };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
 using std::max;
 using std::min;
 
@@ -60,6 +81,17 @@ namespace simulator {
   std::abort();
 }
 
+// Numbers by chance that repeat from run to run.
+inline uint64_t mixed(uint64_t number) {
+  number = (number ^ number >> 31) * 0x9E3779B97F4A7C15u;
+  number = (number ^ number >> 29) * 0xBF58476D1CE4E5B9u;
+  return number ^ number >> 32;
+}
+inline uint64_t seed() {
+  const char* given = std::getenv("LOWBIT_SIMULATOR_SEED");
+  return given ? std::strtoull(given, nullptr, 10) : 1;
+}
+
 // A point that all of some fibers pass together.
 struct Barrier {
   int members = 0, arrived = 0;
@@ -69,7 +101,7 @@ struct Barrier {
 
 struct Fragments {
   uint32_t a[4], b[2];
-  float value;
+  uint32_t value;
 };
 
 struct Warp {
@@ -77,21 +109,55 @@ struct Warp {
   Fragments held[32];
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, read;
+  void run() const {
+    std::memcpy(to, from, read);
+    std::memset(static_cast<char*>(to) + read, 0, bytes - read);
+  }
+};
+
+// A product of four warps that is under way: its own thread's share of it.
+struct Product {
+  void* sums;
+  const uint32_t* left;
+  std::vector<uint32_t> before;  // the sums when it began, unless another that is under way writes them
+  std::function<void(Product&)> run;
+};
+
 struct Fiber {
   dim3 thread;
   Warp* warp = nullptr;
   int lane = 0;
   bool done = false;
+  std::vector<Copy> copies;                 // not committed yet
+  std::deque<std::vector<Copy>> groups;     // committed, not waited for
+  std::vector<Product> products;            // not committed yet
+  std::deque<std::vector<Product>> issued;  // committed, not waited for
+  uint64_t chances = 0;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
 };
 
+struct Mailbox;
+struct Bulk {
+  Copy copy;
+  Mailbox* mailbox;
+};
+
 struct Block {
-  dim3 index, size;
-  Barrier barrier;
+  dim3 index, size, grid;
+  Barrier barrier, named[16];
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
+  std::vector<Bulk> bulks;  // under way
+  std::unique_ptr<char[]> shared;
+  char* dynamic = nullptr;
   size_t running = 0;
+  long events = 0;  // what a waiting thread may be waiting for
+  uint64_t chances = 0;
   ucontext_t scheduler;
   std::function<void()> kernel;
 };
@@ -102,6 +168,14 @@ inline Block*& current() {
 }
 inline Block& block() { return *current(); }
 inline Fiber& fiber() { return block().fibers[block().running]; }
+inline unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(block().dynamic); }
+
+inline uint64_t chance() { return mixed(seed() * 0x10001u + mixed(block().chances++) + block().index.x); }
+// The same for all threads of a warp that ask it equally often.
+inline bool warp_chance() {
+  Fiber& own = fiber();
+  return mixed(seed() + mixed(own.chances++) + own.thread.x / 32) & 1;
+}
 
 inline void yield() {
   Fiber& from = fiber();
@@ -113,6 +187,7 @@ inline void Barrier::wait() {
   if (++arrived == members) {
     arrived = 0;
     ++generation;
+    ++block().events;
     return;
   }
   while (generation == before) yield();
@@ -124,16 +199,23 @@ inline void enter() {
   yield();
 }
 
+void land_bulks(bool all);
+
 // Runs a kernel, blocks in order. Fails when all fibers wait for ever.
-inline void launch(unsigned grid, unsigned threads, const std::function<void()>& kernel) {
-  constexpr size_t kStack = 1 << 17;
-  for (unsigned b = 0; b < grid; ++b) {
+inline void launch(dim3 grid, unsigned threads, unsigned shared, const std::function<void()>& kernel) {
+  constexpr size_t kStack = 1 << 17, kAlignment = 1024;
+  for (unsigned b = 0; b < grid.x * grid.y * grid.z; ++b) {
     Block made;
     current() = &made;
-    made.index.x = b;
+    made.index = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
+    made.grid = grid;
     made.size.x = threads;
     made.barrier.members = int(threads);
     made.kernel = kernel;
+    made.shared = std::make_unique<char[]>(shared + kAlignment);
+    std::memset(made.shared.get(), 0xFF, shared + kAlignment);
+    const auto begins = reinterpret_cast<uintptr_t>(made.shared.get());
+    made.dynamic = made.shared.get() + (kAlignment - begins % kAlignment) % kAlignment;
     made.fibers.resize(threads);
     made.warps.resize(threads / 32);
     for (Warp& warp : made.warps) warp.barrier.members = 32;
@@ -149,22 +231,84 @@ inline void launch(unsigned grid, unsigned threads, const std::function<void()>&
       one.context.uc_link = nullptr;
       makecontext(&one.context, enter, 0);
     }
+    std::vector<unsigned> order(threads);
+    for (unsigned t = 0; t < threads; ++t) order[t] = t;
     for (size_t left = threads; left;) {
-      long before = made.barrier.generation;
-      for (const Warp& warp : made.warps) before += warp.barrier.generation;
+      const long before = made.events;
       left = 0;
-      bool ended = false;
-      for (made.running = 0; made.running < threads; ++made.running) {
-        Fiber& one = made.fibers[made.running];
+      for (unsigned t = threads; t > 1; --t) std::swap(order[t - 1], order[chance() % t]);
+      for (unsigned t : order) {
+        made.running = t;
+        Fiber& one = made.fibers[t];
         if (one.done) continue;
         swapcontext(&made.scheduler, &one.context);
-        ended |= one.done;
+        made.events += one.done;
         left += !one.done;
       }
-      long after = made.barrier.generation;
-      for (const Warp& warp : made.warps) after += warp.barrier.generation;
-      if (left && !ended && before == after) fail("threads wait for others that never come");
+      land_bulks(made.events == before);
+      if (left && made.events == before) fail("threads wait for others that never come");
     }
+    for (const Fiber& one : made.fibers)
+      if (!one.issued.empty() || !one.products.empty()) fail("a thread ended before its products did");
+    if (!made.bulks.empty()) fail("a block ended before its copies did");
+  }
+}
+
+// ---- asynchronous copies ------------------------------------------------------------------------------------------
+
+inline void copy_async(void* to, const void* from, size_t bytes, bool valid) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
+    fail("an asynchronous copy between addresses that are not aligned");
+  const Copy copy{to, from, bytes, valid ? bytes : 0};
+  if (chance() & 1) return copy.run();
+  std::memset(to, 0xFF, bytes);
+  fiber().copies.push_back(copy);
+}
+inline void commit_copies() {
+  fiber().groups.push_back(std::move(fiber().copies));
+  fiber().copies.clear();
+}
+inline void wait_copies(size_t left) {
+  auto& groups = fiber().groups;
+  for (; groups.size() > left; groups.pop_front())
+    for (const Copy& copy : groups.front()) copy.run();
+}
+
+// The 8 bytes of an mbarrier: arrivals and bytes that its phase still waits for.
+struct Mailbox {
+  int32_t bytes;
+  uint32_t phase : 1, count : 15, pending : 16;
+
+  void arrived(uint32_t threads, int32_t landed) {
+    pending -= threads;
+    bytes -= landed;
+    if (pending || bytes) return;
+    phase ^= 1;
+    pending = count;
+    ++block().events;
+  }
+};
+static_assert(sizeof(Mailbox) == 8, "an mbarrier has 8 bytes");
+
+inline void copy_bulk(void* to, const void* from, uint32_t bytes, void* mailbox) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16)
+    fail("a bulk copy wants addresses and sizes in multiples of 16 bytes");
+  std::memset(to, 0xFF, bytes);
+  block().bulks.push_back({{to, from, bytes, bytes}, static_cast<Mailbox*>(mailbox)});
+}
+// Bulk copies that are under way end by chance, in any order; all of them where nothing else can happen.
+inline void land_bulks(bool all) {
+  auto& bulks = block().bulks;
+  for (size_t i = 0; i < bulks.size();) {
+    if (!all && chance() % 3) {
+      ++i;
+      continue;
+    }
+    const Bulk bulk = bulks[i];
+    bulks.erase(bulks.begin() + long(i));
+    bulk.copy.run();
+    ++block().events;
+    bulk.mailbox->arrived(0, int32_t(bulk.copy.bytes));
   }
 }
 
@@ -214,37 +358,137 @@ inline uint32_t fma_bfloat16_pair(uint32_t a, uint32_t b, uint32_t c) {
   return out;
 }
 
-// D = A B + D of a warp, by the fragments that the PTX ISA documents for m16n8k16 of 16-bit floats.
-template <bool bfloat16>
-void mma_m16n8k16(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  const auto value = [](uint32_t pair, int at) {
-    const uint16_t bits = uint16_t(pair >> 16 * at);
-    return bfloat16 ? bfloat16_to_float(bits) : float16_to_float(bits);
-  };
+// D = A B + C of a warp, by the fragments that the PTX ISA documents for m16n8 and 32 bytes of K. `term(a, b)` is the
+// sum of the products of two registers.
+template <typename T, typename Term>
+void mma_m16n8(T (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const T (&start)[4], Term term) {
   Fiber& own = fiber();
   Warp& warp = *own.warp;
-  warp.held[own.lane] = {{a0, a1, a2, a3}, {b0, b1}, 0.0f};
+  warp.held[own.lane] = {{a[0], a[1], a[2], a[3]}, {b0, b1}, 0};
   warp.barrier.wait();
   for (int i = 0; i < 4; ++i) {
     const int row = own.lane / 4 + 8 * (i / 2), column = own.lane % 4 * 2 + i % 2;
-    double total = sums[i];
-    for (int k = 0; k < 16; ++k) {
-      const Fragments& left = warp.held[row % 8 * 4 + k % 8 / 2];
-      const Fragments& right = warp.held[column * 4 + k % 8 / 2];
-      total += double(value(left.a[row / 8 + 2 * (k / 8)], k % 2)) * value(right.b[k / 8], k % 2);
-    }
-    sums[i] = float(total);
+    auto total = decltype(term(0u, 0u))(start[i]);
+    for (int place = 0; place < 8; ++place)
+      total += term(warp.held[row % 8 * 4 + place % 4].a[row / 8 + 2 * (place / 4)],
+                    warp.held[column * 4 + place % 4].b[place / 4]);
+    sums[i] = T(total);
   }
   warp.barrier.wait();
 }
 
-inline float from_lane_xor(float value, int mask) {
+template <bool bfloat16>
+double dot_halves(uint32_t a, uint32_t b) {
+  const auto value = [](uint32_t bits) {
+    return double(bfloat16 ? bfloat16_to_float(uint16_t(bits)) : float16_to_float(uint16_t(bits)));
+  };
+  return value(a) * value(b) + value(a >> 16) * value(b >> 16);
+}
+inline int dot_bytes(uint32_t a, uint32_t b) {
+  int sum = 0;
+  for (int i = 0; i < 32; i += 8) sum += int(int8_t(a >> i)) * int8_t(b >> i);
+  return sum;
+}
+template <bool unsigned_right>
+int dot_nibbles(uint32_t a, uint32_t b) {
+  int sum = 0;
+  for (int i = 0; i < 32; i += 4) {
+    const int left = int(a >> i & 15), right = int(b >> i & 15);
+    sum += ((left ^ 8) - 8) * (unsigned_right ? right : (right ^ 8) - 8);
+  }
+  return sum;
+}
+
+// The value of lane `from(lane)`.
+template <typename From>
+uint32_t exchanged(uint32_t value, From from) {
   Fiber& own = fiber();
   own.warp->held[own.lane].value = value;
   own.warp->barrier.wait();
-  const float found = own.warp->held[own.lane ^ mask].value;
+  const uint32_t found = own.warp->held[from(own.lane) & 31].value;
   own.warp->barrier.wait();
   return found;
+}
+
+// ldmatrix.x4: lanes 8 i .. + 7 name the rows, of 16 bytes, of matrix i.
+inline void load_matrices(uint32_t (&out)[4], const void* row) {
+  static const void* rows[32][32];
+  Fiber& own = fiber();
+  const auto** mine = rows[own.thread.x / 32];
+  mine[own.lane] = row;
+  own.warp->barrier.wait();
+  for (int i = 0; i < 4; ++i) {
+    unsigned banks = 0;
+    for (int r = 0; r < 8; ++r) {
+      const auto at = reinterpret_cast<uintptr_t>(mine[8 * i + r]);
+      if (at % 16) fail("a row of a matrix does not begin at a multiple of 16 bytes");
+      banks |= 1u << at / 16 % 8;
+    }
+    if (banks != 0xFF) fail("the rows of a matrix lie in the same banks of shared memory");
+    std::memcpy(&out[i], static_cast<const char*>(mine[8 * i + own.lane / 4]) + own.lane % 4 * 4, 4);
+  }
+  own.warp->barrier.wait();
+}
+
+// ---- products of a warpgroup --------------------------------------------------------------------------------------
+
+// 4 bytes of B [N, K], K bytes side by side, in shared memory of `width` bytes a row with the swizzle of that width.
+inline uint32_t swizzled_word(const char* tile, int width, int column, int byte) {
+  // The hardware swizzles addresses: bits 4.. are exchanged with bits 7.., so that a tile may begin within a row.
+  uintptr_t at = reinterpret_cast<uintptr_t>(tile) + uintptr_t(column) * unsigned(width) + unsigned(byte);
+  const uintptr_t mask = uintptr_t(width / 16 - 1);
+  at ^= (at >> 7 & mask) << 4;
+  uint32_t word;
+  std::memcpy(&word, reinterpret_cast<const void*>(at), 4);
+  return word;
+}
+
+// One product m64 n(kColumns) with 32 bytes of K: a thread's rows are those of m16n8 in its warp. `term` as above.
+template <int kColumns, typename T, typename Term>
+void wgmma(T (&sums)[kColumns / 2], const uint32_t (&a)[4], const void* tile, int width, bool adds, Term term) {
+  static_assert(sizeof(T) == 4, "");
+  if (reinterpret_cast<uintptr_t>(tile) % unsigned(8 * width) >= unsigned(width))
+    fail("a tile of a product does not begin with eight rows of its swizzle");
+  Fiber& own = fiber();
+  Product made{&sums, a, {}, nullptr};
+  bool writing = false;
+  for (const auto& group : own.issued)
+    for (const Product& other : group) writing |= other.sums == made.sums;
+  for (const Product& other : own.products) writing |= other.sums == made.sums;
+  if (!writing) {
+    made.before.resize(kColumns / 2);
+    std::memcpy(made.before.data(), &sums, sizeof sums);
+    std::memset(&sums, 0xFF, sizeof sums);
+  }
+  made.run = [tile, width, adds, term](Product& product) {
+    Fiber& own = fiber();
+    Warp& warp = *own.warp;
+    for (int i = 0; i < 4; ++i) warp.held[own.lane].a[i] = product.left[i];
+    warp.barrier.wait();
+    T values[kColumns / 2];
+    std::memcpy(values, product.before.empty() ? product.sums : product.before.data(), sizeof values);
+    for (int i = 0; i < kColumns / 2; ++i) {
+      const int row = own.lane / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + own.lane % 4 * 2 + i % 2;
+      auto total = decltype(term(0u, 0u))(adds ? values[i] : T(0));
+      for (int place = 0; place < 8; ++place)
+        total += term(warp.held[row % 8 * 4 + place % 4].a[row / 8 + 2 * (place / 4)],
+                      swizzled_word(static_cast<const char*>(tile), width, column, 4 * place));
+      values[i] = T(total);
+    }
+    std::memcpy(product.sums, values, sizeof values);
+    warp.barrier.wait();
+  };
+  if (!writing && warp_chance()) return made.run(made);
+  own.products.push_back(std::move(made));
+}
+inline void commit_products() {
+  fiber().issued.push_back(std::move(fiber().products));
+  fiber().products.clear();
+}
+inline void wait_products(size_t left) {
+  auto& issued = fiber().issued;
+  for (; issued.size() > left; issued.pop_front())
+    for (Product& product : issued.front()) product.run(product);
 }
 
 }  // namespace simulator
@@ -252,6 +496,8 @@ inline float from_lane_xor(float value, int mask) {
 // CUDA's own functions, as kernels call them.
 using __half = uint16_t;
 using __nv_bfloat16 = uint16_t;
+inline float __int_as_float(int bits) { return simulator::bits_to_float(uint32_t(bits)); }
+inline int __float_as_int(float value) { return int(simulator::float_to_bits(value)); }
 inline float __uint_as_float(uint32_t bits) { return simulator::bits_to_float(bits); }
 inline uint32_t __float_as_uint(float value) { return simulator::float_to_bits(value); }
 inline uint16_t __ushort_as_half(uint16_t bits) { return bits; }

@@ -24,7 +24,7 @@ def require() -> str:
     return shutil.which("g++") or shutil.which("clang++") or pytest.skip("no C++ compiler to simulate a GPU with")
 
 
-def launch(source: str, name: str, device: torch.device, grid: int, block: int, arguments) -> None:
+def launch(source: str, name: str, device: torch.device, grid, block: int, arguments, shared: int = 0) -> None:
     """What `kernels.launch` does, simulated: a stand-in for it in tests."""
     run = _library(source, name)
     values = []
@@ -33,21 +33,24 @@ def launch(source: str, name: str, device: torch.device, grid: int, block: int, 
             values.append(ctypes.c_void_p(0))
         elif isinstance(value, torch.Tensor):
             values.append(ctypes.c_void_p(value.data_ptr()))
+        elif isinstance(value, float):
+            values.append(ctypes.c_float(value))
         else:
             values.append(ctypes.c_int(value))
-    run(grid, block, *values)
+    sizes = (*((grid,) if isinstance(grid, int) else grid), 1, 1)
+    run(*sizes[:3], block, shared, *values)
 
 
 @functools.cache
 def _library(source: str, name: str):
-    """A function (grid, block, kernel's arguments...) that runs one instance of a kernel."""
+    """A function (three sizes of the grid, block, shared memory, kernel's arguments...): one instance of a kernel."""
     types = _parameters(source, name)
     declared = ", ".join(f"{kind} a{i}" for i, kind in enumerate(types))
     passed = ", ".join(f"a{i}" for i in range(len(types)))
     text = (
         f'#include "{compiler.FOLDER / source}"\n'
-        f'extern "C" void run(unsigned grid, unsigned block, {declared}) {{\n'
-        f"  simulator::launch(grid, block, [=] {{ {name}({passed}); }});\n}}\n"
+        f'extern "C" void run(unsigned x, unsigned y, unsigned z, unsigned block, unsigned shared, {declared}) {{\n'
+        f"  simulator::launch({{x, y, z}}, block, shared, [=] {{ {name}({passed}); }});\n}}\n"
     )
     folder = Path(tempfile.mkdtemp(prefix="lowbit-simulator-"))
     stem = hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -76,11 +76,38 @@ LOWBIT_DEVICE int dot4(uint32_t a, uint32_t b, int sum) {
 }
 
 // The value of the lane whose number differs in the bits of `mask`.
-LOWBIT_DEVICE float from_lane_xor(float value, int mask) {
+LOWBIT_DEVICE uint32_t from_lane_xor(uint32_t value, int mask) {
 #ifdef __CUDACC_RTC__
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 #else
-  return simulator::from_lane_xor(value, mask);
+  return simulator::exchanged(value, [=](int lane) { return lane ^ mask; });
+#endif
+}
+LOWBIT_DEVICE int from_lane_xor(int value, int mask) { return int(from_lane_xor(uint32_t(value), mask)); }
+LOWBIT_DEVICE float from_lane_xor(float value, int mask) {
+  return __uint_as_float(from_lane_xor(__float_as_uint(value), mask));
+}
+
+// The value of a lane, which each names for itself.
+LOWBIT_DEVICE uint32_t from_lane(uint32_t value, int lane) {
+#ifdef __CUDACC_RTC__
+  return __shfl_sync(0xFFFFFFFFu, value, lane);
+#else
+  return simulator::exchanged(value, [=](int) { return lane; });
+#endif
+}
+LOWBIT_DEVICE int from_lane(int value, int lane) { return int(from_lane(uint32_t(value), lane)); }
+LOWBIT_DEVICE float from_lane(float value, int lane) {
+  return __uint_as_float(from_lane(__float_as_uint(value), lane));
+}
+
+// The shared memory whose size the launch gives, at a multiple of 1024 bytes.
+LOWBIT_DEVICE unsigned char* dynamic_shared() {
+#ifdef __CUDACC_RTC__
+  extern __shared__ __align__(1024) unsigned char memory[];
+  return memory;
+#else
+  return simulator::dynamic_shared();
 #endif
 }
 
