@@ -1,4 +1,7 @@
-"""Kernels in CUDA C++, compiled at first use by NVRTC. The import fails, in words, where the compiler is missing."""
+"""Kernels in CUDA C++, compiled at first use by NVRTC.
+
+The import fails, in words, where the compiler is missing, and where there are GPUs that run none of its code.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,10 @@ from lowbit.backends.cuda import compiler
 
 compiler.check()  # before any kernel is registered: a backend is there as a whole, or not at all
 
+from lowbit.backends.cuda import device_check
+
+device_check.check()
+
 from lowbit.backends.cuda import int4_plain_mm, linear_words
 
-__all__ = ["compiler", "int4_plain_mm", "linear_words"]
+__all__ = ["compiler", "device_check", "int4_plain_mm", "linear_words"]

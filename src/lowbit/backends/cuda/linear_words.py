@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.cuda import kernels
+from lowbit.backends.cuda.device_check import usable
 from lowbit.backends.gpu import target_of
 from lowbit.dispatch import kernel
 from lowbit.formats.base import Format
@@ -51,6 +52,8 @@ def refuses(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> str | 
         return "the GPU is not one of NVIDIA's"
     if target.capability < _OLDEST:
         return f"the GPU has compute capability {'.'.join(map(str, target.capability))}; the kernel needs 8.0 or later"
+    if why := usable(x.device):
+        return why
     for name, tensor in (("bias", bias), *parts.items()):
         if tensor is not None and tensor.device != x.device:
             return f"{name} is on {tensor.device}, x on {x.device}; move one of them"
