@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -17,6 +18,7 @@ import torch
 from lowbit.backends.cuda import compiler
 
 _SIMULATOR = Path(__file__).parents[1] / "native"
+_HEADER = "simulator.h"
 
 
 def require() -> str:
@@ -52,15 +54,28 @@ def _library(source: str, name: str):
         f'extern "C" void run(unsigned x, unsigned y, unsigned z, unsigned block, unsigned shared, {declared}) {{\n'
         f"  simulator::launch({{x, y, z}}, block, shared, [=] {{ {name}({passed}); }});\n}}\n"
     )
-    folder = Path(tempfile.mkdtemp(prefix="lowbit-simulator-"))
-    stem = hashlib.sha256(text.encode()).hexdigest()[:12]
-    (folder / f"{stem}.cpp").write_text(text)
-    command = [
-        require(), "-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{_SIMULATOR}", f"-I{compiler.FOLDER / 'device'}",
-        "-o", str(folder / f"{stem}.so"), str(folder / f"{stem}.cpp"),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return ctypes.CDLL(str(folder / f"{stem}.so")).run
+    header = _compiled_header()
+    made = header.parent / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.cpp"
+    made.write_text(text)
+    device = compiler.FOLDER / "device"
+    _compile("-shared", f"-I{_SIMULATOR}", f"-I{device}", "-include", header, "-o", made.with_suffix(".so"), made)
+    return ctypes.CDLL(str(made.with_suffix(".so"))).run
+
+
+@functools.cache
+def _compiled_header() -> Path:
+    """The simulator, compiled once for all kernels of this process."""
+    folder = tempfile.mkdtemp(prefix="lowbit-simulator-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    header = Path(folder, _HEADER)
+    _compile("-x", "c++-header", "-o", header.with_suffix(".h.gch"), _SIMULATOR / _HEADER)
+    return header
+
+
+def _compile(*arguments: str | Path) -> None:
+    command = [require(), "-std=c++17", "-O1", "-fPIC", "-w", *map(str, arguments)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 
 def _parameters(source: str, name: str) -> list[str]:

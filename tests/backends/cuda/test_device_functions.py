@@ -17,6 +17,7 @@ DTYPES = {0: torch.int8, 1: torch.float16, 2: torch.bfloat16}
 
 
 def run(name: str, grid: int, block: int, arguments: list, shared: int = 0) -> None:
+    """One of the kernels of products.cu, simulated."""
     cuda_simulator.launch(SOURCE, f"lowbit::{name}", torch.device("cpu"), grid, block, arguments, shared)
 
 

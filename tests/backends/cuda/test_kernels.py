@@ -8,12 +8,13 @@ import torch
 pytest.importorskip("lowbit.backends.cuda", reason="no CUDA compiler", exc_type=ImportError)
 
 from lowbit.backends.cuda import compiler, kernels
+from lowbit.errors import UnsupportedError
 
 
 def test_arguments():
     """Addresses, numbers and nothing are handed over in kinds that cuda.core takes."""
     holder = pytest.importorskip("cuda.core._kernel_arg_handler").ParamHolder
-    holder(tuple(map(kernels._argument, (torch.zeros(3), 5, None))))
+    holder(tuple(map(kernels._argument, (torch.zeros(3), 5, 0.5, None))))
 
 
 def test_architecture():
@@ -46,11 +47,28 @@ def test_launch(monkeypatch):
     kernels._loaded.cache_clear()
     starts = [what for what in said if what[0] == ("stream", 7)]
     assert len(starts) == 2
-    assert starts[0][1] == {"grid": 3, "block": 64}
+    assert starts[0][1] == {"grid": 3, "block": 64, "shmem_size": 0}
     assert starts[0][2] == (b"('a.cu', 'f<1>', 'sm_90a')", "symbol")
     assert starts[0][3] == x.data_ptr()
     assert said.count(("device", 1)) == 1
     assert said.count(("entered", 1)) == 2
+
+
+def test_shared_memory(monkeypatch):
+    """What a kernel wants of shared memory beyond 48 KB is asked for, and an error says that there is too little."""
+    asked = []
+    driver = types.SimpleNamespace(
+        CUfunction_attribute=types.SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared"),
+        CUresult=types.SimpleNamespace(CUDA_SUCCESS=0),
+        cuKernelSetAttribute=lambda *what: asked.append(what) or (status,),
+    )
+    monkeypatch.setattr(kernels.importlib, "import_module", lambda _: driver)
+    kernel, status = types.SimpleNamespace(handle="h"), 0
+    kernels._allow_shared(kernel, "f", 2, 100_000)
+    assert asked == [("shared", 100_000, "h", 2)]
+    status = types.SimpleNamespace(name="CUDA_ERROR_INVALID_VALUE")
+    with pytest.raises(UnsupportedError, match=r"f cannot have 300000 bytes .* GPU 2: CUDA_ERROR_INVALID_VALUE"):
+        kernels._allow_shared(kernel, "f", 2, 300_000)
 
 
 class _Entered:

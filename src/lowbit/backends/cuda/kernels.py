@@ -82,7 +82,9 @@ def launch(
     with torch.cuda.device(index):
         kernel = _loaded(source, name, index, shared)
         stream = core.Stream.from_handle(torch.cuda.current_stream().cuda_stream)
-        core.launch(stream, core.LaunchConfig(grid=grid, block=block, shmem_size=shared), kernel, *map(_argument, arguments))
+        core.launch(
+            stream, core.LaunchConfig(grid=grid, block=block, shmem_size=shared), kernel, *map(_argument, arguments)
+        )
 
 
 def _argument(value: Argument) -> Any:
@@ -109,6 +111,9 @@ def _loaded(source: str, name: str, index: int, shared: int) -> Any:
 def _allow_shared(kernel: Any, name: str, index: int, shared: int) -> None:
     driver = importlib.import_module("cuda.bindings.driver")
     what = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (status,) = driver.cuKernelSetAttribute(what, shared, getattr(kernel, "handle", None) or kernel._handle, index)
+    handle = kernel.handle if hasattr(kernel, "handle") else kernel._handle  # noqa: SLF001 - as before cuda.core 1.0
+    (status,) = driver.cuKernelSetAttribute(what, shared, handle, index)
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise UnsupportedError(f"the CUDA kernel {name} cannot have {shared} bytes of shared memory on GPU {index}: {status}")
+        raise UnsupportedError(
+            f"the CUDA kernel {name} cannot have {shared} bytes of shared memory on GPU {index}: {status.name}"
+        )
