@@ -13,6 +13,6 @@ from lowbit.backends.cuda import device_check
 
 device_check.check()
 
-from lowbit.backends.cuda import int4_plain_mm, linear_words
+from lowbit.backends.cuda import int4_plain_mm, linear_words, quantize_rows_int8
 
-__all__ = ["compiler", "device_check", "int4_plain_mm", "linear_words"]
+__all__ = ["compiler", "device_check", "int4_plain_mm", "linear_words", "quantize_rows_int8"]
