@@ -27,7 +27,8 @@ from lowbit.errors import LowbitError
 from lowbit.formats import Parts, parse_spec
 from lowbit.layouts import coalesced_int4
 from lowbit.layouts.base import get_layout
-from tests.support.triton_launches import META, Noted
+from tests.support.kernel_examples import META
+from tests.support.triton_launches import Noted
 
 Job = tuple[Launch, Config]
 

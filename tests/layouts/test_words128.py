@@ -86,6 +86,19 @@ def test_shapes_without_values(spec):
     assert {name: tuple(part.shape) for name, part in made.items()} == {"qdata": (17, 32), **SPECS[spec]}
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_empty_parts(spec):
+    """Parts without values have the shapes and dtypes that packing gives, for few rows and for more than are tried."""
+    fmt, meta = parse_spec(spec), torch.device("meta")
+    layout = get_layout(words128.NAME, fmt)
+    for shape in ((3, 128), (300, 256)):
+        wanted = words128.pack(fmt, fmt.empty_parts(shape, meta, torch.float16))
+        found = layout.empty_parts(fmt, shape, meta, torch.float16)
+        assert {name: (part.shape, part.dtype) for name, part in found.items()} == {
+            name: (part.shape, part.dtype) for name, part in wanted.items()
+        }
+
+
 @pytest.mark.parametrize(
     ("spec", "n", "k", "words"),
     [

@@ -17,6 +17,7 @@ from lowbit.errors import FormatError, PartsError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 
+_FEW_ROWS = 256  # a multiple of what any layout has in a block
 Repack = Callable[[Format, Mapping[str, Tensor]], Parts]
 
 
@@ -58,6 +59,17 @@ class Layout:
         """Plain parts in this arrangement, in storage as the kernels need it. Raises `PartsError` as `pack` does."""
         made = self.pack(fmt, parts)
         return {name: part if _is_aligned(part, self.alignment) else _compact(part) for name, part in made.items()}
+
+    def empty_parts(
+        self, fmt: Format, shape: tuple[int, int], device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Parts:
+        """Uninitialised packed parts for a weight [N, K]. Raises `PartsError` as `pack` does."""
+        (n, k), few = shape, min(shape[0], _FEW_ROWS)
+        if self.shapes is None or self.refuses(fmt, n, k) or self.refuses(fmt, few, k):
+            return self.pack(fmt, fmt.empty_parts(shape, device, dtype))
+        sample = self.pack(fmt, fmt.empty_parts((few, k), torch.device("meta"), dtype))  # for the dtypes
+        shapes = self.shapes(fmt, n, k)
+        return {name: torch.empty(shapes[name], dtype=part.dtype, device=device) for name, part in sample.items()}
 
     def misfit(self, fmt: Format, parts: Mapping[str, Tensor], n: int, k: int) -> str | None:
         """Why these are not the packed parts of a weight [n, k], with the remedy, or None."""

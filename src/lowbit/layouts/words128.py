@@ -91,6 +91,13 @@ def rows(fmt: Format, parts: Mapping[str, Tensor]) -> int:
     return parts["qdata"].shape[0]
 
 
+def shapes(fmt: Format, n: int, k: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the packed parts of a weight [n, k]."""
+    found = {name: tuple(shape) for name, shape in fmt.part_shapes(n, k).items()}
+    turned = {rule.name: found[rule.name][::-1] for rule in fmt.rules if rule.name in found and _is_by_row(rule)}
+    return {**found, **turned, "qdata": (n, k // _NIBBLES)}
+
+
 def _turned(fmt: Format, parts: Mapping[str, Tensor]) -> Parts:
     """The parts with those by group [N, G] as [G, N], or back: the same move both ways."""
     return {
@@ -105,4 +112,6 @@ def _is_by_row(rule: Part) -> bool:
     return rule.name != "qdata" and len(rule.dims) == 2 and rule.row_axis == 0
 
 
-register_layout(Layout(NAME, VERSION, FORMATS, pack, unpack, refuses, stored=False, rows=rows, alignment=16))
+register_layout(
+    Layout(NAME, VERSION, FORMATS, pack, unpack, refuses, stored=False, rows=rows, shapes=shapes, alignment=16)
+)

@@ -3,68 +3,13 @@ from __future__ import annotations
 import importlib.metadata
 
 import pytest
-import torch
 
 pytest.importorskip("lowbit.backends.cuda", reason="no CUDA compiler", exc_type=ImportError)
 
-from lowbit.backends.cuda import compiler, int4_plain_mm, kernels, linear_words
-from lowbit.backends.gpu import Target, assume
+from lowbit.backends.cuda import compiler
 from lowbit.errors import UnsupportedError
-from lowbit.formats import parse_spec
-from lowbit.layouts import words128
 
-ARCHITECTURES = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_120a": (12, 0)}
-SPECS = (
-    "awq_w4a16", "awq_w4a16(group_size=16)", "awq_w4a16(group_size=32)", "awq_w4a16(group_size=128)", "wna16", "nvfp4",
-    "mxfp4",
-)  # fmt: skip
 NAME = "lowbit::linear_words<lowbit::kIntegers, lowbit::kFloat16, lowbit::kHalfScale, true, 4, 1, 8>"
-
-
-def launches(spec: str, dtype: torch.dtype, capability: tuple[int, int]) -> set[kernels.Launch]:
-    """What a linear of this format launches, for small and large weights."""
-    fmt, found = parse_spec(spec), set()
-    for n in (3072, 18432):
-        plain = fmt.empty_parts((n, 3072), torch.device("meta"), dtype)
-        parts = words128.pack(
-            fmt, {key: part.to(dtype) if part.dtype.itemsize == 2 else part for key, part in plain.items()}
-        )
-        x = torch.empty(1, 3072, dtype=dtype, device="meta")
-        with assume(Target("cuda", capability)), kernels.record() as made:
-            assert linear_words.refuses(fmt, x, parts, None) is None
-            linear_words.linear(fmt, x, parts, None)
-        found |= set(made)
-    return found
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("spec", SPECS)
-def test_compiles(spec, architecture):
-    """Every variant that is launched compiles for every architecture without a warning, and keeps to its registers."""
-    for dtype in (torch.bfloat16, torch.float16):
-        for launch in launches(spec, dtype, ARCHITECTURES[architecture]):
-            made = compiler.compile_now(launch.source, launch.name, architecture)
-            assert not made.warnings
-            assert not made.spills, launch.name
-            assert 0 < made.registers <= 255
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_int4_plain_mm_compiles(architecture):
-    """Every variant of W4A8 decode compiles for every architecture without a warning or a spill."""
-    meta = torch.device("meta")
-    with assume(Target("cuda", ARCHITECTURES[architecture])), kernels.record() as made:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            scale = torch.empty(4096, 128, dtype=dtype, device=meta)
-            qdata = torch.empty(4096, 2048, dtype=torch.uint8, device=meta)
-            for m in (1, 2, 4, 8):
-                x = torch.empty(m, 4096, dtype=dtype, device=meta)
-                assert int4_plain_mm.refuses(x, qdata, scale, scale, None, 32) is None
-                int4_plain_mm.int4_plain_mm(x, qdata, scale, scale, None, 32)
-    for launch in set(made):
-        found = compiler.compile_now(launch.source, launch.name, architecture)
-        assert not found.warnings
-        assert not found.spills, launch.name
 
 
 def test_kept_on_disk(tmp_path, monkeypatch):
