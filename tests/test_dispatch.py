@@ -162,6 +162,20 @@ def test_no_weight_is_put_into_a_layout_that_files_hold(kernels):
     assert dispatch.preferred_layout("linear", fmt, 256, 128, "cpu") == "rows16"
 
 
+def test_no_weight_is_packed_for_a_kernel_that_this_machine_cannot_run(kernels):
+    """A kernel that says so takes no weight into its layout, and keeps it out of none that the next one reads."""
+    kernels.loaded["cpu"] = None
+    fmt, runs = parse_spec("svdquant_w4a4"), False
+
+    @dispatch.kernel("linear", backend="cpu", format="svdquant_w4a4", layout="rows16", packs=lambda: runs)
+    def linear_rows16(fmt, x, parts, bias):
+        return None
+
+    assert dispatch.preferred_layout("linear", fmt, 256, 128, "cpu") == ""
+    runs = True
+    assert dispatch.preferred_layout("linear", fmt, 256, 128, "cpu") == "rows16"
+
+
 def test_use_backend_follows_the_context_not_the_process():
     """Another thread is not affected by a use_backend block."""
     seen = []

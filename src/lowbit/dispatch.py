@@ -48,6 +48,8 @@ class Kernel:
     tolerance: float
     refuses: Refusal | None
     run: Callable[..., Any]
+    packs: Callable[[], bool] | None = None
+    """Whether weights should be put into its layout on this machine; None: always."""
 
     def reads(self, layout: str) -> bool:
         """Whether it takes the parts in this layout, or unpacked from it."""
@@ -78,18 +80,20 @@ def kernel(
     layout: str = "",
     refuses: Refusal | None = None,
     tolerance: float = 0.0,
+    packs: Callable[[], bool] | None = None,
 ) -> Callable[[Fn], Fn]:
     """Register the decorated function as the kernel of `op` for `format` on `backend`.
 
     `refuses` takes the kernel's own arguments and returns the first reason why it cannot run, in words, or None.
     `layout` names the kernel layout it reads: "" is the plain parts, `ANY_LAYOUT` plain parts that the op unpacks from
-    any layout, for calls that nobody else takes. A second kernel for the same place is refused.
+    any layout, for calls that nobody else takes. `packs` says whether this machine can run it at all: where it cannot,
+    no weight is put into its layout. A second kernel for the same place is refused.
     """
     if backend not in BACKENDS:
         raise UnsupportedError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
 
     def add(function: Fn) -> Fn:
-        entry = Kernel(op, format, backend, layout, tolerance, refuses, function)
+        entry = Kernel(op, format, backend, layout, tolerance, refuses, function, packs)
         row = _STATE.kernels.setdefault((op, format), [])
         if any(other.backend == backend and other.layout == layout for other in row):
             raise UnsupportedError(f"{entry.name}: {op} for {format} on {backend} is registered already")
@@ -181,6 +185,7 @@ def preferred_layout(op: str, fmt: Format, n: int, k: int, device: str) -> str:
     entries = [entry for entry in candidates(op, fmt.name, device) if forced in (None, entry.backend)]
     for backend in (name for name in BACKENDS if name != "eager"):
         mine = [entry for entry in entries if entry.backend == backend and entry.layout != ANY_LAYOUT]
+        mine = [entry for entry in mine if entry.packs is None or entry.packs()]
         if op == "embedding" and any(not entry.layout for entry in mine):
             return ""
         for entry in mine:

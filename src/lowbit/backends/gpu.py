@@ -52,6 +52,14 @@ def target_of(device: torch.device) -> Target:
     return _read(device.type, device.index) if found is None else found
 
 
+def every_one_has(capability: tuple[int, int]) -> bool:
+    """Whether all NVIDIA GPUs of this machine, or the assumed one, have at least this compute capability."""
+    found = _assumed.get()
+    if found is not None:
+        return found.capability >= capability
+    return all(target_of(torch.device("cuda", i)).capability >= capability for i in range(torch.cuda.device_count()))
+
+
 @functools.cache
 def _read(kind: str, index: int | None) -> Target:
     if kind == "cuda":
