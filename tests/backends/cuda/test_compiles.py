@@ -20,13 +20,11 @@ from tests.support.cuda_launches import (
     judge,
     nowhere,
     title,
-)  # fmt: skip
+)
 
 TITLES = sorted({title(entry) for entry in entries()})
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_120a")
-LOG = (
-    "ptxas . 0 bytes stack frame, {0} bytes spill stores, {0} bytes spill loads\nptxas info : Used 80 registers, {1}\n"
-)
+LOG = "0 bytes stack frame, {0} bytes spill stores, {0} bytes spill loads\nptxas info : Used 80 registers, {1}\n"
 NAME = "lowbit::f<lowbit::kHalf, 8>"
 
 
@@ -45,9 +43,9 @@ def test_every_function_is_launched():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("function", functions())
 def test_compiles(function, architecture):
-    """A kernel compiles without a warning, fits the memory of the GPU and keeps its registers, in its last variant."""
+    """A kernel compiles without a warning, fits the memory of the GPU and keeps its registers; two variants here, all in a script."""
     mine = [one for one in distinct(all_noted(architecture)[0]) if one.function == function]
-    for one in mine[-1:]:  # none: a kernel for other GPUs
+    for one in dict.fromkeys([*mine[:1], *mine[-1:]]):  # none: a kernel for other GPUs
         verdict = judge(one, architecture)
         assert not verdict.fault, f"{one.by}, {one.launch.name}: {verdict.fault}"
         assert 0 < verdict.made.registers <= 255
@@ -57,16 +55,16 @@ def test_compiles(function, architecture):
     ("log", "dynamic", "hot", "fault"),
     [
         (LOG.format(0, "used 1 barriers, 4096 bytes smem, 432 bytes cmem[0]"), 90 << 10, True, ""),
-        (LOG.format(0, "used 1 barriers, 10240 bytes smem"), 90 << 10, True, "needs 102400 bytes of shared memory, sm_86"),
+        (LOG.format(0, "used 1 barriers, 10240 bytes smem"), 90 << 10, True, "needs 102400 bytes of shared memory"),
         (LOG.format(0, "432 bytes cmem[0]"), 99 << 10, True, ""),
         (LOG.format(0, "432 bytes cmem[0]"), 100 << 10, True, "needs 102400 bytes"),
         (LOG.format(8, "432 bytes cmem[0]"), 0, True, "spills 16 bytes"),
         (LOG.format(8, "432 bytes cmem[0]"), 0, False, ""),
-        (LOG.format(0, "432 bytes cmem[0]") + "a.cu(3): warning #177-D: unused", 0, False, "the compiler warns: a.cu(3)"),
+        (LOG.format(0, "432 bytes cmem[0]") + "a.cu(3): warning #177-D", 0, False, "the compiler warns: a.cu(3)"),
     ],
 )  # fmt: skip
 def test_verdicts(log, dynamic, hot, fault):
-    """A warning and too much shared memory, the kernel's own and the launch's, are faults; spills are in what is hot."""
+    """A warning and too much shared memory, the kernel's and the launch's together, are faults; so are hot spills."""
     one = Noted(Launch("a.cu", NAME, dynamic), "linear", "nvfp4", hot)
     found = judge(one, "sm_86", lambda *_: Binary(b"", "f", log))
     assert found.fault.startswith(fault)

@@ -201,14 +201,14 @@ def _read(entry: Path) -> Binary | None:
 @cache
 def _key(source: str, name: str, architecture: str) -> str:
     parts = [FOLDER / source, *sorted(_HEADERS.glob("*.cuh"))]
-    digest = hashlib.sha256(f"{name}\0{architecture}\0{_version()}".encode())
+    digest = hashlib.sha256(f"{name}\0{architecture}\0{versions()}".encode())
     for part in parts:
         digest.update(b"\0" + part.read_bytes())
     return digest.hexdigest()[:24]
 
 
 @cache
-def _version() -> str:
+def versions() -> str:
     """The versions that what is compiled depends on."""
     return ", ".join(f"{package} {_installed(package)}" for package in PACKAGES)
 
