@@ -27,6 +27,7 @@
 #define __device__ inline
 #define __forceinline__
 #define __shared__ static
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 #define __restrict__
 #define threadIdx (::simulator::fiber().thread)
@@ -355,6 +356,13 @@ inline uint32_t fma_bfloat16_pair(uint32_t a, uint32_t b, uint32_t c) {
     const double product = double(bfloat16_to_float(uint16_t(a >> at))) * bfloat16_to_float(uint16_t(b >> at));
     out |= uint32_t(float_to_bfloat16(float(product + bfloat16_to_float(uint16_t(c >> at))))) << at;
   }
+  return out;
+}
+
+inline uint32_t multiply_float16_pair(uint32_t a, uint32_t b) {
+  uint32_t out = 0;
+  for (int at = 0; at < 32; at += 16)
+    out |= uint32_t(float_to_float16(float16_to_float(uint16_t(a >> at)) * float16_to_float(uint16_t(b >> at)))) << at;
   return out;
 }
 

@@ -31,7 +31,7 @@ def test_product(spec, dtype, monkeypatch):
     """A simulated GPU gives the product of the dequantized weight, rounded once, for odd rows and up to 8 tokens."""
     monkeypatch.setattr(kernels, "launch", cuda_simulator.launch)
     fmt = parse_spec(spec)
-    for n, k, m, processors in ((17, 256, 1, 132), (40, 1280, 8, 132), (300, 256, 3, 1)):
+    for n, k, m, processors in ((20 if "fp4" in spec else 17, 256, 1, 132), (40, 1280, 8, 132), (300, 256, 3, 1)):
         packed, _ = packed_weight(spec, n, k, words128.NAME)
         parts = _parts_for(fmt, packed, dtype)
         weight = fmt.dequantize(words128.unpack(fmt, parts), (n, k), torch.float32).double()
@@ -47,8 +47,43 @@ def test_product(spec, dtype, monkeypatch):
         torch.testing.assert_close(found.double(), wanted, rtol=1.01 * half_ulp, atol=1e-5 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+def test_plain_bytes(group, dtype, monkeypatch):
+    """gemv_awq_w4a16 gives the same for codes as files hold them, in every order of columns that groups ask for."""
+    monkeypatch.setattr(kernels, "launch", cuda_simulator.launch)
+    fmt = parse_spec(f"awq_w4a16(group_size={group})")
+    n, k, m = 40, 1280, 5
+    plain = fmt.quantize(torch.randn(n, k))
+    q, scale, zero = plain["qdata"], plain["scale"].to(dtype), plain["zero"].to(dtype)
+    weight = fmt.dequantize({"qdata": q, "scale": scale, "zero": zero}, (n, k), torch.float32).double()
+    x, bias = activations(m, k, dtype), torch.randn(n).to(dtype)
+    with assume(Target("cuda", (9, 0))):
+        assert linear_words.refuses_gemv(x, q, scale, zero, bias, group) is None
+        found = linear_words.gemv_awq_w4a16(x, q, scale, zero, bias, group)
+    wanted = x.double() @ weight.t() + bias.double()
+    half_ulp = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(found.double(), wanted, rtol=1.01 * half_ulp, atol=1e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_extreme_scales(dtype, monkeypatch):
+    """Every e4m3 scale of nvfp4 is multiplied into the codes without rounding, the smallest and the largest, too."""
+    monkeypatch.setattr(kernels, "launch", cuda_simulator.launch)
+    fmt = parse_spec("nvfp4")
+    packed, _ = packed_weight("nvfp4", 128, 128, words128.NAME)
+    parts = _parts_for(fmt, packed, dtype)
+    scales = torch.arange(127).to(torch.uint8).view(torch.float8_e4m3fn)  # those that are finite and not negative
+    parts["scale"] = torch.cat([scales, scales[:1]]).repeat(8, 1)
+    weight = fmt.dequantize(words128.unpack(fmt, parts), (128, 128), torch.float32).double()
+    x = torch.eye(128)[37:39].to(dtype)
+    with assume(Target("cuda", (9, 0))):
+        found = linear_words.linear(fmt, x, parts, None)
+    torch.testing.assert_close(found.double(), weight[:, 37:39].t().to(dtype).double(), rtol=0, atol=0)
+
+
 def test_where_x_begins(monkeypatch):
-    """The kernel loads 8 bytes of x at a time: rows that begin elsewhere are copied first, others are not."""
+    """The kernel loads 16 bytes of x at a time: rows that begin elsewhere are copied first, others are not."""
     seen = []
     monkeypatch.setattr(kernels, "launch", lambda *args: seen.append(args[-1][0]))
     fmt = parse_spec("awq_w4a16")
@@ -56,11 +91,11 @@ def test_where_x_begins(monkeypatch):
     parts = _parts_for(fmt, packed, torch.float16)
     room = torch.zeros(520, dtype=torch.float16)
     with assume(Target("cuda", (9, 0))):
-        for offset in (0, 1, 2, 4):
+        for offset in (0, 1, 4, 8):
             x = room[offset : offset + 512].view(2, 256)
             linear_words.linear(fmt, x, parts, None)
-            assert seen[-1].data_ptr() % 8 == 0
-            assert (seen[-1].data_ptr() == x.data_ptr()) == (offset % 4 == 0)
+            assert seen[-1].data_ptr() % 16 == 0
+            assert (seen[-1].data_ptr() == x.data_ptr()) == (offset % 8 == 0)
 
 
 def test_nothing_to_do(monkeypatch):
@@ -90,6 +125,14 @@ def test_refusals():
         assert "zeros are float32, scales float16" in linear_words.refuses(fmt, x, mixed, None)
         assert "bias is float32" in linear_words.refuses(fmt, x, parts, torch.zeros(16))
         assert "meta" in linear_words.refuses(fmt, x, parts, torch.zeros(16, device="meta"))
+        plain = words128.unpack(fmt, parts)
+        assert linear_words.refuses_plain(fmt, x, plain, None) is None
+        assert "100 columns" in linear_words.refuses_plain(fmt, activations(1, 100, torch.float16), plain, None)
+        gaps = {**plain, "qdata": plain["qdata"].t().contiguous().t()}
+        assert "qdata has gaps" in linear_words.refuses_plain(fmt, x, gaps, None)
+        assert "groups of 16" in linear_words.refuses_plain(parse_spec("awq_w4a16(group_size=16)"), x, plain, None)
+        odd, _ = packed_weight("nvfp4", 18, 256, words128.NAME)
+        assert "18 rows" in linear_words.refuses(odd.format, x, _parts_for(odd.format, odd, torch.float16), None)
     with assume(Target("cuda", (7, 5))):
         assert "7.5" in linear_words.refuses(fmt, x, parts, None)
     with assume(Target("hip")):

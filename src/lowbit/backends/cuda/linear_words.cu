@@ -1,29 +1,37 @@
-// linear for up to 8 tokens and 4-bit codes in the layout words128: every weight is read once, and multiplied by tensor
-// cores, whose eight columns are the tokens.
+// linear for up to 8 tokens and 4-bit codes: every weight is read once, and multiplied by tensor cores, whose eight
+// columns are the tokens.
 //
 //   out[m, r] = alpha * sum over groups g of (scale[g, r] * sum of x * value + zero[g, r] * sum of x)  + bias[r]
 //
 // A block of warps has kTiles * 16 rows of the weight; its warps share out the blocks of 128 columns among them and add
-// their sums through shared memory, in a fixed order. Of 128 columns a lane reads 16 bytes of a row: words 4 place .. +
-// 3, which hold the columns 16 j + 4 place .. + 3 of all eight sixteens j. They stand for its four columns of operand A
-// in sixteen j, and the same four of x make its operand B (mma.cuh: the order of columns is free).
+// their sums through shared memory, in a fixed order. Of 128 columns a lane reads 16 bytes of a row, as four words:
+//
+//   words128     words 4 place .. + 3, which hold the columns 16 j + 4 place .. + 3 of all eight sixteens j. They stand
+//                for its four columns of operand A in sixteen j, and the same four of x make its operand B.
+//   plain bytes  words that lie in as few groups as they can: 8 columns of one word are two products' share of a lane,
+//                nibbles i and i + 4 side by side, and of x the columns i and i + 4.
+//
+// (mma.cuh: the order of columns is free, if both operands have the same.)
 //
 // Integer codes are multiplied with a bias still in them (words.cuh). What it adds to the sum, and what zeros add, is
 // the sum of x over the group times a number of the row; that sum comes from the tensor cores, too, as a product with
-// ones. Nothing is rounded but x.
+// ones. An e2m1 code times the e4m3 scale of its 16 columns has six bits, and is exact in 16: such scales are
+// multiplied in before the product. Nothing is rounded but x.
+//
+// Scales of one byte are read by the warp as a whole, 4 rows a lane, made floats once and handed out through shared
+// memory: by itself every lane would load and convert 16 of them for the 64 codes that it decodes.
 #include "floats.cuh"
 #include "mma.cuh"
 
 namespace lowbit {
 
 enum ScaleType { kHalfScale = 0, kFloatScale = 1, kE4M3 = 2, kE8M0 = 3 };
+enum Storage { kWords = 0, kBytes = 1 };
 
 template <Half half, ScaleType type>
 LOWBIT_DEVICE float load_scale(const void* from, uint32_t at) {
   if constexpr (type == kFloatScale) return __ldg(static_cast<const float*>(from) + at);
-  if constexpr (type == kHalfScale) return half_to_float<half>(__ldg(static_cast<const uint16_t*>(from) + at));
-  if constexpr (type == kE8M0) return e8m0_to_float(__ldg(static_cast<const uint8_t*>(from) + at));
-  return e4m3_to_float(__ldg(static_cast<const uint8_t*>(from) + at));
+  return half_to_float<half>(__ldg(static_cast<const uint16_t*>(from) + at));
 }
 
 // decode_pair of a j that is constant once its loop is unrolled.
@@ -49,19 +57,53 @@ LOWBIT_DEVICE uint32_t pair_of(Spread words, int j) {
   }
 }
 
+// The place in 16 words of plain bytes of a lane's word w, so that products of one group of columns have words of it.
+template <int kSixteens>
+LOWBIT_DEVICE int word_of(int place, int w) {
+  if constexpr (kSixteens == 8) return 4 * place + w;
+  if constexpr (kSixteens == 4) return w / 2 * 8 + 2 * place + w % 2;
+  return 4 * w + place;
+}
+
+// An e4m3 scale as a pair of 16-bit floats that brings decoded e2m1 values, which are too small (words.cuh), to
+// 1 / kPairScale of what they are times the scale: nothing overflows, and nothing is too small to be exact.
+template <Half half>
+LOWBIT_DEVICE uint32_t scale_pair(float scale) {
+  if constexpr (half == kBFloat16) {
+    const uint32_t bits = __float_as_uint(scale * 0x1p117f);  // 4 bits of mantissa: the upper half is all of it
+    return pick_bytes<0x3232>(bits, bits);
+  }
+  return uint32_t(float_to_half<kFloat16>(scale * 128.0f)) * 0x00010001u;
+}
+template <Half half>
+constexpr float kPairScale = half == kBFloat16 ? 512.0f : 128.0f;
+
+template <Half half>
+LOWBIT_DEVICE uint32_t scaled_pair(uint32_t pair, uint32_t scale) {
+  if constexpr (half == kBFloat16) return fma_bfloat16_pair(pair, scale, 0x80008000u);
+  return multiply_float16_pair(pair, scale);
+}
+
 // kTiles: tiles of 16 rows of a warp. kSixteens: sixteens of columns that share a scale, 8 where a group has 128 or
 // more.
-template <Code code, Half half, ScaleType scale_type, bool zeros, int kSixteens, int kTiles, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, kSixteens == 1 ? 1 : 2)
+template <Code code, Half half, ScaleType scale_type, bool zeros, Storage storage, int kSixteens, int kTiles,
+          int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, 2)
     linear_words(const uint16_t* __restrict__ x, const uint4* __restrict__ codes, const void* __restrict__ scale,
                  const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_step,
                  const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, int m, int n, int k,
                  int blocks_a_group) {
   constexpr bool kBiased = code == kIntegers;
   constexpr bool kSums = kBiased || zeros;
+  constexpr bool kByteScales = scale_type == kE4M3 || scale_type == kE8M0;
+  constexpr bool kPairs = scale_type == kE4M3;       // scales are multiplied into the weights
+  constexpr int kGroups = 8 / kSixteens;             // of a block of 128 columns
+  constexpr int kRow = kGroups == 8 ? 12 : kGroups;  // words of shared memory of a row's scales: few bank conflicts
+  static_assert(!kPairs || (code == kE2M1 && kSixteens == 1), "scales in the weights are for groups of 16");
+  static_assert(!kByteScales || (storage == kWords && kSixteens <= 2), "scales of a byte are for groups of 16 and 32");
+  static_assert(storage == kWords || kSixteens > 1, "8 columns of a word lie in one group, and so do 4 lanes' words");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, owner = lane / 4, place = lane % 4;
   const int first = blockIdx.x * kTiles * 16;
-  const bool here = owner < m;
   const int blocks = k / 128;
 
   uint32_t row[kTiles][2];  // rows behind the last repeat it: they are never stored
@@ -70,31 +112,112 @@ __global__ void __launch_bounds__(32 * kWarps, kSixteens == 1 ? 1 : 2)
 #pragma unroll
     for (int h = 0; h < 2; ++h) row[t][h] = min(first + 16 * t + owner + 8 * h, n - 1);
 
-  const auto* tokens = reinterpret_cast<const uint2*>(x + int64_t(here ? owner : 0) * k) + place;
+  // A lane without a token takes the first one's: what it makes of it is a column of the sums that nobody stores.
+  const uint16_t* token = x + int64_t(owner < m ? owner : 0) * k;
+  const uint4* next[kTiles][2];
+  const uint8_t* next_scales[kTiles];
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) next[t][h] = codes + int64_t(row[t][h]) * (k / 32) + warp * 4;
+    next_scales[t] = static_cast<const uint8_t*>(scale) + int64_t(warp * kGroups + owner % kGroups) * n +
+                     min(first + 16 * t + 4 * place, n - 4);
+  }
   float sums[kTiles][4] = {};
   uint4 ahead[kTiles][2];
-  const auto fetch = [&](int block) {
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) ahead[t][h] = __ldcs(codes + int64_t(row[t][h]) * (k / 32) + block * 4 + place);
-  };
-  if (warp < blocks) fetch(warp);
-
-  for (int block = warp; block < blocks; block += kWarps) {
-    Spread spread[kTiles][2][2];  // tile, rows, columns
+  uint32_t scales_ahead[kTiles];
+  const auto fetch = [&] {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        spread[t][h][0] = spread_words(ahead[t][h].x, ahead[t][h].y);
-        spread[t][h][1] = spread_words(ahead[t][h].z, ahead[t][h].w);
+        const uint4* from = next[t][h];
+        next[t][h] += kWarps * 4;
+        if constexpr (storage == kWords || kSixteens == 8) {
+          ahead[t][h] = __ldcs(from + place);
+        } else if constexpr (kSixteens == 4) {
+          const uint2 low = __ldcs(reinterpret_cast<const uint2*>(from) + place);
+          const uint2 high = __ldcs(reinterpret_cast<const uint2*>(from) + 4 + place);
+          ahead[t][h] = make_uint4(low.x, low.y, high.x, high.y);
+        } else {
+          const auto* word = reinterpret_cast<const uint32_t*>(from) + place;
+          ahead[t][h] = make_uint4(__ldcs(word), __ldcs(word + 4), __ldcs(word + 8), __ldcs(word + 12));
+        }
       }
-    uint2 values[8];
+    if constexpr (kByteScales) {  // of 16 rows and the block's groups, rows 4 place .. + 3 of group `owner`
 #pragma unroll
-    for (int j = 0; j < 8; ++j) values[j] = here ? __ldg(tokens + block * 32 + j * 4) : make_uint2(0, 0);
-    if (block + kWarps < blocks) fetch(block + kWarps);
+      for (int t = 0; t < kTiles; ++t) {
+        scales_ahead[t] = __ldcs(reinterpret_cast<const uint32_t*>(next_scales[t]));
+        next_scales[t] += int64_t(kWarps * kGroups) * n;
+      }
+    }
+  };
+  if (warp < blocks) fetch();
 
+  __shared__ __align__(16) uint32_t staged[kByteScales ? kWarps : 1][kTiles][16][kRow];
+  for (int block = warp; block < blocks; block += kWarps) {
+    uint32_t words[kTiles][2][4];  // of words128 as two Spreads
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint4 found = ahead[t][h];
+        words[t][h][0] = found.x, words[t][h][1] = found.y, words[t][h][2] = found.z, words[t][h][3] = found.w;
+        if constexpr (storage == kWords) {
+          const Spread left = spread_words(found.x, found.y), right = spread_words(found.z, found.w);
+          words[t][h][0] = left.low, words[t][h][1] = left.high, words[t][h][2] = right.low,
+          words[t][h][3] = right.high;
+        }
+      }
+    uint32_t scales[kTiles][2][kByteScales ? kGroups : 1];
+    if constexpr (kByteScales) {
+      __syncwarp();  // all lanes have read those of the last block
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t byte = scales_ahead[t] >> 8 * i & 255u;
+          uint32_t made;
+          if constexpr (kPairs)
+            made = scale_pair<half>(e4m3_to_float(byte));
+          else
+            made = __float_as_uint(e8m0_to_float(byte));
+          if (owner < kGroups) staged[warp][t][4 * place + i][owner] = made;
+        }
+      __syncwarp();
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int q = 0; q < kGroups; q += 4) {
+            const uint4 found = *reinterpret_cast<const uint4*>(&staged[warp][t][owner + 8 * h][q]);
+            scales[t][h][q] = found.x, scales[t][h][q + 1] = found.y;
+            scales[t][h][q + 2] = found.z, scales[t][h][q + 3] = found.w;
+          }
+    }
+    uint2 values[8];
+    if constexpr (storage == kWords) {
+      const auto* from = reinterpret_cast<const uint2*>(token) + block * 32 + place;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values[j] = __ldg(from + j * 4);
+    } else {
+      const auto* from = reinterpret_cast<const uint4*>(token) + block * 16;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const uint4 found = __ldg(from + word_of<kSixteens>(place, w));
+        values[2 * w] = make_uint2(pick_bytes<0x5410>(found.x, found.z), pick_bytes<0x7632>(found.x, found.z));
+        values[2 * w + 1] = make_uint2(pick_bytes<0x5410>(found.y, found.w), pick_bytes<0x7632>(found.y, found.w));
+      }
+    }
+    if (block + kWarps < blocks) fetch();
+
+    // Operand A of product j of tile t: register i is of row i % 2 and of the columns i / 2.
+    const auto operand = [&](int t, int i, int j) {
+      const auto& of = words[t][i % 2];
+      if constexpr (storage == kWords) return pair_of<code, half>({of[i / 2 * 2], of[i / 2 * 2 + 1]}, j);
+      return pair_of<code, half>({of[j / 2], 0}, j % 2 * 2 + i / 2);
+    };
 #pragma unroll
     for (int begin = 0; begin < 8; begin += kSixteens) {
       float totals[4] = {};
@@ -104,17 +227,25 @@ __global__ void __launch_bounds__(32 * kWarps, kSixteens == 1 ? 1 : 2)
         for (int j = begin; j < begin + kSixteens; ++j)
           mma<half>(totals, ones, ones, ones, ones, values[j].x, values[j].y);
       }
-      const uint32_t group = kSixteens == 8 ? uint32_t(block) / uint32_t(blocks_a_group)
-                                            : uint32_t(block) * (8 / kSixteens) + begin / kSixteens;
-      const uint32_t at = group * uint32_t(n);
+      const int group = begin / kSixteens;
+      const uint32_t at =
+          (kSixteens == 8 ? uint32_t(block) / uint32_t(blocks_a_group) : uint32_t(block) * kGroups + group) *
+          uint32_t(n);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
+        if constexpr (kPairs) {
+          uint32_t a[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[i] = scaled_pair<half>(operand(t, i, begin), scales[t][i % 2][group]);
+          mma<half>(sums[t], a[0], a[1], a[2], a[3], values[begin].x, values[begin].y);
+          continue;
+        }
         float part[4] = {};
 #pragma unroll
         for (int j = begin; j < begin + kSixteens; ++j) {
           uint32_t a[4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) a[i] = pair_of<code, half>(spread[t][i % 2][i / 2], j);
+          for (int i = 0; i < 4; ++i) a[i] = operand(t, i, j);
           if constexpr (code == kE2M1 && half == kBFloat16)
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i] = fma_bfloat16_pair(a[i], 0x7E807E80u, 0x80008000u);  // times 2**126
@@ -122,7 +253,11 @@ __global__ void __launch_bounds__(32 * kWarps, kSixteens == 1 ? 1 : 2)
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float factor = load_scale<half, scale_type>(scale, at + row[t][h]);
+          float factor;
+          if constexpr (kByteScales)
+            factor = __uint_as_float(scales[t][h][group]);
+          else
+            factor = load_scale<half, scale_type>(scale, at + row[t][h]);
           if constexpr (kSums) {
             float shift = kBiased ? -kBias * factor : 0.0f;
             if constexpr (zeros) shift += load_scale<half, scale_type>(zero, at + row[t][h]);
@@ -149,6 +284,7 @@ __global__ void __launch_bounds__(32 * kWarps, kSixteens == 1 ? 1 : 2)
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += shared[w][r][token];
+    if constexpr (kPairs) total *= kPairScale<half>;
     if (alpha != nullptr) total *= alpha[alpha_step * (first + r)];
     if (bias != nullptr) total += half_to_float<half>(bias[first + r]);
     out[int64_t(token) * n + first + r] = float_to_half<half>(total);

@@ -1,6 +1,7 @@
-"""linear for up to 8 tokens of 16 bits and 4-bit codes in the layout words128: awq_w4a16, wna16, nvfp4 and mxfp4.
+"""linear for up to 8 tokens of 16 bits and 4-bit codes: in the layout words128, and awq_w4a16 in plain bytes, too.
 
-The weights are read once whatever the number of tokens, no scale is rounded, and one launch does it all.
+The weights are read once whatever the number of tokens, no scale is rounded, and one launch does it all. Of the plain
+storage there is gemv_awq_w4a16, and the linear of a weight that was moved to the GPU as files hold it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from lowbit.backends.cuda import kernels
 from lowbit.backends.cuda.device_check import usable
 from lowbit.backends.gpu import target_of
 from lowbit.dispatch import kernel
+from lowbit.formats.awq_w4a16 import AwqW4A16
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 from lowbit.layouts import words128
@@ -26,7 +28,9 @@ _HALVES = {torch.bfloat16: "kBFloat16", torch.float16: "kFloat16"}
 _WARPS = 8  # of a block
 _WAVES = 4  # blocks for each multiprocessor that make larger tiles worth while; reasoned, not measured
 _STEP = 16
-_X_ALIGNMENT = 8  # bytes of x that a lane loads at a time
+_GROUP_OF_WORDS = 32  # columns of four lanes' words of plain bytes
+_ALIGNMENT = 16  # bytes that a lane loads at a time
+_BYTE_SCALES = 4  # rows whose scales of one byte are read at a time
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,24 @@ def _refuses_groups(fmt: Format, x: Tensor, parts: Parts) -> str | None:
         return f"zeros are {_kind(zero)}, scales {_kind(scale)}; the kernel takes one dtype"
     if group % _STEP or (words128.COLUMNS % group and group % words128.COLUMNS):
         return f"groups of {group} columns; the kernel takes 16, 32, 64, 128 and multiples of 128"
+    if scale.dtype.itemsize == 1 and scale.shape[1] % _BYTE_SCALES:
+        return f"{scale.shape[1]} rows; with scales of one byte the kernel takes multiples of {_BYTE_SCALES}"
     return None
 
 
-def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+def refuses_plain(fmt: AwqW4A16, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
+    """The same for parts as files hold them."""
+    if x.shape[-1] % words128.COLUMNS:
+        return f"{x.shape[-1]} columns; the kernel takes multiples of {words128.COLUMNS}"
+    if fmt.group_size < _GROUP_OF_WORDS:
+        return f"groups of {fmt.group_size} columns; in plain bytes the kernel takes {_GROUP_OF_WORDS} and more"
+    for name, part in parts.items():
+        if not part.is_contiguous() or (not part.is_meta and name == "qdata" and part.data_ptr() % _ALIGNMENT):
+            return f"{name} has gaps, or does not begin at a multiple of {_ALIGNMENT} bytes; clone it once, at load"
+    return refuses(fmt, x, parts, bias)
+
+
+def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None, storage: str = "kWords") -> Tensor:
     """x [..., K] of at most 8 tokens, parts in words128, bias [N] or None -> [..., N] in the dtype of x."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     (m, k), codes, found = rows.shape, parts["qdata"], _operands(fmt, parts, x)
@@ -83,13 +101,13 @@ def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     out = x.new_empty((*x.shape[:-1], n))
     if not m or not n:
         return out
-    if rows.data_ptr() % _X_ALIGNMENT:
+    if rows.data_ptr() % _ALIGNMENT:
         rows = rows.clone()
     sixteens = min(found.group, words128.COLUMNS) // _STEP
     tiles = _tiles(n, sixteens, x.device)
     name = (
         f"lowbit::linear_words<lowbit::{found.code}, lowbit::{_HALVES[x.dtype]}, lowbit::{found.scale}, "
-        f"{str(found.zero is not None).lower()}, {sixteens}, {tiles}, {_WARPS}>"
+        f"{str(found.zero is not None).lower()}, lowbit::{storage}, {sixteens}, {tiles}, {_WARPS}>"
     )
     step = 0 if found.alpha is None or found.alpha.numel() == 1 else 1
     arguments = [
@@ -98,6 +116,23 @@ def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     ]  # fmt: skip
     kernels.launch(_SOURCE, name, x.device, -(-n // (_STEP * tiles)), 32 * _WARPS, arguments)
     return out
+
+
+@kernel("linear", format="awq_w4a16", backend="cuda", refuses=refuses_plain, tolerance=3e-3)
+def linear_plain(fmt: AwqW4A16, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    """The same for plain parts of awq_w4a16."""
+    return linear(fmt, x, parts, bias, "kBytes")
+
+
+def refuses_gemv(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group: int) -> str | None:
+    """Why this call cannot run here, or None."""
+    return refuses_plain(AwqW4A16(group_size=group), x, {"qdata": q, "scale": scales, "zero": zeros}, bias)
+
+
+@kernel("gemv_awq_w4a16", backend="cuda", refuses=refuses_gemv, tolerance=3e-3)
+def gemv_awq_w4a16(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    """x [..., K], bytes [N, K/2], scales and zeros [K/g, N], bias [N] or None -> [..., N] in the dtype of x."""
+    return linear_plain(AwqW4A16(group_size=group), x, {"qdata": q, "scale": scales, "zero": zeros}, bias)
 
 
 def _operands(fmt: Format, parts: Parts, x: Tensor) -> _Operands:

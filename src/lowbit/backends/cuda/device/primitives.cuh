@@ -65,6 +65,17 @@ LOWBIT_DEVICE uint32_t fma_bfloat16_pair(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
+// a * b for two float16 side by side, each rounded once.
+LOWBIT_DEVICE uint32_t multiply_float16_pair(uint32_t a, uint32_t b) {
+#ifdef __CUDACC_RTC__
+  uint32_t out;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+#else
+  return simulator::multiply_float16_pair(a, b);
+#endif
+}
+
 // Four products of bytes, signed, and a sum.
 LOWBIT_DEVICE int dot4(uint32_t a, uint32_t b, int sum) {
 #ifdef __CUDACC_RTC__
