@@ -21,6 +21,7 @@ from lowbit.cli import (
     migrate,
     plan,
     verify,
+    warmup,
 )
 from lowbit.cli.output import epilog
 
@@ -72,6 +73,7 @@ for _module, _command in (
     (export, export.export),
     (formats, formats.formats),
     (doctor, doctor.doctor),
+    (warmup, warmup.warmup),
     (demo, demo.demo),
 ):
     app.command(help=_paragraphs(_command.__doc__), epilog=_module.EPILOG)(_command)

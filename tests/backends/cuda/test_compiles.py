@@ -43,7 +43,7 @@ def test_every_function_is_launched():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("function", functions())
 def test_compiles(function, architecture):
-    """A kernel compiles without a warning, fits the memory of the GPU and keeps its registers; two variants here, all in a script."""
+    """A kernel compiles without a warning, fits the memory of the GPU and keeps its registers (two variants of it)."""
     mine = [one for one in distinct(all_noted(architecture)[0]) if one.function == function]
     for one in dict.fromkeys([*mine[:1], *mine[-1:]]):  # none: a kernel for other GPUs
         verdict = judge(one, architecture)

@@ -14,6 +14,7 @@ import importlib.util
 import io
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -88,6 +89,15 @@ def nvrtc_version() -> str:
     if int(status):
         raise UnsupportedError(f"NVRTC does not tell its version: {status}")
     return f"{major}.{minor}"
+
+
+def supported() -> list[int]:
+    """The compute capabilities that the compiler knows, as 75 for 7.5. Raises what cuda.bindings raises."""
+    nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
+    status, found = nvrtc.nvrtcGetSupportedArchs()
+    if int(status):
+        raise UnsupportedError(f"NVRTC does not tell what it compiles for: {status}")
+    return list(found)
 
 
 def driver_version() -> str:
@@ -253,8 +263,12 @@ def _is_writable(folder: Path) -> bool:
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
+_IMPORTING = threading.Lock()
+
+
 @cache
 def core() -> Any:
     """The module cuda.core, under the name that it had before its first release, too."""
-    core = importlib.import_module("cuda.core")
-    return core if hasattr(core, "Program") else importlib.import_module("cuda.core.experimental")
+    with _IMPORTING:  # a second thread would see it half made
+        core = importlib.import_module("cuda.core")
+        return core if hasattr(core, "Program") else importlib.import_module("cuda.core.experimental")
