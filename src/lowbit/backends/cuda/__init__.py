@@ -13,13 +13,21 @@ from lowbit.backends.cuda import device_check
 
 device_check.check()
 
-from lowbit.backends.cuda import ahead, int4_plain_mm, linear_words, quantize_rows_int8, quantize_svdquant_w4a4
+from lowbit.backends.cuda import (
+    ahead,
+    int4_plain_mm,
+    linear_int8,
+    linear_words,
+    quantize_rows_int8,
+    quantize_svdquant_w4a4,
+)
 
 __all__ = [
     "ahead",
     "compiler",
     "device_check",
     "int4_plain_mm",
+    "linear_int8",
     "linear_words",
     "quantize_rows_int8",
     "quantize_svdquant_w4a4",

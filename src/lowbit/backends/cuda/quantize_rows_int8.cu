@@ -12,9 +12,9 @@ namespace lowbit {
 
 constexpr int kPiece = 1024;  // columns of a warp
 
-// SwiGLU holds twice the values, and needs the more registers.
-template <Activation activation>
-constexpr int kMostWarps = activation == kSwiGLU ? 16 : 20;
+// Values of 32 bits, and SwiGLU's two for one, take more registers while they are on their way.
+template <Dtype dtype, Activation activation>
+constexpr int kMostWarps = dtype == kFloat32 || activation == kSwiGLU ? 16 : 20;
 
 template <int kRotation>
 LOWBIT_DEVICE int column_of(int lane, int chunk) {
@@ -38,7 +38,7 @@ LOWBIT_DEVICE uint32_t four_codes(const float* values, float scale, float recipr
 // x [m, k], of SwiGLU [m, 2 k]. A block has `rows` rows, more than one only where a row has one or two warps. kAligned:
 // rows begin at multiples of 16 bytes, and k is a multiple of 8. kTwice: a row has more pieces than warps.
 template <Dtype dtype, Activation activation, int kRotation, bool kAligned, bool kTwice>
-__global__ void __launch_bounds__(32 * kMostWarps<activation>)
+__global__ void __launch_bounds__(32 * kMostWarps<dtype, activation>, 1)
     quantize_rows_int8(const void* __restrict__ x, signed char* __restrict__ codes, float* __restrict__ scales, int m,
                        int k, int warps_a_row, int rows) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(32 * kMostWarps<activation>)
     for (int chunk = 0; chunk < 4; ++chunk) {
       const int column = piece * kPiece + column_of<kRotation>(lane, chunk);
       float eight[8], up[8] = {};
-      load_eight<dtype, kAligned>(x, start + column, columns - column, eight);
-      if constexpr (activation == kSwiGLU) load_eight<dtype, kAligned>(x, start + k + column, columns - column, up);
+      load_columns<dtype, kAligned>(x, start + column, columns - column, eight);
+      if constexpr (activation == kSwiGLU) load_columns<dtype, kAligned>(x, start + k + column, columns - column, up);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         float value = eight[i];

@@ -24,7 +24,7 @@ DTYPES = {torch.float32: "kFloat32", torch.bfloat16: "kBFloat16Type", torch.floa
 ACTIVATIONS = {None: "kNone", "gelu": "kGelu", "gelu_tanh": "kGeluTanh", "swiglu": "kSwiGLU"}
 _PIECE = 1024  # columns of a warp
 _MOST_WARPS = 20  # of a block, so that a row of as many pieces is read once
-_MOST_WARPS_OF_SWIGLU = 16  # which needs more registers
+_MOST_WARPS_OF_WIDE = 16  # of float32 and of SwiGLU, which need more registers
 _WARPS_OF_LONG_ROWS = 16
 _WARPS = 4  # that a block has at least
 _ALIGNMENT = 16  # bytes of x that a lane loads at a time
@@ -75,7 +75,8 @@ def quantize_rows(x: Tensor, *, rotation: int = 0, activation: str | None = None
     if aligned and rows.device.type != "meta" and rows.data_ptr() % _ALIGNMENT:
         rows = rows.clone()
     pieces = -(-k // _PIECE)
-    twice = pieces > (_MOST_WARPS_OF_SWIGLU if activation == "swiglu" else _MOST_WARPS)
+    wide = x.dtype == torch.float32 or activation == "swiglu"
+    twice = pieces > (_MOST_WARPS_OF_WIDE if wide else _MOST_WARPS)
     warps = _WARPS_OF_LONG_ROWS if twice else pieces
     rows_a_block = max(1, _WARPS // warps)
     name = (

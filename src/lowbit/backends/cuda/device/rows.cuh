@@ -2,37 +2,19 @@
 // quantized.
 #pragma once
 
-#include "floats.cuh"
+#include "dtypes.cuh"
 
 namespace lowbit {
 
-enum Dtype { kFloat32 = 0, kBFloat16Type = 1, kFloat16Type = 2 };
 enum Activation { kNone = 0, kGelu = 1, kGeluTanh = 2, kSwiGLU = 3 };
-
-// The value of a word's lower or upper half.
-template <Dtype dtype>
-LOWBIT_DEVICE float half_of(uint32_t word, int upper) {
-  constexpr Half half = dtype == kBFloat16Type ? kBFloat16 : kFloat16;
-  if constexpr (half == kBFloat16) return __uint_as_float(upper ? word & 0xFFFF0000u : word << 16);
-  return half_to_float<half>(uint16_t(upper ? word >> 16 : word));
-}
-
-template <Dtype dtype>
-LOWBIT_DEVICE float load_value(const void* from, int64_t at) {
-  if constexpr (dtype == kFloat32) {
-    return __ldg(static_cast<const float*>(from) + at);
-  } else {
-    return half_of<dtype>(__ldg(static_cast<const uint16_t*>(from) + at), 0);
-  }
-}
 
 // Eight values from `at` on, or the `left` that there are, and zeros. kAligned: all or none are there, at a multiple of
 // 16 bytes.
 template <Dtype dtype, bool kAligned>
-LOWBIT_DEVICE void load_eight(const void* from, int64_t at, int left, float (&values)[8]) {
+LOWBIT_DEVICE void load_columns(const void* from, int64_t at, int left, float (&values)[8]) {
   if constexpr (!kAligned) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = i < left ? load_value<dtype>(from, at + i) : 0.0f;
+    for (int i = 0; i < 8; ++i) values[i] = i < left ? load_number<dtype>(from, at + i) : 0.0f;
   } else if constexpr (dtype == kFloat32) {
     const auto* words = reinterpret_cast<const uint4*>(static_cast<const float*>(from) + at);
     uint4 low{}, high{};
@@ -45,7 +27,7 @@ LOWBIT_DEVICE void load_eight(const void* from, int64_t at, int left, float (&va
     if (left > 0) words = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from) + at));
     const uint32_t bits[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = half_of<dtype>(bits[i / 2], i % 2);
+    for (int i = 0; i < 8; ++i) values[i] = half_to_float<kHalfOf<dtype>>(uint16_t(bits[i / 2] >> 16 * (i % 2)));
   }
 }
 
@@ -53,8 +35,7 @@ LOWBIT_DEVICE void load_eight(const void* from, int64_t at, int left, float (&va
 template <Dtype dtype>
 LOWBIT_DEVICE float rounded_to(float value) {
   if constexpr (dtype == kFloat32) return value;
-  constexpr Half half = dtype == kBFloat16Type ? kBFloat16 : kFloat16;
-  return half_to_float<half>(float_to_half<half>(value));
+  return half_to_float<kHalfOf<dtype>>(float_to_half<kHalfOf<dtype>>(value));
 }
 
 LOWBIT_DEVICE float sigmoid(float value) { return 1.0f / (1.0f + expf(-value)); }
