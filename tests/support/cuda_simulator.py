@@ -1,4 +1,7 @@
-"""CUDA kernels on a CPU: their sources compiled by a C++ compiler, with tests/native/simulator.h in CUDA's place."""
+"""CUDA kernels on a CPU: their sources compiled by a C++ compiler, with tests/native/simulator.h in CUDA's place.
+
+Where there is a GPU, the same tests run on it: what a launch is given is copied there, and back.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit.backends.cuda import compiler
+from lowbit.backends.cuda import compiler, kernels
 
 _SIMULATOR = Path(__file__).parents[1] / "native"
 _HEADER = "simulator.h"
+_LAUNCH = kernels.launch  # before a test puts the one below in its place
 
 
 def require() -> str:
@@ -28,6 +32,9 @@ def require() -> str:
 
 def launch(source: str, name: str, device: torch.device, grid, block: int, arguments, shared: int = 0) -> None:
     """What `kernels.launch` does, simulated: a stand-in for it in tests."""
+    if torch.cuda.is_available():
+        _launch_there(torch.device("cuda", 0), source, name, grid, block, arguments, shared)
+        return
     run = _library(source, name)
     values = []
     for value in arguments:
@@ -41,6 +48,16 @@ def launch(source: str, name: str, device: torch.device, grid, block: int, argum
             values.append(ctypes.c_int(value))
     sizes = (*((grid,) if isinstance(grid, int) else grid), 1, 1)
     run(*sizes[:3], block, shared, *values)
+
+
+def _launch_there(there: torch.device, source: str, name: str, grid, block: int, arguments, shared: int) -> None:
+    """Launch with copies of the tensors on a device, and copy back what they hold then."""
+    tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+    copies = {id(tensor): tensor.to(there) for tensor in tensors}
+    given = [copies.get(id(value), value) for value in arguments]
+    _LAUNCH(source, name, there, grid, block, given, shared)
+    for tensor in tensors:
+        tensor.copy_(copies[id(tensor)])
 
 
 @functools.cache

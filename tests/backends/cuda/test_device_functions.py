@@ -81,3 +81,20 @@ def test_compile():
         made = compiler.compile_now(SOURCE, f"lowbit::{name}", arch)
         assert not made.warnings, made.warnings
         assert not made.spills
+
+
+def test_on_a_gpu(monkeypatch):
+    """Where there is a GPU, a launch gets copies of the tensors there, and the tests see what it made of them."""
+    seen = []
+
+    def launched(source, name, device, grid, block, arguments, shared):
+        seen.append((source, name, grid, block, shared))
+        arguments[0].add_(arguments[2])
+
+    monkeypatch.setattr(cuda_simulator, "_LAUNCH", launched)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self.clone())
+    out = torch.zeros(3)
+    cuda_simulator.launch("a.cu", "f", torch.device("cpu"), 2, 32, [out, None, 5], 64)
+    assert out.tolist() == [5, 5, 5]
+    assert seen == [("a.cu", "f", 2, 32, 64)]
