@@ -93,7 +93,7 @@ def test_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(cuda_simulator, "_LAUNCH", launched)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self.clone())
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, _: self.clone())
     out = torch.zeros(3)
     cuda_simulator.launch("a.cu", "f", torch.device("cpu"), 2, 32, [out, None, 5], 64)
     assert out.tolist() == [5, 5, 5]
