@@ -16,9 +16,9 @@ from lowbit import __version__
 from lowbit.checkpoint.eligibility import dtype_name
 from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.cli import options
-from lowbit.cli.output import Exit, asking, command, epilog, parse_shape, print_json, say, show, table
+from lowbit.cli.output import Exit, asking, command, epilog, parse_shape, print_json, say, show, size, table
 from lowbit.dispatch import BACKENDS, UNPACKS, explain, load, preferred_layout, table as kernels
-from lowbit.errors import PlanError
+from lowbit.errors import LowbitError, PlanError
 from lowbit.formats.parts import FLOATS, raw_bytes
 from lowbit.layouts.base import get_layout
 
@@ -59,6 +59,7 @@ def doctor(
         "devices": _devices(),
         "backends": {name: load(name) or "available" for name in BACKENDS},
         "cpu_kernels": _cpu_kernels(),
+        "cuda_kernels": _cuda_kernels(),
         "kernels": [
             {"op": k.op, "format": k.format, "backend": k.backend, "layout": k.layout, "name": k.name}
             for k in kernels()
@@ -129,6 +130,36 @@ def _cpu_kernels() -> dict[str, Any]:
     return {"instruction_set": native.isa(), "usable": list(native.available()), "pool": native.pool()}
 
 
+def _cuda_kernels() -> dict[str, Any] | None:
+    """What compiles CUDA kernels, whether GPUs run them, and what is kept; None where they are not in the build."""
+    load("cuda")
+    # Its modules are there even where the import of their package failed.
+    compiler: Any = sys.modules.get("lowbit.backends.cuda.compiler")
+    check: Any = sys.modules.get("lowbit.backends.cuda.device_check")
+    if compiler is None:
+        return None
+    try:
+        driver, no_driver = compiler.driver_version(), None
+    except LowbitError as error:
+        driver, no_driver = None, str(error)
+    devices = range(torch.cuda.device_count() if check and torch.cuda.is_available() else 0)
+    kept = compiler.kept()
+    return {
+        "packages": {name: _version(name) for name in compiler.PACKAGES},
+        "driver": driver,
+        "no_driver": no_driver,
+        "refusals": {f"cuda:{index}": check.usable(torch.device("cuda", index)) for index in devices},
+        "cache": {
+            "folder": str(kept.folder),
+            "writable": kept.writable,
+            "entries": sum(kept.entries.values()),
+            "bytes": kept.bytes,
+            "architectures": kept.entries,
+            "broken": list(kept.broken),
+        },
+    }
+
+
 def _choose(spec: str, shape: str, tokens: int, device: str, dtype: str) -> dict[str, Any]:
     """What every backend says to the linear of one layer, packed as loading does it, and which runs."""
     with asking():
@@ -183,6 +214,7 @@ def _show(found: dict[str, Any]) -> None:
         f"cpu kernels: instruction set {native['instruction_set'] or 'none'}"
         f" (usable: {', '.join(native['usable']) or 'none'}); threads: {native['pool'] or 'none'}"
     )
+    _show_cuda(found["cuda_kernels"])
     rows = table("backend", "state", "kernels", title="\nbackends", right=("kernels",))
     for name, state in found["backends"].items():
         count = sum(kernel["backend"] == name for kernel in found["kernels"])
@@ -198,3 +230,22 @@ def _show(found: dict[str, Any]) -> None:
         for name, why in choice["reasons"].items():
             say(f"  {name}: {why}", "green" if name == choice["runs"] else "")
         say(f"runs: {choice['runs']}" if choice["runs"] else "no kernel can run this", "bold")
+
+
+def _show_cuda(cuda: dict[str, Any] | None) -> None:
+    if cuda is None:
+        return
+    driver = f"driver for CUDA {cuda['driver']}" if cuda["driver"] else cuda["no_driver"]
+    packages = ", ".join(f"{name} {version or 'not of pip'}" for name, version in cuda["packages"].items())
+    say(f"cuda kernels: {packages}; {driver}")
+    for name, why in cuda["refusals"].items():
+        say(f"  {name}: {why or 'runs them'}", "yellow" if why else "")
+    cache = cuda["cache"]
+    counts = ", ".join(f"{name} {count}" for name, count in cache["architectures"].items())
+    say(
+        f"  cache {cache['folder']}: {cache['entries']} kernels, {size(cache['bytes'])}"
+        + (f" ({counts})" if counts else "")
+        + ("" if cache["writable"] else "; it cannot be written: they are compiled in every process")
+    )
+    if cache["broken"]:
+        say(f"  broken, compiled again when they are needed: {', '.join(cache['broken'])}", "yellow")

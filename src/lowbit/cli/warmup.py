@@ -85,7 +85,7 @@ def warmup(
         str,
         typer.Option(
             metavar="NAMES",
-            help=f"Dtypes of the input, of {', '.join(_DTYPES)}; by default those of a checkpoint's layers, or bfloat16.",
+            help=f"Dtypes of the input: {', '.join(_DTYPES)}; by default those of a checkpoint's layers, or bfloat16.",
             show_default=False,
         ),
     ] = "",

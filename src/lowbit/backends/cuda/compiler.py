@@ -12,8 +12,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
-import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -260,7 +260,11 @@ def kept() -> Kept:
 def _is_writable(folder: Path) -> bool:
     """Whether entries can be added, with the folders above them where these are not there yet."""
     there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return True
+    except OSError:
+        return False
 
 
 _IMPORTING = threading.Lock()
