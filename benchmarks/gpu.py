@@ -1,6 +1,6 @@
 """Every format's kernels on this GPU: linears against cuBLAS and other people's, encoders against copying, and a model.
 
-    scripts/gpu [--quick] [--shapes NxK...] [--tokens M...] [--formats SPEC...] [--sections linears codecs model]
+    scripts/gpu [--quick] [--shapes NxK...] [--tokens M...] [--formats SPEC...] [--sections linears codecs model start]
                 [--budget SECONDS] [--json FILE]
     scripts/gpu --crossovers SPEC
 
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import gpu_codecs, gpu_compile, gpu_linears, gpu_machine, gpu_model, gpu_peers
+from benchmarks import gpu_codecs, gpu_compile, gpu_first_use, gpu_linears, gpu_machine, gpu_model, gpu_peers
 from benchmarks.cpu_linears import Drawn, Entry, WrongResultError
 from benchmarks.cpu_timing import alternate, quartiles, ratio
 from benchmarks.gpu_peers import CUBLAS, Dense, reason
@@ -47,8 +47,9 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = ("12288x3072", "3072x12288", "18432x3072", "4096x14336")
 TOKENS = (1, 4096, 16, 256, 64)  # the most important first
 CROSSOVER_TOKENS = tuple(1 << i for i in range(13))
-SECTIONS = ("linears", "codecs", "model")
-SHARES = {"linears": 0.75, "codecs": 0.9, "model": 1.0}  # of the budget that is over after each section
+SECTIONS = ("linears", "codecs", "model", "start")
+SHARES = {"linears": 0.7, "codecs": 0.8, "model": 0.9, "start": 0.95}  # of the budget that is over after each section
+WHOLE = {"model": "the model", "start": "first use"}  # sections that are measured as a whole
 ROUNDS, ROUND_BUDGET = 7, 0.5  # of a row; seconds
 COMPILE_SECONDS = 75.0  # at most, before anything is measured; part of the budget
 NO_GPU = 3
@@ -114,7 +115,8 @@ class Shape:
         mine = gpu_linears.ours(spec, self.drawn(spec), self.bench.l2)
         if not self.bench.others:
             return mine, []
-        return mine, gpu_peers.peers([spec], self.dense, self.drawn, self.bench.l2, self.failures)
+        own = gpu_linears.rivals(spec, self.drawn(spec), self.bench.l2, self.failures)
+        return mine, [*own, *gpu_peers.peers([spec], self.dense, self.drawn, self.bench.l2, self.failures)]
 
 
 @cache
@@ -164,18 +166,25 @@ def _linear_row(shape: Shape, mine: Entry, peers: Sequence[Entry], m: int) -> di
         kernel = mine.kernel(xs[0]) if mine.kernel else None
         if bench.lacks(kernel):
             return {"skipped": "no kernel: it would run eager"}
-        error = mine.check(xs[0], mine.run(xs[0], mine.weights[0]))
+        result = mine.run(xs[0], mine.weights[0])
+        error = mine.check(xs[0], result)
     except WrongResultError as wrong:
         return {"fault": str(wrong)}
     except (LowbitError, RuntimeError) as failed:
         return {"fault": reason(failed)}
+    rivals = {f"lowbit {name}" for name in gpu_linears.RIVALS if kernel is None or name != kernel.backend}
+    peers = [peer for peer in peers if peer.name in rivals or not peer.name.startswith("lowbit ")]
+    largest: dict[str, float] = {}
     present, errors, absent = [mine, shape.cublas], {mine.name: error}, {}
     given: dict[str, list[Any]] = {mine.name: xs, CUBLAS: xs}
     for peer in peers:
         try:
             given[peer.name] = [peer.input(x) for x in xs]
+            theirs = peer.run(given[peer.name][0], peer.weights[0])
             errors[peer.name] = peer.check(xs[0] if given[peer.name][0].is_floating_point() else given[peer.name][0],
-                                           peer.run(given[peer.name][0], peer.weights[0]))  # fmt: skip
+                                           theirs)  # fmt: skip
+            if peer.name in rivals:  # the largest difference, of the largest result
+                largest[peer.name] = float((result.float() - theirs.float()).abs().max() / theirs.float().abs().max())
             present.append(peer)
         except Exception as failed:  # noqa: BLE001, PERF203  (other people's code raises anything)
             absent[peer.name] = reason(failed)
@@ -190,6 +199,7 @@ def _linear_row(shape: Shape, mine: Entry, peers: Sequence[Entry], m: int) -> di
         "cublas_seconds": made[CUBLAS].median,
         "ratios": {name: ratio(made[mine.name], other) for name, other in made.items() if name != mine.name},
         "peer_errors": {name: errors[name] for name in made if name in errors and name != mine.name},
+        "largest_difference": largest,
         "absent": absent,
     }
 
@@ -234,7 +244,10 @@ def measure_codecs(
             yield {**about, "skipped": "no kernel: it would run eager"}
             continue
         timed = bench.race([(name, lambda i, own=codec: own.run(own.inputs[i % len(own.inputs)]), len(codec.inputs))])
-        yield {**about, "kernel": codec.kernel.name, **_speed(bench, timed[name], codec.nbytes)}
+        speed = _speed(bench, timed[name], codec.nbytes)
+        reading = codec.inputs[0].nbytes / bench.copy_bandwidth if isinstance(codec.inputs[0], torch.Tensor) else 0.0
+        times = {"times_reading": speed["seconds"] / reading} if reading else {}
+        yield {**about, "kernel": codec.kernel.name, **speed, **times}
 
 
 def crossovers(bench: Bench, spec: str, shape: tuple[int, int], tokens: Sequence[int]) -> list[dict[str, Any]]:
@@ -323,12 +336,23 @@ def measure(
             shape = gpu_codecs.SHAPE if bench.device.type == "cuda" else given.shapes[0]
             keep(section, measure_codecs(bench, shape, is_over, {row["name"] for row in done}))
         elif not done and is_over():
-            keep(section, [{"name": "the model", "skipped": "the budget is used up"}])
+            keep(section, [{"section": section, "name": WHOLE[section], "skipped": "the budget is used up"}])
         elif not done:
-            begin({"section": section, "name": "the model"})
-            keep(section, gpu_model.measure(bench, quick=given.quick))
+            begin({"section": section, "name": WHOLE[section]})
+            keep(section, gpu_model.measure(bench, quick=given.quick) if section == "model" else _first_uses(bench))
         write(result)
     return result
+
+
+def _first_uses(bench: Bench) -> Iterator[dict[str, Any]]:
+    why = dispatch.load("cuda") if bench.device.type == "cuda" else "no GPU"
+    if why is not None:
+        yield {"section": "start", "name": WHOLE["start"], "skipped": why}
+        return
+    try:
+        yield from gpu_first_use.measure()
+    except RuntimeError as failed:
+        yield {"section": "start", "name": WHOLE["start"], "fault": reason(failed)}
 
 
 def _linears(
@@ -448,6 +472,7 @@ def report(console: Console, result: Mapping[str, Any]) -> int:
         show_codecs(console, result["codecs"])
     if "model" in result:
         gpu_model.show(console, result["model"])
+    gpu_first_use.show(console, result.get("start", ()))
     if "linears" in result:
         show_linears(console, result["linears"])
     machine, peaks = result["machine"], result["peaks_flop_s"]
@@ -457,7 +482,8 @@ def report(console: Console, result: Mapping[str, Any]) -> int:
         + ", ".join(f"{name} {speed / 1e12:.0f} T/s" for name, speed in peaks.items())
     )
     rows = [row for section in ("linears", "codecs") for row in result.get(section, ())]
-    faults = [row for row in rows if "fault" in row] + [row for row in result.get("model", ()) if "fault" in row]
+    rows += [row for section in WHOLE for row in result.get(section, ())]
+    faults = [row for row in rows if "fault" in row]
     return 1 if faults else 0
 
 

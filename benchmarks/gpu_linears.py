@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -76,6 +76,33 @@ def packed(weight: QuantizedTensor) -> QuantizedTensor:
     """The weight as its kernel wants it: what loading does."""
     device = weight.parts["qdata"].device.type
     return weight.in_layout(dispatch.preferred_layout("linear", weight.format, *weight.matrix, device))
+
+
+RIVALS = ("triton", "eager")  # our own other backends, which a kernel must be worth its place before
+HEADLINE = (18432, 3072)  # the shape at which eager is timed, too: it is slow
+
+
+def rivals(spec: str, drawn: Drawn, l2: int, failures: dict[str, str]) -> Iterator[Entry]:
+    """The same linear by our other backends, each with the weight as it wants it."""
+    for backend in RIVALS:
+        if backend == "eager" and tuple(drawn.weight.matrix) != HEADLINE:
+            continue
+        name = f"lowbit {backend}"
+        try:
+            with dispatch.use_backend(backend):
+                made = ours(spec, drawn, l2)
+        except UnsupportedError as error:
+            failures.setdefault(name, str(error).splitlines()[0])
+            continue
+        yield replace(made, name=name, run=_run_with(backend, made.run), kernel=None)
+
+
+def _run_with(backend: str, run: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+    def forced_run(x: Any, weight: Any) -> Tensor:
+        with dispatch.use_backend(backend):
+            return run(x, weight)
+
+    return forced_run
 
 
 def ours(spec: str, drawn: Drawn, l2: int) -> Entry:

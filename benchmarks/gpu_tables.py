@@ -73,7 +73,7 @@ def show_crossovers(console: Console, spec: str, rows: Sequence[dict[str, Any]])
 
 def show_rest(console: Console, result: Mapping[str, Any]) -> None:
     """What has no speed, and why."""
-    rows = [row for section in ("linears", "codecs") for row in result.get(section, ())]
+    rows = [row for section in ("linears", "codecs", "start") for row in result.get(section, ())]
     for word, style in (("fault", "red"), ("skipped", "dim")):
         by: dict[str, list[str]] = {}
         for row in rows:
@@ -86,7 +86,7 @@ def show_rest(console: Console, result: Mapping[str, Any]) -> None:
 
 
 def _title(row: Mapping[str, Any]) -> str:
-    if row["section"] == "codecs":
+    if row["section"] != "linears":
         return row["name"]
     n, k = row["shape"]
     return f"{row['format']} {n}x{k}" + (f" M={row['tokens']}" if row["tokens"] else "")

@@ -14,7 +14,17 @@ from rich.console import Console
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks import gpu, gpu_codecs, gpu_compile, gpu_linears, gpu_machine, gpu_model, gpu_peers, gpu_timing
+from benchmarks import (
+    gpu,
+    gpu_codecs,
+    gpu_compile,
+    gpu_first_use,
+    gpu_linears,
+    gpu_machine,
+    gpu_model,
+    gpu_peers,
+    gpu_timing,
+)
 from benchmarks.cpu_linears import WrongResultError
 from benchmarks.gpu_linears import Route
 from benchmarks.gpu_peers import CUBLAS, Dense
@@ -223,6 +233,43 @@ def test_a_wrong_model_has_no_time(monkeypatch):
     assert "seconds" in rows[0]
 
 
+def test_our_other_backends_are_rivals(monkeypatch):
+    """A linear is compared with our other backends, each with the weight as it wants it; not with its own."""
+    failures = {}
+    drawn = gpu_linears.drawn_on(CPU, "awq_w4a16", N, K)
+    monkeypatch.setattr(gpu_linears, "HEADLINE", (N, K))
+    triton, eager = gpu_linears.rivals("awq_w4a16", drawn, L2, failures)
+    assert (triton.name, eager.name, eager.layout) == ("lowbit triton", "lowbit eager", "")
+    with pytest.raises(UnsupportedError):
+        triton.run(torch.randn(2, K).bfloat16(), triton.weights[0])  # a GPU's alone, or the interpreter's
+    x = torch.randn(2, K).bfloat16()
+    assert eager.check(x, eager.run(x, eager.weights[0])) < 0.01
+    found = bench()
+    found.others = True
+    monkeypatch.setattr(gpu_peers, "peers", lambda *_: [])
+    (row,) = gpu.measure_linear(gpu.Shape(found, N, K), "awq_w4a16", (2,), never)
+    mine = row["kernel"].partition(":")[0]
+    assert "lowbit triton" in row["absent"]
+    assert set(row["ratios"]) == {CUBLAS, *({"lowbit eager"} if mine != "eager" else ())}
+    assert all(0 <= value < 0.01 for value in row["largest_difference"].values())
+    assert set(row["largest_difference"]) == set(row["ratios"]) - {CUBLAS}
+
+
+def test_first_use(monkeypatch):
+    """The first process compiles, later ones find the kernels; the fastest of those counts."""
+    runs = iter([{"a": 2.0}, {"a": 0.05}, {"a": 0.04}])
+    folders = []
+    monkeypatch.setattr(gpu_first_use, "_process", lambda folder: folders.append(folder) or next(runs))
+    (row,) = gpu_first_use.measure()
+    assert (row["name"], row["first_seconds"], row["later_seconds"]) == ("a", 2.0, 0.04)
+    assert len(folders) == 3
+    assert len(set(folders)) == 1
+    shown = StringIO()
+    gpu_first_use.show(Console(file=shown, width=200), [row, {"section": "start", "fault": "none"}])
+    assert "2000" in shown.getvalue()
+    assert "40.0" in shown.getvalue()
+
+
 def test_all_sections_and_the_report(tmp_path, monkeypatch):
     """A run writes valid JSON around every row, prints its tables, and ends with 1 if a result was wrong."""
     model = [{"name": "bf16", "seconds": 1e-3}]
@@ -235,7 +282,13 @@ def test_all_sections_and_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_codecs, "SPECS", ("int8",))
     monkeypatch.setattr(gpu_codecs, "OPS", {})
     result = gpu.measure(bench(), given, lambda so_far: (written.append(list(so_far)), gpu._write(target, so_far)))
-    assert list(dict.fromkeys(key for keys in written for key in keys))[2:] == ["linears", "running", "codecs", "model"]
+    assert list(dict.fromkeys(key for keys in written for key in keys))[2:] == [
+        "linears",
+        "running",
+        "codecs",
+        "model",
+        "start",
+    ]
     kept = gpu.measure(bench(), given, [].append, {**result, "linears": result["linears"][:1]})
     assert [row["tokens"] for row in kept["linears"]] == [1, 3]
     assert kept["linears"][0] == result["linears"][0]
