@@ -253,12 +253,16 @@ def measure_codecs(
 def crossovers(bench: Bench, spec: str, shape: tuple[int, int], tokens: Sequence[int]) -> list[dict[str, Any]]:
     """The seconds of every route of a format, and of cuBLAS, by tokens; wrong or closed ones have none."""
     here, rows = Shape(bench, *shape), []
-    mine = gpu_linears.ours(spec, here.drawn(spec), bench.l2)
+    drawn, packed = here.drawn(spec), {}
+    for backend in {route.backend for route in gpu_linears.routes(spec).values()}:  # each has a layout of its own
+        with contextlib.nullcontext() if dispatch.load(backend) else dispatch.use_backend(backend):
+            packed[backend] = gpu_linears.ours(spec, drawn, bench.l2)
     for m in tokens:
         xs = inputs(bench, m, shape[1], copies_for(2 * m * shape[1], bench.l2))
         row: dict[str, Any] = {"tokens": m, "seconds": {}, "faults": {}}
         timed = [(CUBLAS, *_call(here.cublas, xs))]
         for name, route in gpu_linears.routes(spec).items():
+            mine = packed[route.backend]
             entry = replace(mine, run=gpu_linears.along(route, mine))
             try:
                 with contextlib.nullcontext() if route.decodes else gpu_linears.forced(route):
