@@ -5,18 +5,18 @@
 //   code = value / step, rounded half to even            low = x (or what is given in its place) @ down
 //
 // A warp takes 16 tokens and a group at a time. A lane loads two runs of 8 columns of two tokens, 16 bytes each, which
-// are operand A of the tensor cores' products as they are (low_rank_tiles.cuh), and, after two exchanges with its three
+// are operand B of the tensor cores' products as they are (low_rank_tiles.cuh), and, after two exchanges with its three
 // neighbours, words of codes (activation_tiles.cuh). Each load is under way while the warp works on another tile. All
 // that belongs to columns is staged in shared memory, for all warps of a block: `down`, and what divides a column.
 //
-// Quotients are IEEE's, in two instructions: a reciprocal in two parts, first + second, is known to 46 bits and more,
-// so that value * first + value * second, rounded once, can only be off where the true quotient is that near to the
-// middle between two floats. For a factor of 16 bits it cannot be (33 bits), nor for the constants 7 and 15. For a
-// step, which has 24 bits, only codes matter, and that they are right is proven by trying what comes near
-// (test_codes_of_quotients_in_two_parts). Factors in float32 take three instructions.
+// Quotients are IEEE's (quotients.cuh), in two instructions, or three for factors in float32. The reciprocal of a step,
+// which has 24 bits, is in two parts all the same: only codes are made of what it gives, and all the quotients that are
+// near enough to where a code begins for the last bit to matter have been tried (test_quotients_of_codes). The one in
+// doubt is by a step of 24 ones, if the GPU's approximate reciprocal of it is not the nearest.
 #include "activation_tiles.cuh"
 #include "async.cuh"
 #include "low_rank_tiles.cuh"
+#include "quotients.cuh"
 #include "rows.cuh"
 
 namespace lowbit {
@@ -25,32 +25,19 @@ constexpr int kGroup = 64;
 constexpr float kSmallest = 1e-10f;  // absmax
 constexpr float kUnit = 0x1p-149f;   // the smallest float: of it, whole numbers are their own bits
 
-// 1 / value to a unit in the last place.
-LOWBIT_DEVICE float near_reciprocal(float value) {
-#ifdef __CUDACC_RTC__
-  float out;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(value));
-  return out;
-#else
-  return 1.0f / value;
-#endif
-}
-
-// What a column's values are divided by. For a factor of 16 bits the two parts of its reciprocal, else the factor and
-// its reciprocal. A factor of 0 switches a column off, as an infinite one does.
+// What a column's values are divided by, for `divided`. A factor of 0 switches a column off, as an infinite one does.
 template <Dtype factor_type>
 LOWBIT_DEVICE float2 divisor_of(float factor) {
   const bool off = factor == 0.0f || fabsf(factor) == __uint_as_float(0x7F800000u);
-  const float inverse = near_reciprocal(factor), rest = fmaf(-factor, inverse, 1.0f);
-  if constexpr (factor_type == kFloat32) return {off ? 1.0f : factor, off ? 0.0f : fmaf(rest, inverse, inverse)};
-  return {off ? 0.0f : inverse, off ? 0.0f : rest * inverse};
+  const float nearest = nearest_reciprocal(factor, near_reciprocal(factor));
+  if (off) return {factor_type == kFloat32 ? 1.0f : 0.0f, 0.0f};
+  return factor_type == kFloat32 ? float2{factor, nearest} : reciprocal_in_two(factor, nearest);
 }
 
 template <Dtype factor_type>
 LOWBIT_DEVICE float divided(float value, float first, float second) {
-  if constexpr (factor_type != kFloat32) return fmaf(value, first, value * second);
-  const float quotient = value * second;
-  return fmaf(fmaf(-first, quotient, value), second, quotient);
+  if constexpr (factor_type == kFloat32) return corrected_quotient(value, first, second);
+  return times_two_parts(value, first, second);
 }
 
 // a * b + 0, rounded once, between 0 and 1; 0 for NaN.
@@ -269,7 +256,7 @@ __global__ void __launch_bounds__(32 * kTokenWarps * kAcross,
                                                 c % 2 ? divisor.w : divisor.y);
           }
           const float largest = larger(largest_of_group(values[r]), kSmallest);
-          step[r] = fmaf(largest, kInverse, largest * kInverseRest);
+          step[r] = times_two_parts(largest, kInverse, kInverseRest);
           keeps[r] = token + tile * 16 + 8 * r < m && is_finite(step[r]);
         }
         load_tile(from, tile, more, words);
@@ -277,7 +264,7 @@ __global__ void __launch_bounds__(32 * kTokenWarps * kAcross,
         uint32_t packed[2][4];  // of a token: word h of nibbles, or words 2 odd + h of bytes
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const float inverse = near_reciprocal(step[r]), rest = fmaf(-step[r], inverse, 1.0f) * inverse;
+          const float2 inverse = reciprocal_in_two(step[r], nearest_reciprocal(step[r], near_reciprocal(step[r])));
           const uint32_t keep = keeps[r] ? 0xFFFFFFFFu : 0u;
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
@@ -285,7 +272,7 @@ __global__ void __launch_bounds__(32 * kTokenWarps * kAcross,
 #pragma unroll
             for (int c = 0; c < 8; ++c) {
               const float value = values[r][8 * h + c];
-              bits[c] = rounded_code<kBytes, kUnsigned>(fmaf(value, inverse, value * rest));
+              bits[c] = rounded_code<kBytes, kUnsigned>(times_two_parts(value, inverse.x, inverse.y));
             }
             if constexpr (kBytes) {
               packed[r][h] = packed_bytes(bits[0], bits[2], bits[4], bits[6]) & keep;

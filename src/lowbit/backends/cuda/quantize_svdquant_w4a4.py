@@ -114,7 +114,7 @@ def quantized(
 
     Shapes of codes: fragments4 [K/64, Mp/16, 512], fragments8 [K/64, Mp/8, 512], swizzled8 [K/64, Mp, 64].
     """
-    (m, k), rows = x.shape, round_up(x.shape[0], tokens_multiple)
+    k, rows = x.shape[1], round_up(x.shape[0], tokens_multiple)
     tile = {"fragments4": (rows // _TILE, 512), "fragments8": (2 * rows // _TILE, 512), "swizzled8": (rows, GROUP)}
     codes = torch.empty((k // GROUP, *tile[storage]), dtype=torch.int8, device=x.device)
     scale = torch.empty((k // GROUP, rows), dtype=torch.float32, device=x.device)
