@@ -17,7 +17,7 @@ from lowbit.backends.gpu import Target, assume
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_120a": (12, 0)}
 # Rows, columns, tokens, and processors: a GPU with one has many blocks for each.
-SHAPES = ((17, 48, 1, 132), (100, 1040, 8, 1), (35, 2064, 3, 132), (1, 16, 5, 132))
+SHAPES = ((17, 48, 1, 132), (100, 1040, 8, 1), (35, 2064, 3, 132), (1, 16, 5, 132), (64, 5136, 1, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +41,31 @@ def test_products_are_those_of_the_reference_bit_for_bit(spec, dtype):
         assert torch.equal(found, fmt.linear(x, parts, bias)), (n, k, m)
 
 
+def test_one_kernel_where_quantizing_is_little_work(monkeypatch):
+    """Blocks round the tokens for themselves where they and the tokens are few; either way gives the same bits."""
+    fmt = parse_spec("int8")
+    parts = packed_weight("int8", 100, 1040, "")[0].parts
+    x = activations(4, 1040, torch.bfloat16)
+    wanted, seen = fmt.linear(x, parts, None), []
+
+    def launch(source, name, *rest):
+        seen.append(name.partition("<")[0].rpartition("::")[2])
+        cuda_simulator.launch(source, name, *rest)
+
+    monkeypatch.setattr(kernels, "launch", launch)
+    for processors, kernels_wanted in ((132, ["quantize_linear_int8"]), (2, ["quantize_rows_int8", "linear_int8"])):
+        with assume(Target("cuda", (9, 0), processors)):
+            assert torch.equal(linear_int8.linear_int8(fmt, x, parts, None), wanted)
+        assert seen == kernels_wanted
+        seen.clear()
+
+
 @pytest.mark.parametrize("rotation", [16, 64, 256, 1024])
 def test_rotation(rotation):
     """The product is the reference's, but for activations that their rotation puts next to a tie."""
     fmt = parse_spec(f"int8(rotation={rotation})")
-    parts = packed_weight(f"int8(rotation={rotation})", 20, rotation, "")[0].parts
-    x = activations(4, rotation, torch.float32)
+    parts = packed_weight(f"int8(rotation={rotation})", 20, 1024, "")[0].parts
+    x = activations(4, 1024, torch.float32)
     assert relative_error(linear_int8.linear_int8(fmt, x, parts, None), fmt.linear(x, parts, None).double()) <= 3e-3
 
 
@@ -146,6 +165,7 @@ def test_refusals():
     assert "result is float64" in linear_int8.refuses_linear(x, weight, scale, None, torch.float64, 0)
     assert "groups of 4;" in linear_int8.refuses_linear(x, weight, scale, None, torch.float32, 4)
     assert "40 columns" in linear_int8.refuses_linear(x[:, :40], weight[:, :40], scale, None, torch.float32, 0)
+    assert "0 columns" in linear_int8.refuses_linear(x[:, :0], weight[:, :0], scale, None, torch.float32, 0)
     many = torch.zeros(16, 1 << 17, dtype=torch.int8, device="meta")
     wide = torch.zeros(1, 1 << 17, device="meta")
     assert "131072 columns" in linear_int8.refuses_linear(wide, many, scale.to("meta"), None, torch.float32, 0)
@@ -165,18 +185,18 @@ def test_compiles(architecture, monkeypatch):
     monkeypatch.undo()
     meta = torch.device("meta")
     with assume(Target("cuda", ARCHITECTURES[architecture])), kernels.record() as made:
-        for n in (3072, 12288):
-            for spec, dtype in (
-                ("int8", torch.bfloat16), ("int8(activations=none)", torch.bfloat16),
-                ("int8(activations=none)", torch.float16),
-            ):  # fmt: skip
-                fmt = parse_spec(spec)
-                parts = fmt.empty_parts((n, 3072), meta, dtype)
-                x = torch.empty(1, 3072, dtype=dtype, device=meta)
-                assert linear_int8.refuses(fmt, x, parts, None) is None
-                linear_int8.linear_int8(fmt, x, parts, None)
+        for spec, n, m, dtype in (
+            ("int8", 12288, 8, torch.float32), ("int8", 3072, 1, torch.float32),
+            ("int8(rotation=256)", 12288, 1, torch.bfloat16), ("int8(activations=none)", 12288, 1, torch.bfloat16),
+            ("int8(activations=none)", 3072, 1, torch.float16),
+        ):  # fmt: skip
+            fmt = parse_spec(spec)
+            parts = fmt.empty_parts((n, 3072), meta, dtype)
+            x = torch.empty(m, 3072, dtype=dtype, device=meta)
+            assert linear_int8.refuses(fmt, x, parts, None) is None
+            linear_int8.linear_int8(fmt, x, parts, None)
     products = {launch for launch in made if launch.source == "linear_int8.cu"}
-    assert len(products) == 6
+    assert len(products) == 5
     for launch in products:
         found = compiler.compile_now(launch.source, launch.name, architecture)
         assert not found.warnings

@@ -1,7 +1,8 @@
 """linear for int8 weights and up to 8 tokens: every weight is read once. The format `int8` and the op `int8_linear`.
 
-With activations=int8 the tokens are rounded to codes first, by a kernel of their own, and sums are exact integers. With
-activations=none weights are decoded, exactly, where they are multiplied with tokens of 16 bits.
+With activations=int8 the tokens are rounded to codes first, and sums are exact integers: in one kernel where that is
+little work, which every block does for itself, else by a kernel of its own. With activations=none weights are decoded,
+exactly, where they are multiplied with tokens of 16 bits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.cuda import kernels, quantize_rows_int8
-from lowbit.backends.cuda.quantize_rows_int8 import DTYPES, quantize_rows
+from lowbit.backends.cuda.quantize_rows_int8 import DTYPES, PIECE, quantize_rows
 from lowbit.backends.gpu import target_of
 from lowbit.dispatch import kernel
 from lowbit.formats.int8 import Int8
@@ -29,6 +30,10 @@ _HALVES = {torch.bfloat16: "Halves<lowbit::kBFloat16>", torch.float16: "Halves<l
 _MANY_BLOCKS = (3, 4, 6)
 _FEW_BLOCKS = (6, 8, 2)
 _BLOCKS = 4  # for each multiprocessor, that are many
+# Pieces of 1024 columns that the blocks of a multiprocessor may round to codes, and those of a block: more of them take
+# longer than a launch. Reasoned, not measured.
+_PIECES, _PIECES_OF_BLOCK = 24, 32
+_ROTATIONS_OF_BLOCK = (0, 16, 64, 256)  # 1024 takes too many registers beside the weights
 
 
 def refuses(fmt: Int8, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
@@ -58,7 +63,7 @@ def _refuses_operands(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         return why
     if (have := target_of(x.device).capability) < _OLDEST:
         return f"the GPU has compute capability {'.'.join(map(str, have))}; the kernel needs 8.0 or later"
-    if k % _ALIGNMENT or k > _MOST_COLUMNS:
+    if k % _ALIGNMENT or not 0 < k <= _MOST_COLUMNS:
         return f"{k} columns; the kernel takes multiples of {_ALIGNMENT} up to {_MOST_COLUMNS}"
     for name, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
@@ -78,11 +83,8 @@ def linear_int8(fmt: Int8, x: Tensor, parts: Parts, bias: Tensor | None) -> Tens
     """
     if fmt.activations == "int8":
         return _product(x, parts["qdata"], parts["scale"], bias, x.dtype, fmt.rotation)
-    rows = x.reshape(-1, x.shape[-1])
-    rows = (rotate_groups(rows, fmt.rotation) if fmt.rotation else rows).contiguous()
-    if rows.device.type != "meta" and rows.data_ptr() % _ALIGNMENT:
-        rows = rows.clone()
-    out = _multiply(_HALVES[x.dtype], rows, None, parts["qdata"], parts["scale"], bias, x.dtype)
+    rows = _aligned(rotate_groups(x, fmt.rotation) if fmt.rotation else x)
+    out = _multiply(rows, parts["qdata"], parts["scale"], bias, x.dtype)
     return out.reshape(*x.shape[:-1], out.shape[1])
 
 
@@ -97,34 +99,62 @@ def int8_linear(
 def _product(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, rotation: int
 ) -> Tensor:
-    codes, step = quantize_rows(x, rotation=rotation)
-    return _multiply("Codes", codes, step, weight, scale, bias, dtype).reshape(*x.shape[:-1], weight.shape[0])
+    rows = _aligned(x)
+    (m, k), n = rows.shape, weight.shape[0]
+    pieces = m * -(-k // PIECE)
+    if rotation in _ROTATIONS_OF_BLOCK and pieces <= min(
+        _PIECES_OF_BLOCK, _PIECES // _blocks_side_by_side(n, x.device)
+    ):
+        out = _multiply(rows, weight, scale, bias, dtype, rotation=rotation)
+    else:
+        codes, step = quantize_rows(rows, rotation=rotation)
+        out = _multiply(codes, weight, scale, bias, dtype, step=step)
+    return out.reshape(*x.shape[:-1], n)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x [..., K] -> [M, K] that begins where a lane can load it."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    return rows.clone() if rows.device.type != "meta" and rows.data_ptr() % _ALIGNMENT else rows
+
+
+def _blocks_side_by_side(n: int, device: torch.device) -> int:
+    """On the busiest multiprocessor."""
+    return max(1, -(-n // (_ROWS * target_of(device).processors)))
 
 
 def _multiply(
-    kind: str,
     x: Tensor,
-    step: Tensor | None,
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    *,
+    step: Tensor | None = None,
+    rotation: int | None = None,
 ) -> Tensor:
-    """x [M, K] of codes with a step [M, 1], or of numbers without, codes [N, K], one scale or N -> [M, N]."""
+    """x [M, K], codes [N, K], one scale or N, bias [N] or None -> [M, N].
+
+    x: codes with a step [M, 1]; numbers that the kernel rounds to codes, where a rotation (or 0) is given; or 16 bits.
+    """
     (m, k), n = x.shape, weight.shape[0]
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     if not m or not n:
         return out
     many = n >= _BLOCKS * _ROWS * target_of(x.device).processors
     depth, warps, blocks = _MANY_BLOCKS if many else _FEW_BLOCKS
+    arguments: list[kernels.Argument] = [
+        weight, scale.contiguous(), int(scale.numel() > 1), None if bias is None else bias.contiguous(),
+        0 if bias is None else _number(bias.dtype), out, _number(dtype), m, n, k // _ALIGNMENT,
+    ]  # fmt: skip
+    if rotation is None:
+        kind = _HALVES[x.dtype] if step is None else "Codes"
+        name, arguments, shared = f"linear_int8<lowbit::{kind}", [x, step, *arguments], 0
+    else:
+        name, arguments, shared = f"quantize_linear_int8<lowbit::{DTYPES[x.dtype]}, {rotation}", [x, *arguments], m * k
     kernels.launch(
-        _SOURCE, f"lowbit::linear_int8<lowbit::{kind}, {depth}, {warps}, {blocks}>", x.device, -(-n // _ROWS),
-        32 * warps,
-        [
-            x, step, weight, scale.contiguous(), int(scale.numel() > 1), None if bias is None else bias.contiguous(),
-            0 if bias is None else _number(bias.dtype), out, _number(dtype), m, n, k // _ALIGNMENT,
-        ],
-    )  # fmt: skip
+        _SOURCE, f"lowbit::{name}, {depth}, {warps}, {blocks}>", x.device, -(-n // _ROWS), 32 * warps, arguments, shared
+    )
     return out
 
 

@@ -22,7 +22,7 @@ _SOURCE = "quantize_rows_int8.cu"
 OLDEST = (7, 5)  # the oldest that the compiler still knows
 DTYPES = {torch.float32: "kFloat32", torch.bfloat16: "kBFloat16Type", torch.float16: "kFloat16Type"}
 ACTIVATIONS = {None: "kNone", "gelu": "kGelu", "gelu_tanh": "kGeluTanh", "swiglu": "kSwiGLU"}
-_PIECE = 1024  # columns of a warp
+PIECE = 1024  # columns of a warp
 _MOST_WARPS = 20  # of a block, so that a row of as many pieces is read once
 _MOST_WARPS_OF_WIDE = 16  # of float32 and of SwiGLU, which need more registers
 _WARPS_OF_LONG_ROWS = 16
@@ -74,7 +74,7 @@ def quantize_rows(x: Tensor, *, rotation: int = 0, activation: str | None = None
     aligned = k % _TOGETHER == 0
     if aligned and rows.device.type != "meta" and rows.data_ptr() % _ALIGNMENT:
         rows = rows.clone()
-    pieces = -(-k // _PIECE)
+    pieces = -(-k // PIECE)
     wide = x.dtype == torch.float32 or activation == "swiglu"
     twice = pieces > (_MOST_WARPS_OF_WIDE if wide else _MOST_WARPS)
     warps = _WARPS_OF_LONG_ROWS if twice else pieces
