@@ -1,0 +1,384 @@
+// linear for more than 8 tokens and 4-bit codes in the layout words128: weights are decoded in registers, and meet
+// tokens from shared memory on the tensor cores of a warp (sm_80 and later).
+//
+//   out[m, r] = alpha * sum over groups g of (scale[g, r] * sum of x * value + zero[g, r] * sum of x)  + bias[r]
+//
+// A block of threads has kRows rows of the weight and kTokens tokens. Its warps are arranged as kRowWarps * kTokenWarps
+// over that tile, and kParts times over K: each part takes every kParts-th block of 128 columns. Codes and tokens come
+// by asynchronous copies, kStages - 1 steps ahead; a step is kParts blocks.
+//
+// Scales of 16 bits or more multiply float32 sums over their group, or over 64 columns of it: none is rounded. Those of
+// 8 bits multiply the decoded values where that is exact (exact_pairs.cuh). The sums of x that zeros need come from
+// products with ones, of which each warp makes those of some tokens; they are shared, and used a step later.
+#include "async.cuh"
+#include "exact_pairs.cuh"
+#include "mma.cuh"
+
+namespace lowbit {
+
+constexpr int kBlockBytes = 64;    // of a row of codes, 128 columns
+constexpr int kTokenBytes = 256;   // of a token, as many columns
+constexpr int kChunkSixteens = 4;  // sixteens of columns whose decoded values are held at a time
+
+// Where 16 bytes of a row of codes are put: rows 2 and 3 of every four the other way round, so that the 32 bytes that
+// four rows are read by at a time lie in different banks. The row counts by its two lowest bits alone.
+LOWBIT_DEVICE int code_place(int row, int piece) { return row * kBlockBytes + (piece ^ (row & 2)) * 16; }
+
+// Where 16 bytes of a token are put, so that eight tokens' lie in different banks.
+LOWBIT_DEVICE int token_place(int token, int piece) { return token * kTokenBytes + (piece ^ (token & 7)) * 16; }
+
+// Pair j of four of one half of the spread words, j constant once its loop is unrolled.
+template <Code code, Half half>
+LOWBIT_DEVICE uint32_t value_pair(uint32_t spread, int j) {
+  if constexpr (code == kIntegers) {
+    switch (j) {
+      case 0:
+        return centred_pair<half, 0>(spread);
+      case 1:
+        return centred_pair<half, 1>(spread);
+      case 2:
+        return centred_pair<half, 2>(spread);
+      default:
+        return centred_pair<half, 3>(spread);
+    }
+  } else {
+    switch (j) {
+      case 0:
+        return tiny_pair<half, 0>(spread);
+      case 1:
+        return tiny_pair<half, 1>(spread);
+      case 2:
+        return tiny_pair<half, 2>(spread);
+      default:
+        return tiny_pair<half, 3>(spread);
+    }
+  }
+}
+
+// Blocks that share a multiprocessor by their registers. Sums of many small groups need more of them.
+constexpr int blocks_together(int threads, int columns, bool small_groups) {
+  return threads == 256 && columns == 2 && !small_groups ? 2 : 1;
+}
+
+// kSixteens: sixteens of columns that share a scale, 8 where a group has 128 or more. A warp has kTiles * 16 rows and
+// kColumns * 8 tokens. With `sums` [splits, m, n], blocks z > 0 have later columns, and store what add_splits adds.
+template <Code code, Half half, ScaleType scale_type, bool zeros, int kSixteens, int kTiles, int kColumns,
+          int kRowWarps, int kTokenWarps, int kParts, int kStages>
+__global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
+                                  blocks_together(32 * kRowWarps * kTokenWarps * kParts, kColumns,
+                                                  code == kIntegers && kSixteens == 1))
+    words_gemm(const uint16_t* __restrict__ x, const unsigned char* __restrict__ codes, const void* __restrict__ scale,
+               const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_step,
+               const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, float* __restrict__ sums, int m, int n,
+               int k, int blocks_a_group) {
+  constexpr int kRows = 16 * kTiles * kRowWarps, kTokens = 8 * kColumns * kTokenWarps;
+  constexpr int kThreads = 32 * kRowWarps * kTokenWarps * kParts;
+  constexpr int kGroups = 8 / kSixteens;  // of a block of columns
+  constexpr int kCodeBytes = kRows * kBlockBytes, kPartBytes = kCodeBytes + kTokens * kTokenBytes;
+  constexpr int kStageBytes = kParts * kPartBytes;
+  constexpr int kFactors = kParts * kGroups * kRows;  // of a step
+  constexpr int kPieces = kGroups > 2 ? kGroups : 2;  // sums of x in a block of columns
+  constexpr bool kScaled = code == kE2M1 && kScalesPairs<half, scale_type>;
+  constexpr ScaleType zero_type = scale_type;
+
+  unsigned char* const stages = dynamic_shared();
+  auto* const factors = reinterpret_cast<uint32_t*>(stages + kStages * kStageBytes);  // [2, kFactors]
+  auto* const added = reinterpret_cast<float*>(factors + 2 * kFactors);               // the same, of zeros
+  auto* const totals = added + (zeros ? 2 * kFactors : 0);                            // [2, parts, pieces, tokens]
+
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, owner = lane / 4, place = lane % 4;
+  const int row_warp = warp % kRowWarps, token_warp = warp / kRowWarps % kTokenWarps;
+  const int part = warp / (kRowWarps * kTokenWarps);
+  const int first_token = blockIdx.x * kTokens, first_row = blockIdx.y * kRows;
+  const int blocks = k / 128;
+  const int first = int(int64_t(blocks) * blockIdx.z / gridDim.z);
+  const int last = int(int64_t(blocks) * (blockIdx.z + 1) / gridDim.z);
+  const int steps = (last - first + kParts - 1) / kParts;
+
+  // ---- copies: a thread's pieces of 16 bytes are the same ones of other rows
+  constexpr int kCodePieces = 4 * kParts, kTokenPieces = 16 * kParts;
+  constexpr int kCodeRows = kThreads / kCodePieces, kTokenRows = kThreads / kTokenPieces;
+  static_assert(kRows % kCodeRows == 0 && kTokens % kTokenRows == 0, "every thread copies as much as any other");
+  const int code_row = thread / kCodePieces, code_piece = thread % kCodePieces;
+  const int token_row = thread / kTokenPieces, token_piece = thread % kTokenPieces;
+  static_assert(kCodeRows % 4 == 0, "a thread's rows all have their pieces in the same place");
+  const unsigned char* const code_from =
+      codes + int64_t(first_row + code_row) * (k / 2) + int64_t(first) * kBlockBytes + code_piece * 16;
+  const auto* const token_from = reinterpret_cast<const unsigned char*>(x) +
+                                 int64_t(first_token + token_row) * (2 * k) + int64_t(first) * kTokenBytes +
+                                 token_piece * 16;
+  const int code_to = code_piece / 4 * kPartBytes + code_place(code_row, code_piece % 4);
+  const int token_to = token_piece / 16 * kPartBytes + kCodeBytes + token_place(token_row, token_piece % 16);
+  const int64_t code_stride = int64_t(kCodeRows) * (k / 2), token_stride = int64_t(kTokenRows) * (2 * k);
+  const int rows_left = n - first_row - code_row, tokens_left = m - first_token - token_row;
+  const auto fetch = [&](int step, int stage) {
+    const int block = first + step * kParts;
+    const unsigned char* from = code_from + int64_t(step) * (kParts * kBlockBytes);
+    const bool codes_here = block + code_piece / 4 < last;
+#pragma unroll
+    for (int i = 0; i < kRows / kCodeRows; ++i, from += code_stride)
+      copy_async(stages + stage + code_to + i * (kCodeRows * kBlockBytes), from,
+                 codes_here && i * kCodeRows < rows_left);
+    from = token_from + int64_t(step) * (kParts * kTokenBytes);
+    const bool tokens_here = block + token_piece / 16 < last;
+#pragma unroll
+    for (int i = 0; i < kTokens / kTokenRows; ++i, from += token_stride)
+      copy_async(stages + stage + (token_to ^ (i * kTokenRows % 8 * 16)) + i * (kTokenRows * kTokenBytes), from,
+                 tokens_here && i * kTokenRows < tokens_left);
+  };
+
+  // ---- scales and zeros of a step, through registers: [kParts, kGroups, kRows]
+  constexpr int kHeld = (kFactors + kThreads - 1) / kThreads;
+  const auto load_factors = [&](const void* from, int step, uint32_t (&held)[kHeld]) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int at = thread + i * kThreads, row = min(first_row + at % kRows, n - 1);
+      const int block = min(first + step * kParts + at / (kGroups * kRows) % kParts, last - 1);
+      uint32_t group = uint32_t(block) * kGroups + uint32_t(at / kRows % kGroups);
+      if (kSixteens == 8 && blocks_a_group > 1) group /= uint32_t(blocks_a_group);
+      held[i] = stored_scale<scale_type>(from, group * uint32_t(n) + row);
+    }
+  };
+  const auto store_scales = [&](int step, const uint32_t (&held)[kHeld]) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int at = thread + i * kThreads;
+      uint32_t bits;
+      if constexpr (kScaled)
+        bits = scale_pair<half, scale_type>(held[i]);
+      else
+        bits = __float_as_uint(scale_value<half, scale_type>(held[i]) * (code == kE2M1 ? kE2M1Scale<half> : 1.0f));
+      if (kFactors % kThreads == 0 || at < kFactors) factors[step % 2 * kFactors + at] = bits;
+    }
+  };
+  const auto store_zeros = [&](int step, const uint32_t (&held)[kHeld]) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int at = thread + i * kThreads;
+      if (kFactors % kThreads == 0 || at < kFactors)
+        added[step % 2 * kFactors + at] = scale_value<half, zero_type>(held[i]);
+    }
+  };
+
+  float acc[kTiles][kColumns][4] = {};
+  const int own_row = 16 * kTiles * row_warp + owner;  // of the tile's rows; + 8 and + 16 t are the lane's, too
+  const int own_token = 8 * kColumns * token_warp;     // the first of the warp
+  const int codes_at = code_place(own_row, place / 2) + place % 2 * 8;
+  // What the lane names for ldmatrix: tokens 0..7 first half of a sixteen, second half, tokens 8..15 likewise.
+  const int matrix_at = kCodeBytes + token_place(own_token + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+
+  const auto multiply = [&](int step, int stage) {
+    if (kParts > 1 && first + step * kParts + part >= last) return;
+    const unsigned char* const mine = stages + stage + part * kPartBytes;
+    const uint32_t* scales = factors + (step % 2 * kParts + part) * (kGroups * kRows) + own_row;
+#pragma unroll 1
+    for (int chunk = 0; chunk < 2; ++chunk) {
+      uint32_t spread[kTiles][4];  // rows, rows + 8; columns, columns + 8
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const auto* const at = mine + (codes_at ^ (i / 2 * 32)) + (16 * t + i % 2 * 8) * kBlockBytes;
+          const uint2 words = *reinterpret_cast<const uint2*>(at);
+          spread[t][i] = spread_half(words.x, words.y, chunk);
+        }
+      constexpr int kWide = kSixteens < kChunkSixteens ? kSixteens : kChunkSixteens;  // of one scale, here
+      constexpr int kSpans = kChunkSixteens / kWide;
+      uint32_t a[kTiles][kChunkSixteens][4];
+      float factor[kTiles][kSpans][2];
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int span = 0; span < kSpans; ++span) {
+          const int group = kSixteens == 8 ? 0 : chunk * kSpans + span;
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const uint32_t stored = scales[group * kRows + 16 * t + 8 * h];
+            if constexpr (!kScaled) factor[t][span][h] = __uint_as_float(stored);
+#pragma unroll
+            for (int j = span * kWide; j < (span + 1) * kWide; ++j)
+#pragma unroll
+              for (int i = h; i < 4; i += 2) {
+                const uint32_t pair = value_pair<code, half>(spread[t][i], j);
+                if constexpr (kScaled)
+                  a[t][j][i] = scaled_pair<half, scale_type>(pair, stored);
+                else
+                  a[t][j][i] = pair;
+              }
+          }
+        }
+#pragma unroll
+      for (int c = 0; c < kColumns; c += 2) {
+        uint32_t b[kChunkSixteens][4];
+#pragma unroll
+        for (int j = 0; j < kChunkSixteens; ++j)
+          load_matrices(b[j], mine + (matrix_at ^ ((chunk * kChunkSixteens + j) * 32)) + 8 * c * kTokenBytes);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float (&sum)[4] = acc[t][c + e];
+            if constexpr (kScaled) {
+#pragma unroll
+              for (int j = 0; j < kChunkSixteens; ++j)
+                mma<half>(sum, a[t][j][0], a[t][j][1], a[t][j][2], a[t][j][3], b[j][2 * e], b[j][2 * e + 1]);
+            } else {
+#pragma unroll
+              for (int span = 0; span < kSpans; ++span) {
+                float local[4] = {};
+#pragma unroll
+                for (int j = span * kWide; j < (span + 1) * kWide; ++j)
+                  mma<half>(local, a[t][j][0], a[t][j][1], a[t][j][2], a[t][j][3], b[j][2 * e], b[j][2 * e + 1]);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sum[i] = fmaf(factor[t][span][i / 2], local[i], sum[i]);
+              }
+            }
+          }
+        if constexpr (zeros) {
+          constexpr uint32_t ones = half == kBFloat16 ? 0x3F803F80u : 0x3C003C00u;
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if ((c + e) % kRowWarps != row_warp) continue;
+#pragma unroll
+            for (int span = 0; span < kSpans; ++span) {
+              float total[4] = {};
+#pragma unroll
+              for (int j = span * kWide; j < (span + 1) * kWide; ++j)
+                mma<half>(total, ones, ones, ones, ones, b[j][2 * e], b[j][2 * e + 1]);
+              if (owner == 0)
+                *reinterpret_cast<float2*>(totals +
+                                           ((step % 2 * kParts + part) * kPieces + chunk * kSpans + span) * kTokens +
+                                           own_token + 8 * (c + e) + 2 * place) = make_float2(total[0], total[1]);
+            }
+          }
+        }
+      }
+    }
+  };
+
+  // What zeros add for the columns of a step that was multiplied before the last barrier.
+  const auto add_zeros = [&](int step) {
+    if (kParts > 1 && first + step * kParts + part >= last) return;
+    const float* const from = added + (step % 2 * kParts + part) * (kGroups * kRows) + own_row;
+    const float* const of_x = totals + (step % 2 * kParts + part) * (kPieces * kTokens) + own_token + 2 * place;
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
+      float shift[kTiles][2];
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) shift[t][h] = from[group * kRows + 16 * t + 8 * h];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        float2 total = *reinterpret_cast<const float2*>(of_x + group * kTokens + 8 * c);
+        if constexpr (kPieces > kGroups) {
+          const float2 more = *reinterpret_cast<const float2*>(of_x + kTokens + 8 * c);
+          total.x += more.x;
+          total.y += more.y;
+        }
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[t][c][i] = fmaf(shift[t][i / 2], i % 2 ? total.y : total.x, acc[t][c][i]);
+      }
+    }
+  };
+
+  uint32_t held[kHeld], held_zeros[kHeld];
+  load_factors(scale, 0, held);
+#pragma unroll 1
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (step < steps) fetch(step, step * kStageBytes);
+    commit_copies();
+  }
+  store_scales(0, held);
+  int stage = 0, free_stage = (kStages - 1) * kStageBytes;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    wait_copies<kStages - 2>();
+    __syncthreads();
+    if (step + kStages - 1 < steps) fetch(step + kStages - 1, free_stage);
+    commit_copies();
+    free_stage = stage;
+    if (step + 1 < steps) load_factors(scale, step + 1, held);
+    if constexpr (zeros) {
+      load_factors(zero, step, held_zeros);
+      if (step > 0) add_zeros(step - 1);
+    }
+    multiply(step, stage);
+    if (step + 1 < steps) store_scales(step + 1, held);
+    if constexpr (zeros) store_zeros(step, held_zeros);
+    stage = stage == (kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
+  }
+  wait_copies<0>();
+  __syncthreads();
+  if constexpr (zeros) {
+    if (steps > 0) add_zeros(steps - 1);
+    __syncthreads();
+  }
+
+  // ---- the tile through shared memory, so that neighbouring threads store neighbouring rows
+  constexpr int kStride = kRows + 4;  // the four tokens of a lane's neighbours lie in different banks
+  auto* const tile = reinterpret_cast<float*>(stages);
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        tile[(part * kTokens + own_token + 8 * c + 2 * place + i % 2) * kStride + own_row + 16 * t + i / 2 * 8] =
+            acc[t][c][i];
+  __syncthreads();
+  const int present = min(kTokens, m - first_token);
+  const auto value_at = [&](int token, int row) {
+    float total = 0.0f;
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) total += tile[(p * kTokens + token) * kStride + row];
+    return kScaled ? total * kPairsScale<scale_type> : total;
+  };
+  if (sums != nullptr) {
+    float* const to = sums + int64_t(blockIdx.z) * m * n + int64_t(first_token) * n + first_row;
+    for (int at = thread; at < present * kRows; at += kThreads) {
+      const int row = at % kRows, token = at / kRows;
+      if (first_row + row < n) to[int64_t(token) * n + row] = value_at(token, row);
+    }
+    return;
+  }
+  uint16_t* const to = out + int64_t(first_token) * n + first_row;
+  const auto finished = [&](int token, int row) {
+    float total = value_at(token, row);
+    if (alpha != nullptr) total *= __ldg(alpha + int64_t(alpha_step) * (first_row + row));
+    if (bias != nullptr) total += half_to_float<half>(__ldg(bias + first_row + row));
+    return uint32_t(float_to_half<half>(total));
+  };
+  if (n % 2 == 0) {
+    for (int at = thread; at < present * (kRows / 2); at += kThreads) {
+      const int row = at % (kRows / 2) * 2, token = at / (kRows / 2);
+      if (first_row + row >= n) continue;
+      *reinterpret_cast<uint32_t*>(to + int64_t(token) * n + row) = finished(token, row) | finished(token, row + 1)
+                                                                                               << 16;
+    }
+  } else {
+    for (int at = thread; at < present * kRows; at += kThreads) {
+      const int row = at % kRows, token = at / kRows;
+      if (first_row + row < n) to[int64_t(token) * n + row] = uint16_t(finished(token, row));
+    }
+  }
+}
+
+// out [m, n] = alpha * (sum over splits of sums [splits, m, n], in their order) + bias
+template <Half half>
+__global__ void __launch_bounds__(256)
+    add_splits(const float* __restrict__ sums, const float* __restrict__ alpha, int alpha_step,
+               const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, int splits, int m, int n) {
+  const int row = blockIdx.x * 256 + threadIdx.x;
+  if (row >= n) return;
+  const int64_t at = int64_t(blockIdx.y) * n + row, size = int64_t(m) * n;
+  float total = 0.0f;
+  for (int split = 0; split < splits; ++split) total += sums[split * size + at];
+  if (alpha != nullptr) total *= alpha[int64_t(alpha_step) * row];
+  if (bias != nullptr) total += half_to_float<half>(bias[row]);
+  out[at] = float_to_half<half>(total);
+}
+
+}  // namespace lowbit
