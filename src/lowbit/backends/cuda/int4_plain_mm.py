@@ -1,39 +1,52 @@
-"""int4_plain_mm for up to 8 tokens: the weights are read once, four products an instruction (W4A8 decode)."""
+"""int4_plain_mm: 4-bit weights in the layout coalesced_int4 times activations that are rounded to int8 (W4A8).
+
+Three ways, by the number of tokens: products of four bytes with weights that are read once (`int4_plain_few`), tensor
+cores with int8 (`int4_plain_tiles`), and, for many tokens of 16 bits, pieces of the weight decoded for PyTorch's own
+product (`int4_plain_many`).
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
-from lowbit.backends.cuda import kernels
+from lowbit.backends import coalesced_linear
+from lowbit.backends.cuda import int4_plain_few, int4_plain_many, int4_plain_tiles
+from lowbit.backends.cuda.int4_plain_operands import DTYPES, Operands
 from lowbit.backends.gpu import target_of
 from lowbit.dispatch import kernel
-from lowbit.numerics.w4a8 import BLOCK
 
-_SOURCE = "int4_plain_mm.cu"
-_TOKENS = 8
+# Where one way becomes better than the next: reasoned from instructions and bytes, not measured.
+FEW = 4  # tokens up to which four products an instruction cost less time than the weights take to arrive
+MANY = 256  # tokens from which decoding the weight pays; with float32 activations it never does
+
 _OLDEST = (7, 5)
-_DTYPES = {torch.float32: "kFloat32", torch.bfloat16: "kBFloat16Type", torch.float16: "kFloat16Type"}
-_WARPS = 4  # of a block
-_ROWS = {1: 4, 2: 4, 4: 2, 8: 2}  # of a warp, by tokens: more of them share a load of x, fewer need fewer registers
+_TOLERANCE = 4e-3  # for many tokens both operands are rounded to 16 bits, and so is the result
+_LARGEST = 1 << 33  # weights of which 32 bits count the bytes
 
 
-def refuses(x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, group_size: int) -> str | None:
+def refuses(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
+) -> str | None:
     """Why this call cannot run here, or None."""
-    m, target = x.shape[:-1].numel(), target_of(x.device)
-    if m > _TOKENS:
-        return f"{m} tokens; the kernel takes up to {_TOKENS}"
+    target = target_of(x.device)
     if target.kind != "cuda":
         return "the GPU is not one of NVIDIA's"
     if target.capability < _OLDEST:
         return f"the GPU has compute capability {'.'.join(map(str, target.capability))}; the kernel needs 7.5 or later"
-    if group_size < BLOCK:
-        return f"groups of {group_size} columns; the kernel takes {BLOCK} and more"
     for name, tensor in (("x", x), ("scale", scale), ("zero", zero), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in _DTYPES:
+        if tensor is not None and tensor.dtype not in DTYPES:
             return f"{name} is {_kind(tensor)}; the kernel takes float32, bfloat16 and float16"
+    if zero is not None and zero.dtype != scale.dtype:
+        return f"zeros are {_kind(zero)}, scales {_kind(scale)}; the kernel takes one dtype"
     if bias is not None and bias.dtype != x.dtype:
         return f"the bias is {_kind(bias)}, x {_kind(x)}; the kernel takes one dtype"
+    if 2 * qdata.numel() >= _LARGEST:
+        return f"{2 * qdata.numel()} weights; the kernel takes fewer than {_LARGEST}"
+    many = x.shape[:-1].numel() > int4_plain_few.MOST and target.capability < int4_plain_tiles.OLDEST
+    if many and (why := int4_plain_many.refuses(x, target.capability)):
+        return f"more than {int4_plain_few.MOST} tokens, for which {why}"
     return _refuses_storage(x, qdata=qdata, scale=scale, zero=zero, bias=bias)
 
 
@@ -48,29 +61,45 @@ def _refuses_storage(x: Tensor, **others: Tensor | None) -> str | None:
     return None
 
 
-@kernel("int4_plain_mm", backend="cuda", refuses=refuses, tolerance=3e-3)
+@kernel("int4_plain_mm", backend="cuda", refuses=refuses, tolerance=_TOLERANCE)
 def int4_plain_mm(
-    x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, group_size: int
+    x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
 ) -> Tensor:
-    """x [..., K] of at most 8 tokens, bytes [N, K/2], scale and zero [N, K/g], bias [N] or None -> [..., N] as x."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    (m, k), n = rows.shape, qdata.shape[0]
-    out = x.new_empty((*x.shape[:-1], n))
-    if not m or not n:
-        return out
-    blocks, kind = k // BLOCK, f"lowbit::{_DTYPES[x.dtype]}"
-    codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
-    steps = torch.empty((m, blocks, 2), dtype=torch.float32, device=x.device)
-    arguments: list[Tensor | int] = [rows, codes, steps, m * blocks]
-    kernels.launch(_SOURCE, f"lowbit::quantize_blocks<{kind}>", x.device, -(-m * blocks // 8), 256, arguments)
-    tokens = 1 << (m - 1).bit_length()
-    name = f"lowbit::int4_rows<{kind}, lowbit::{_DTYPES[scale.dtype]}, {tokens}, {_ROWS[tokens]}, {_WARPS}>"
-    kernels.launch(
-        _SOURCE, name, x.device, -(-n // (_ROWS[tokens] * _WARPS)), 32 * _WARPS,
-        [codes, steps, qdata, scale, zero, bias, out, m, n, blocks, group_size // BLOCK],
-    )  # fmt: skip
+    """x [..., K], bytes [N, K/2], scale and zero [N, K/g], bias [N] or None -> [..., N] as x. No zeros: 8 for all."""
+    rows, out = _rows(x), x.new_empty((*x.shape[:-1], qdata.shape[0]))
+    if out.numel():
+        _way(rows)(rows, Operands(qdata, scale, zero, group_size), bias, out.view(-1, qdata.shape[0]))
     return out
+
+
+def _way(rows: Tensor) -> Callable[[Tensor, Operands, Tensor | None, Tensor], None]:
+    m, capability = rows.shape[0], target_of(rows.device).capability
+    tiles = capability >= int4_plain_tiles.OLDEST
+    if m <= (min(FEW, int4_plain_few.MOST) if tiles else int4_plain_few.MOST):
+        return int4_plain_few.product
+    if (m >= MANY or not tiles) and int4_plain_many.refuses(rows, capability) is None:
+        return int4_plain_many.product
+    return int4_plain_tiles.product
+
+
+def product_of_native(x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """The same for up to 8 tokens with scale and zero [K/g, N], as awq_w4a16 has them: what the layout saves, measured.
+
+    No op runs it. Its reads of scales are scattered: 32 of them come from as many lines of memory.
+    """
+    rows, out = _rows(x), x.new_empty((*x.shape[:-1], qdata.shape[0]))
+    operands = Operands(qdata, scale, zero, group_size)
+    int4_plain_few.product(rows, operands, None, out.view(-1, qdata.shape[0]), native=True)
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return rows.clone() if rows.device.type != "meta" and rows.data_ptr() % 16 else rows
 
 
 def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+coalesced_linear.serve("cuda", int4_plain_mm, refuses, tolerance=_TOLERANCE, fills=False)
