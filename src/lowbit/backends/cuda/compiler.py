@@ -210,11 +210,18 @@ def _read(entry: Path) -> Binary | None:
 
 @cache
 def _key(source: str, name: str, architecture: str) -> str:
-    parts = [FOLDER / source, *sorted(_HEADERS.glob("*.cuh"))]
-    digest = hashlib.sha256(f"{name}\0{architecture}\0{versions()}".encode())
-    for part in parts:
-        digest.update(b"\0" + part.read_bytes())
+    digest = _digest_of_headers().copy()
+    digest.update(f"{name}\0{architecture}\0{versions()}\0".encode() + (FOLDER / source).read_bytes())
     return digest.hexdigest()[:24]
+
+
+@cache
+def _digest_of_headers() -> Any:
+    """Read once in a process, not once a kernel."""
+    digest = hashlib.sha256()
+    for header in sorted(_HEADERS.glob("*.cuh")):
+        digest.update(header.read_bytes() + b"\0")
+    return digest
 
 
 @cache
