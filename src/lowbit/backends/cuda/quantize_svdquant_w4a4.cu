@@ -1,4 +1,4 @@
-// Activations of svdquant_w4a4, read once: smoothing, 4-bit codes by groups of 64 columns, the low rank's first
+// Activations of svdquant_w4a4, read once: smoothing, 4-bit codes by groups of 64 columns, and the low rank's first
 // product.
 //
 //   value = (x + shift) / smooth[k]     step = absmax of a group / 7 (15: unsigned codes), at least 1e-10 / 7
@@ -106,8 +106,9 @@ __global__ void __launch_bounds__(32 * kTokenWarps * kAcross,
 
   const int lane = threadIdx.x % 32, owner = lane / 4, place = lane % 4, warp = threadIdx.x / 32;
   const int across = warp % kAcross, first = blockIdx.x * kTokens + warp / kAcross * (16 * kTiles);
-  const int begin = int(int64_t(groups) * blockIdx.y / gridDim.y);
-  const int end = int(int64_t(groups) * (blockIdx.y + 1) / gridDim.y);
+  const int all = (groups + kAcross - 1) / kAcross;  // stages
+  const int begin = all * int(blockIdx.y) / int(gridDim.y) * kAcross;
+  const int end = min(groups, all * int(blockIdx.y + 1) / int(gridDim.y) * kAcross);
   const int stages = (end - begin + kAcross - 1) / kAcross, first_rank = blockIdx.z * kRanks;
   unsigned char* const memory = dynamic_shared();
   unsigned char* const scratch = memory + 2 * kStage + warp * 1024;  // of this warp, for kSwizzled8
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(32 * kTokenWarps * kAcross,
     for (int r = 0; r < 2; ++r)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        if (there) words[r][h] = __ldcs(from + rows_at[tile][r] + h * 4);
+        if (there) words[r][h] = __ldg(from + rows_at[tile][r] + h * 4);
   };
   const int own = begin + across;
   const uint4* from = x + own * 8 + place;  // of the group whose x is to be loaded next

@@ -30,7 +30,7 @@ _ALIGNMENT = 16  # bytes of x, and of proj_down, that are loaded at a time
 _WIDE = 8  # ranks in that many bytes
 _RANKS = (16, 32, 64, 128)  # of a block
 _MANY = 512  # rows from which on blocks take 64: more of them share what they read of proj_down
-_BLOCKS = 2  # wanted for each multiprocessor; reasoned, not measured
+_BLOCKS = 2  # that keep a multiprocessor busy
 MOST_SPLITS = 16
 
 
@@ -65,10 +65,18 @@ def _block(rows: int, rank: int) -> _Block:
     return _Block(ranks, 2, 2, 2) if ranks <= 32 else _Block(ranks, 1, 4, 1)
 
 
-def _splits(blocks: int, groups: int, block: _Block, most: int, device: torch.device) -> int:
-    """Into how many pieces to cut K: enough for all multiprocessors, each piece one stage of a block or more."""
-    wanted = _BLOCKS * target_of(device).processors // max(1, blocks)
-    return max(1, min(wanted, most, ceil_div(groups, block.across)))
+def _splits(blocks: int, k: int, rank: int, block: _Block, most: int, device: torch.device) -> int:
+    """Into how many pieces to cut K: as little time as possible, in shares of one multiprocessor's for one block.
+
+    A multiprocessor with less than two blocks waits for memory half of the time; and each piece's sums are written, and
+    read once more. Reasoned, not measured.
+    """
+    processors, share = target_of(device).processors, 4 * rank / max(1, k)
+
+    def time(pieces: int) -> float:
+        return max(_BLOCKS, ceil_div(blocks * pieces, processors)) / pieces + share * pieces * blocks / processors
+
+    return min(range(1, max(1, min(most, ceil_div(k, GROUP * block.across))) + 1), key=time)
 
 
 def _run(
@@ -81,8 +89,10 @@ def _run(
     raw = None if raw is None else _aligned(raw)
     block = _block(rows, rank)
     blocks, passes = ceil_div(rows, block.tokens), max(1, ceil_div(rank, block.ranks))
-    splits = _splits(blocks * passes, k // GROUP, block, most_splits, x.device)
+    splits = _splits(blocks * passes, k, rank, block, most_splits, x.device)
     low = torch.empty((splits, rows, rank), dtype=torch.float32, device=x.device)
+    if not m:
+        return low
     kinds = ", ".join(f"lowbit::{_DTYPES[one.dtype]}" for one in (x, smooth, scale))
     flags = ", ".join(str(flag).lower() for flag in (unsigned, raw is not None, rank % _WIDE == 0))
     name = (
@@ -107,7 +117,7 @@ def quantized(
     x: Tensor, smooth: Tensor, down: Tensor, *, storage: str, tokens_multiple: int, unsigned: bool, shift: float,
     most_splits: int = MOST_SPLITS,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x [M, K], M > 0 -> int8 codes of Mp tokens in `storage`, float32 scales [K/64, Mp], float32 sums [S, Mp, R].
+    """x [M, K] -> int8 codes of Mp tokens in `storage`, float32 scales [K/64, Mp], float32 sums [S, Mp, R].
 
     The codes are those of (x + shift) / smooth; the sums, over S <= most_splits in their order, are x @ down. Mp is M
     rounded up to `tokens_multiple`, itself a multiple of 16. What `refuses_operands` refuses must not be given.
@@ -162,11 +172,9 @@ def quantize_svdquant_w4a4(
     x: Tensor, smooth: Tensor, down: Tensor, pad_size: int, unsigned: bool, lora_x: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [M, K] -> bytes [Mp, K/2], scales [K/64, Mp] in the dtype of x, low-rank activations float32 [Mp, R]."""
-    (m, k), rows = x.shape, round_up(x.shape[0], pad_size)
+    k, rows = x.shape[1], round_up(x.shape[0], pad_size)
     codes = torch.empty((rows, k // 2), dtype=torch.int8, device=x.device)
     scale = torch.empty((k // GROUP, rows), dtype=x.dtype, device=x.device)
-    if not m:
-        return codes, scale, torch.empty((0, down.shape[1]), dtype=torch.float32, device=x.device)
     low = _run(
         x, lora_x, smooth, down, codes, scale, rows, storage="plain", unsigned=unsigned, shift=0.0,
         most_splits=MOST_SPLITS,
