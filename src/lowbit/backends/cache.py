@@ -13,7 +13,10 @@ def cache_folder(kind: str) -> Path:
     chosen = os.environ.get("LOWBIT_CACHE")
     if chosen:
         return Path(chosen) / kind
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lowbit" / kind
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lowbit" / kind
+    except RuntimeError:  # no home, as a container's user without a name has it: nothing is kept
+        return Path(os.devnull) / "lowbit" / kind
 
 
 def write_whole(path: Path, content: bytes) -> None:
