@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 pytest.importorskip("lowbit.backends.cuda", reason="no CUDA compiler", exc_type=ImportError)
 
@@ -22,6 +23,8 @@ from lowbit.formats import parse_spec
 from lowbit.layouts import words128
 from lowbit.layouts.base import get_layout
 from tests.support.cpu_linear import activations, packed_weight
+from tests.support.cuda_launches import entries
+from tests.support.kernel_examples import Sizes, examples, title
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 TOO_OLD = "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available for execution on the device"
@@ -179,3 +182,27 @@ def test_without_the_backend_the_next_one_runs(machine, monkeypatch, broken):
         found = dispatch.select("linear", "awq_w4a16", "", "cuda", (fmt, x, parts, None)).run(fmt, x, parts, None)
     wanted = x.double() @ fmt.dequantize(parts, (64, 256), torch.float32).double().t()
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("entry", entries(), ids=lambda entry: f"{title(entry)}-{entry.run.__name__}")
+def test_every_launcher_asks(machine, monkeypatch, entry):
+    """Whatever a launcher takes it refuses on a GPU that runs no CUDA kernel, before it looks at a byte of a tensor."""
+    arguments, machine.target = next(_taken(entry))
+    monkeypatch.setattr(device_check, "_found", {FIRST: "the driver is too old"})
+    with FakeTensorMode():
+        assert entry.refuses(*tree_map_only(torch.Tensor, _on_gpu, arguments)) == "the driver is too old"
+
+
+def _on_gpu(tensor):
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=FIRST)
+
+
+def _taken(entry):
+    """Examples that an entry takes, and the GPU that it takes them on."""
+    for m in (1, 8, 100, 4096):
+        for capability in ((9, 0), (8, 0), (12, 0), (10, 0)):
+            for _, arguments in examples(entry, Sizes(2048, 2048, m, torch.bfloat16)):
+                target = Target("cuda", capability)
+                with assume(target):
+                    if entry.refuses(*arguments) is None:
+                        yield arguments, target
