@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.nn import functional as F
 
@@ -133,6 +136,29 @@ def test_a_square_native_layout_is_rejected_by_its_name(layout):
         int4_plain_mm(x, qdata, *native, group_size=32)
     y = int4_plain_mm(x, qdata, scale, zero, group_size=32, layout=TAG)
     assert not torch.equal(y, int4_plain_mm(x, qdata, *native, group_size=32, layout=TAG))
+
+
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": "coalesced_int4:2"}, "reads 'coalesced_int4:1' alone"),
+        ({"layout": "native"}, "repacked once, at load"),
+        ({"group_size": 4}, "groups of 4; expected a power of two from 8"),
+        ({"group_size": 48}, "groups of 48"),
+    ],
+)
+def test_layout_version_and_group_are_checked_first(change, message, fake, monkeypatch):
+    """Of several things wrong these are named, the tag before the group, and no kernel is asked, nor while tracing."""
+    monkeypatch.setattr("lowbit.ops.library.select", lambda *_: pytest.fail("a kernel was asked for"))
+    qdata, scale, zero = operands(n=8)
+    wrong = {"x": torch.randn(1, 7), "bias": torch.zeros(3), "group_size": 4 if "layout" in change else 32, **change}
+    tensors = {"qdata": qdata, "scale": scale.t(), "zero": zero[:3]}
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(),
+        pytest.raises(PartsError, match=message),
+    ):
+        int4_plain_mm(**{"layout": TAG, **tensors, **wrong})
 
 
 @pytest.mark.parametrize("name", ["x", "qdata", "scale", "zero"])
