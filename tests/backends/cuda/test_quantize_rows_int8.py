@@ -29,7 +29,7 @@ def _simulated(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows(dtype):
     """Codes and scales are the reference's, bit for bit, for rows of any length, zero and tiny ones among them."""
-    for m, k in ((1, 3072), (5, 96), (9, 1000), (3, 17), (2, 1), (2, 1032), (1, 20480), (2, 20488)):
+    for m, k in ((1, 3072), (5, 96), (9, 1000), (3, 17), (2, 1), (2, 1032), (1, 20488)):
         x = activations(m, k, dtype)
         if m > 2:
             x[0], x[1] = 0, x[1] * 1e-4
@@ -58,7 +58,7 @@ def test_quotients_on_both_sides_of_a_tie():
 @pytest.mark.parametrize("rotation", REGULAR_SIZES)
 def test_rotation(rotation, dtype):
     """Codes are those of a rotation in float64, except where that lies within float32's error of a tie."""
-    for m, k in ((1, rotation), (5, 3 * rotation), (1, 21 * 1024)):
+    for m, k in ((1, rotation), (5, 3 * rotation), (1, 21 * 1024 if dtype == torch.bfloat16 else 2048)):
         x = activations(m, k, dtype)
         rotated = (x.double().view(-1, rotation) @ regular_hadamard(rotation).double()).view(m, k)
         codes, scales = quantize_rows(x, rotation=rotation)
@@ -75,12 +75,13 @@ def test_rotated_columns(rotation):
     assert torch.equal(scales, torch.full_like(scales, 1 / rotation**0.5) / 127)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rotation", [0, 64])
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize(("name", "rotation", "dtype"), [
+    ("gelu", 0, torch.float32), ("gelu", 64, torch.bfloat16), ("gelu_tanh", 0, torch.float16),
+    ("gelu_tanh", 64, torch.float32), ("swiglu", 64, torch.bfloat16), ("swiglu", 0, torch.float32),
+])  # fmt: skip
 def test_activation(name, rotation, dtype):
     """The activation is that of float64, rounded to the dtype of x, up to the last bits of an exponential."""
-    for m, k in ((5, 128), (1, 20544)):
+    for m, k in ((5, 128), (1, 20544 if name == "swiglu" and rotation else 1088)):
         x = activations(m, 2 * k if name == "swiglu" else k, dtype)
         if name == "swiglu":
             value = F.silu(x[:, :k].double()) * x[:, k:].double()
@@ -155,8 +156,8 @@ def test_compiles(architecture, monkeypatch):
     """Variants of every dtype, size of rotation and length of rows compile without a warning or a spill."""
     monkeypatch.undo()
     calls = [
-        (torch.bfloat16, 3072, 0, None), (torch.float32, 3072, 1024, None), (torch.float16, 3071, 0, None),
-        (torch.bfloat16, 65536, 256, "swiglu"), (torch.float32, 65536, 64, "gelu"), (torch.float32, 4096, 16, "swiglu"),
+        (torch.bfloat16, 3072, 256, None), (torch.float32, 3072, 1024, None), (torch.float16, 3071, 0, None),
+        (torch.float32, 65536, 64, "swiglu"),
     ]  # fmt: skip
     with assume(Target("cuda", ARCHITECTURES[architecture])), kernels.record() as made:
         for dtype, k, rotation, activation in calls:

@@ -28,6 +28,7 @@ _HALVES = {torch.bfloat16: "Halves<lowbit::kBFloat16>", torch.float16: "Halves<l
 # Turns whose loads are under way, warps, blocks side by side: where blocks are few, more of the loads must be a block's
 # own to keep some 64 KiB of a multiprocessor under way. Reasoned, not measured.
 _MANY_BLOCKS = (3, 4, 6)
+_MANY_ROTATING_BLOCKS = (3, 4, 5)  # which need more registers
 _FEW_BLOCKS = (6, 8, 2)
 _BLOCKS = 4  # for each multiprocessor, that are many
 # Pieces of 1024 columns that the blocks of a multiprocessor may round to codes, and those of a block: more of them take
@@ -142,7 +143,7 @@ def _multiply(
     if not m or not n:
         return out
     many = n >= _BLOCKS * _ROWS * target_of(x.device).processors
-    depth, warps, blocks = _MANY_BLOCKS if many else _FEW_BLOCKS
+    depth, warps, blocks = (_MANY_ROTATING_BLOCKS if rotation else _MANY_BLOCKS) if many else _FEW_BLOCKS
     arguments: list[kernels.Argument] = [
         weight, scale.contiguous(), int(scale.numel() > 1), None if bias is None else bias.contiguous(),
         0 if bias is None else _number(bias.dtype), out, _number(dtype), m, n, k // _ALIGNMENT,
