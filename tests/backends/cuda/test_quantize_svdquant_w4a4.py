@@ -64,6 +64,21 @@ def test_named_op(m, k, rank, dtype, smooth, pad_size, unsigned, apart, simulate
     assert not found[2][m:].any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("m", [9, 700])
+def test_large(m, unsigned):
+    """On a GPU the bits are eager's for the shapes of real layers, too: its reciprocal is as near as it has to be."""
+    x, factor, down = operands(m, 12288, 32)
+    with use_backend("eager"):
+        wanted = the_op(x, factor, down, 1, unsigned)
+    with use_backend("cuda"):
+        found = the_op(x.cuda(), factor.cuda(), down.cuda(), 1, unsigned)
+    assert torch.equal(found[0].cpu(), wanted[0])
+    assert torch.equal(found[1].cpu(), wanted[1])
+    assert relative_error(found[2].cpu(), wanted[2].double()) < 1e-5
+
+
 def stored(codes: torch.Tensor, storage: str) -> torch.Tensor:
     """Codes [Mp, K] -> the bytes that the definition of a storage asks for, each of them given once, flat."""
     (tokens, k), code = codes.shape, codes.int()
@@ -219,6 +234,8 @@ def test_refusals():
         assert "lora_x is float32" in cuda.refuses_quantize(x, smooth, down, 1, False, x.float())
         assert "lora_down is float16, x bfloat16" in cuda.refuses_quantize(x, smooth, down.half(), 1, False, None)
         assert "smooth is float64" in cuda.refuses_quantize(x, smooth.double(), down, 1, False, None)
+        large = torch.empty(1, dtype=BF16).expand(1 << 29, 128)
+        assert "fewer tokens" in cuda.refuses_quantize(large, smooth, down, 1, False, None)
         assert "meta" in cuda.refuses_quantize(x, smooth.to("meta"), down, 1, False, None)
     with assume(Target("cuda", (7, 5))):
         assert "7.5" in cuda.refuses_quantize(x, smooth, down, 1, False, None)

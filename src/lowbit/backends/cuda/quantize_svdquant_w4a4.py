@@ -31,6 +31,7 @@ _WIDE = 8  # ranks in that many bytes
 _RANKS = (16, 32, 64, 128)  # of a block
 _MANY = 512  # rows from which on blocks take 64: more of them share what they read of proj_down
 _BLOCKS = 2  # that keep a multiprocessor busy
+_MOST = 1 << 35  # elements of x, whose places are counted in 32 bits by eights
 MOST_SPLITS = 16
 
 
@@ -144,6 +145,8 @@ def refuses_operands(x: Tensor, smooth: Tensor, down: Tensor, raw: Tensor | None
         return f"the GPU has compute capability {'.'.join(map(str, target.capability))}; the kernel needs 8.0 or later"
     if why := usable(x.device):
         return why
+    if x.numel() >= _MOST:
+        return f"x has {x.numel()} elements; the kernel takes less than {_MOST}: give it fewer tokens at a time"
     named = {"x": x, "smooth": smooth, "lora_down": down, "lora_x": raw}
     for name, tensor in named.items():
         if tensor is None:
