@@ -28,10 +28,11 @@ namespace lowbit {
 
 enum ScaleType { kScaleBFloat16 = 0, kScaleFloat16 = 1, kScaleFloat32 = 2 };
 
-constexpr int kWarpgroups = 2, kRows = 64 * kWarpgroups, kConsumers = 128 * kWarpgroups;
-constexpr int kThreads = kConsumers + 128;  // registers are given to whole warpgroups: a third one asks for copies
-constexpr int kLowColumns = 32;             // of the low rank, in a slot: as many bytes of a token as a group has
-constexpr int kTileBytes = 2048;            // of the weight: 64 rows, a group
+inline constexpr int kWarpgroups = 2, kRows = 64 * kWarpgroups, kConsumers = 128 * kWarpgroups;
+inline constexpr int kThreads =
+    kConsumers + 128;                    // registers are given to whole warpgroups: a third one asks for copies
+inline constexpr int kLowColumns = 32;   // of the low rank, in a slot: as many bytes of a token as a group has
+inline constexpr int kTileBytes = 2048;  // of the weight: 64 rows, a group
 
 template <ScaleType type>
 constexpr int kScaleBytes = type == kScaleFloat32 ? 4 : 2;
@@ -70,7 +71,7 @@ struct Constant {
 // [2 pieces, padded, 64] bytes, with low_factor what they are to be multiplied by (float16 only). sums [splits, n,
 // padded] is written unless `whole`.
 template <int kTokens, int kGroups, int kSlots, int kOffset, ScaleType type, Half half, bool whole>
-__global__ void __launch_bounds__(kThreads, kTokens <= 32 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kTokens <= 16 ? 2 : 1)
     svdquant_product(const unsigned char* __restrict__ codes, const float* __restrict__ token_scale,
                      const unsigned char* __restrict__ weight, const unsigned char* __restrict__ weight_scale,
                      const unsigned char* __restrict__ low, const float* __restrict__ low_factor,
@@ -86,7 +87,8 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 32 ? 2 : 1)
   Mailbox* empty = full + kSlots;
   // The compiler must see that all lanes of a warp go the same way: products on a path where some lanes are not would
   // be made to wait for one another.
-  const int lane = threadIdx.x % 32, warp = from_lane(int(threadIdx.x / 32), 0);
+  const bool copies = from_lane(int(threadIdx.x / 128), 0) == kWarpgroups;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; ++i) {
@@ -104,11 +106,11 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 32 ? 2 : 1)
   const int first_row = blockIdx.x * kRows, first_token = blockIdx.y * kTokens;
   const int begin = int(int64_t(groups) * blockIdx.z / gridDim.z);
   const int count = int(int64_t(groups) * (blockIdx.z + 1) / gridDim.z) - begin;
-  const int pieces = whole ? (rank + kLowColumns - 1) / kLowColumns : 0;
 
-  if (warp >= kConsumers / 32) {  // asks for copies
-    if constexpr (kTokens > 128) give_registers<24>();
+  if (copies) {  // asks for copies
+    if constexpr (kTokens > 64) give_registers<24>();
     if (threadIdx.x != kConsumers) return;
+    const int pieces = whole ? (rank + kLowColumns - 1) / kLowColumns : 0;
     const uint32_t tokens = min(kTokens, padded - first_token);
     const uint32_t rows = min(kRows, row_step - first_row);
     const int blocks = (n + 63) / 64;
@@ -147,14 +149,15 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 32 ? 2 : 1)
     return;
   }
 
-  if constexpr (kTokens > 128) take_registers<240>();
+  if constexpr (kTokens > 64) take_registers<240>();
   const int owner = lane / 4, place = lane % 4;
   const int row_here = 16 * warp + owner;  // and + 8
   const int weight_here = Here::kWeight + warp / 4 * (kGroups * kTileBytes) + warp % 4 * 512 + lane * 16;
   int slot = 0, parity = 0, within = 0;
   float total[kParts][kSums];
   int made[2][kSums];
-  uint32_t even[4], odd[4];
+  uint32_t even[4], odd[4], sixty_fours[4] = {0x40404040u, 0x40404040u, 0x40404040u, 0x40404040u};
+  if constexpr (kOffset != 0) hold(sixty_fours);  // they stay, and are not made anew for each product
   uint4 word;
   float plain[2], raised[2], lowered[2];  // the rows' scales
 #pragma unroll
@@ -162,27 +165,26 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 32 ? 2 : 1)
 #pragma unroll
     for (int i = 0; i < kSums; ++i) total[p][i] = 0.0f;
 
-  // The group that `slot` and `within` name: its weights and its rows' scales.
-  float fetched[2];
+  // Waits for the group that `slot` and `within` name, and reads its weights.
   const auto fetch = [&] {
     if (within == 0) wait_for(full + slot, parity);
-    const unsigned char* from = ring + slot * Here::kBytes;
-    word = *reinterpret_cast<const uint4*>(from + weight_here + within * kTileBytes);
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      fetched[h] = scale_at<type>(from + Here::kRowScale + within * (kRows * kScaleBytes<type>), row_here + 8 * h);
+    word = *reinterpret_cast<const uint4*>(ring + slot * Here::kBytes + weight_here + within * kTileBytes);
   };
   const auto decode = [&] {
     const uint32_t words[4] = {word.x, word.y, word.z, word.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) even[i] = words[i] << 4 & 0xF0F0F0F0u, odd[i] = words[i] & 0xF0F0F0F0u;
+    hold(even);  // ready before a product begins: it would be cut off from the next one
+    hold(odd);
   };
-  const auto take_scales = [&] {
+  const auto take_scales = [&](int which, int group) {
+    const unsigned char* from = ring + which * Here::kBytes + Here::kRowScale + group * (kRows * kScaleBytes<type>);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      plain[h] = kOffset ? fetched[h] * 0x1p-53f : fetched[h];
-      raised[h] = fetched[h] * 0x1p96f;
-      lowered[h] = fetched[h] * -0x1p-36f;
+      const float scale = scale_at<type>(from, row_here + 8 * h);
+      plain[h] = kOffset ? scale * 0x1p-53f : scale;
+      raised[h] = scale * 0x1p96f;
+      lowered[h] = scale * -0x1p-36f;
     }
   };
   const auto begin_part = [&](int (&into)[kSums], auto part) {
@@ -191,8 +193,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 32 ? 2 : 1)
     const unsigned char* at = ring + slot * Here::kBytes + Here::kCodes + within * (kTokens * 64) + p * (kPart * 64);
     begin_products();
     if constexpr (adds) {
-      const uint32_t fours[4] = {0x40404040u, 0x40404040u, 0x40404040u, 0x40404040u};
-      wgmma_int8<kPart>(into, fours, Tile<64>{offsets}, false);
+      wgmma_int8<kPart>(into, sixty_fours, Tile<64>{offsets}, false);
     }
     wgmma_int8<kPart>(into, even, Tile<64>{at}, adds);
     wgmma_int8<kPart>(into, odd, Tile<64>{at + 32}, true);
@@ -217,22 +218,28 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 32 ? 2 : 1)
     if (lane == 0) arrive(empty + which);
   };
 
-  // One group. Its first part begins, then the last one of the group before is scaled: `last_scales` of its tokens, and
-  // `last` its slot when nothing else is left to read there. Nothing is under way at the end, when the sums of the
-  // group's last part are in made[kNow ^ (kParts - 1) % 2].
-  const float* last_scales = nullptr;
-  int last = -1;
+  const auto scales_of = [&](int which, int group) {
+    return reinterpret_cast<const float*>(ring + which * Here::kBytes + Here::kTokenScale) + group * kTokens;
+  };
+  // One group. Its first part begins, then the last one of the group before is scaled. Nothing is under way at the end,
+  // when the sums of the group's last part are in made[kNow ^ (kParts - 1) % 2], and the next group's weights are
+  // fetched: registers that products read or write are the same ones whenever the loop begins.
   const auto finish_group = [&](auto now) {
-    scale_part(made[decltype(now)::value], Constant<kParts - 1>{}, last_scales);
-    if (last >= 0) release(last);
+    hold(made[decltype(now)::value]);  // not scaled before products are under way again
+    const int before = within != 0 ? slot : slot != 0 ? slot - 1 : kSlots - 1;
+    const int last = within != 0 ? within - 1 : kGroups - 1;
+    take_scales(before, last);  // once more: there are registers for them only now
+    scale_part(made[decltype(now)::value], Constant<kParts - 1>{}, scales_of(before, last));
+    if (within == 0) release(before);
   };
   const auto later_parts = [&](auto self, auto part, auto now) -> void {
     constexpr int p = decltype(part)::value, kNow = decltype(now)::value;
     if constexpr (p < kParts) {
       begin_part(made[kNow], part);
+      if constexpr (p == 1) take_scales(slot, within);
       wait_products<1>();
       hold(made[1 - kNow]);
-      scale_part(made[1 - kNow], Constant<p - 1>{}, last_scales);
+      scale_part(made[1 - kNow], Constant<p - 1>{}, scales_of(slot, within));
       self(self, Constant<p + 1>{}, Constant<1 - kNow>{});
     }
   };
@@ -241,15 +248,10 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 32 ? 2 : 1)
     decode();
     begin_part(made[kNow], Constant<0>{});
     if constexpr (!decltype(is_first)::value) finish_group(Constant<1 - kNow>{});
-    take_scales();
-    last_scales = reinterpret_cast<const float*>(ring + slot * Here::kBytes + Here::kTokenScale) + within * kTokens;
     later_parts(later_parts, Constant<1>{}, Constant<1 - kNow>{});
-    last = slot;
     if (++within == kGroups) {
       within = 0;
       if (++slot == kSlots) slot = 0, parity ^= 1;
-    } else if (more) {
-      last = -1;
     }
     if (more) fetch();
     wait_products<0>();
@@ -261,15 +263,15 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 32 ? 2 : 1)
   fetch();
   group(Constant<0>{}, Constant<1>{}, count > 1);
   if constexpr (kParts % 2 == 0) {
-    for (int g = 1; g < count; ++g) group(Constant<0>{}, Constant<0>{}, g + 1 < count);
+    for (int left = count - 1; left > 0; --left) group(Constant<0>{}, Constant<0>{}, left > 1);
     finish_group(Constant<1>{});
   } else {
-    int g = 1;
-    for (; g + 1 < count; g += 2) {
+    int left = count - 1;
+    for (; left > 1; left -= 2) {
       group(Constant<1>{}, Constant<0>{}, true);
-      group(Constant<0>{}, Constant<0>{}, g + 2 < count);
+      group(Constant<0>{}, Constant<0>{}, left > 2);
     }
-    if (g < count) {
+    if (left) {
       group(Constant<1>{}, Constant<0>{}, false);
       finish_group(Constant<1>{});
     } else {
@@ -296,6 +298,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 32 ? 2 : 1)
     return;
   } else {
     // ---- the low rank -----------------------------------------------------------------------------------------------
+    const int pieces = (rank + kLowColumns - 1) / kLowColumns;
     const uint16_t* up_rows[2];
     float added[2];
 #pragma unroll

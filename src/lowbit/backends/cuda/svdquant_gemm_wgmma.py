@@ -49,16 +49,18 @@ class _Tile:
     def shared(self, scale: torch.dtype) -> int:
         """Bytes of shared memory: the ring, the constants that offset sums, the mailboxes."""
         each = self.tokens * (GROUP + 4) + _BLOCK_ROWS * (GROUP // 2 + scale.itemsize)
-        return self.slots * (round_up(self.groups * each, 1024) + 16) + (64 * min(self.tokens, 64) if self.offset else 0)
+        return self.slots * (round_up(self.groups * each, 1024) + 16) + (
+            64 * min(self.tokens, 64) if self.offset else 0
+        )
 
 
 _TILES = (
-    _Tile(8, groups=4, slots=3, offset=0, cost=170, resident=2),
-    _Tile(16, groups=4, slots=3, offset=0, cost=210, resident=2),
-    _Tile(32, groups=4, slots=3, offset=0, cost=260, resident=2),
-    _Tile(64, groups=1, slots=8, offset=1, cost=300),
-    _Tile(128, groups=1, slots=8, offset=3, cost=490),
-    _Tile(256, groups=1, slots=8, offset=15, cost=850),
+    _Tile(8, groups=4, slots=3, offset=0, cost=195, resident=2),
+    _Tile(16, groups=4, slots=3, offset=0, cost=220, resident=2),
+    _Tile(32, groups=4, slots=6, offset=0, cost=260),
+    _Tile(64, groups=1, slots=8, offset=1, cost=285),
+    _Tile(128, groups=1, slots=8, offset=3, cost=480),
+    _Tile(256, groups=1, slots=8, offset=7, cost=880),  # one part without: a register too few for all
 )
 _FIXED, _FIXED_A_TOKEN = 2000, 15  # cycles of a block beside its groups
 _FINISHING, _SUMS_A_CYCLE = 3000, 500  # of adding up sums, and what all processors add up
@@ -87,7 +89,7 @@ def refuses_product(m: int, n: int, k: int, rank: int) -> str | None:
 
 
 def _plan(m: int, n: int, groups: int, processors: int) -> _Plan:
-    """The tile and the number of pieces of K that should be done first, by the cycles that they are reasoned to take."""
+    """The tile and the number of pieces of K with the fewest cycles, as far as reasoning goes."""
     fewest = next((tile.tokens for tile in _TILES if tile.tokens >= m), _TILES[-1].tokens)
     plans = [
         _Plan(tile, splits)
@@ -129,12 +131,12 @@ def product(
     if not plan.whole:
         sums = torch.empty((plan.splits, n, padded), dtype=torch.float32, device=device)
     elif rank:
-        halves = torch.empty(
-            (2 * ceil_div(rank, _LOW_COLUMNS), padded, _LOW_COLUMNS), dtype=out.dtype, device=device
-        )
+        halves = torch.empty((2 * ceil_div(rank, _LOW_COLUMNS), padded, _LOW_COLUMNS), dtype=out.dtype, device=device)
         factor = torch.empty(padded, dtype=torch.float32, device=device)
-        arguments = [low.contiguous(), halves, factor, low_splits, padded, rank]
-        kernels.launch(_SOURCE, f"lowbit::split_low<{half}>", device, ceil_div(padded, 4), 128, arguments)
+        kernels.launch(
+            _SOURCE, f"lowbit::split_low<{half}>", device, ceil_div(padded, 4), 128,
+            [low.contiguous(), halves, factor, low_splits, padded, rank],
+        )  # fmt: skip
     row_step = round_up(n, _SCALES_TOGETHER)
     if row_step != n:
         weight_scale = torch.nn.functional.pad(weight_scale, (0, row_step - n))
@@ -152,9 +154,10 @@ def product(
         tile.shared(weight_scale.dtype),
     )  # fmt: skip
     if sums is not None:
-        arguments = [sums, low.contiguous(), up, bias, out, plan.splits, low_splits, m, padded, n, rank]
-        grid = (ceil_div(n, 32), ceil_div(m, 16))
-        kernels.launch(_SOURCE, f"lowbit::finish_sums<{half}>", device, grid, 128, arguments)
+        kernels.launch(
+            _SOURCE, f"lowbit::finish_sums<{half}>", device, (ceil_div(n, 32), ceil_div(m, 16)), 128,
+            [sums, low.contiguous(), up, bias, out, plan.splits, low_splits, m, padded, n, rank],
+        )  # fmt: skip
 
 
 def _aligned(tensor: Tensor) -> Tensor:
