@@ -21,10 +21,6 @@
 
 namespace lowbit {
 
-constexpr int kGroup = 64;
-constexpr float kSmallest = 1e-10f;  // absmax
-constexpr float kUnit = 0x1p-149f;   // the smallest float: of it, whole numbers are their own bits
-
 // What a column's values are divided by, for `divided`. A factor of 0 switches a column off, as an infinite one does.
 template <Dtype factor_type>
 LOWBIT_DEVICE float2 divisor_of(float factor) {
@@ -55,6 +51,7 @@ LOWBIT_DEVICE float saturated_product(float a, float b) {
 // The nearest code in the lowest bits: in a byte, or, of nibbles, above 0 by 8 if signed.
 template <bool kBytes, bool kUnsigned>
 LOWBIT_DEVICE uint32_t rounded_code(float steps) {
+  constexpr float kUnit = 0x1p-149f;  // the smallest float: of it, whole numbers are their own bits
   if constexpr (kUnsigned) return __float_as_uint(saturated_product(steps, kUnit));
   if constexpr (kBytes) return __float_as_uint(steps + 12582912.0f);
   return __float_as_uint(fmaf(steps, kUnit, 8 * kUnit));
@@ -94,6 +91,8 @@ __global__ void __launch_bounds__(32 * kTokenWarps * kAcross,
     quantize_svdquant(const uint4* __restrict__ x, const uint4* __restrict__ raw, const void* __restrict__ smooth,
                       const void* __restrict__ down, unsigned char* __restrict__ codes, void* __restrict__ scale,
                       float* __restrict__ low, int m, int rows, int groups, int rank, float shift) {
+  constexpr int kGroup = 64;
+  constexpr float kSmallest = 1e-10f;  // absmax
   constexpr Half half = kHalfOf<dtype>;
   constexpr bool kBytes = kTakesBytes<storage>;
   constexpr int kEights = kRanks / 8, kThreads = 32 * kTokenWarps * kAcross, kTokens = 16 * kTiles * kTokenWarps;
