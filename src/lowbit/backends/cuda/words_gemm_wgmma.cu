@@ -21,13 +21,13 @@
 
 namespace lowbit {
 
-constexpr int kMultiplying = 256;  // threads
-constexpr int kFetching = 128;
+enum Threads { kMultiplying = 256, kFetching = 128 };
+
 constexpr int kCodeBytes = 64;  // of a row of codes, 128 columns
 constexpr int kRowBytes = 128;  // of a token, 64 columns: the width of the swizzle
 
-// The names of the barriers of some threads.
-constexpr int kFetchers = 1, kMultipliers = 2, kOwnGroup = 3;  // and 4, the second group's
+// Barriers of some threads: of those that fetch, of those that multiply, and of each of their two groups.
+enum Meeting { kFetchers = 1, kMultipliers = 2, kFirstGroup = 3, kSecondGroup = 4 };
 
 // Where 16 bytes of a row of codes are put: rows 2 and 3 of every four the other way round, so that the 32 bytes that
 // four rows are read by at a time lie in different banks.
@@ -45,9 +45,14 @@ struct Plan {
   static constexpr int kHalves = kTokens / kColumns;
   // Sixteens of columns of a partial sum: those of a group, or fewer where the two sets could not take turns.
   static constexpr int kSpan = kPairs || (kSixteens == 8 && kTiles == 1 && kHalves == 1) ? 4 : kSixteens;
-  static constexpr int kBlocks = kTiles == 1 && kTokens <= 32 ? 2 : 1;  // on a multiprocessor
-  // Sixteens of columns that are decoded before they are multiplied: fewer where registers are short.
-  static constexpr int kUnit = smaller(kSpan, kBlocks == 2 || (!kPairs && kTokens == 128 && kTiles == 2) ? 2 : 4);
+  // Blocks on a multiprocessor. Fetching threads keep kRaw scales and zeros from one turn to the next.
+  static constexpr int kRaw = kTiles * kGroups * (zeros ? 2 : 1);
+  static constexpr int kBlocks = kTiles == 1 && kTokens <= 32 && kRaw <= 8 ? 2 : 1;
+  // Sixteens of columns that are decoded before they are multiplied: fewer where registers are short. The most sums
+  // leave none for nibbles that are not decoded yet: those are read again.
+  static constexpr bool kFull = !kPairs && kTokens == 128 && kTiles == 2;
+  static constexpr int kUnit = smaller(kSpan, kBlocks == 2 || kFull ? 2 : 4);
+  static constexpr int kRead = kFull ? kUnit : 4;
 
   // A place of the ring, in bytes: tokens [2][kTokens][128], codes [kRows][64], scales and what is added for each x
   // [kGroups][kRows], sums of x [kGroups][kTokens].
@@ -60,14 +65,14 @@ struct Plan {
   static constexpr int kStages = smaller(6, (kBlocks == 2 ? 112 : 225) * 1024 / kStage);
   static constexpr int kLag = kStages - 2;  // places whose copies are under way before the first is waited for
 
-  // Registers: all threads begin with as many, and some pass them on to others. Fetching threads keep a place's scales
-  // and zeros from one turn to the next.
+  // Registers: all threads begin with as many, and those that fetch pass some on.
   static constexpr int kRegisters = kBlocks == 2 ? 80 : 168;
-  static constexpr int kRaw = kTiles * kGroups * (zeros ? 2 : 1);
-  static constexpr int kFewRegisters = kBlocks == 2          ? (kRaw <= 4 && !zeros ? 32 : 48)
-                                       : kRaw > 8            ? 88
-                                       : kRaw <= 4 && !zeros ? 40
-                                                             : 56;
+  static constexpr bool kFew = kRaw <= 4 && !zeros;
+  static constexpr int kFewRegisters = kBlocks == 2 ? (kFew ? 32 : 48)
+                                       : kFew       ? 40
+                                       : kRaw <= 8  ? 56
+                                       : kRaw <= 16 ? 88
+                                                    : 104;
   static constexpr int kManyRegisters = (3 * kRegisters - kFewRegisters) / 16 * 8;
 };
 
@@ -183,7 +188,8 @@ LOWBIT_DEVICE void store_results(const uint16_t* results, int pitch, uint16_t* o
 // Blocks: x rows of the weight, y tokens, z splits of K. With `parts`, sums go there as add_word_splits takes them:
 // float32 [splits, tiles of 64 rows, eights of tokens, 128 threads, 4].
 template <Code code, Half half, ScaleType scale_type, bool zeros, int kSixteens, int kTokens, int kTiles>
-__global__ void __launch_bounds__(kMultiplying + kFetching, (kTiles == 1 && kTokens <= 32 ? 2 : 1))
+__global__ void __launch_bounds__(kMultiplying + kFetching,
+                                  (Plan<half, scale_type, zeros, kSixteens, kTokens, kTiles>::kBlocks))
     words_gemm(const uint16_t* __restrict__ x, const uint4* __restrict__ codes, const void* __restrict__ scale,
                const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_step,
                const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, float* __restrict__ parts, int m, int n,
@@ -280,7 +286,7 @@ __global__ void __launch_bounds__(kMultiplying + kFetching, (kTiles == 1 && kTok
   uint32_t nibbles[2][2];  // of a tile's 64 columns: rows, columns
   const auto decode = [&](int unit, const unsigned char* stage) {
     const int tile = unit / kTileUnits, first = unit % kTileUnits * kUnit;
-    if (first % 4 == 0) {
+    if (first % P::kRead == 0) {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -288,7 +294,7 @@ __global__ void __launch_bounds__(kMultiplying + kFetching, (kTiles == 1 && kTok
           const auto* at = stage + P::kCodes + (tile * 64 + 8 * h) * kCodeBytes + (own_codes ^ 32 * c);
           const uint2 words = *reinterpret_cast<const uint2*>(at);
           const Spread spread = spread_words(words.x, words.y);
-          nibbles[h][c] = first == 0 ? spread.low : spread.high;
+          nibbles[h][c] = first < 4 ? spread.low : spread.high;
         }
     }
     auto& left = a[unit % 2];
@@ -426,7 +432,7 @@ __global__ void __launch_bounds__(kMultiplying + kFetching, (kTiles == 1 && kTok
           results[(8 * j + 2 * place + i) * kPitch + local] =
               float_to_half<half>(fmaf(sum(t, 4 * j + 2 * h + i), all, added));
     }
-  meet(kOwnGroup + threadIdx.x / 128, 128);
+  meet(kFirstGroup + threadIdx.x / 128, 128);
   store_results<kTokens, 64 * kTiles>(results, kPitch, out, first_token, first_row + group_row, m, n);
 }
 

@@ -7,6 +7,7 @@ order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lowbit.backends.cuda import kernels
 from lowbit.backends.cuda.device_check import usable
-from lowbit.backends.cuda.linear_words import _HALVES, _kind, _Operands, _operands, _refuses_groups
+from lowbit.backends.cuda.linear_words import _HALVES, _kind, _operands
 from lowbit.backends.gpu import target_of
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
@@ -43,20 +44,27 @@ _MOST_SPLITS = 16
 
 @dataclass(frozen=True)
 class _Tiles:
-    """A block's share: tokens, tiles of 128 rows, blocks of 128 columns split so many times."""
+    """A block's share: tokens, tiles of 128 rows, and into how many parts K is split for it."""
 
     tokens: int
     tiles: int
     splits: int
+    beside: int
+    """Blocks that one multiprocessor runs side by side."""
 
     @property
     def rows(self) -> int:
         return 128 * self.tiles
 
-    @property
-    def beside(self) -> int:
-        """Blocks that one multiprocessor runs side by side."""
-        return 2 if self.tiles == 1 and self.tokens <= 32 else 1
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a weight needs beside its codes. `sixteens` of columns share a scale; 8 where a group has 128 or more."""
+
+    sixteens: int
+    zeros: bool
+    pairs: bool
+    """Whether scales multiply decoded values, not sums."""
 
 
 def refuses(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
@@ -82,6 +90,19 @@ def refuses(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> str | 
     return _refuses_groups(fmt, x, parts)
 
 
+def _refuses_groups(fmt: Format, x: Tensor, parts: Parts) -> str | None:
+    scale, zero, group = parts["scale"], parts.get("zero"), fmt.unit((1, x.shape[-1]))[1]
+    if "zero_point" in parts:
+        return "codes with zero points"
+    if scale.dtype.itemsize == 2 and scale.dtype != x.dtype:
+        return f"scales are {_kind(scale)}, x {_kind(x)}; the kernel takes one dtype, or scales in float32"
+    if zero is not None and zero.dtype != scale.dtype:
+        return f"zeros are {_kind(zero)}, scales {_kind(scale)}; the kernel takes one dtype"
+    if group % _STEP or (words128.COLUMNS % group and group % words128.COLUMNS):
+        return f"groups of {group} columns; the kernel takes 16, 32, 64, 128 and multiples of 128"
+    return None
+
+
 def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     """x [..., K] in bfloat16 or float16, parts in words128, bias [N] or None -> [..., N] in the dtype of x."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -92,12 +113,13 @@ def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
         return out
     if rows.data_ptr() % _ALIGNMENT:
         rows = rows.clone()
-    sixteens = min(found.group, words128.COLUMNS) // _STEP
-    half, zeros = f"lowbit::{_HALVES[x.dtype]}", found.zero is not None
-    tiles = _tiles(m, n, k, found, x.dtype, target_of(x.device).processors)
+    group, half = fmt.unit((1, k))[1], f"lowbit::{_HALVES[x.dtype]}"
+    pairs = found.scale == "kE4M3" or (found.scale == "kE8M0" and x.dtype == torch.bfloat16)
+    kind = _Kind(min(group, words128.COLUMNS) // _STEP, found.zero is not None, pairs)
+    tiles = _tiles(m, n, k, kind, target_of(x.device).processors)
     name = (
-        f"lowbit::words_gemm<lowbit::{found.code}, {half}, lowbit::{found.scale}, {str(zeros).lower()}, {sixteens}, "
-        f"{tiles.tokens}, {tiles.tiles}>"
+        f"lowbit::words_gemm<lowbit::{found.code}, {half}, lowbit::{found.scale}, {str(kind.zeros).lower()}, "
+        f"{kind.sixteens}, {tiles.tokens}, {tiles.tiles}>"
     )
     grid = (-(-n // tiles.rows), -(-m // tiles.tokens), tiles.splits)
     row_tiles, eights = grid[0] * tiles.rows // 64, grid[1] * tiles.tokens // 8
@@ -106,9 +128,9 @@ def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     added = None if bias is None else bias.contiguous()
     arguments: list[kernels.Argument] = [
         rows, codes, parts["scale"], found.zero, found.alpha, step, added, out, sums, m, n, k,
-        max(1, found.group // words128.COLUMNS),
+        max(1, group // words128.COLUMNS),
     ]  # fmt: skip
-    kernels.launch(_SOURCE, name, x.device, grid, _THREADS, arguments, shared=_shared(tiles, sixteens, zeros=zeros))
+    kernels.launch(_SOURCE, name, x.device, grid, _THREADS, arguments, shared=_shared(tiles, kind))
     if sums is not None:
         kernels.launch(
             _SOURCE, f"lowbit::add_word_splits<{half}>", x.device, (-(-n // 64), -(-m // 16)), 128,
@@ -117,24 +139,31 @@ def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _shared(tiles: _Tiles, sixteens: int, *, zeros: bool) -> int:
+def _shared(tiles: _Tiles, kind: _Kind) -> int:
     """Bytes of shared memory: as Plan of the kernel lays it out."""
-    groups = 8 // sixteens
+    groups = 8 // kind.sixteens
     place = 256 * tiles.tokens + 64 * tiles.rows + 4 * groups * tiles.rows
-    place += 4 * groups * (tiles.rows + tiles.tokens) if zeros else 0
+    place += 4 * groups * (tiles.rows + tiles.tokens) if kind.zeros else 0
     place = -(-place // _KIB) * _KIB
     places = min(_PLACES, _ROOM[tiles.beside] // place)
     return places * (place + 2 * _MAILBOX)
 
 
-def _tiles(m: int, n: int, k: int, found: _Operands, dtype: torch.dtype, processors: int) -> _Tiles:
+def _shapes(m: int, kind: _Kind) -> Iterator[tuple[tuple[int, int], int]]:
+    """(Tokens, tiles) of a block for so many tokens, and how many such blocks share a multiprocessor: as in Plan."""
+    for tokens in (16, 32, 64, 128):
+        for tiles in (2, 1):
+            too_many_sums = (tokens, tiles) == (128, 2) and not kind.pairs and (kind.zeros or kind.sixteens < 4)
+            if tokens < 2 * m and not too_many_sums:
+                scales = tiles * (8 // kind.sixteens) * (2 if kind.zeros else 1)
+                yield (tokens, tiles), 2 if tiles == 1 and tokens <= 32 and scales <= 8 else 1
+
+
+def _tiles(m: int, n: int, k: int, kind: _Kind, processors: int) -> _Tiles:
     """The tiles that should take the fewest cycles."""
-    sixteens = min(found.group, words128.COLUMNS) // _STEP
-    pairs = found.scale == "kE4M3" or (found.scale == "kE8M0" and dtype == torch.bfloat16)
     blocks = k // words128.COLUMNS
-    shapes = [(tokens, tiles) for tokens in (16, 32, 64, 128) for tiles in (2, 1) if tokens < 2 * m]
-    shapes = [shape for shape in shapes if shape != (128, 2) or pairs or sixteens > 2]  # registers
-    choices = [_Tiles(*shape, splits) for shape in shapes for splits in range(1, min(blocks, _MOST_SPLITS) + 1)]
+    splits = range(1, min(blocks, _MOST_SPLITS) + 1)
+    choices = [_Tiles(*shape, split, beside) for shape, beside in _shapes(m, kind) for split in splits]
     return min(choices, key=lambda tiles: _cycles(tiles, m, n, blocks, processors))
 
 
