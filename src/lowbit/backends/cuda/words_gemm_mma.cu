@@ -1,11 +1,15 @@
-// linear for more than 8 tokens and 4-bit codes in the layout words128: weights are decoded in registers, and meet
-// tokens from shared memory on the tensor cores of a warp (sm_80 and later).
+// linear for more than 8 tokens and 4-bit codes in the layout words128, or integers in plain bytes: weights are decoded
+// in registers, and meet tokens from shared memory on the tensor cores of a warp (sm_80 and later).
 //
 //   out[m, r] = alpha * sum over groups g of (scale[g, r] * sum of x * value + zero[g, r] * sum of x)  + bias[r]
 //
 // A block of threads has kRows rows of the weight and kTokens tokens. Its warps are arranged as kRowWarps * kTokenWarps
 // over that tile, and kParts times over K: each part takes every kParts-th block of 128 columns. Codes and tokens come
 // by asynchronous copies, kStages - 1 steps ahead; a step is kParts blocks.
+//
+// A lane's columns of operand A are those of operand B in words128. In plain bytes the 8 columns of a word stand for
+// the columns of two products, of which a lane has four each; so groups must have 32 columns or more (mma.cuh: the
+// order of columns is free, if both operands have the same).
 //
 // Scales of 16 bits or more multiply float32 sums over their group, or over 64 columns of it: none is rounded. Those of
 // 8 bits multiply the decoded values where that is exact (exact_pairs.cuh). The sums of x that zeros need come from
@@ -20,12 +24,17 @@ constexpr int kBlockBytes = 64;    // of a row of codes, 128 columns
 constexpr int kTokenBytes = 256;   // of a token, as many columns
 constexpr int kChunkSixteens = 4;  // sixteens of columns whose decoded values are held at a time
 
-// Where 16 bytes of a row of codes are put: rows 2 and 3 of every four the other way round, so that the 32 bytes that
-// four rows are read by at a time lie in different banks. The row counts by its two lowest bits alone.
-LOWBIT_DEVICE int code_place(int row, int piece) { return row * kBlockBytes + (piece ^ (row & 2)) * 16; }
+enum Storage { kWords = 0, kBytes = 1 };
 
-// Where 16 bytes of a token are put, so that eight tokens' lie in different banks.
-LOWBIT_DEVICE int token_place(int token, int piece) { return token * kTokenBytes + (piece ^ (token & 7)) * 16; }
+// Where 16 bytes of a row of codes are put: moved by the row's number, so that what lanes read at a time lies in
+// different banks, be it 8 bytes of four rows' neighbouring pieces or 4 bytes of eight rows' same piece.
+LOWBIT_DEVICE int code_place(int row, int piece) {
+  return row * kBlockBytes + (piece ^ (row & 2) ^ (row >> 2 & 1)) * 16;
+}
+
+// Where 16 bytes of a token are put, likewise: eight tokens' same piece, or two tokens' four neighbouring ones.
+LOWBIT_DEVICE int token_turn(int token) { return (token & 1) << 2 | (token >> 1 & 3); }
+LOWBIT_DEVICE int token_place(int token, int piece) { return token * kTokenBytes + (piece ^ token_turn(token)) * 16; }
 
 // Pair j of four of one half of the spread words, j constant once its loop is unrolled.
 template <Code code, Half half>
@@ -55,18 +64,20 @@ LOWBIT_DEVICE uint32_t value_pair(uint32_t spread, int j) {
   }
 }
 
-// Blocks that share a multiprocessor by their registers. Sums of many small groups need more of them.
-constexpr int blocks_together(int threads, int columns, bool small_groups) {
-  return threads == 256 && columns == 2 && !small_groups ? 2 : 1;
+// Pair of columns 2 b and 2 b + 1 of a word of plain bytes, which are the nibbles of byte b, as integers.
+template <Half half>
+LOWBIT_DEVICE uint32_t pair_of_bytes(uint32_t word, int b) {
+  const Spread spread = spread_words(word, word >> 4);  // byte 0 and byte 1, byte 2 and byte 3
+  return b % 2 ? centred_pair<half, 2>(b < 2 ? spread.low : spread.high)
+               : centred_pair<half, 0>(b < 2 ? spread.low : spread.high);
 }
 
 // kSixteens: sixteens of columns that share a scale, 8 where a group has 128 or more. A warp has kTiles * 16 rows and
 // kColumns * 8 tokens. With `sums` [splits, m, n], blocks z > 0 have later columns, and store what add_splits adds.
-template <Code code, Half half, ScaleType scale_type, bool zeros, int kSixteens, int kTiles, int kColumns,
-          int kRowWarps, int kTokenWarps, int kParts, int kStages>
+template <Code code, Half half, ScaleType scale_type, bool zeros, Storage storage, int kSixteens, int kTiles,
+          int kColumns, int kRowWarps, int kTokenWarps, int kParts, int kStages>
 __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
-                                  blocks_together(32 * kRowWarps * kTokenWarps * kParts, kColumns,
-                                                  code == kIntegers && kSixteens == 1))
+                                  kColumns == 2 && (code == kE2M1 || kSixteens > 1) ? 2 : 1)
     words_gemm(const uint16_t* __restrict__ x, const unsigned char* __restrict__ codes, const void* __restrict__ scale,
                const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_step,
                const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, float* __restrict__ sums, int m, int n,
@@ -79,7 +90,6 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
   constexpr int kFactors = kParts * kGroups * kRows;  // of a step
   constexpr int kPieces = kGroups > 2 ? kGroups : 2;  // sums of x in a block of columns
   constexpr bool kScaled = code == kE2M1 && kScalesPairs<half, scale_type>;
-  constexpr ScaleType zero_type = scale_type;
 
   unsigned char* const stages = dynamic_shared();
   auto* const factors = reinterpret_cast<uint32_t*>(stages + kStages * kStageBytes);  // [2, kFactors]
@@ -101,7 +111,7 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
   static_assert(kRows % kCodeRows == 0 && kTokens % kTokenRows == 0, "every thread copies as much as any other");
   const int code_row = thread / kCodePieces, code_piece = thread % kCodePieces;
   const int token_row = thread / kTokenPieces, token_piece = thread % kTokenPieces;
-  static_assert(kCodeRows % 4 == 0, "a thread's rows all have their pieces in the same place");
+  static_assert(kCodeRows % 8 == 0, "a thread's rows all have their pieces in the same place");
   const unsigned char* const code_from =
       codes + int64_t(first_row + code_row) * (k / 2) + int64_t(first) * kBlockBytes + code_piece * 16;
   const auto* const token_from = reinterpret_cast<const unsigned char*>(x) +
@@ -123,20 +133,22 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
     const bool tokens_here = block + token_piece / 16 < last;
 #pragma unroll
     for (int i = 0; i < kTokens / kTokenRows; ++i, from += token_stride)
-      copy_async(stages + stage + (token_to ^ (i * kTokenRows % 8 * 16)) + i * (kTokenRows * kTokenBytes), from,
+      copy_async(stages + stage + (token_to ^ (token_turn(i * kTokenRows) * 16)) + i * (kTokenRows * kTokenBytes), from,
                  tokens_here && i * kTokenRows < tokens_left);
   };
 
-  // ---- scales and zeros of a step, through registers: [kParts, kGroups, kRows]
+  // ---- scales and zeros of a step, [kParts, kGroups, kRows], through registers: a thread's are all of one row
+  static_assert(kThreads % kRows == 0, "a thread's scales are all of one row");
   constexpr int kHeld = (kFactors + kThreads - 1) / kThreads;
+  const int factor_row = min(first_row + thread % kRows, n - 1);
   const auto load_factors = [&](const void* from, int step, uint32_t (&held)[kHeld]) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      const int at = thread + i * kThreads, row = min(first_row + at % kRows, n - 1);
-      const int block = min(first + step * kParts + at / (kGroups * kRows) % kParts, last - 1);
-      uint32_t group = uint32_t(block) * kGroups + uint32_t(at / kRows % kGroups);
+      // Those behind the last repeat it: they are not used.
+      const int at = (first + step * kParts) * kGroups + thread / kRows + i * (kThreads / kRows);
+      uint32_t group = min(at, last * kGroups - 1);
       if (kSixteens == 8 && blocks_a_group > 1) group /= uint32_t(blocks_a_group);
-      held[i] = stored_scale<scale_type>(from, group * uint32_t(n) + row);
+      held[i] = stored_scale<scale_type>(from, group * uint32_t(n) + factor_row);
     }
   };
   const auto store_scales = [&](int step, const uint32_t (&held)[kHeld]) {
@@ -156,16 +168,22 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
     for (int i = 0; i < kHeld; ++i) {
       const int at = thread + i * kThreads;
       if (kFactors % kThreads == 0 || at < kFactors)
-        added[step % 2 * kFactors + at] = scale_value<half, zero_type>(held[i]);
+        added[step % 2 * kFactors + at] = scale_value<half, scale_type>(held[i]);
     }
   };
 
   float acc[kTiles][kColumns][4] = {};
   const int own_row = 16 * kTiles * row_warp + owner;  // of the tile's rows; + 8 and + 16 t are the lane's, too
   const int own_token = 8 * kColumns * token_warp;     // the first of the warp
-  const int codes_at = code_place(own_row, place / 2) + place % 2 * 8;
-  // What the lane names for ldmatrix: tokens 0..7 first half of a sixteen, second half, tokens 8..15 likewise.
-  const int matrix_at = kCodeBytes + token_place(own_token + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  // Of words, a lane reads two for columns place * 2 .. + 1 of every sixteen, and two for columns + 8; of bytes, the
+  // four with columns place * 8 .. + 7 of every 32.
+  const int codes_at =
+      storage == kWords ? code_place(own_row, place / 2) + place % 2 * 8 : code_place(own_row, 0) + place * 4;
+  // What it names for ldmatrix: tokens 0..7 first half of a sixteen, second half, tokens 8..15 likewise. With bytes it
+  // reads 16 bytes of a token, which are two sixteens' share of x for a lane.
+  const int tokens_at =
+      kCodeBytes + (storage == kWords ? token_place(own_token + lane % 8 + lane / 16 * 8, lane / 8 % 2)
+                                      : token_place(own_token + owner, place));
 
   const auto multiply = [&](int step, int stage) {
     if (kParts > 1 && first + step * kParts + part >= last) return;
@@ -173,14 +191,19 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
     const uint32_t* scales = factors + (step % 2 * kParts + part) * (kGroups * kRows) + own_row;
 #pragma unroll 1
     for (int chunk = 0; chunk < 2; ++chunk) {
-      uint32_t spread[kTiles][4];  // rows, rows + 8; columns, columns + 8
+      // Words: rows, rows + 8; columns, columns + 8, each of four sixteens. Bytes: rows, rows + 8; 32 columns, 32 more.
+      uint32_t spread[kTiles][4];
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const auto* const at = mine + (codes_at ^ (i / 2 * 32)) + (16 * t + i % 2 * 8) * kBlockBytes;
-          const uint2 words = *reinterpret_cast<const uint2*>(at);
-          spread[t][i] = spread_half(words.x, words.y, chunk);
+          const auto* const at = mine + (16 * t + i % 2 * 8) * kBlockBytes;
+          if constexpr (storage == kWords) {
+            const uint2 words = *reinterpret_cast<const uint2*>(at + (codes_at ^ (i / 2 * 32)));
+            spread[t][i] = spread_half(words.x, words.y, chunk);
+          } else {
+            spread[t][i] = *reinterpret_cast<const uint32_t*>(at + (codes_at ^ ((2 * chunk + i / 2) * 16)));
+          }
         }
       constexpr int kWide = kSixteens < kChunkSixteens ? kSixteens : kChunkSixteens;  // of one scale, here
       constexpr int kSpans = kChunkSixteens / kWide;
@@ -199,7 +222,11 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
             for (int j = span * kWide; j < (span + 1) * kWide; ++j)
 #pragma unroll
               for (int i = h; i < 4; i += 2) {
-                const uint32_t pair = value_pair<code, half>(spread[t][i], j);
+                uint32_t pair;
+                if constexpr (storage == kWords)
+                  pair = value_pair<code, half>(spread[t][i], j);
+                else
+                  pair = pair_of_bytes<half>(spread[t][j / 2 * 2 + i % 2], j % 2 * 2 + i / 2);
                 if constexpr (kScaled)
                   a[t][j][i] = scaled_pair<half, scale_type>(pair, stored);
                 else
@@ -210,9 +237,21 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
 #pragma unroll
       for (int c = 0; c < kColumns; c += 2) {
         uint32_t b[kChunkSixteens][4];
+        if constexpr (storage == kWords) {
 #pragma unroll
-        for (int j = 0; j < kChunkSixteens; ++j)
-          load_matrices(b[j], mine + (matrix_at ^ ((chunk * kChunkSixteens + j) * 32)) + 8 * c * kTokenBytes);
+          for (int j = 0; j < kChunkSixteens; ++j)
+            load_matrices(b[j], mine + (tokens_at ^ ((chunk * kChunkSixteens + j) * 32)) + 8 * c * kTokenBytes);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {  // tokens, tokens + 8; 32 columns, 32 more
+            const uint4 found = *reinterpret_cast<const uint4*>(mine + (tokens_at ^ ((2 * chunk + i / 2) * 64)) +
+                                                                8 * (c + i % 2) * kTokenBytes);
+            b[i / 2 * 2][i % 2 * 2] = found.x;
+            b[i / 2 * 2][i % 2 * 2 + 1] = found.y;
+            b[i / 2 * 2 + 1][i % 2 * 2] = found.z;
+            b[i / 2 * 2 + 1][i % 2 * 2 + 1] = found.w;
+          }
+        }
 #pragma unroll
         for (int t = 0; t < kTiles; ++t)
 #pragma unroll

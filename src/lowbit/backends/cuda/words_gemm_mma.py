@@ -1,4 +1,4 @@
-"""linear for more than 8 tokens of 16 bits and 4-bit codes in the layout words128, on the tensor cores of a warp.
+"""linear for more than 8 tokens of 16 bits and 4-bit codes, in words128 or plain bytes, on the tensor cores of a warp.
 
 Weights are decoded in registers for all tokens of a tile: there is no copy of them in 16 bits. No scale is rounded: in
 sums of float32, or multiplied with the decoded values where the product is exact. From sm_80 on.
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.cuda import kernels, linear_words
-from lowbit.backends.cuda.linear_words import _HALVES, _STEP, _operands, _Operands
+from lowbit.backends.cuda.linear_words import _HALVES, _STEP, _Operands, _operands
 from lowbit.backends.gpu import Target, target_of
+from lowbit.formats.awq_w4a16 import AwqW4A16
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 from lowbit.layouts import words128
@@ -79,15 +80,30 @@ class _Plan:
 
 
 def refuses(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
-    """Why this call cannot run here, or None."""
+    """Why this call cannot run here, or None. But for the number of tokens, it is as for `linear_words`."""
+    return _refuses_tokens(x) or linear_words.refuses(fmt, _one_token(x), parts, bias)
+
+
+def refuses_plain(fmt: AwqW4A16, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
+    """The same for parts as files hold them."""
+    return _refuses_tokens(x) or linear_words.refuses_plain(fmt, _one_token(x), parts, bias)
+
+
+def _refuses_tokens(x: Tensor) -> str | None:
     m = x.shape[:-1].numel()
-    if m not in TOKENS:
-        return f"{m} tokens; the kernel takes {TOKENS.start} and more"
-    one = x[(0,) * (x.dim() - 1)]  # but for the number of tokens, both kernels take the same
-    return linear_words.refuses(fmt, one, parts, bias)
+    return None if m in TOKENS else f"{m} tokens; the kernel takes {TOKENS.start} and more"
 
 
-def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+def _one_token(x: Tensor) -> Tensor:
+    return x[(0,) * (x.dim() - 1)]
+
+
+def linear_plain(fmt: AwqW4A16, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    """`linear` for plain parts of awq_w4a16: bytes [N, K/2], scales and zeros [K/g, N]."""
+    return linear(fmt, x, parts, bias, "kBytes")
+
+
+def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None, storage: str = "kWords") -> Tensor:
     """x [..., K] of 9 tokens and more, parts in words128, bias [N] or None -> [..., N] in the dtype of x."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     (m, k), codes, found = rows.shape, parts["qdata"], _operands(fmt, parts, x)
@@ -104,8 +120,8 @@ def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     tile = plan.tile
     name = (
         f"lowbit::words_gemm<lowbit::{found.code}, {half}, lowbit::{found.scale}, "
-        f"{str(found.zero is not None).lower()}, {sixteens}, {_TILES}, {tile.columns}, {tile.row_warps}, "
-        f"{tile.token_warps}, {tile.parts}, {plan.stages}>"
+        f"{str(found.zero is not None).lower()}, lowbit::{storage}, {sixteens}, {_TILES}, "
+        f"{tile.columns}, {tile.row_warps}, {tile.token_warps}, {tile.parts}, {plan.stages}>"
     )
     step = 0 if found.alpha is None or found.alpha.numel() == 1 else 1
     sums = torch.empty((plan.splits, m, n), dtype=torch.float32, device=x.device) if plan.splits > 1 else None
