@@ -21,6 +21,7 @@ from rich.table import Table
 
 from lowbit.backends.cuda import compiler
 from tests.support.cuda_launches import SHARED, Noted, all_noted, distinct, judge, nowhere
+from tests.support.kernel_examples import spread
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,16 @@ def show(console: Console, rows: Sequence[Row]) -> None:
     console.print(table)
 
 
+def _named(one: Noted) -> str:
+    return one.function
+
+
 def run(console: Console, given: argparse.Namespace) -> dict[str, Any]:
     """Compile and show; the rows, those at fault, and what is missing."""
     targets = [name for name in SHARED if name.removesuffix("a") in given.targets]
     jobs = []
     for target in targets:
-        for one in distinct(all_noted(target, not given.all_tokens)[0]):
+        for one in spread(distinct(all_noted(target, not given.all_tokens)[0]), given.variants or 0, _named):
             names = (one.function, one.launch.name, one.by, one.what)
             if not given.kernels or any(wanted in name for wanted in given.kernels for name in names):
                 jobs.append((one, target))

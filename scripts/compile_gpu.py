@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--all-tokens", action="store_true", help="more numbers of tokens; Triton: float16, too")
     parser.add_argument("--all-configs", action="store_true", help="Triton: not the first alone")
     parser.add_argument(
-        "--variants", type=int, default=4, help="Triton: of a kernel and target, spread over all; 0 for all"
+        "--variants", type=int, help="of a kernel and target, spread over all; 0 for all. Default: CUDA all, Triton 4"
     )
     parser.add_argument("--json", type=Path, help="write the rows there, too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)

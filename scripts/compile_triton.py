@@ -23,9 +23,11 @@ from rich.progress import track
 from rich.table import Table
 
 from lowbit.backends.triton.tuning import Config
+from tests.support.kernel_examples import spread
 from tests.support.triton_launches import TARGETS, Noted, all_noted, distinct, judge, qualified, unlaunched
 
 FULL = "sm_90"  # takes everything
+_VARIANTS = 4  # of a kernel and target; a Triton kernel takes seconds to compile
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,8 @@ def compile_job(index: int) -> Row:
     return Row(qualified(one.kernel), what, str(config), target, *cost, seconds, verdict.fault, verdict.note)
 
 
-def spread(found: Sequence[Noted], count: int) -> list[Noted]:
-    """Of each kernel at most so many variants, the first and the last among them; 0 for all."""
-    by: dict[str, list[Noted]] = {}
-    for one in found:
-        by.setdefault(qualified(one.kernel), []).append(one)
-    if not count:
-        return list(found)
-    chosen = []
-    for many in by.values():
-        last = len(many) - 1
-        places = dict.fromkeys(round(index * last / max(1, count - 1)) for index in range(count))
-        chosen += [many[place] for place in places]
-    return chosen
+def _named(one: Noted) -> str:
+    return qualified(one.kernel)
 
 
 def collect(given: argparse.Namespace, targets: Sequence[str]) -> list[str]:
@@ -79,7 +70,7 @@ def collect(given: argparse.Namespace, targets: Sequence[str]) -> list[str]:
     missing = [*without.values(), *(f"no entry launches {name}" for name in unlaunched(found))]
     for target in targets:
         found, _ = all_noted(target, not given.all_tokens)
-        for one in spread(distinct(found), given.variants):
+        for one in spread(distinct(found), _VARIANTS if given.variants is None else given.variants, _named):
             names = (qualified(one.kernel), one.by, one.what)
             if given.kernels and not any(wanted in name for wanted in given.kernels for name in names):
                 continue

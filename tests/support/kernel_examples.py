@@ -7,10 +7,10 @@ are compiled: nothing escapes the compiler by being forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lowbit.layouts.scale_128x4 import swizzled_shape
 from tests.support.specs import ALL_SPECS
 
 META = torch.device("meta")
+T = TypeVar("T")
 MORE_SPECS = (
     "fp8_e4m3(granularity=row)", "fp8_e5m2(granularity=row)", "int8(granularity=row)", "int8(granularity=tensor)",
     "int8(granularity=block)", "int8(rotation=256)", "wna16(group_size=64,zero_point=true)", "wna16(bits=8)",
@@ -212,3 +213,18 @@ def title(entry: Kernel) -> str:
     """`op format@layout`, as a test's name says it."""
     layout = "" if entry.layout in ("", dispatch.ANY_LAYOUT) else f"@{entry.layout}"
     return entry.op if entry.op in NAMED else f"{entry.op} {entry.format}{layout}"
+
+
+def spread(found: Sequence[T], count: int, name: Callable[[T], str]) -> list[T]:
+    """Of each name at most so many, the first and the last among them; 0 for all."""
+    by: dict[str, list[T]] = {}
+    for one in found:
+        by.setdefault(name(one), []).append(one)
+    if not count:
+        return list(found)
+    chosen = []
+    for many in by.values():
+        last = len(many) - 1
+        places = dict.fromkeys(round(index * last / max(1, count - 1)) for index in range(count))
+        chosen += [many[place] for place in places]
+    return chosen
