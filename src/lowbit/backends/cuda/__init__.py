@@ -17,9 +17,11 @@ from lowbit.backends.cuda import (
     ahead,
     int4_plain_mm,
     linear_int8,
+    linear_svdquant_w4a4,
     linear_words,
     quantize_rows_int8,
     quantize_svdquant_w4a4,
+    scaled_mm_svdquant_w4a4,
 )
 
 __all__ = [
@@ -28,7 +30,9 @@ __all__ = [
     "device_check",
     "int4_plain_mm",
     "linear_int8",
+    "linear_svdquant_w4a4",
     "linear_words",
     "quantize_rows_int8",
     "quantize_svdquant_w4a4",
+    "scaled_mm_svdquant_w4a4",
 ]

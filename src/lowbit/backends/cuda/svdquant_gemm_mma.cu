@@ -30,12 +30,6 @@ namespace lowbit {
 // or in the layout kitchen_tile_packed_w4a4.
 enum Arrangement { kFragments = 0, kRowMajor = 1, kTiled = 2 };
 
-constexpr int kStart = 1 << 17;
-constexpr float kRaise = 0x1p96f, kOffset = -0x1p-36f;
-constexpr int kRanks = 32;          // of the low rank, at a time
-constexpr int kPitch = kRanks + 4;  // floats, so that no two lanes' 16 bytes meet in a bank
-constexpr int kTileRows = 128;      // of kTiled
-
 // What a group takes in shared memory, in bytes: the weight's codes, then these.
 template <Storage storage, Dtype parts, int kTokens, int kRows>
 struct Group {
@@ -96,6 +90,11 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps, kWarps / (kRowWa
                      void* __restrict__ out, int m, int n, int groups, int padded, int scale_rows, int rank, int lows,
                      int low_rows, int bias_type) {
   static_assert(storage == kFragments4 || storage == kFragments8, "the storages of a warp's products");
+  constexpr int kStart = 1 << 17;
+  constexpr float kRaise = 0x1p96f, kOffset = -0x1p-36f;
+  constexpr int kRanks = 32;          // of the low rank, at a time
+  constexpr int kPitch = kRanks + 4;  // floats, so that no two lanes' 16 bytes meet in a bank
+  constexpr int kTileRows = 128;      // of kTiled
   constexpr bool kBytes = kTakesBytes<storage>;
   constexpr int kThreads = 32 * kRowWarps * kTokenWarps;
   constexpr int kSixteens = kRows / kRowWarps / 16, kEights = kTokens / kTokenWarps / 8;

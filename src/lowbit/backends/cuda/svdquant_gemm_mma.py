@@ -14,7 +14,6 @@ from torch import Tensor
 from lowbit.backends.cuda import kernels
 from lowbit.backends.cuda.quantize_svdquant_w4a4 import STORAGES
 from lowbit.backends.gpu import target_of
-from lowbit.layouts import svdquant_fragments, svdquant_tiles
 from lowbit.numerics.groups import ceil_div, round_up
 from lowbit.numerics.int4_matmul import GROUP
 
@@ -95,7 +94,7 @@ def storage_of(device: torch.device) -> str:
 
 def refuses_product(m: int, n: int, k: int, rank: int) -> str | None:
     """Why a product of these sizes cannot run here, or None."""
-    if k % GROUP:
+    if k % GROUP or not k:
         return f"{k} columns; the kernel takes multiples of {GROUP}"
     if m > _MOST_TOKENS:
         return f"{m} tokens; the kernel takes up to {_MOST_TOKENS}"
@@ -105,7 +104,7 @@ def refuses_product(m: int, n: int, k: int, rank: int) -> str | None:
 
 
 def _plan(m: int, n: int, groups: int, processors: int) -> _Plan:
-    """The tile and the number of pieces of K that should be done first, by the cycles that they are reasoned to take."""
+    """The tile and the number of pieces of K that are reasoned to take the fewest cycles."""
     fewest = next((tile.tokens for tile in _TILES if tile.tokens >= m), _TILES[-1].tokens)
     plans = [
         _Plan(tile, splits)
@@ -168,11 +167,6 @@ def product(
         arguments: list[Tensor | int | None] = [sums, bias, out, splits, m, n, bias_type]
         name = f"lowbit::svdquant_add<lowbit::{DTYPES[out.dtype]}>"
         kernels.launch(_SOURCE, name, device, ceil_div(m * n, 256), 256, arguments)
-
-
-def padded_tokens(m: int) -> int:
-    """How many tokens the codes of m tokens have room for."""
-    return round_up(m, TOKENS_MULTIPLE)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
