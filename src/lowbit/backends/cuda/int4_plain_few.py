@@ -6,6 +6,8 @@ all. Else a kernel of its own rounds x first.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,8 @@ FUSED = 24 * 1024  # values of x up to which every block rounds it for itself; r
 _SOURCE = "int4_plain_mm.cu"
 _WARPS = 8  # of a block
 _THREADS = 32 * _WARPS
-_ROWS = {1: 4, 2: 4, 4: 4, 8: 2}  # of a warp, by tokens: more of them share a load of x, fewer need fewer registers
+_ROWS = {2: 4, 4: 4, 8: 2}  # of a warp, by tokens: more of them share a load of x, fewer need fewer registers
+_RESIDENT = {4: 3, 2: 5}  # for one token, by rows of a warp: blocks of warps that a processor holds at a time
 _ROWS_OF_PIECES = 2  # of a warp where a block of columns has several groups
 _BLOCKS_A_PROCESSOR = 2  # of warps, below which warps share the columns of a row; reasoned, not measured
 _WIDE = 8  # tokens between the scales of two blocks, as the kernel has them
@@ -35,7 +38,7 @@ def product(rows: Tensor, operands: Operands, bias: Tensor | None, out: Tensor, 
     rounded: tuple[Tensor | None, ...] = (None, None)
     if not fused:
         rounded = round_blocks(rows, pieces, _WIDE, _UNIT)
-    taken = _ROWS[tokens] if pieces == 1 else _ROWS_OF_PIECES
+    taken = _rows(n, tokens, target_of(rows.device).processors) if pieces == 1 else _ROWS_OF_PIECES
     split = _split(n, blocks, taken, rows.device)
     name = (
         f"lowbit::int4_rows<lowbit::{DTYPES[rows.dtype]}, lowbit::{DTYPES[operands.scale.dtype]}, "
@@ -64,6 +67,18 @@ def round_blocks(rows: Tensor, pieces: int, wide: int, unit: float) -> tuple[Ten
         [rows, codes, steps, unit, m, k // BLOCK, wide],
     )  # fmt: skip
     return codes, steps
+
+
+def _rows(n: int, tokens: int, processors: int) -> int:
+    """Rows of a warp. For one token those with which the last round of blocks leaves the fewest processors idle."""
+    if tokens > 1:
+        return _ROWS[tokens]
+
+    def filled(taken: int) -> float:
+        rounds = n / (processors * _RESIDENT[taken] * _WARPS * taken)
+        return rounds / math.ceil(rounds) if rounds > 1 else 1.0
+
+    return max(_RESIDENT, key=filled)  # the first of equals
 
 
 def _split(n: int, blocks: int, taken: int, device: torch.device) -> int:

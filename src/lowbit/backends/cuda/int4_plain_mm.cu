@@ -70,7 +70,9 @@ LOWBIT_DEVICE int index_of_sum(int lane) {
 // kPieces groups in a block. kNative: scale and zero are [groups, n], which costs a memory line a number.
 template <Dtype dtype, Dtype scale_type, bool kZeros, int kTokens, int kRows, int kSplit, int kPieces, bool kFused,
           bool kNative>
-__global__ void __launch_bounds__(kThreads, kTokens > 1 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, kTokens* kPieces > 1 ? 2
+                                            : kRows > 2          ? 3
+                                                                 : 5)
     int4_rows(const void* __restrict__ x, const uint4* __restrict__ codes, const float* __restrict__ steps,
               const void* __restrict__ weights, const void* __restrict__ scale, const void* __restrict__ zero,
               const void* __restrict__ bias, void* __restrict__ out, int m, int n, int blocks, int shift) {

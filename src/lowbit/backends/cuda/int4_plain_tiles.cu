@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(32 * kRowWarps * kSplit, 2)
     const unsigned char* from = memory + stage * kStage;
     const unsigned char* own_weights = from + (row_warp * 16 + lane % 16) * 64;
     const auto* own_steps = reinterpret_cast<const Pair*>(from + kSteps) + place;
-    uint32_t words[4];  // of two blocks, two halves of 16 rows
-#pragma unroll
+    uint32_t words[4];                        // of two blocks, two halves of 16 rows
+#pragma unroll kTokenTiles == 8 ? 2 : kChunk  // all four at once would take more registers than there are
     for (int b = 0; b < kChunk; ++b) {
       if (b % 2 == 0) load_matrices(words, own_weights + ((b + lane / 16) ^ lane % 16 / 2 % 4) * 16);
       float factor[2][kPieces], offset[2][kPieces];
