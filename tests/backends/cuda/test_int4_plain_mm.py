@@ -49,7 +49,7 @@ def check(way, n, k, m, group, dtype, scales, *, bias=True, processors=132):
 @pytest.mark.parametrize(("n", "k", "m", "group", "dtype", "scales", "processors"), [
     (9, 64, 1, 32, F32, F32, 132), (17, 1536, 2, 64, BF16, BF16, 132), (70, 256, 1, 64, F16, F32, 1),
     (5, 128, 3, 128, F16, F16, 132), (33, 96, 8, 32, F32, BF16, 132), (20, 96, 1, 8, F32, BF16, 132),
-    (20, 64, 2, 16, BF16, F32, 132),
+    (20, 64, 2, 16, BF16, F32, 132), (110, 64, 1, 32, F16, F16, 1),
 ])  # fmt: skip
 def test_few_tokens(n, k, m, group, dtype, scales, processors, simulated, monkeypatch):
     """Every number of tokens, group and dtype, whether blocks round x for themselves or another kernel does."""
