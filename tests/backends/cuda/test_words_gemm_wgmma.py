@@ -130,13 +130,9 @@ def recorded(spec: str, n: int, k: int, m: int, dtype: torch.dtype, processors: 
     """The launches of a call with parts of no content."""
     meta = torch.device("meta")
     fmt = parse_spec(spec)
+    dtypes = {**fmt.part_dtypes(dtype), "qdata": torch.int32}
     shapes = words128.shapes(fmt, n, k)
-    kinds = {rule.name: rule.dtypes[0] for rule in fmt.rules} | {"qdata": torch.int32}
-    halves = (torch.bfloat16, torch.float16)
-    parts = {
-        name: torch.empty(shape, dtype=dtype if kinds[name] in halves else kinds[name], device=meta)
-        for name, shape in shapes.items()
-    }
+    parts = {name: torch.empty(shape, dtype=dtypes[name], device=meta) for name, shape in shapes.items()}
     x = torch.empty(m, k, dtype=dtype, device=meta)
     with assume(Target("cuda", (9, 0), processors)), kernels.record() as launches:
         assert words_gemm_wgmma.refuses(fmt, x, parts, None) is None

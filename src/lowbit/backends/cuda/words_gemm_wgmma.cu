@@ -63,7 +63,7 @@ struct Plan {
   static constexpr int kEnd = kTotals + (zeros ? kGroups * kTokens * 4 : 0);
   static constexpr int kStage = (kEnd + 1023) / 1024 * 1024;
   static constexpr int kStages = smaller(6, (kBlocks == 2 ? 112 : 225) * 1024 / kStage);
-  static constexpr int kLag = kStages - 2;  // places whose copies are under way before the first is waited for
+  static constexpr int kLag = smaller(3, kStages - 2);  // places whose copies go on while an earlier one's are awaited
 
   // Registers: all threads begin with as many, and those that fetch pass some on.
   static constexpr int kRegisters = kBlocks == 2 ? 80 : 168;

@@ -33,10 +33,13 @@ _PLACES = 6
 _ROOM = {1: 225 * _KIB, 2: 112 * _KIB}
 _MAILBOX = 8
 
-# Reasoned, not measured: cycles of a multiprocessor.
-_BYTES_FROM_MEMORY = 19.0  # a cycle
+# Reasoned, not measured: cycles, and bytes a cycle, of a multiprocessor.
+_BYTES_FROM_MEMORY = 19.0  # when all read
+_MOST_FROM_MEMORY = 30.0  # when few do
 _BYTES_FROM_CACHE = 40.0
 _PRODUCT = 16.0  # of 64 rows and 16 columns, at least
+_DECODE = {False: 18.0, True: 30.0}  # instructions a warp for its share of that, by whether pairs are scaled
+_ISSUED = 0.75  # a cycle
 _START = 2500.0  # of a block: the first codes, and its results
 _SECOND_KERNEL = 2500.0
 _MOST_SPLITS = 16
@@ -164,18 +167,20 @@ def _tiles(m: int, n: int, k: int, kind: _Kind, processors: int) -> _Tiles:
     blocks = k // words128.COLUMNS
     splits = range(1, min(blocks, _MOST_SPLITS) + 1)
     choices = [_Tiles(*shape, split, beside) for shape, beside in _shapes(m, kind) for split in splits]
-    return min(choices, key=lambda tiles: _cycles(tiles, m, n, blocks, processors))
+    return min(choices, key=lambda tiles: _cycles(tiles, m, n, blocks, kind, processors))
 
 
-def _cycles(tiles: _Tiles, m: int, n: int, blocks: int, processors: int) -> float:
-    """Reasoned cycles: tensor cores, memory and caches are busy at once; the slowest of them counts."""
+def _cycles(tiles: _Tiles, m: int, n: int, blocks: int, kind: _Kind, processors: int) -> float:
+    """Reasoned cycles: tensor cores, schedulers, memory and caches are busy at once; the slowest of them counts."""
     count = -(-n // tiles.rows) * -(-m // tiles.tokens) * tiles.splits
     turns = -(-count // (processors * tiles.beside))
     busy = min(tiles.beside, -(-count // processors))  # blocks that share a multiprocessor
-    products = tiles.rows / 64 * 8 * max(_PRODUCT, tiles.tokens / 2)
+    scaling = 0.0 if kind.pairs else tiles.tokens / 2 / kind.sixteens * (2.25 if kind.zeros else 1.0)
+    products = tiles.rows / 8 * max(_PRODUCT, tiles.tokens / 2, (_DECODE[kind.pairs] + scaling) / _ISSUED)
     codes = 64 * tiles.rows
     cached = (codes + 256 * tiles.tokens) / _BYTES_FROM_CACHE
-    read = codes / _BYTES_FROM_MEMORY if m <= 128 else 0.0
+    from_memory = min(_MOST_FROM_MEMORY, _BYTES_FROM_MEMORY * processors / min(count, processors))
+    read = codes / from_memory if m <= 128 else 0.0  # more tokens find the codes in the cache
     one = busy * max(products, cached, read) * -(-blocks // tiles.splits) + _START
     if tiles.splits > 1:
         one += busy * 8 * tiles.rows * tiles.tokens / _BYTES_FROM_CACHE
