@@ -1,20 +1,17 @@
 from __future__ import annotations
 
-import types
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
+
+from tests.support import cuda_simulator
 
 pytest.importorskip("lowbit.backends.cuda", reason="no CUDA compiler", exc_type=ImportError)
 
-from lowbit.backends.cuda import compiler, kernels
-from lowbit.errors import UnsupportedError
-
-
-def test_arguments():
-    """Addresses, numbers and nothing are handed over in kinds that cuda.core takes."""
-    holder = pytest.importorskip("cuda.core._kernel_arg_handler").ParamHolder
-    holder(tuple(map(kernels._argument, (torch.zeros(3), 5, 0.5, None))))
+from lowbit.backends.cuda import kernels
 
 
 def test_architecture():
@@ -23,60 +20,67 @@ def test_architecture():
     assert {capability: kernels.architecture(capability) for capability in names} == names
 
 
-def test_launch(monkeypatch):
-    """A launch goes to torch's current stream on the tensors' device, and a kernel is loaded there once."""
-    said = []
-    core = types.SimpleNamespace(
-        Stream=types.SimpleNamespace(from_handle=lambda handle: ("stream", handle)),
-        LaunchConfig=lambda **sizes: sizes,
-        launch=lambda *what: said.append(what),
-        Device=lambda index: types.SimpleNamespace(set_current=lambda: said.append(("device", index))),
-        ObjectCode=types.SimpleNamespace(
-            from_cubin=lambda code: types.SimpleNamespace(get_kernel=lambda symbol: (code, symbol))
-        ),
+# The driver is a fake one that writes down what the real bindings hand to it.
+LAUNCHES = """
+import contextlib, threading, types
+import torch
+from lowbit.backends.cuda import compiler, kernels
+from lowbit.errors import UnsupportedError
+
+torch.cuda.device = lambda index: contextlib.nullcontext()
+torch.cuda.get_device_capability = lambda index: (9, 0)
+torch.cuda.current_stream = lambda: types.SimpleNamespace(cuda_stream=7)
+compiler.compiled = lambda *what: compiler.Binary("-".join(what).encode(), "symbol")
+x, device = torch.zeros(3), torch.device("cuda", 1)
+print(hex(x.data_ptr()))
+for grid in (3, (4, 5), (6, 7, 8)):
+    kernels.launch("a.cu", "f<1>", device, grid, 64, [x, -2, 0.5, None], 1024)
+thread = threading.Thread(target=kernels.launch, args=("a.cu", "f<1>", device, 2, 32, [x, 1, 2.0, None], 100_000))
+thread.start()
+thread.join()
+try:
+    kernels.launch("a.cu", "f<1>", device, 2, 32, [], 300_000)
+except UnsupportedError as error:
+    print(error)
+"""
+
+
+def test_launch(tmp_path):
+    """The driver gets grid, block, memory, torch's stream and every kind of argument; a kernel is loaded once."""
+    library, notes = tmp_path / "libcuda.so.1", tmp_path / "notes"
+    source = Path(__file__).parents[2] / "native" / "fake_driver.c"
+    subprocess.run([cuda_simulator.require(), "-x", "c", "-shared", "-fPIC", "-o", library, source], check=True)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "LOWBIT_FAKE_DRIVER": str(notes)}
+    run = subprocess.run(
+        [sys.executable, "-c", LAUNCHES], check=True, env=environment, capture_output=True, text=True
+    )  # fmt: skip
+    address, refused = run.stdout.splitlines()
+    said = notes.read_text().splitlines()
+    assert said == [
+        "retain 1",
+        "enter 1",
+        "load a.cu-",
+        "function symbol 1",
+        f"launch 1 3 1 1 64 1 1 1024 0x7 {address} -2 0.5 1 1",
+        f"launch 1 4 5 1 64 1 1 1024 0x7 {address} -2 0.5 1 1",
+        f"launch 1 6 7 8 64 1 1 1024 0x7 {address} -2 0.5 1 1",
+        "retain 1",  # another thread
+        "enter 1",
+        "load a.cu-",
+        "function symbol 1",
+        "attribute 1 8 100000",  # more shared memory than a kernel has without asking
+        f"launch 1 2 1 1 32 1 1 100000 0x7 {address} 1 2 1 1",
+        "load a.cu-",
+        "function symbol 1",
+        "attribute 1 8 300000",
+    ]
+    assert refused == (
+        "giving the CUDA kernel f<1> 300000 bytes of shared memory on GPU 1 failed: "
+        "the driver says CUDA_ERROR_INVALID_VALUE"
     )
-    monkeypatch.setattr(compiler, "core", lambda: core)
-    monkeypatch.setattr(compiler, "compiled", lambda *what: compiler.Binary(repr(what).encode(), "symbol"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=7))
-    monkeypatch.setattr(torch.cuda, "device", lambda index: _Entered(said, index))
-    kernels._loaded.cache_clear()
-    x = torch.zeros(2)
-    for _ in range(2):
-        kernels.launch("a.cu", "f<1>", torch.device("cuda", 1), 3, 64, [x, 2])
-    kernels._loaded.cache_clear()
-    starts = [what for what in said if what[0] == ("stream", 7)]
-    assert len(starts) == 2
-    assert starts[0][1] == {"grid": 3, "block": 64, "shmem_size": 0}
-    assert starts[0][2] == (b"('a.cu', 'f<1>', 'sm_90a')", "symbol")
-    assert starts[0][3] == x.data_ptr()
-    assert said.count(("device", 1)) == 1
-    assert said.count(("entered", 1)) == 2
 
 
-def test_shared_memory(monkeypatch):
-    """What a kernel wants of shared memory beyond 48 KB is asked for, and an error says that there is too little."""
-    asked = []
-    driver = types.SimpleNamespace(
-        CUfunction_attribute=types.SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared"),
-        CUresult=types.SimpleNamespace(CUDA_SUCCESS=0),
-        cuKernelSetAttribute=lambda *what: asked.append(what) or (status,),
-    )
-    monkeypatch.setattr(kernels.importlib, "import_module", lambda _: driver)
-    kernel, status = types.SimpleNamespace(handle="h"), 0
-    kernels._allow_shared(kernel, "f", 2, 100_000)
-    assert asked == [("shared", 100_000, "h", 2)]
-    status = types.SimpleNamespace(name="CUDA_ERROR_INVALID_VALUE")
-    with pytest.raises(UnsupportedError, match=r"f cannot have 300000 bytes .* GPU 2: CUDA_ERROR_INVALID_VALUE"):
-        kernels._allow_shared(kernel, "f", 2, 300_000)
-
-
-class _Entered:
-    def __init__(self, said, index):
-        self.said, self.index = said, index
-
-    def __enter__(self):
-        self.said.append(("entered", self.index))
-
-    def __exit__(self, *_):
-        pass
+def test_a_later_process_needs_no_compiler():
+    """Launching imports the bindings of the driver alone: what compiles takes long to import."""
+    code = "import sys; import lowbit.backends.cuda.kernels as k; k._driver(); sys.exit('cuda.core' in sys.modules)"
+    assert not subprocess.run([sys.executable, "-c", code], check=False).returncode

@@ -7,8 +7,10 @@ are noted instead, so that what is compiled without a GPU is what runs on one.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
+import struct
+import threading
+from array import array
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ _OWN = {(9, 0), (10, 0), (10, 3), (12, 0), (12, 1)}
 # More dynamic shared memory than this a kernel must be allowed before it starts.
 _SHARED_AT_ONCE = 48 * 1024
 
+_SLOT = 8  # bytes for a parameter of a kernel
 Argument = Tensor | int | float | None
 
 
@@ -71,49 +74,83 @@ def launch(
     """Start `name` of `source` with blocks of `block` threads and `shared` bytes of dynamic shared memory.
 
     Tensors go as their addresses, None as null, int as int, float as float. Raises `UnsupportedError` when it cannot be
-    compiled.
+    compiled, loaded or started.
     """
     launches = _recorded.get()
     if launches is not None:
         launches.append(Launch(source, name, shared))
         return
     index = device.index  # a tensor's device has one
-    core = compiler.core()
+    x, y, z = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
+    slots = array("Q", [_bits(value) for value in arguments])
+    first = slots.buffer_info()[0]
+    addresses = array("Q", range(first, first + _SLOT * len(slots), _SLOT))
     with torch.cuda.device(index):
-        kernel = _loaded(source, name, index, shared)
-        stream = core.Stream.from_handle(torch.cuda.current_stream().cuda_stream)
-        core.launch(
-            stream, core.LaunchConfig(grid=grid, block=block, shmem_size=shared), kernel, *map(_argument, arguments)
-        )
+        _enter(index)
+        function = _loaded(source, name, index, shared).function
+        stream = torch.cuda.current_stream().cuda_stream
+        (status,) = _driver().cuLaunchKernel(
+            function, x, y, z, block, 1, 1, shared, stream, addresses.buffer_info()[0], 0
+        )  # fmt: skip
+    if status:
+        raise _failed(f"starting the CUDA kernel {name}", status)
 
 
-def _argument(value: Argument) -> Any:
-    """As cuda.core takes it: a plain int is an address."""
+def _bits(value: Argument) -> int:
+    """The eight bytes that begin as the kernel's parameter does."""
     if isinstance(value, Tensor):
         return value.data_ptr()
     if isinstance(value, float):
-        return ctypes.c_float(value)
-    return 0 if value is None else ctypes.c_int(value)
+        return int.from_bytes(struct.pack("<f", value), "little")
+    return 0 if value is None else value & 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A kernel on a device, and the module that it lives in."""
+
+    module: Any
+    function: Any
 
 
 @cache
-def _loaded(source: str, name: str, index: int, shared: int) -> Any:
-    """The kernel on a device. The device's context is torch's: it is current, and was made with its first tensor."""
-    core = compiler.core()
-    core.Device(index).set_current()
+def _loaded(source: str, name: str, index: int, shared: int) -> _Loaded:
+    """The kernel on a device, whose context is torch's."""
     binary = compiler.compiled(source, name, architecture(torch.cuda.get_device_capability(index)))
-    kernel = core.ObjectCode.from_cubin(binary.code).get_kernel(binary.symbol)
+    driver, what = _driver(), f"loading the CUDA kernel {name}"
+    module = _done(what, driver.cuModuleLoadData(binary.code))
+    function = _done(what, driver.cuModuleGetFunction(module, binary.symbol.encode()))
     if shared > _SHARED_AT_ONCE:
-        _allow_shared(kernel, name, index, shared)
-    return kernel
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        asking = f"giving the CUDA kernel {name} {shared} bytes of shared memory on GPU {index}"
+        _done(asking, driver.cuFuncSetAttribute(function, attribute, shared))
+    return _Loaded(module, function)
 
 
-def _allow_shared(kernel: Any, name: str, index: int, shared: int) -> None:
-    driver = importlib.import_module("cuda.bindings.driver")
-    what = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    handle = kernel.handle if hasattr(kernel, "handle") else kernel._handle  # noqa: SLF001 - as before cuda.core 1.0
-    (status,) = driver.cuKernelSetAttribute(what, shared, handle, index)
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise UnsupportedError(
-            f"the CUDA kernel {name} cannot have {shared} bytes of shared memory on GPU {index}: {status.name}"
-        )
+_thread = threading.local()
+
+
+def _enter(index: int) -> None:
+    """Make the device's context current in this thread: torch does so only when it has work of its own there."""
+    entered: set[int] = _thread.__dict__.setdefault("entered", set())
+    if index not in entered:
+        context = _done("taking the GPU's context", _driver().cuDevicePrimaryCtxRetain(index))
+        _done("entering the GPU's context", _driver().cuCtxSetCurrent(context))
+        entered.add(index)
+
+
+def _done(what: str, result: tuple[Any, ...]) -> Any:
+    """What a call to the driver gave. Raises `UnsupportedError` when it failed."""
+    if result[0]:
+        raise _failed(what, result[0])
+    return result[1] if len(result) > 1 else None
+
+
+def _failed(what: str, status: Any) -> UnsupportedError:
+    return UnsupportedError(f"{what} failed: the driver says {status.name}")
+
+
+@cache
+def _driver() -> Any:
+    """The bindings of the driver, without cuda.core, which takes long to import and is for compiling alone."""
+    return importlib.import_module("cuda.bindings.driver")
