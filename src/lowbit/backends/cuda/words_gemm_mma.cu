@@ -36,6 +36,12 @@ LOWBIT_DEVICE int code_place(int row, int piece) {
 LOWBIT_DEVICE int token_turn(int token) { return (token & 1) << 2 | (token >> 1 & 3); }
 LOWBIT_DEVICE int token_place(int token, int piece) { return token * kTokenBytes + (piece ^ token_turn(token)) * 16; }
 
+// Words that are loaded and stored at a time.
+template <int count>
+struct alignas(4 * count) Together {
+  uint32_t words[count];
+};
+
 // Pair j of four of one half of the spread words, j constant once its loop is unrolled.
 template <Code code, Half half>
 LOWBIT_DEVICE uint32_t value_pair(uint32_t spread, int j) {
@@ -93,8 +99,8 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
 
   unsigned char* const stages = dynamic_shared();
   auto* const factors = reinterpret_cast<uint32_t*>(stages + kStages * kStageBytes);  // [2, kFactors]
-  auto* const added = reinterpret_cast<float*>(factors + 2 * kFactors);               // the same, of zeros
-  auto* const totals = added + (zeros ? 2 * kFactors : 0);                            // [2, parts, pieces, tokens]
+  uint32_t* const added = factors + 2 * kFactors;                                     // the same, of zeros
+  auto* const totals = reinterpret_cast<float*>(added + (zeros ? 2 * kFactors : 0));  // [2, parts, pieces, tokens]
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, owner = lane / 4, place = lane % 4;
   const int row_warp = warp % kRowWarps, token_warp = warp / kRowWarps % kTokenWarps;
@@ -137,39 +143,48 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
                  tokens_here && i * kTokenRows < tokens_left);
   };
 
-  // ---- scales and zeros of a step, [kParts, kGroups, kRows], through registers: a thread's are all of one row
+  // ---- scales and zeros of a step, [kParts, kRows, kGroups], through registers: a thread's are neighbours of one row
   static_assert(kThreads % kRows == 0, "a thread's scales are all of one row");
   constexpr int kHeld = (kFactors + kThreads - 1) / kThreads;
-  const int factor_row = min(first_row + thread % kRows, n - 1);
+  const int factor_row = min(first_row + thread % kRows, n - 1), factor_group = thread / kRows * kHeld;
+  const int factor_at = (factor_group / kGroups * kRows + thread % kRows) * kGroups + factor_group % kGroups;
+  const bool has_factors = factor_group < kParts * kGroups;
   const auto load_factors = [&](const void* from, int step, uint32_t (&held)[kHeld]) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       // Those behind the last repeat it: they are not used.
-      const int at = (first + step * kParts) * kGroups + thread / kRows + i * (kThreads / kRows);
-      uint32_t group = min(at, last * kGroups - 1);
+      uint32_t group = min((first + step * kParts) * kGroups + factor_group + i, last * kGroups - 1);
       if (kSixteens == 8 && blocks_a_group > 1) group /= uint32_t(blocks_a_group);
       held[i] = stored_scale<scale_type>(from, group * uint32_t(n) + factor_row);
     }
   };
-  const auto store_scales = [&](int step, const uint32_t (&held)[kHeld]) {
+  const auto store_factors = [&](uint32_t* to, const uint32_t (&bits)[kHeld]) {
+    constexpr int kTogether = kHeld < 4 ? kHeld : 4;
+    if (!has_factors) return;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int at = thread + i * kThreads;
-      uint32_t bits;
-      if constexpr (kScaled)
-        bits = scale_pair<half, scale_type>(held[i]);
-      else
-        bits = __float_as_uint(scale_value<half, scale_type>(held[i]) * (code == kE2M1 ? kE2M1Scale<half> : 1.0f));
-      if (kFactors % kThreads == 0 || at < kFactors) factors[step % 2 * kFactors + at] = bits;
+    for (int i = 0; i < kHeld; i += kTogether) {
+      Together<kTogether> some;
+#pragma unroll
+      for (int e = 0; e < kTogether; ++e) some.words[e] = bits[i + e];
+      *reinterpret_cast<Together<kTogether>*>(to + factor_at + i) = some;
     }
   };
-  const auto store_zeros = [&](int step, const uint32_t (&held)[kHeld]) {
+  const auto store_scales = [&](int step, const uint32_t (&held)[kHeld]) {
+    uint32_t bits[kHeld];
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      const int at = thread + i * kThreads;
-      if (kFactors % kThreads == 0 || at < kFactors)
-        added[step % 2 * kFactors + at] = scale_value<half, scale_type>(held[i]);
+      if constexpr (kScaled)
+        bits[i] = scale_pair<half, scale_type>(held[i]);
+      else
+        bits[i] = __float_as_uint(scale_value<half, scale_type>(held[i]) * (code == kE2M1 ? kE2M1Scale<half> : 1.0f));
     }
+    store_factors(factors + step % 2 * kFactors, bits);
+  };
+  const auto store_zeros = [&](int step, const uint32_t (&held)[kHeld]) {
+    uint32_t bits[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) bits[i] = __float_as_uint(scale_value<half, scale_type>(held[i]));
+    store_factors(added + step % 2 * kFactors, bits);
   };
 
   float acc[kTiles][kColumns][4] = {};
@@ -188,7 +203,7 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
   const auto multiply = [&](int step, int stage) {
     if (kParts > 1 && first + step * kParts + part >= last) return;
     const unsigned char* const mine = stages + stage + part * kPartBytes;
-    const uint32_t* scales = factors + (step % 2 * kParts + part) * (kGroups * kRows) + own_row;
+    const uint32_t* const scales = factors + ((step % 2 * kParts + part) * kRows + own_row) * kGroups;
 #pragma unroll 1
     for (int chunk = 0; chunk < 2; ++chunk) {
       // Words: rows, rows + 8; columns, columns + 8, each of four sixteens. Bytes: rows, rows + 8; 32 columns, 32 more.
@@ -212,12 +227,12 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-        for (int span = 0; span < kSpans; ++span) {
-          const int group = kSixteens == 8 ? 0 : chunk * kSpans + span;
+        for (int h = 0; h < 2; ++h) {
+          const auto stored = *reinterpret_cast<const Together<kSpans>*>(scales + (16 * t + 8 * h) * kGroups +
+                                                                         (kSixteens == 8 ? 0 : chunk * kSpans));
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const uint32_t stored = scales[group * kRows + 16 * t + 8 * h];
-            if constexpr (!kScaled) factor[t][span][h] = __uint_as_float(stored);
+          for (int span = 0; span < kSpans; ++span) {
+            if constexpr (!kScaled) factor[t][span][h] = __uint_as_float(stored.words[span]);
 #pragma unroll
             for (int j = span * kWide; j < (span + 1) * kWide; ++j)
 #pragma unroll
@@ -228,7 +243,7 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
                 else
                   pair = pair_of_bytes<half>(spread[t][j / 2 * 2 + i % 2], j % 2 * 2 + i / 2);
                 if constexpr (kScaled)
-                  a[t][j][i] = scaled_pair<half, scale_type>(pair, stored);
+                  a[t][j][i] = scaled_pair<half, scale_type>(pair, stored.words[span]);
                 else
                   a[t][j][i] = pair;
               }
@@ -298,7 +313,7 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
   // What zeros add for the columns of a step that was multiplied before the last barrier.
   const auto add_zeros = [&](int step) {
     if (kParts > 1 && first + step * kParts + part >= last) return;
-    const float* const from = added + (step % 2 * kParts + part) * (kGroups * kRows) + own_row;
+    const uint32_t* const from = added + ((step % 2 * kParts + part) * kRows + own_row) * kGroups;
     const float* const of_x = totals + (step % 2 * kParts + part) * (kPieces * kTokens) + own_token + 2 * place;
 #pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {
@@ -306,7 +321,7 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) shift[t][h] = from[group * kRows + 16 * t + 8 * h];
+        for (int h = 0; h < 2; ++h) shift[t][h] = __uint_as_float(from[(16 * t + 8 * h) * kGroups + group]);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         float2 total = *reinterpret_cast<const float2*>(of_x + group * kTokens + 8 * c);
