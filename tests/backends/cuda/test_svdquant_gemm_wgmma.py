@@ -74,22 +74,22 @@ def _only(monkeypatch, tokens, splits, **changes):
 
 
 CASES = {
-    "8 tokens, split": (8, 2, 11, 80, 640, 33, torch.float16, torch.float32, True),
-    "16 tokens, split": (16, 3, 16, 72, 960, 32, torch.bfloat16, torch.bfloat16, False),
-    "64 tokens": (64, 1, 5, 77, 256, 40, torch.float16, torch.float32, False),
-    "64 tokens, split": (64, 2, 69, 135, 256, 7, torch.bfloat16, torch.float16, True),
-    "128 tokens": (128, 1, 70, 72, 192, 32, torch.bfloat16, torch.bfloat16, True),
-    "256 tokens": (256, 1, 200, 40, 576, 64, torch.bfloat16, torch.bfloat16, False),
+    "8 tokens, split": (8, 2, 2, 11, 80, 1216, 33, torch.float16, torch.float32, True),
+    "16 tokens": (16, 2, 1, 16, 72, 960, 32, torch.bfloat16, torch.bfloat16, False),
+    "64 tokens": (64, 2, 1, 5, 77, 448, 40, torch.float16, torch.float32, False),
+    "64 tokens, split": (64, 2, 2, 69, 135, 576, 7, torch.bfloat16, torch.float16, True),
+    "128 tokens": (128, 3, 1, 70, 72, 448, 32, torch.bfloat16, torch.bfloat16, True),
+    "256 tokens": (256, 4, 1, 200, 40, 576, 64, torch.bfloat16, torch.bfloat16, False),
 }
-"""Tokens of a tile and splits, then what `_call` takes."""
+"""Tokens of a tile, slots of the ring (few, so that it goes round), splits, then what `_call` takes."""
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_product(name, monkeypatch):
     """A simulated GPU gives the whole linear, rounded once, for odd sizes, ranks and dtypes, whatever comes first."""
     monkeypatch.setattr(kernels, "launch", cuda_simulator.launch)
-    tokens, splits, m, n, k, rank, dtype, scale_dtype, unsigned = CASES[name]
-    _only(monkeypatch, tokens, splits)
+    tokens, slots, splits, m, n, k, rank, dtype, scale_dtype, unsigned = CASES[name]
+    _only(monkeypatch, tokens, splits, slots=slots)
     arguments, wanted = _call(m, n, k, rank, dtype, scale_dtype, unsigned=unsigned, biased=m != 5)
     found = []
     for seed in "12" if tokens < 128 else "3":

@@ -61,6 +61,9 @@ LOWBIT_DEVICE uint32_t up_pair(const uint16_t* row, int column, int rank) {
   return first | uint32_t(column + 1 < rank ? __ldg(row + column + 1) : 0) << 16;
 }
 
+// 1 / 2**e.
+LOWBIT_DEVICE float inverse_power(float power) { return __uint_as_float(0x7F000000u - __float_as_uint(power)); }
+
 template <int number>
 struct Constant {
   static constexpr int value = number;
@@ -330,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 16 ? 2 : 1)
         float2 factor = make_float2(kFinish, kFinish);
         if (factors) {
           const float2 token = token_factor(p, j);
-          factor = make_float2(kFinish / token.x, kFinish / token.y);
+          factor = make_float2(kFinish * inverse_power(token.x), kFinish * inverse_power(token.y));
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) total[p][4 * j + i] *= i % 2 ? factor.y : factor.x;
@@ -418,18 +421,28 @@ __global__ void __launch_bounds__(128) split_low(const float* __restrict__ low, 
   const int lane = threadIdx.x % 32, token = blockIdx.x * 4 + threadIdx.x / 32;
   const int eights = (rank + kLowColumns - 1) / kLowColumns * (kLowColumns / 8);
   if (token >= padded) return;
-  const auto low_at = [&](int column) {
-    float sum = 0.0f;
-    if (column < rank)
-      for (int s = 0; s < splits; ++s) sum += __ldg(low + (int64_t(s) * padded + token) * rank + column);
-    return sum;
+  const auto low_at = [&](float (&values)[8], int eight) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = 0.0f;
+#pragma unroll 4
+    for (int s = 0; s < splits; ++s) {
+      const float* from = low + (int64_t(s) * padded + token) * rank + 8 * eight;
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (8 * eight + i < rank) values[i] += __ldg(from + i);
+    }
   };
   float by = 1.0f;
   if constexpr (half == kFloat16) {
     float most = 0.0f;
-    for (int column = lane; column < rank; column += 32) {
-      const float size = fabsf(low_at(column));
-      most = not_a_number(size) || size > most ? size : most;
+    for (int eight = lane; eight < eights; eight += 32) {
+      float values[8];
+      low_at(values, eight);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float size = fabsf(values[i]);
+        most = not_a_number(size) || size > most ? size : most;
+      }
     }
     const int exponent = int(__float_as_uint(warp_max(most)) >> 23) - 127 - 14;
     const int power = min(max(exponent, -20), 112);
@@ -438,9 +451,11 @@ __global__ void __launch_bounds__(128) split_low(const float* __restrict__ low, 
   }
   for (int eight = lane; eight < eights; eight += 32) {
     uint32_t first[4] = {}, second[4] = {};
+    float values[8];
+    low_at(values, eight);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float value = low_at(8 * eight + i) * by;
+      const float value = values[i] * by;
       const uint16_t high = float_to_half<half>(value);
       const float rest = is_finite(half_to_float<half>(high)) ? value - half_to_float<half>(high) : 0.0f;
       first[i / 2] |= uint32_t(high) << 16 * (i % 2);
@@ -453,15 +468,15 @@ __global__ void __launch_bounds__(128) split_low(const float* __restrict__ low, 
 }
 
 // What blocks without the whole result left: sums [splits, n, padded], low [low_splits, padded, rank], either added
-// over its splits in order. A block has 32 rows and 16 tokens, a thread a row and four of them.
+// over its splits in order. A block has 64 rows and 16 tokens, a thread a row and four of them.
 template <Half half>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(256)
     finish_sums(const float* __restrict__ sums, const float* __restrict__ low, const uint16_t* __restrict__ up,
                 const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, int splits, int low_splits, int m,
                 int padded, int n, int rank) {
-  constexpr int kColumns = 64;
+  constexpr int kColumns = 64, kEach = 16 * kColumns / 256;
   __shared__ float4 pieces[kColumns][4];
-  const int first_token = blockIdx.y * 16, four = threadIdx.x % 4, row = blockIdx.x * 32 + threadIdx.x / 4;
+  const int first_token = blockIdx.y * 16, four = threadIdx.x % 4, row = blockIdx.x * 64 + threadIdx.x / 4;
   const int inside = min(row, n - 1);
   float total[4] = {};
 #pragma unroll 4
@@ -470,24 +485,38 @@ __global__ void __launch_bounds__(128)
         *reinterpret_cast<const float4*>(sums + (int64_t(s) * n + inside) * padded + first_token + 4 * four);
     total[0] += some.x, total[1] += some.y, total[2] += some.z, total[3] += some.w;
   }
+  const auto add = [&](uint16_t factor, int column) {
+    const float by = half_to_float<half>(factor);
+    const float4 some = pieces[column][four];
+    total[0] = fmaf(by, some.x, total[0]), total[1] = fmaf(by, some.y, total[1]);
+    total[2] = fmaf(by, some.z, total[2]), total[3] = fmaf(by, some.w, total[3]);
+  };
+  const uint16_t* factors = up + int64_t(inside) * rank;
   for (int begin = 0; begin < rank; begin += kColumns) {
-    const int columns = min(kColumns, rank - begin);
+    const int columns = min(kColumns, rank - begin), mine = threadIdx.x % kColumns;
+    float values[kEach] = {};
+#pragma unroll 4
+    for (int s = 0; s < low_splits; ++s)
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) {
+        const int token = first_token + threadIdx.x / kColumns + 256 / kColumns * e;
+        if (mine < columns && token < m) values[e] += __ldg(low + (int64_t(s) * padded + token) * rank + begin + mine);
+      }
+    __syncthreads();  // the columns before are used
+#pragma unroll
+    for (int e = 0; e < kEach; ++e)
+      reinterpret_cast<float*>(pieces[mine])[threadIdx.x / kColumns + 256 / kColumns * e] = values[e];
     __syncthreads();
-    for (int i = threadIdx.x; i < 16 * kColumns; i += 128) {
-      const int column = i % kColumns, token = i / kColumns;
-      float sum = 0.0f;
-      if (column < columns && first_token + token < m)
-        for (int s = 0; s < low_splits; ++s)
-          sum += __ldg(low + (int64_t(s) * padded + first_token + token) * rank + begin + column);
-      reinterpret_cast<float*>(pieces[column])[token] = sum;
-    }
-    __syncthreads();
-#pragma unroll 8
-    for (int column = 0; column < columns; ++column) {
-      const float factor = half_to_float<half>(__ldg(up + int64_t(inside) * rank + begin + column));
-      const float4 some = pieces[column][four];
-      total[0] = fmaf(factor, some.x, total[0]), total[1] = fmaf(factor, some.y, total[1]);
-      total[2] = fmaf(factor, some.z, total[2]), total[3] = fmaf(factor, some.w, total[3]);
+    if (rank % 8 == 0) {
+#pragma unroll 2
+      for (int column = 0; column < columns; column += 8) {
+        const uint4 some = __ldg(reinterpret_cast<const uint4*>(factors + begin + column));
+        const uint32_t words[4] = {some.x, some.y, some.z, some.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) add(uint16_t(words[i / 2] >> 16 * (i % 2)), column + i);
+      }
+    } else {
+      for (int column = 0; column < columns; ++column) add(__ldg(factors + begin + column), column);
     }
   }
   if (row >= n) return;

@@ -155,7 +155,7 @@ def product(
     )  # fmt: skip
     if sums is not None:
         kernels.launch(
-            _SOURCE, f"lowbit::finish_sums<{half}>", device, (ceil_div(n, 32), ceil_div(m, 16)), 128,
+            _SOURCE, f"lowbit::finish_sums<{half}>", device, (ceil_div(n, 64), ceil_div(m, 16)), 256,
             [sums, low.contiguous(), up, bias, out, plan.splits, low_splits, m, padded, n, rank],
         )  # fmt: skip
 
