@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import timeit
 import types
@@ -151,7 +152,8 @@ def test_while_launches_are_recorded(monkeypatch):
     monkeypatch.setattr(device_check, "_found", {})
     monkeypatch.setattr(gpu, "_read", lambda *_: Target("cuda", (9, 0)))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(compiler, "core", lambda: seen.append("run") or pytest.fail("no GPU"))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(kernels, "_enter", lambda _: seen.append("run") or pytest.fail("no GPU"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     with kernels.record() as launches, pytest.raises(pytest.fail.Exception):
         usable(FIRST)

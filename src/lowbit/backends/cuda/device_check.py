@@ -33,6 +33,17 @@ def usable(device: torch.device) -> str | None:
     return _found[device] if device in _found else _look(device)
 
 
+def refuses(device: torch.device, oldest: tuple[int, int] = _OLDEST) -> str | None:
+    """Why a kernel for GPUs from this compute capability on cannot run on a device, or None."""
+    target = target_of(device)
+    if target.kind != "cuda":
+        return "the GPU is not one of NVIDIA's"
+    if target.capability < oldest:
+        have, need = (".".join(map(str, pair)) for pair in (target.capability, oldest))
+        return f"the GPU has compute capability {have}; the kernel needs {need} or later"
+    return usable(device)
+
+
 def check() -> None:
     """Raise `ImportError`, with the reason, where there are GPUs and CUDA kernels run on none of them."""
     if not torch.cuda.is_available():

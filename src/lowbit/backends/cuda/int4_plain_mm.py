@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lowbit.backends import coalesced_linear
-from lowbit.backends.cuda import int4_plain_few, int4_plain_many, int4_plain_tiles
+from lowbit.backends.cuda import device_check, int4_plain_few, int4_plain_many, int4_plain_tiles
 from lowbit.backends.cuda.int4_plain_operands import DTYPES, Operands
 from lowbit.backends.gpu import target_of
 from lowbit.dispatch import kernel
@@ -21,7 +21,6 @@ from lowbit.dispatch import kernel
 FEW = 4  # tokens up to which four products an instruction cost less time than the weights take to arrive
 MANY = 256  # tokens from which decoding the weight pays; with float32 activations it never does
 
-_OLDEST = (7, 5)
 _TOLERANCE = 4e-3  # for many tokens both operands are rounded to 16 bits, and so is the result
 _LARGEST = 1 << 33  # weights of which 32 bits count the bytes
 
@@ -30,11 +29,9 @@ def refuses(
     x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
 ) -> str | None:
     """Why this call cannot run here, or None."""
+    if why := device_check.refuses(x.device):
+        return why
     target = target_of(x.device)
-    if target.kind != "cuda":
-        return "the GPU is not one of NVIDIA's"
-    if target.capability < _OLDEST:
-        return f"the GPU has compute capability {'.'.join(map(str, target.capability))}; the kernel needs 7.5 or later"
     for name, tensor in (("x", x), ("scale", scale), ("zero", zero), ("bias", bias)):
         if tensor is not None and tensor.dtype not in DTYPES:
             return f"{name} is {_kind(tensor)}; the kernel takes float32, bfloat16 and float16"

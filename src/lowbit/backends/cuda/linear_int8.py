@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.backends.cuda import kernels, quantize_rows_int8
+from lowbit.backends.cuda import device_check, kernels, quantize_rows_int8
 from lowbit.backends.cuda.quantize_rows_int8 import DTYPES, PIECE, quantize_rows
 from lowbit.backends.gpu import target_of
 from lowbit.dispatch import kernel
@@ -62,8 +62,8 @@ def _refuses_operands(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
         return f"{m} tokens; the kernel takes up to {_TOKENS}"
     if why := quantize_rows_int8.refuses_rows(x, rotation):
         return why
-    if (have := target_of(x.device).capability) < _OLDEST:
-        return f"the GPU has compute capability {'.'.join(map(str, have))}; the kernel needs 8.0 or later"
+    if why := device_check.refuses(x.device, _OLDEST):
+        return why
     if k % _ALIGNMENT or not 0 < k <= _MOST_COLUMNS:
         return f"{k} columns; the kernel takes multiples of {_ALIGNMENT} up to {_MOST_COLUMNS}"
     for name, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):

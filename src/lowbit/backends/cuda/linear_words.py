@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.backends.cuda import kernels
-from lowbit.backends.cuda.device_check import usable
+from lowbit.backends.cuda import device_check, kernels
 from lowbit.backends.gpu import target_of
 from lowbit.dispatch import kernel
 from lowbit.formats.awq_w4a16 import AwqW4A16
@@ -51,12 +50,7 @@ def refuses(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> str | 
         return f"{m} tokens; the kernel takes up to {_TOKENS}"
     if x.dtype not in _HALVES:
         return f"x is {_kind(x)}; the kernel takes bfloat16 and float16"
-    target = target_of(x.device)
-    if target.kind != "cuda":
-        return "the GPU is not one of NVIDIA's"
-    if target.capability < _OLDEST:
-        return f"the GPU has compute capability {'.'.join(map(str, target.capability))}; the kernel needs 8.0 or later"
-    if why := usable(x.device):
+    if why := device_check.refuses(x.device, _OLDEST):
         return why
     for name, tensor in (("bias", bias), *parts.items()):
         if tensor is not None and tensor.device != x.device:

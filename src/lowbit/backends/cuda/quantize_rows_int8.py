@@ -12,14 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.backends.cuda import kernels
-from lowbit.backends.gpu import target_of
+from lowbit.backends.cuda import device_check, kernels
 from lowbit.dispatch import kernel
 from lowbit.numerics.int8_matmul import MIN_ACTIVATION_SCALE
 from lowbit.numerics.rotations import REGULAR_SIZES
 
 _SOURCE = "quantize_rows_int8.cu"
-OLDEST = (7, 5)  # the oldest that the compiler still knows
 DTYPES = {torch.float32: "kFloat32", torch.bfloat16: "kBFloat16Type", torch.float16: "kFloat16Type"}
 ACTIVATIONS = {None: "kNone", "gelu": "kGelu", "gelu_tanh": "kGeluTanh", "swiglu": "kSwiGLU"}
 PIECE = 1024  # columns of a warp
@@ -40,11 +38,8 @@ def refuses(x: Tensor, rotation: int, seed: int) -> str | None:
 
 def refuses_rows(x: Tensor, rotation: int) -> str | None:
     """Why rows like these cannot be quantized here, or None."""
-    target = target_of(x.device)
-    if target.kind != "cuda":
-        return "the GPU is not one of NVIDIA's"
-    if target.capability < OLDEST:
-        return f"the GPU has compute capability {'.'.join(map(str, target.capability))}; the kernel needs 7.5 or later"
+    if why := device_check.refuses(x.device):
+        return why
     if x.dtype not in DTYPES:
         return f"x is {str(x.dtype).removeprefix('torch.')}; the kernel takes float32, bfloat16 and float16"
     if rotation and rotation not in REGULAR_SIZES:

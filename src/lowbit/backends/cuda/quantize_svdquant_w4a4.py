@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.backends.cuda import kernels
-from lowbit.backends.cuda.device_check import usable
+from lowbit.backends.cuda import device_check, kernels
 from lowbit.backends.gpu import target_of
 from lowbit.dispatch import kernel
 from lowbit.numerics.groups import ceil_div, round_up
@@ -138,12 +137,7 @@ def quantized(
 
 def refuses_operands(x: Tensor, smooth: Tensor, down: Tensor, raw: Tensor | None = None) -> str | None:
     """Why these tensors cannot be quantized and projected here, or None."""
-    target = target_of(x.device)
-    if target.kind != "cuda":
-        return "the GPU is not one of NVIDIA's"
-    if target.capability < _OLDEST:
-        return f"the GPU has compute capability {'.'.join(map(str, target.capability))}; the kernel needs 8.0 or later"
-    if why := usable(x.device):
+    if why := device_check.refuses(x.device, _OLDEST):
         return why
     if x.numel() >= _MOST:
         return f"x has {x.numel()} elements; the kernel takes less than {_MOST}: give it fewer tokens at a time"
