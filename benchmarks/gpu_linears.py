@@ -41,19 +41,24 @@ class Route:
     constants: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     decodes: bool = False
     """Whether the launcher is passed by: the weight is decoded once, and PyTorch multiplies."""
+    only: str = ""
+    """The one format that has this way."""
 
 
 ROUTES: Mapping[str, Route] = {
     "cuda": Route("cuda"),
+    "cuda, a product a thread": Route("cuda", {"cuda.int4_plain_mm": {"FEW": 8, "MANY": HUGE}}, only=W4A8),
+    "cuda, tiles": Route("cuda", {"cuda.int4_plain_mm": {"FEW": 0, "MANY": HUGE}}, only=W4A8),
+    "cuda, decoded": Route("cuda", {"cuda.int4_plain_mm": {"FEW": 0, "MANY": 0}}, only=W4A8),
     "triton, fused": Route(
         constants={
-            "linear_bytes": {"MANY": HUGE},
-            "linear_words": {"MANY": HUGE},
-            "linear_plain": {"FEW": HUGE},
-            "linear_fp8_activations": {"_MANY": HUGE},
+            "triton.linear_bytes": {"MANY": HUGE},
+            "triton.linear_words": {"MANY": HUGE},
+            "triton.linear_plain": {"FEW": HUGE},
+            "triton.linear_fp8_activations": {"_MANY": HUGE},
         }
     ),
-    "triton, torch._scaled_mm": Route(constants={"linear_fp8_activations": {"_MANY": 0}}),
+    "triton, torch._scaled_mm": Route(constants={"triton.linear_fp8_activations": {"_MANY": 0}}, only=FP8_ROW),
     "triton, decoded": Route(decodes=True),
 }
 
@@ -140,7 +145,7 @@ def _w4a8(drawn: Drawn, l2: int) -> Entry:
 
 def routes(spec: str) -> dict[str, Route]:
     """The ways that a format's linear may go."""
-    return {name: route for name, route in ROUTES.items() if spec == FP8_ROW or "_scaled_mm" not in name}
+    return {name: route for name, route in ROUTES.items() if route.only in {"", spec}}
 
 
 @contextlib.contextmanager
@@ -152,11 +157,11 @@ def forced(route: Route) -> Iterator[None]:
     before = []
     try:
         for module, constants in route.constants.items():
-            loaded = importlib.import_module(f"lowbit.backends.triton.{module}")
+            loaded = importlib.import_module(f"lowbit.backends.{module}")
             for name, value in constants.items():
                 if not hasattr(loaded, name):
                     raise UnsupportedError(
-                        f"{module}.py has no {name}; ROUTES in benchmarks/gpu_linears.py is outdated"
+                        f"backends.{module} has no {name}; ROUTES in benchmarks/gpu_linears.py is outdated"
                     )
                 before.append((loaded, name, getattr(loaded, name)))
                 setattr(loaded, name, value)

@@ -396,7 +396,7 @@ def test_crossovers_force_each_route(monkeypatch):
         return own(x, w)
 
     routes = {
-        "one": Route("eager", {"linear_words": {"_FEW": 7}}),
+        "one": Route("eager", {"triton.linear_words": {"_FEW": 7}}),
         "two": Route("eager"),
         "closed": Route("cuda"),
     }
@@ -431,7 +431,7 @@ def test_the_decoding_route_passes_the_launcher_by(monkeypatch):
 
 def test_a_route_that_names_no_constant_is_refused():
     """A constant that a kernel file does not have is an error that says where the table is."""
-    route = Route("eager", {"linear_words": {"NOT_THERE": 1}})
+    route = Route("eager", {"triton.linear_words": {"NOT_THERE": 1}})
     with pytest.raises(UnsupportedError, match="ROUTES"), gpu_linears.forced(route):
         pass
 
