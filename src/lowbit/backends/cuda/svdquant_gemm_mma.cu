@@ -21,6 +21,7 @@
 #include "activation_tiles.cuh"
 #include "async.cuh"
 #include "dtypes.cuh"
+#include "float_pairs.cuh"
 #include "mma.cuh"
 #include "mma_tf32.cuh"
 
@@ -90,6 +91,7 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps, kWarps / (kRowWa
                      void* __restrict__ out, int m, int n, int groups, int padded, int scale_rows, int rank, int lows,
                      int low_rows, int bias_type) {
   static_assert(storage == kFragments4 || storage == kFragments8, "the storages of a warp's products");
+  static_assert(kTokens / kTokenWarps % 16 == 0 && kRows / kRowWarps % 16 == 0, "whole sixteens for a warp");
   constexpr int kStart = 1 << 17;
   constexpr float kRaise = 0x1p96f, kOffset = -0x1p-36f;
   constexpr int kRanks = 32;          // of the low rank, at a time
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps, kWarps / (kRowWa
   const int row_warp = warp % kRowWarps, token_warp = warp / kRowWarps;
   const int first_row = blockIdx.x * kRows, first_token = blockIdx.y * kTokens;
   const int split = blockIdx.z, splits = gridDim.z;
-  const int begin = int(int64_t(groups) * split / splits), end = int(int64_t(groups) * (split + 1) / splits);
+  const int begin = groups * split / splits, end = groups * (split + 1) / splits;
   const int steps = (end - begin + kDepth - 1) / kDepth;
   unsigned char* memory = dynamic_shared();
 
@@ -221,32 +223,29 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps, kWarps / (kRowWa
           offset[r][i] = scale * kOffset;
         }
       }
+      uint4 right{};
 #pragma unroll
       for (int t = 0; t < kEights; ++t) {
         const int eight = token_warp * kEights + t;
-        const unsigned char* tile = at + G::kCodesAt + lane * 16;
-        uint32_t right[kBytes ? 4 : 2];
-        if constexpr (kBytes) {
-          const uint4 words = *reinterpret_cast<const uint4*>(tile + eight * 512);
-          right[0] = words.x, right[1] = words.y, right[2] = words.z, right[3] = words.w;
-        } else {
-          const uint2 words = *reinterpret_cast<const uint2*>(tile + eight / 2 * 512 + eight % 2 * 8);
-          right[0] = words.x, right[1] = words.y;
-        }
+        const int tile = kBytes ? eight : eight / 2;  // of int4, 16 bytes hold those of 16 tokens
+        if (kBytes || t % 2 == 0) right = *reinterpret_cast<const uint4*>(at + G::kCodesAt + (tile * 32 + lane) * 16);
         const float2 scale = *reinterpret_cast<const float2*>(at + G::kTokenScalesAt + (eight * 8 + 2 * place) * 4);
 #pragma unroll
         for (int r = 0; r < kSixteens; ++r) {
           int whole[4];
           if constexpr (kBytes) {
-            mma_int8(whole, left[r][0], right[0], right[1], start);
-            mma_int8(whole, left[r][1], right[2], right[3], whole);
+            mma_int8(whole, left[r][0], right.x, right.y, start);
+            mma_int8(whole, left[r][1], right.z, right.w, whole);
           } else {
-            mma_int4<kUnsigned>(whole, left[r][0], right[0], right[1], start);
+            mma_int4<kUnsigned>(whole, left[r][0], t % 2 ? right.z : right.x, t % 2 ? right.w : right.y, start);
           }
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float scaled = fmaf(__int_as_float(whole[i]), raise[r][i / 2], offset[r][i / 2]);
-            sums[r][t][i] = fmaf(scaled, i % 2 ? scale.y : scale.x, sums[r][t][i]);
+          for (int i = 0; i < 2; ++i) {
+            float* to = sums[r][t] + 2 * i;
+            const float2 whole_pair = {__int_as_float(whole[2 * i]), __int_as_float(whole[2 * i + 1])};
+            const float2 scaled = fma_pair(whole_pair, {raise[r][i], raise[r][i]}, {offset[r][i], offset[r][i]});
+            const float2 sum = fma_pair(scaled, scale, {to[0], to[1]});
+            to[0] = sum.x, to[1] = sum.y;
           }
         }
       }

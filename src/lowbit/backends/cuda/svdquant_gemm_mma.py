@@ -74,7 +74,7 @@ _TILES = (
     _Tile(16, 64, 4, 1, depth=2, stages=4, warps=16, cost=72, alone=3),
     _Tile(32, 64, 4, 1, depth=2, stages=4, warps=16, cost=96, alone=3),
     _Tile(64, 64, 2, 2, depth=1, stages=4, warps=16, cost=180, alone=3),
-    _Tile(128, 128, 4, 2, depth=1, stages=4, warps=8, cost=540, alone=1.2),
+    _Tile(128, 128, 4, 2, depth=2, stages=3, warps=8, cost=540, alone=1.2),
 )
 _FIXED, _FIXED_A_TOKEN = 2000, 15  # cycles of a block beside its groups
 _FINISHING, _SUMS_A_CYCLE = 3000, 500  # of adding up sums, and what all processors add up
