@@ -173,7 +173,8 @@ def _linear_row(shape: Shape, mine: Entry, peers: Sequence[Entry], m: int) -> di
     except (LowbitError, RuntimeError) as failed:
         return {"fault": reason(failed)}
     rivals = {f"lowbit {name}" for name in gpu_linears.RIVALS if kernel is None or name != kernel.backend}
-    peers = [peer for peer in peers if peer.name in rivals or not peer.name.startswith("lowbit ")]
+    own = {f"lowbit {kernel.backend}"} if kernel is not None else set()
+    peers = [peer for peer in peers if peer.name not in own]
     largest: dict[str, float] = {}
     present, errors, absent = [mine, shape.cublas], {mine.name: error}, {}
     given: dict[str, list[Any]] = {mine.name: xs, CUBLAS: xs}

@@ -89,6 +89,8 @@ HEADLINE = (18432, 3072)  # the shape at which eager is timed, too: it is slow
 
 def rivals(spec: str, drawn: Drawn, l2: int, failures: dict[str, str]) -> Iterator[Entry]:
     """The same linear by our other backends, each with the weight as it wants it."""
+    if spec == W4A8 and drawn.rows.is_cuda and dispatch.load("cuda") is None:
+        yield _native(drawn, l2)
     for backend in RIVALS:
         if backend == "eager" and tuple(drawn.weight.matrix) != HEADLINE:
             continue
@@ -141,6 +143,21 @@ def _w4a8(drawn: Drawn, l2: int) -> Entry:
     clones = [tuple(part.clone() for part in operands) for _ in range(copies_for(nbytes, l2) - 1)]
     run = partial(_run_w4a8, group)
     return Entry(W4A8, run, [operands, *clones], nbytes, check, chosen, coalesced_int4.TAG)
+
+
+def _native(drawn: Drawn, l2: int) -> Entry:
+    """The product of few tokens with scales as files hold them, [K/g, N]: what the coalesced layout saves."""
+    few = importlib.import_module("lowbit.backends.cuda.int4_plain_few")
+    launcher = importlib.import_module("lowbit.backends.cuda.int4_plain_mm")
+    made, group = _w4a8(drawn, l2), group_of(drawn.fmt)
+
+    def run(x: Tensor, operands: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        if x.shape[0] > few.MOST:
+            raise UnsupportedError(f"is for {few.MOST} tokens")
+        return launcher.product_of_native(x, *operands, group)
+
+    weights = [(q, scale.t().contiguous(), zero.t().contiguous()) for q, scale, zero in made.weights]
+    return replace(made, name="lowbit cuda, scales [K/g, N]", run=run, weights=weights, kernel=None)
 
 
 def routes(spec: str) -> dict[str, Route]:
