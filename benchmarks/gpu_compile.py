@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.cpu_linears import W4A8, W4A8_FORMAT, group_of
+from benchmarks.cpu_linears import W4A8, group_of
+from benchmarks.gpu_linears import W4A8_FORMAT
 from lowbit import dispatch
 from lowbit.backends.triton.device import Target, assume, target_of
 from lowbit.backends.triton.tuning import Config, Launch, record

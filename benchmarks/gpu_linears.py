@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.cpu_linears import W4A8, W4A8_FORMAT, Drawn, Entry, _run_w4a8, check_ours, group_of
+from benchmarks.cpu_linears import W4A8, Drawn, Entry, _run_w4a8, check_ours, group_of
 from benchmarks.gpu_timing import copies_for
 from lowbit import QuantizedTensor, dispatch
 from lowbit.dispatch import Kernel
@@ -25,6 +25,7 @@ from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import parse_spec
 from lowbit.layouts import coalesced_int4
 
+W4A8_FORMAT = "wna16(group_size=32,zero_point=true)"  # the groups that the coalesced layout was made for
 FP8_ROW = "fp8_e4m3(granularity=row,activations=fp8)"
 # The most important first: what the budget leaves no time for is at the end.
 SPECS = (
