@@ -20,9 +20,8 @@
 
 namespace lowbit {
 
-constexpr int kBlockBytes = 64;    // of a row of codes, 128 columns
-constexpr int kTokenBytes = 256;   // of a token, as many columns
-constexpr int kChunkSixteens = 4;  // sixteens of columns whose decoded values are held at a time
+constexpr int kBlockBytes = 64;   // of a row of codes, 128 columns
+constexpr int kTokenBytes = 256;  // of a token, as many columns
 
 enum Storage { kWords = 0, kBytes = 1 };
 
@@ -91,6 +90,7 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
   constexpr int kRows = 16 * kTiles * kRowWarps, kTokens = 8 * kColumns * kTokenWarps;
   constexpr int kThreads = 32 * kRowWarps * kTokenWarps * kParts;
   constexpr int kGroups = 8 / kSixteens;  // of a block of columns
+  constexpr int kChunkSixteens = 4;       // sixteens of columns whose decoded values are held at a time
   constexpr int kCodeBytes = kRows * kBlockBytes, kPartBytes = kCodeBytes + kTokens * kTokenBytes;
   constexpr int kStageBytes = kParts * kPartBytes;
   constexpr int kFactors = kParts * kGroups * kRows;  // of a step
