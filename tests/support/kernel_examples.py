@@ -61,6 +61,7 @@ class Sizes:
 
 Arguments = tuple[Any, ...]
 _RANK, _GROUP, _ROTATION = 32, 64, 256
+_W4A8_GROUPS = (32, 64, 16, 8)
 _F32, _I8, _U8 = torch.float32, torch.int8, torch.uint8
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -70,8 +71,8 @@ def _awq(s: Sizes) -> tuple[Tensor, Tensor, Tensor]:
     return s.empty(s.n, s.k // 2, dtype=_I8), scale, torch.empty_like(scale)
 
 
-def _coalesced(s: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    scale = s.empty(s.n, s.k // _GROUP)
+def _coalesced(s: Sizes, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    scale = s.empty(s.n, s.k // group)
     return s.empty(s.n, s.k // 2, dtype=_U8), scale, torch.empty_like(scale)
 
 
@@ -137,8 +138,8 @@ NAMED: dict[str, Callable[[Sizes], Iterator[Arguments]]] = {
     "dequantize_per_tensor_fp8": lambda s: ((s.empty(s.n, s.k, dtype=code), _one(s), s.dtype) for code in _FP8),
     "gemv_awq_w4a16": lambda s: iter([(s.x, *_awq(s), s.bias, _GROUP)]),
     "gemv_awq_w4a16_input_gradient": lambda s: iter([(s.empty(s.m, s.n), *_awq(s), _GROUP)]),
-    "int4_plain_mm": lambda s: iter([(s.x, *_coalesced(s), s.bias, _GROUP)]),
-    "int4_plain_mm_input_gradient": lambda s: iter([(s.empty(s.m, s.n), *_coalesced(s), _GROUP)]),
+    "int4_plain_mm": lambda s: ((s.x, *_coalesced(s, group), s.bias, group) for group in _W4A8_GROUPS),
+    "int4_plain_mm_input_gradient": lambda s: iter([(s.empty(s.m, s.n), *_coalesced(s, _GROUP), _GROUP)]),
     "int8_linear": _int8_linear,
     "int8_linear_input_gradient": lambda s: iter(
         [(s.empty(s.m, s.n), s.empty(s.n, s.k, dtype=_I8), s.empty(s.n, 1, dtype=_F32), 0)]
