@@ -17,6 +17,7 @@
 #include "async.cuh"
 #include "exact_pairs.cuh"
 #include "mma.cuh"
+#include "token_products.cuh"
 #include "wgmma.cuh"
 
 namespace lowbit {
@@ -316,18 +317,19 @@ __global__ void __launch_bounds__(kMultiplying + kFetching,
   };
 
   // Products of one unit with a half of the tokens.
-  const auto multiply = [&](int unit, int part, const unsigned char* stage) {
+  const auto multiply = [&](int unit, int part, const Tokens& place_tokens) {
     const int tile = unit / kTileUnits, first = unit % kTileUnits * kUnit;
     begin_products();
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       const int sixteen = first + i;
-      const Tile<kRowBytes> tokens{stage + (sixteen / 4 * kTokens + part * kColumns) * kRowBytes + sixteen % 4 * 32};
+      const Tokens tokens =
+          place_tokens.behind((sixteen / 4 * kTokens + part * kColumns) * kRowBytes + sixteen % 4 * 32);
       if constexpr (P::kPairs)
-        wgmma<half, kTokens>(sums[tile][0], a[unit % 2][i], tokens, true);
+        multiply_tokens<half, kTokens>(sums[tile][0], a[unit % 2][i], tokens, true);
       else
-        wgmma<half, kColumns>(partial[kHalves == 2 ? part : unit / kSpanUnits % 2], a[unit % 2][i], tokens,
-                              sixteen % P::kSpan > 0);
+        multiply_tokens<half, kColumns>(partial[kHalves == 2 ? part : unit / kSpanUnits % 2], a[unit % 2][i], tokens,
+                                        sixteen % P::kSpan > 0);
     }
     commit_products();
   };
@@ -368,11 +370,12 @@ __global__ void __launch_bounds__(kMultiplying + kFetching,
   for (int s = 0; s < count; ++s) {
     const int slot = s % kStages, next = (s + 1) % kStages;
     const unsigned char* stage = shared + slot * P::kStage;
+    const Tokens tokens(stage);
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
 #pragma unroll
       for (int part = 0; part < kHalves; ++part) {
-        multiply(unit, part, stage);
+        multiply(unit, part, tokens);
         if (unit > 0 || part > 0) {
           wait_products<1>();
           finish((unit * kHalves + part - 1) / kHalves, (part + kHalves - 1) % kHalves, stage);

@@ -38,8 +38,9 @@ _BYTES_FROM_MEMORY = 19.0  # when all read
 _MOST_FROM_MEMORY = 30.0  # when few do
 _BYTES_FROM_CACHE = 40.0
 _PRODUCT = 16.0  # of 64 rows and 16 columns, at least
-_DECODE = {False: 18.0, True: 30.0}  # instructions a warp for its share of that, by whether pairs are scaled
-_ISSUED = 0.75  # a cycle
+_DECODE = {False: 17.0, True: 25.0}  # instructions of a scheduler for as much, by whether scales multiply values
+_OTHERS = 13.0  # a tile
+_ISSUED = 0.8  # a cycle
 _START = 2500.0  # of a block: the first codes, and its results
 _SECOND_KERNEL = 2500.0
 _MOST_SPLITS = 16
@@ -176,7 +177,11 @@ def _cycles(tiles: _Tiles, m: int, n: int, blocks: int, kind: _Kind, processors:
     turns = -(-count // (processors * tiles.beside))
     busy = min(tiles.beside, -(-count // processors))  # blocks that share a multiprocessor
     scaling = 0.0 if kind.pairs else tiles.tokens / 2 / kind.sixteens * (2.25 if kind.zeros else 1.0)
-    products = tiles.rows / 8 * max(_PRODUCT, tiles.tokens / 2, (_DECODE[kind.pairs] + scaling) / _ISSUED)
+    products = (
+        tiles.rows
+        / 8
+        * max(_PRODUCT, tiles.tokens / 2, (_DECODE[kind.pairs] + _OTHERS / tiles.tiles + scaling) / _ISSUED)
+    )
     codes = 64 * tiles.rows
     cached = (codes + 256 * tiles.tokens) / _BYTES_FROM_CACHE
     from_memory = min(_MOST_FROM_MEMORY, _BYTES_FROM_MEMORY * processors / min(count, processors))
