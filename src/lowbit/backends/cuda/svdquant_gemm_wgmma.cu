@@ -228,7 +228,8 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 16 ? 2 : 1)
   // when the sums of the group's last part are in made[kNow ^ (kParts - 1) % 2], and the next group's weights are
   // fetched: registers that products read or write are the same ones whenever the loop begins.
   const auto finish_group = [&](auto now) {
-    hold(made[decltype(now)::value]);  // not scaled before products are under way again
+    __syncwarp();  // the assembler reads no scale before, so that all products are under way when scaling begins
+    hold(made[decltype(now)::value]);
     const int before = within != 0 ? slot : slot != 0 ? slot - 1 : kSlots - 1;
     const int last = within != 0 ? within - 1 : kGroups - 1;
     take_scales(before, last);  // once more: there are registers for them only now
@@ -373,6 +374,8 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 16 ? 2 : 1)
     constexpr int kStride = 2 * kRows + 16;  // 16 bytes on, so that eight tokens lie in different banks
     static_assert(kTokens * kStride <= kSlots * Here::kBytes, "the ring has room for the result");
     meet(1, kConsumers);  // nobody reads the ring any more
+    int thread[1] = {int(threadIdx.x)};
+    hold(thread);  // places are reckoned anew: no register is kept for them
 #pragma unroll
     for (int p = 0; p < kParts; ++p)
 #pragma unroll
@@ -389,8 +392,8 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 16 ? 2 : 1)
           words[i] = float_to_half<half>(two.x + added[i % 2]) | uint32_t(float_to_half<half>(two.y + added[i % 2]))
                                                                      << 16;
         }
-        const int token = kPart * p + 8 * (j + lane / 16) + lane % 8;
-        store_transposed(words, ring + token * kStride + 2 * (16 * warp + 8 * (lane / 8 % 2)));
+        const int token = kPart * p + 8 * (j + thread[0] % 32 / 16) + thread[0] % 8;
+        store_transposed(words, ring + token * kStride + 2 * (thread[0] / 32 * 16 + 8 * (thread[0] / 8 % 2)));
       }
     meet(1, kConsumers);
     constexpr int kPieces = kRows / 8;
