@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -163,6 +164,7 @@ def _shapes(m: int, kind: _Kind) -> Iterator[tuple[tuple[int, int], int]]:
                 yield (tokens, tiles), 2 if tiles == 1 and tokens <= 32 and scales <= 8 else 1
 
 
+@lru_cache(maxsize=1024)
 def _tiles(m: int, n: int, k: int, kind: _Kind, processors: int) -> _Tiles:
     """The tiles that should take the fewest cycles."""
     blocks = k // words128.COLUMNS
@@ -177,11 +179,8 @@ def _cycles(tiles: _Tiles, m: int, n: int, blocks: int, kind: _Kind, processors:
     turns = -(-count // (processors * tiles.beside))
     busy = min(tiles.beside, -(-count // processors))  # blocks that share a multiprocessor
     scaling = 0.0 if kind.pairs else tiles.tokens / 2 / kind.sixteens * (2.25 if kind.zeros else 1.0)
-    products = (
-        tiles.rows
-        / 8
-        * max(_PRODUCT, tiles.tokens / 2, (_DECODE[kind.pairs] + _OTHERS / tiles.tiles + scaling) / _ISSUED)
-    )
+    issued = (_DECODE[kind.pairs] + _OTHERS / tiles.tiles + scaling) / _ISSUED
+    products = tiles.rows / 8 * max(_PRODUCT, tiles.tokens / 2, issued)
     codes = 64 * tiles.rows
     cached = (codes + 256 * tiles.tokens) / _BYTES_FROM_CACHE
     from_memory = min(_MOST_FROM_MEMORY, _BYTES_FROM_MEMORY * processors / min(count, processors))
