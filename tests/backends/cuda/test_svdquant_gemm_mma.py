@@ -189,7 +189,8 @@ def test_refusals():
     assert svdquant_gemm_mma.refuses_product(4096, 12288, 3072, 32) is None
     assert "96 columns" in svdquant_gemm_mma.refuses_product(1, 64, 96, 32)
     assert "0 columns" in svdquant_gemm_mma.refuses_product(1, 64, 0, 32)
-    assert "tokens" in svdquant_gemm_mma.refuses_product(1 << 23, 64, 64, 32)
+    assert "4194241 rows" in svdquant_gemm_mma.refuses_product(1, 65535 * 64 + 1, 64, 32)
+    assert "16777216 tokens" in svdquant_gemm_mma.refuses_product(1 << 24, 64, 64, 32)
     assert "of rank 16777216" in svdquant_gemm_mma.refuses_product(1, 64, 64, 1 << 24)
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lowbit.backends.cuda.device_check import usable
+from lowbit.backends.cuda import device_check
 from lowbit.backends.cuda.svdquant_gemm_mma import DTYPES, TOKENS_MULTIPLE, product, refuses_product, storage_of
 from lowbit.backends.cuda.svdquant_storage import stored
-from lowbit.backends.gpu import target_of
 from lowbit.dispatch import kernel
 from lowbit.layouts import svdquant_tiles as tiles
 
@@ -24,12 +23,7 @@ def refuses(
     unsigned: bool,
 ) -> str | None:  # fmt: skip
     """Why this call cannot run here, or None."""
-    target = target_of(act.device)
-    if target.kind != "cuda":
-        return "the GPU is not one of NVIDIA's"
-    if target.capability < _OLDEST:
-        return f"the GPU has compute capability {'.'.join(map(str, target.capability))}; the kernel needs 8.0 or later"
-    if why := usable(act.device):
+    if why := device_check.refuses(act.device, _OLDEST):
         return why
     floats = {"ascales": ascales, "wscales": wscales, "lora_act_in": low, "lora_up": up, "bias": bias}
     for name, tensor in {"wgt": wgt, **floats}.items():

@@ -78,10 +78,11 @@ LOWBIT_DEVICE void add_ranks(float (&sums)[4], float a0, float a1, float a2, flo
   mma_tf32(sums, a, high0, high1);
 }
 
-// A block: kRows rows of the weight (blockIdx.x), kTokens tokens (y), a split of the groups (z), of kRowWarps times
-// kTokenWarps warps. `padded`: tokens that codes and their scales have room for. `scale_rows`: numbers of a row of
-// the weight's scales, a multiple of 16 bytes. `low`: [lows, low_rows, rank], to be added. With more than one split
-// `out` is float32 [splits, m, n], and of the low rank each has its share of pieces.
+// A block: kTokens tokens (blockIdx.x), kRows rows of the weight (y), a split of the groups (z), of kRowWarps times
+// kTokenWarps warps. Blocks of the same rows follow one another, so that few tokens' read the weight from memory once.
+// `padded`: tokens that codes and their scales have room for. `scale_rows`: numbers of a row of the weight's scales, a
+// multiple of 16 bytes. `low`: [lows, low_rows, rank], to be added. With more than one split `out` is float32 [splits,
+// m, n], and of the low rank each has its share of pieces.
 template <Storage storage, bool kUnsigned, Arrangement arrangement, Dtype parts, Dtype result, int kTokens, int kRows,
           int kRowWarps, int kTokenWarps, int kDepth, int kStages, int kWarps>
 __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps, kWarps / (kRowWarps * kTokenWarps))
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps, kWarps / (kRowWa
 
   const int lane = threadIdx.x % 32, owner = lane / 4, place = lane % 4, warp = threadIdx.x / 32;
   const int row_warp = warp % kRowWarps, token_warp = warp / kRowWarps;
-  const int first_row = blockIdx.x * kRows, first_token = blockIdx.y * kTokens;
+  const int first_row = blockIdx.y * kRows, first_token = blockIdx.x * kTokens;
   const int split = blockIdx.z, splits = gridDim.z;
   const int begin = groups * split / splits, end = groups * (split + 1) / splits;
   const int steps = (end - begin + kDepth - 1) / kDepth;

@@ -29,7 +29,7 @@ _PITCH = _RANKS + 4  # floats
 _MOST_SPLITS = 16
 _FEWEST_GROUPS = 4  # of a split
 _ALIGNMENT = 16  # bytes, of what is copied at a time
-_MOST_TOKENS = 65535 * 128  # a grid's second size times the largest tile
+_MOST_ROWS = 65535 * 64  # a grid's second size times the smallest tile
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ def refuses_product(m: int, n: int, k: int, rank: int) -> str | None:
     """Why a product of these sizes cannot run here, or None."""
     if k % GROUP or not k:
         return f"{k} columns; the kernel takes multiples of {GROUP}"
-    if m > _MOST_TOKENS:
-        return f"{m} tokens; the kernel takes up to {_MOST_TOKENS}"
-    if max(n, rank) >= 1 << 24:
-        return f"{n} rows of rank {rank}; the kernel takes fewer than {1 << 24} of either"
+    if n > _MOST_ROWS:
+        return f"{n} rows; the kernel takes up to {_MOST_ROWS}"
+    if max(m, rank) >= 1 << 24:
+        return f"{m} tokens of rank {rank}; the kernel takes fewer than {1 << 24} of either"
     return None
 
 
@@ -155,7 +155,7 @@ def product(
         f"lowbit::{DTYPES[up.dtype]}, lowbit::{DTYPES[sums.dtype]}, {tile.arguments}>"
     )
     kernels.launch(
-        _SOURCE, name, device, (ceil_div(n, tile.rows), ceil_div(m, tile.tokens), splits), tile.threads,
+        _SOURCE, name, device, (ceil_div(m, tile.tokens), ceil_div(n, tile.rows), splits), tile.threads,
         [
             _aligned(codes), _aligned(scale), low.contiguous(), _aligned(weight), _aligned(weight_scale),
             up.contiguous(), bias if splits == 1 else None, sums, m, n, groups, padded, scale_rows, rank, lows,
