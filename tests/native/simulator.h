@@ -183,6 +183,13 @@ inline void yield() {
   swapcontext(&from.context, &block().scheduler);
 }
 
+// Where a thread may be overtaken by others: as often as not it is.
+inline void maybe_yield() {
+  if (chance() & 1) return;
+  ++block().events;  // it goes on by itself
+  yield();
+}
+
 inline void Barrier::wait() {
   const long before = generation;
   if (++arrived == members) {
@@ -266,10 +273,12 @@ inline void copy_async(void* to, const void* from, size_t bytes, bool valid) {
   fiber().copies.push_back(copy);
 }
 inline void commit_copies() {
+  maybe_yield();
   fiber().groups.push_back(std::move(fiber().copies));
   fiber().copies.clear();
 }
 inline void wait_copies(size_t left) {
+  maybe_yield();
   auto& groups = fiber().groups;
   for (; groups.size() > left; groups.pop_front())
     for (const Copy& copy : groups.front()) copy.run();
@@ -296,6 +305,7 @@ inline void copy_bulk(void* to, const void* from, uint32_t bytes, void* mailbox)
     fail("a bulk copy wants addresses and sizes in multiples of 16 bytes");
   std::memset(to, 0xFF, bytes);
   block().bulks.push_back({{to, from, bytes, bytes}, static_cast<Mailbox*>(mailbox)});
+  maybe_yield();
 }
 // Bulk copies that are under way end by chance, in any order; all of them where nothing else can happen.
 inline void land_bulks(bool all) {
@@ -490,10 +500,12 @@ void wgmma(T (&sums)[kColumns / 2], const uint32_t (&a)[4], const void* tile, in
   own.products.push_back(std::move(made));
 }
 inline void commit_products() {
+  maybe_yield();
   fiber().issued.push_back(std::move(fiber().products));
   fiber().products.clear();
 }
 inline void wait_products(size_t left) {
+  maybe_yield();
   auto& issued = fiber().issued;
   for (; issued.size() > left; issued.pop_front())
     for (Product& product : issued.front()) product.run(product);

@@ -94,6 +94,7 @@ LOWBIT_DEVICE void arrive(Mailbox* mailbox) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(mailbox)) : "memory");
 #else
   reinterpret_cast<simulator::Mailbox*>(mailbox)->arrived(1, 0);
+  simulator::maybe_yield();
 #endif
 }
 
