@@ -50,8 +50,8 @@ struct Slot {
 template <ScaleType type>
 LOWBIT_DEVICE float scale_at(const unsigned char* scales, int row) {
   if constexpr (type == kScaleFloat32) return reinterpret_cast<const float*>(scales)[row];
-  return half_to_float < type == kScaleFloat16 ? kFloat16
-                                               : kBFloat16 > (reinterpret_cast<const uint16_t*>(scales)[row]);
+  constexpr Half half = type == kScaleFloat16 ? kFloat16 : kBFloat16;
+  return half_to_float<half>(reinterpret_cast<const uint16_t*>(scales)[row]);
 }
 
 // Two columns of a row of `up` side by side, zero behind the last.
