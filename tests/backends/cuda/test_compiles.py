@@ -74,7 +74,7 @@ def test_verdicts(log, dynamic, hot, fault):
 
 def test_what_the_compiler_raises_is_a_fault():
     """An error of the compiler is reported with its text; the others are still compiled."""
-    one = Noted(Launch("linear_words.cu", NAME), "linear", "nvfp4", hot=True)
+    one = Noted(Launch("words_gemv.cu", NAME), "linear", "nvfp4", hot=True)
     assert "no template" in judge(one, "sm_90a", _refuse).fault
     assert "does not compile" in judge(one, "sm_90a").fault
 

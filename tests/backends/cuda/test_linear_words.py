@@ -1,98 +1,86 @@
+"""The linears of 4-bit codes with activations of 16 bits: what is refused, and which kernel gets the rest."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.support import cuda_simulator
 from tests.support.cpu_linear import activations, packed_weight
 
 pytest.importorskip("lowbit.backends.cuda", reason="no CUDA compiler", exc_type=ImportError)
 
-from lowbit.backends.cuda import kernels, linear_words
+from lowbit import dispatch
+from lowbit.backends.cuda import hopper_check, kernels, linear_words
 from lowbit.backends.gpu import Target, assume
 from lowbit.formats import parse_spec
 from lowbit.formats.base import Format
+from lowbit.formats.parts import Parts
 from lowbit.layouts import words128
-from lowbit.tensor import QuantizedTensor
 
-SPECS = ("awq_w4a16", "awq_w4a16(group_size=32)", "awq_w4a16(group_size=256)", "wna16", "nvfp4", "mxfp4")
-
-
-def _parts_for(fmt: Format, packed: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The parts with scales of 16 bits in the dtype of x, as a model in that dtype has them."""
-    halves = (torch.bfloat16, torch.float16)
-    parts = dict(zip(fmt.part_names, packed.part_list, strict=True))
-    return {name: part.to(dtype) if part.dtype in halves else part for name, part in parts.items()}
+FP16, AMPERE, HOPPER = torch.float16, Target("cuda", (8, 0)), Target("cuda", (9, 0))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("spec", SPECS)
-def test_product(spec, dtype, monkeypatch):
-    """A simulated GPU gives the product of the dequantized weight, rounded once, for odd rows and up to 8 tokens."""
-    monkeypatch.setattr(kernels, "launch", cuda_simulator.launch)
+def weight(spec: str, n: int = 16, k: int = 256) -> tuple[Format, Parts]:
+    """A format and its parts in words128, scales of 16 bits in float16."""
     fmt = parse_spec(spec)
-    for n, k, m, processors in ((20 if "fp4" in spec else 17, 256, 1, 132), (40, 1280, 8, 132), (300, 256, 3, 1)):
-        packed, _ = packed_weight(spec, n, k, words128.NAME)
-        parts = _parts_for(fmt, packed, dtype)
-        weight = fmt.dequantize(words128.unpack(fmt, parts), (n, k), torch.float32).double()
-        x = activations(m, k, dtype)
-        bias = torch.randn(n).to(dtype) if m != 3 else None
-        with assume(Target("cuda", (9, 0), processors)):
-            assert linear_words.refuses(fmt, x, parts, bias) is None
-            found = linear_words.linear(fmt, x, parts, bias)
-        assert found.shape == (m, n)
-        assert found.dtype == dtype
-        wanted = x.double() @ weight.t() + (0 if bias is None else bias.double())
-        half_ulp = torch.finfo(dtype).eps / 2
-        torch.testing.assert_close(found.double(), wanted, rtol=1.01 * half_ulp, atol=1e-5 * wanted.abs().max().item())
+    packed, _ = packed_weight(spec, n, k, words128.NAME)
+    parts = dict(zip(fmt.part_names, packed.part_list, strict=True))
+    return fmt, {name: part.to(FP16) if part.dtype == torch.bfloat16 else part for name, part in parts.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("group", [32, 64, 128, 256])
-def test_plain_bytes(group, dtype, monkeypatch):
-    """gemv_awq_w4a16 gives the same for codes as files hold them, in every order of columns that groups ask for."""
-    monkeypatch.setattr(kernels, "launch", cuda_simulator.launch)
-    fmt = parse_spec(f"awq_w4a16(group_size={group})")
-    n, k, m = 40, 1280, 5
-    plain = fmt.quantize(torch.randn(n, k))
-    q, scale, zero = plain["qdata"], plain["scale"].to(dtype), plain["zero"].to(dtype)
-    weight = fmt.dequantize({"qdata": q, "scale": scale, "zero": zero}, (n, k), torch.float32).double()
-    x, bias = activations(m, k, dtype), torch.randn(n).to(dtype)
-    with assume(Target("cuda", (9, 0))):
-        assert linear_words.refuses_gemv(x, q, scale, zero, bias, group) is None
-        found = linear_words.gemv_awq_w4a16(x, q, scale, zero, bias, group)
-    wanted = x.double() @ weight.t() + bias.double()
-    half_ulp = torch.finfo(dtype).eps / 2
-    torch.testing.assert_close(found.double(), wanted, rtol=1.01 * half_ulp, atol=1e-5 * wanted.abs().max().item())
+@pytest.mark.parametrize(("spec", "n", "m", "target", "source"), [
+    ("awq_w4a16", 16, 1, HOPPER, "words_gemv.cu"),
+    ("awq_w4a16", 16, 8, AMPERE, "words_gemv.cu"),
+    ("awq_w4a16", 16, 9, AMPERE, "words_gemm_mma.cu"),
+    ("awq_w4a16", 16, 9, HOPPER, "words_gemm_wgmma.cu"),
+    ("awq_w4a16", 16, 9, Target("cuda", (12, 0)), "words_gemm_mma.cu"),
+    ("nvfp4", 18, 1, AMPERE, "words_gemm_mma.cu"),  # scales of a byte are read by four rows
+    ("nvfp4", 18, 1, HOPPER, "words_gemm_mma.cu"),
+    ("nvfp4", 18, 9, HOPPER, "words_gemm_wgmma.cu"),
+    ("nvfp4", 20, 1, HOPPER, "words_gemv.cu"),
+    ("wna16(group_size=0)", 16, 1, HOPPER, "words_gemv.cu"),
+])  # fmt: skip
+def test_which_kernel(spec, n, m, target, source):
+    """Up to 8 tokens go to the kernel that reads weights once, more to the GPU's tensor cores."""
+    fmt, parts = weight(spec, n)
+    x = activations(m, 256, FP16)
+    with assume(target), kernels.record() as launches:
+        assert linear_words.refuses(fmt, x, parts, None) is None
+        assert linear_words.linear(fmt, x, parts, None).shape == (m, n)
+    assert launches[0].source == source
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_extreme_scales(dtype, monkeypatch):
-    """Every e4m3 scale of nvfp4 is multiplied into the codes without rounding, the smallest and the largest, too."""
-    monkeypatch.setattr(kernels, "launch", cuda_simulator.launch)
-    fmt = parse_spec("nvfp4")
-    packed, _ = packed_weight("nvfp4", 128, 128, words128.NAME)
-    parts = _parts_for(fmt, packed, dtype)
-    scales = torch.arange(127).to(torch.uint8).view(torch.float8_e4m3fn)  # those that are finite and not negative
-    parts["scale"] = torch.cat([scales, scales[:1]]).repeat(8, 1)
-    weight = fmt.dequantize(words128.unpack(fmt, parts), (128, 128), torch.float32).double()
-    x = torch.eye(128)[37:39].to(dtype)
-    with assume(Target("cuda", (9, 0))):
-        found = linear_words.linear(fmt, x, parts, None)
-    torch.testing.assert_close(found.double(), weight[:, 37:39].t().to(dtype).double(), rtol=0, atol=0)
+def test_plain_bytes_on_hopper():
+    """What files hold is multiplied as it is: by a warp's tensor cores on Hopper, too."""
+    fmt, parts = weight("awq_w4a16")
+    plain = words128.unpack(fmt, parts)
+    for m, source in ((2, "words_gemv.cu"), (20, "words_gemm_mma.cu")):
+        x = activations(m, 256, FP16)
+        with assume(HOPPER), kernels.record() as launches:
+            assert linear_words.refuses_gemv(x, *(plain[name] for name in ("qdata", "scale", "zero")), None, 64) is None
+            linear_words.linear_plain(fmt, x, plain, None)
+        assert launches[0].source == source
 
 
-def test_where_x_begins(monkeypatch):
-    """The kernel loads 16 bytes of x at a time: rows that begin elsewhere are copied first, others are not."""
+def test_products_that_are_wrong(monkeypatch):
+    """Where a GPU's own products were found wrong, or cannot be tried, those of a warp are taken."""
+    monkeypatch.setattr(hopper_check, "refuses", lambda _: "5 sums were wrong")
+    fmt, parts = weight("awq_w4a16")
+    with assume(HOPPER), kernels.record() as launches:
+        linear_words.linear(fmt, activations(9, 256, FP16), parts, None)
+    assert launches[0].source == "words_gemm_mma.cu"
+
+
+@pytest.mark.parametrize("m", [1, 9])
+def test_where_x_begins(m, monkeypatch):
+    """The kernels load 16 bytes of x at a time: rows that begin elsewhere are copied first, others are not."""
     seen = []
-    monkeypatch.setattr(kernels, "launch", lambda *args: seen.append(args[-1][0]))
-    fmt = parse_spec("awq_w4a16")
-    packed, _ = packed_weight("awq_w4a16", 16, 256, words128.NAME)
-    parts = _parts_for(fmt, packed, torch.float16)
-    room = torch.zeros(520, dtype=torch.float16)
-    with assume(Target("cuda", (9, 0))):
+    monkeypatch.setattr(kernels, "launch", lambda *args, **_: seen.append(args[5][0]))
+    fmt, parts = weight("awq_w4a16")
+    room = torch.zeros(m * 256 + 8, dtype=FP16)
+    with assume(AMPERE):
         for offset in (0, 1, 4, 8):
-            x = room[offset : offset + 512].view(2, 256)
+            x = room[offset : offset + m * 256].view(m, 256)
             linear_words.linear(fmt, x, parts, None)
             assert seen[-1].data_ptr() % 16 == 0
             assert (seen[-1].data_ptr() == x.data_ptr()) == (offset % 8 == 0)
@@ -100,40 +88,46 @@ def test_where_x_begins(monkeypatch):
 
 def test_nothing_to_do(monkeypatch):
     """No tokens, or no rows of the weight, give an empty result without a launch: a grid of no blocks is an error."""
-    monkeypatch.setattr(kernels, "launch", lambda *_: pytest.fail("launched"))
-    fmt = parse_spec("awq_w4a16")
-    packed, _ = packed_weight("awq_w4a16", 16, 256, words128.NAME)
-    parts = _parts_for(fmt, packed, torch.float16)
+    monkeypatch.setattr(kernels, "launch", lambda *_, **__: pytest.fail("launched"))
+    fmt, parts = weight("awq_w4a16")
     none = {"qdata": parts["qdata"][:0], "scale": parts["scale"][:, :0], "zero": parts["zero"][:, :0]}
-    with assume(Target("cuda", (9, 0))):
+    with assume(HOPPER):
         assert linear_words.linear(fmt, torch.zeros(0, 256).half(), parts, None).shape == (0, 16)
-        assert linear_words.linear(fmt, torch.zeros(2, 256).half(), none, None).shape == (2, 0)
+        assert linear_words.linear(fmt, torch.zeros(2, 9, 256).half(), none, None).shape == (2, 9, 0)
 
 
 def test_refusals():
-    """What the kernel cannot take is refused in words that name it."""
-    fmt = parse_spec("awq_w4a16")
-    packed, _ = packed_weight("awq_w4a16", 16, 256, words128.NAME)
-    parts = _parts_for(fmt, packed, torch.float16)
-    x = activations(1, 256, torch.float16)
-    with assume(Target("cuda", (9, 0))):
+    """What the kernels cannot take is refused in words that name it."""
+    fmt, parts = weight("awq_w4a16")
+    x = activations(1, 256, FP16)
+    plain = words128.unpack(fmt, parts)
+    with assume(HOPPER):
         assert linear_words.refuses(fmt, x, parts, None) is None
-        assert "9 tokens" in linear_words.refuses(fmt, activations(9, 256, torch.float16), parts, None)
+        assert linear_words.refuses(fmt, x.view(1, 1, 256), parts, None) is None
         assert "float32" in linear_words.refuses(fmt, x.float(), parts, None)
         assert "scales are float16" in linear_words.refuses(fmt, x.bfloat16(), parts, None)
         mixed = {**parts, "zero": parts["zero"].float()}
         assert "zeros are float32, scales float16" in linear_words.refuses(fmt, x, mixed, None)
         assert "bias is float32" in linear_words.refuses(fmt, x, parts, torch.zeros(16))
         assert "meta" in linear_words.refuses(fmt, x, parts, torch.zeros(16, device="meta"))
-        plain = words128.unpack(fmt, parts)
         assert linear_words.refuses_plain(fmt, x, plain, None) is None
-        assert "100 columns" in linear_words.refuses_plain(fmt, activations(1, 100, torch.float16), plain, None)
+        assert "100 columns" in linear_words.refuses_plain(fmt, activations(1, 100, FP16), plain, None)
         gaps = {**plain, "qdata": plain["qdata"].t().contiguous().t()}
         assert "qdata has gaps" in linear_words.refuses_plain(fmt, x, gaps, None)
         assert "groups of 16" in linear_words.refuses_plain(parse_spec("awq_w4a16(group_size=16)"), x, plain, None)
-        odd, _ = packed_weight("nvfp4", 18, 256, words128.NAME)
-        assert "18 rows" in linear_words.refuses(odd.format, x, _parts_for(odd.format, odd, torch.float16), None)
     with assume(Target("cuda", (7, 5))):
         assert "7.5" in linear_words.refuses(fmt, x, parts, None)
     with assume(Target("hip")):
         assert "NVIDIA" in linear_words.refuses(fmt, x, parts, None)
+
+
+def test_weights_are_packed_for_gpus_that_can():
+    """On a GPU without these tensor cores no weight is packed for this backend."""
+    fmt = parse_spec("awq_w4a16")
+    found = {
+        entry.layout: entry for entry in dispatch.candidates("linear", fmt.name, "cuda") if entry.backend == "cuda"
+    }
+    with assume(Target("cuda", (7, 5))):
+        assert not found[words128.NAME].packs()
+    with assume(AMPERE):
+        assert found[words128.NAME].packs()

@@ -8,7 +8,7 @@ from tests.support.cpu_linear import activations, packed_weight
 
 pytest.importorskip("lowbit.backends.cuda", reason="no CUDA compiler", exc_type=ImportError)
 
-from lowbit.backends.cuda import compiler, kernels, words_gemm_wgmma
+from lowbit.backends.cuda import compiler, kernels, linear_words, words_gemm_wgmma
 from lowbit.backends.gpu import Target, assume
 from lowbit.formats import parse_spec
 from lowbit.formats.base import Format
@@ -42,8 +42,8 @@ def check(fmt: Format, n: int, k: int, m: int, parts: dict[str, torch.Tensor], d
     x = activations(m, k, dtype)
     bias = torch.randn(n).to(dtype) if m % 2 else None
     with assume(HOPPER):
-        assert words_gemm_wgmma.refuses(fmt, x, parts, bias) is None
-        found = words_gemm_wgmma.linear(fmt, x, parts, bias)
+        assert linear_words.refuses(fmt, x, parts, bias) is None
+        found = linear_words.linear(fmt, x, parts, bias)
     assert found.shape == (m, n)
     assert found.dtype == dtype
     wanted = x.double() @ weight.t() + (0 if bias is None else bias.double())
@@ -107,24 +107,13 @@ def test_not_finite(monkeypatch):
     fmt = parse_spec("wna16")
     parts, x = parts_for(fmt, "wna16", 16, 256, B), activations(9, 256, B)
     with assume(HOPPER):
-        wanted = words_gemm_wgmma.linear(fmt, x, parts, None)
+        wanted = linear_words.linear(fmt, x, parts, None)
         x[2, 77], x[5, 200] = float("nan"), float("inf")
-        found = words_gemm_wgmma.linear(fmt, x, parts, None)
+        found = linear_words.linear(fmt, x, parts, None)
     assert found[2].isnan().all()
     assert not found[5].isfinite().any()
     others = [0, 1, 3, 4, 6, 7, 8]
     assert torch.equal(found[others], wanted[others])
-
-
-def test_nothing_to_do(monkeypatch):
-    """No tokens, or no rows of the weight, give an empty result without a launch: a grid of no blocks is an error."""
-    monkeypatch.setattr(kernels, "launch", lambda *_, **__: pytest.fail("launched"))
-    fmt = parse_spec("wna16")
-    parts = parts_for(fmt, "wna16", 16, 256, F)
-    none = {"qdata": parts["qdata"][:0], "scale": parts["scale"][:, :0]}
-    with assume(HOPPER):
-        assert words_gemm_wgmma.linear(fmt, torch.zeros(0, 256).half(), parts, None).shape == (0, 16)
-        assert words_gemm_wgmma.linear(fmt, torch.zeros(2, 9, 256).half(), none, None).shape == (2, 9, 0)
 
 
 def recorded(spec: str, n: int, k: int, m: int, dtype: torch.dtype, processors: int = 132) -> list[kernels.Launch]:
@@ -136,8 +125,8 @@ def recorded(spec: str, n: int, k: int, m: int, dtype: torch.dtype, processors: 
     parts = {name: torch.empty(shape, dtype=dtypes[name], device=meta) for name, shape in shapes.items()}
     x = torch.empty(m, k, dtype=dtype, device=meta)
     with assume(Target("cuda", (9, 0), processors)), kernels.record() as launches:
-        assert words_gemm_wgmma.refuses(fmt, x, parts, None) is None
-        words_gemm_wgmma.linear(fmt, x, parts, None)
+        assert linear_words.refuses(fmt, x, parts, None) is None
+        linear_words.linear(fmt, x, parts, None)
     return launches
 
 
@@ -164,23 +153,3 @@ def test_shares():
     many = recorded("wna16", 4096, 4096, 4096, B)
     assert len(many) == 1
     assert many[0].name.endswith("128, 2>")
-
-
-def test_refusals():
-    """What the kernel cannot take is refused in words that name it."""
-    fmt = parse_spec("awq_w4a16")
-    parts, x = parts_for(fmt, "awq_w4a16", 16, 256, F), activations(9, 256, F)
-    with assume(HOPPER):
-        assert words_gemm_wgmma.refuses(fmt, x, parts, None) is None
-        assert "8 tokens" in words_gemm_wgmma.refuses(fmt, x[:8], parts, None)
-        assert "float32" in words_gemm_wgmma.refuses(fmt, x.float(), parts, None)
-        assert "scales are float16" in words_gemm_wgmma.refuses(fmt, x.bfloat16(), parts, None)
-        mixed = {**parts, "zero": parts["zero"].float()}
-        assert "zeros are float32, scales float16" in words_gemm_wgmma.refuses(fmt, x, mixed, None)
-        assert "bias is float32" in words_gemm_wgmma.refuses(fmt, x, parts, torch.zeros(16))
-        assert "meta" in words_gemm_wgmma.refuses(fmt, x, parts, torch.zeros(16, device="meta"))
-    for capability in ((8, 0), (10, 0), (12, 0)):
-        with assume(Target("cuda", capability)):
-            assert f"{capability[0]}.0" in words_gemm_wgmma.refuses(fmt, x, parts, None)
-    with assume(Target("hip")):
-        assert "NVIDIA" in words_gemm_wgmma.refuses(fmt, x, parts, None)

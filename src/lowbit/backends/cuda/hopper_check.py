@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.cuda import device_check, kernels
-from lowbit.backends.gpu import assumed
+from lowbit.backends.gpu import assumed, target_of
 
 SOURCE, NAME = "hopper_check.cu", "lowbit::hopper_products"
 THREADS, TOKENS, COLUMNS = 128, 32, 64
@@ -27,7 +27,7 @@ def refuses(device: torch.device) -> str | None:
     """Why no kernel of Hopper's own instructions can run on a device, or None. Free after the first call for a GPU."""
     if why := device_check.refuses(device, _CAPABILITY):
         return why
-    target = device_check.target_of(device)
+    target = target_of(device)
     if target.capability != _CAPABILITY:
         have = ".".join(map(str, target.capability))
         return f"the GPU has compute capability {have}; the kernel is for 9.0 alone, whose products it uses"
@@ -62,7 +62,5 @@ def _try(device: torch.device) -> str | None:
     except Exception as error:  # noqa: BLE001  (what a launch fails with is the driver's to say)
         return f"its products cannot be tried on this GPU: {' '.join(str(error).split())}"
     if wrong:
-        return (
-            f"{wrong} sums of a product that was tried on this GPU were wrong; please report it with `lowbit doctor`"
-        )
+        return f"{wrong} sums of a product that was tried on this GPU were wrong; please report it with `lowbit doctor`"
     return None

@@ -1,4 +1,4 @@
-"""linear for more than 8 tokens of 16 bits and 4-bit codes in the layout words128, by products of a warpgroup (sm_90a).
+"""4-bit codes in words128 and more than 8 tokens of 16 bits, by products of a warpgroup (sm_90a).
 
 Weights are decoded in registers and meet tokens from shared memory; no scale of 16 bits or more is rounded. Where there
 are fewer tiles than multiprocessors, the columns are split over blocks, whose float32 sums a second kernel adds in
@@ -15,19 +15,12 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.cuda import kernels
-from lowbit.backends.cuda.device_check import usable
-from lowbit.backends.cuda.linear_words import _HALVES, _kind, _operands
+from lowbit.backends.cuda.words_operands import HALVES, Operands
 from lowbit.backends.gpu import target_of
-from lowbit.formats.base import Format
-from lowbit.formats.parts import Parts
 from lowbit.layouts import words128
 
 _SOURCE = "words_gemm_wgmma.cu"
-_FEWEST = 9  # tokens; linear_words takes fewer
-_CAPABILITY = (9, 0)
 _THREADS = 384
-_STEP = 16
-_ALIGNMENT = 16  # bytes of x and of codes that are copied at a time
 _KIB = 1024
 # As in Plan of the kernel, which says why.
 _PLACES = 6
@@ -72,76 +65,30 @@ class _Kind:
     """Whether scales multiply decoded values, not sums."""
 
 
-def refuses(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
-    """Why this call cannot run here, or None."""
-    m = x.shape[:-1].numel()
-    if m < _FEWEST:
-        return f"{m} tokens; the kernel is for {_FEWEST} and more"
-    if x.dtype not in _HALVES:
-        return f"x is {_kind(x)}; the kernel takes bfloat16 and float16"
-    target = target_of(x.device)
-    if target.kind != "cuda":
-        return "the GPU is not one of NVIDIA's"
-    if target.capability != _CAPABILITY:
-        have = ".".join(map(str, target.capability))
-        return f"the GPU has compute capability {have}; the kernel is for 9.0 alone, whose products it uses"
-    if why := usable(x.device):
-        return why
-    for name, tensor in (("bias", bias), *parts.items()):
-        if tensor is not None and tensor.device != x.device:
-            return f"{name} is on {tensor.device}, x on {x.device}; move one of them"
-    if bias is not None and bias.dtype != x.dtype:
-        return f"the bias is {_kind(bias)}, x {_kind(x)}; the kernel takes one dtype"
-    return _refuses_groups(fmt, x, parts)
-
-
-def _refuses_groups(fmt: Format, x: Tensor, parts: Parts) -> str | None:
-    scale, zero, group = parts["scale"], parts.get("zero"), fmt.unit((1, x.shape[-1]))[1]
-    if "zero_point" in parts:
-        return "codes with zero points"
-    if scale.dtype.itemsize == 2 and scale.dtype != x.dtype:
-        return f"scales are {_kind(scale)}, x {_kind(x)}; the kernel takes one dtype, or scales in float32"
-    if zero is not None and zero.dtype != scale.dtype:
-        return f"zeros are {_kind(zero)}, scales {_kind(scale)}; the kernel takes one dtype"
-    if group % _STEP or (words128.COLUMNS % group and group % words128.COLUMNS):
-        return f"groups of {group} columns; the kernel takes 16, 32, 64, 128 and multiples of 128"
-    return None
-
-
-def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-    """x [..., K] in bfloat16 or float16, parts in words128, bias [N] or None -> [..., N] in the dtype of x."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    (m, k), codes, found = rows.shape, parts["qdata"], _operands(fmt, parts, x)
-    n = codes.shape[0]
-    out = x.new_empty((*x.shape[:-1], n))
-    if not m or not n:
-        return out
-    if rows.data_ptr() % _ALIGNMENT:
-        rows = rows.clone()
-    group, half = fmt.unit((1, k))[1], f"lowbit::{_HALVES[x.dtype]}"
-    pairs = found.scale == "kE4M3" or (found.scale == "kE8M0" and x.dtype == torch.bfloat16)
-    kind = _Kind(min(group, words128.COLUMNS) // _STEP, found.zero is not None, pairs)
-    tiles = _tiles(m, n, k, kind, target_of(x.device).processors)
+def product(rows: Tensor, operands: Operands, bias: Tensor | None, out: Tensor) -> None:
+    """Write rows [M, K] times the weight in words128, and bias [N], into out [.., N]."""
+    (m, k), n = rows.shape, out.shape[-1]
+    half, device = HALVES[rows.dtype], rows.device
+    pairs = operands.scale_kind == "kE4M3" or (operands.scale_kind == "kE8M0" and rows.dtype == torch.bfloat16)
+    kind = _Kind(operands.sixteens, operands.zero is not None, pairs)
+    tiles = _tiles(m, n, k, kind, target_of(device).processors)
     name = (
-        f"lowbit::words_gemm<lowbit::{found.code}, {half}, lowbit::{found.scale}, {str(kind.zeros).lower()}, "
+        f"lowbit::words_gemm<lowbit::{operands.code}, {half}, lowbit::{operands.scale_kind}, {operands.has_zero}, "
         f"{kind.sixteens}, {tiles.tokens}, {tiles.tiles}>"
     )
     grid = (-(-n // tiles.rows), -(-m // tiles.tokens), tiles.splits)
     row_tiles, eights = grid[0] * tiles.rows // 64, grid[1] * tiles.tokens // 8
-    sums = x.new_empty((tiles.splits, row_tiles, eights, 128, 4), dtype=torch.float32) if tiles.splits > 1 else None
-    step = 0 if found.alpha is None or found.alpha.numel() == 1 else 1
-    added = None if bias is None else bias.contiguous()
+    sums = rows.new_empty((tiles.splits, row_tiles, eights, 128, 4), dtype=torch.float32) if tiles.splits > 1 else None
     arguments: list[kernels.Argument] = [
-        rows, codes, parts["scale"], found.zero, found.alpha, step, added, out, sums, m, n, k,
-        max(1, group // words128.COLUMNS),
+        rows, operands.codes, operands.scale, operands.zero, operands.alpha, operands.alpha_step, bias, out, sums,
+        m, n, k, operands.blocks_a_group,
     ]  # fmt: skip
-    kernels.launch(_SOURCE, name, x.device, grid, _THREADS, arguments, shared=_shared(tiles, kind))
+    kernels.launch(_SOURCE, name, device, grid, _THREADS, arguments, shared=_shared(tiles, kind))
     if sums is not None:
         kernels.launch(
-            _SOURCE, f"lowbit::add_word_splits<{half}>", x.device, (-(-n // 64), -(-m // 16)), 128,
-            [sums, tiles.splits, row_tiles, eights, found.alpha, step, added, out, m, n],
+            _SOURCE, f"lowbit::add_word_splits<{half}>", device, (-(-n // 64), -(-m // 16)), 128,
+            [sums, tiles.splits, row_tiles, eights, operands.alpha, operands.alpha_step, bias, out, m, n],
         )  # fmt: skip
-    return out
 
 
 def _shared(tiles: _Tiles, kind: _Kind) -> int:

@@ -89,7 +89,7 @@ LOWBIT_DEVICE uint32_t scaled_pair(uint32_t pair, uint32_t scale) {
 template <Code code, Half half, ScaleType scale_type, bool zeros, Storage storage, int kSixteens, int kTiles,
           int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, 2)
-    linear_words(const uint16_t* __restrict__ x, const uint4* __restrict__ codes, const void* __restrict__ scale,
+    words_gemv(const uint16_t* __restrict__ x, const uint4* __restrict__ codes, const void* __restrict__ scale,
                  const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_step,
                  const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, int m, int n, int k,
                  int blocks_a_group) {
