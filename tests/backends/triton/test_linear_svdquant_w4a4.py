@@ -5,7 +5,7 @@ import torch
 
 from lowbit.dispatch import select, use_backend
 from lowbit.formats import parse_spec
-from lowbit.layouts import svdquant_tiles
+from lowbit.layouts import svdquant_fragments, svdquant_tiles
 from tests.support.cpu_linear import activations, packed_weight
 from tests.support.triton_linear import DEVICE, DTYPES, check_linear, check_properties, require
 
@@ -47,6 +47,15 @@ def test_ranks(rank):
 def test_properties(spec):
     """Gaps, leading axes and no tokens change nothing, and every call gives the same bits."""
     check_properties(spec, 20, 64, layout="")
+
+
+def test_what_another_kernel_packed():
+    """A weight that was packed for a kernel that refuses the call gives the bits of the plain one."""
+    packed, _ = packed_weight("svdquant_w4a4(rank=6)", 70, 128, "")
+    packed = packed.to(DEVICE)
+    x = activations(3, 128, torch.float32).to(DEVICE)
+    with use_backend("triton"), torch.inference_mode():
+        assert torch.equal(linear(x, packed.in_layout(svdquant_fragments.NAME)), linear(x, packed))
 
 
 @pytest.mark.parametrize("unsigned", [False, True])

@@ -7,6 +7,7 @@ instructions, not measured: `_plan`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -103,6 +104,7 @@ def refuses_product(m: int, n: int, k: int, rank: int) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1024)
 def _plan(m: int, n: int, groups: int, processors: int) -> _Plan:
     """The tile and the number of pieces of K that are reasoned to take the fewest cycles."""
     fewest = next((tile.tokens for tile in _TILES if tile.tokens >= m), _TILES[-1].tokens)

@@ -6,6 +6,7 @@ How a call is cut up is reasoned from counted instructions, not measured: `_plan
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -88,6 +89,7 @@ def refuses_product(m: int, n: int, k: int, rank: int) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1024)
 def _plan(m: int, n: int, groups: int, processors: int) -> _Plan:
     """The tile and the number of pieces of K with the fewest cycles, as far as reasoning goes."""
     fewest = next((tile.tokens for tile in _TILES if tile.tokens >= m), _TILES[-1].tokens)

@@ -7,7 +7,7 @@ from torch import Tensor
 from lowbit.backends.triton import device
 from lowbit.backends.triton.quantize_svdquant_w4a4 import MOST_SPLITS, quantized
 from lowbit.backends.triton.svdquant_gemm import TOLERANCE, grouped_product, low_splits
-from lowbit.dispatch import kernel
+from lowbit.dispatch import ANY_LAYOUT, kernel
 from lowbit.formats.parts import Parts
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
 from lowbit.layouts import svdquant_tiles as tiles
@@ -40,4 +40,10 @@ def linear_svdquant_w4a4(fmt: SvdquantW4A4, x: Tensor, parts: Parts, bias: Tenso
 @kernel("linear", format="svdquant_w4a4", backend="triton", layout=tiles.NAME, refuses=refuses, tolerance=TOLERANCE)
 def linear_svdquant_w4a4_tiles(fmt: SvdquantW4A4, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     """The same for comfy-kitchen's tiles."""
+    return linear_svdquant_w4a4(fmt, x, parts, bias)
+
+
+@kernel("linear", format="svdquant_w4a4", backend="triton", layout=ANY_LAYOUT, refuses=refuses, tolerance=TOLERANCE)
+def linear_svdquant_w4a4_unpacked(fmt: SvdquantW4A4, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    """The same for a weight that was packed for a kernel that refuses this call, such as one with float32 x."""
     return linear_svdquant_w4a4(fmt, x, parts, bias)
