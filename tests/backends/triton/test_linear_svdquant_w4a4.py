@@ -53,9 +53,14 @@ def test_what_another_kernel_packed():
     """A weight that was packed for a kernel that refuses the call gives the bits of the plain one."""
     packed, _ = packed_weight("svdquant_w4a4(rank=6)", 70, 128, "")
     packed = packed.to(DEVICE)
+    other = packed.in_layout(svdquant_fragments.NAME)
     x = activations(3, 128, torch.float32).to(DEVICE)
     with use_backend("triton"), torch.inference_mode():
-        assert torch.equal(linear(x, packed.in_layout(svdquant_fragments.NAME)), linear(x, packed))
+        wanted = linear(x, packed)
+    entry = select("linear", "svdquant_w4a4", other.kernel_layout, DEVICE.type, (other.format, x, other.parts, None))
+    assert entry.backend == "triton"
+    with torch.inference_mode():  # not forced: eager unpacks
+        assert torch.equal(linear(x, other), wanted)
 
 
 @pytest.mark.parametrize("unsigned", [False, True])
