@@ -159,6 +159,7 @@ def test_refusals():
     """Sizes that the kernel cannot take are refused in words that name them."""
     assert svdquant_gemm_wgmma.refuses_product(1, 1, 64, 0) is None
     assert "96 columns" in svdquant_gemm_wgmma.refuses_product(1, 64, 96, 16)
+    assert "0 columns" in svdquant_gemm_wgmma.refuses_product(1, 64, 0, 16)
     assert "tokens" in svdquant_gemm_wgmma.refuses_product(1 << 24, 64, 64, 16)
     assert "rows" in svdquant_gemm_wgmma.refuses_product(1, 1 << 24, 64, 16)
 
@@ -174,6 +175,18 @@ def test_plans(processors):
                 assert plan.tile.tokens >= min(m, 64)
                 assert plan.tile.shared(torch.float32) * plan.tile.resident <= 227 * 1024
                 assert not plan.whole or plan.tile.tokens >= 64
+
+
+def test_grids(monkeypatch):
+    """However many tokens there are, and whatever a tile is thought to cost, no grid is larger than it can be."""
+    svdquant_gemm_wgmma._plan.cache_clear()
+    monkeypatch.setattr(svdquant_gemm_wgmma, "_cycles", lambda plan, *_: plan.tile.tokens - plan.splits)
+    for m in (64, 65535 * 16, 65535 * 16 + 1, 65535 * 64 + 1, svdquant_gemm_wgmma._MOST_TOKENS):
+        plan = svdquant_gemm_wgmma._plan(m, 64, 48, 132)
+        assert -(-m // plan.tile.tokens) <= 65535
+        assert plan.whole or -(-m // 16) <= 65535
+        assert plan.splits > 1 or m > 65535 * 16
+    svdquant_gemm_wgmma._plan.cache_clear()
 
 
 def _launches(m, n, k, rank, dtype, scale_dtype):

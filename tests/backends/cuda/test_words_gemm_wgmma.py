@@ -153,3 +153,11 @@ def test_shares():
     many = recorded("wna16", 4096, 4096, 4096, B)
     assert len(many) == 1
     assert many[0].name.endswith("128, 2>")
+
+
+def test_more_tokens_than_a_grid_takes(monkeypatch):
+    """Tokens beyond what a grid's second axis can hold are multiplied in a launch of their own."""
+    monkeypatch.setattr(kernels, "launch", cuda_simulator.launch)
+    monkeypatch.setattr(words_gemm_wgmma, "_AT_ONCE", 16)
+    fmt = parse_spec("wna16")
+    check(fmt, 8, 128, 35, parts_for(fmt, "wna16", 8, 128, B), B)

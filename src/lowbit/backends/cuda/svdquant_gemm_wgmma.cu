@@ -107,8 +107,9 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 16 ? 2 : 1)
   __syncthreads();
 
   const int first_row = blockIdx.x * kRows, first_token = blockIdx.y * kTokens;
-  const int begin = int(int64_t(groups) * blockIdx.z / gridDim.z);
-  const int count = int(int64_t(groups) * (blockIdx.z + 1) / gridDim.z) - begin;
+  // Less than 2**25 groups, times 16 splits: a division of 64 bits would be a call.
+  const int begin = int(uint32_t(groups) * blockIdx.z / gridDim.z);
+  const int count = int(uint32_t(groups) * (blockIdx.z + 1) / gridDim.z) - begin;
 
   if (copies) {  // asks for copies
     if constexpr (kTokens > 64) give_registers<24>();

@@ -28,7 +28,9 @@ _LOW_COLUMNS = 32
 _MOST_SPLITS = 16
 _ALIGNMENT = 16  # bytes, of what is copied in bulk
 _SCALES_TOGETHER = 8  # rows whose scales begin at such a multiple whatever the group
-_MOST_TOKENS = 65535 * 256  # a grid's second size times the largest tile
+_AXIS = 65535  # blocks along a grid's second axis, which tokens are shared out along
+_MOST_TOKENS = _AXIS * 256  # with the largest tile
+_FINISHED = 16  # tokens of a block that adds up sums
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ class _Plan:
 
 def refuses_product(m: int, n: int, k: int, rank: int) -> str | None:
     """Why a product of these sizes cannot run here, or None."""
-    if k % GROUP:
-        return f"{k} columns; the kernel takes multiples of {GROUP}"
+    if k % GROUP or not k:
+        return f"{k} columns; the kernel takes multiples of {GROUP}, one at least"
     if m > _MOST_TOKENS:
         return f"{m} tokens; the kernel takes up to {_MOST_TOKENS}"
     if max(n, rank) >= 1 << 24:
@@ -93,11 +95,12 @@ def refuses_product(m: int, n: int, k: int, rank: int) -> str | None:
 def _plan(m: int, n: int, groups: int, processors: int) -> _Plan:
     """The tile and the number of pieces of K with the fewest cycles, as far as reasoning goes."""
     fewest = next((tile.tokens for tile in _TILES if tile.tokens >= m), _TILES[-1].tokens)
+    most_splits = max(1, min(_MOST_SPLITS, groups // 8)) if m <= _AXIS * _FINISHED else 1
     plans = [
         _Plan(tile, splits)
         for tile in _TILES
-        if tile.tokens == fewest or tile.tokens in range(64, fewest)
-        for splits in range(1, max(1, min(_MOST_SPLITS, groups // 8)) + 1)
+        if (tile.tokens == fewest or tile.tokens in range(64, fewest)) and m <= _AXIS * tile.tokens
+        for splits in range(1, most_splits + 1)
     ]
     return min(plans, key=lambda plan: _cycles(plan, m, n, groups, processors))
 
@@ -157,7 +160,7 @@ def product(
     )  # fmt: skip
     if sums is not None:
         kernels.launch(
-            _SOURCE, f"lowbit::finish_sums<{half}>", device, (ceil_div(n, 64), ceil_div(m, 16)), 256,
+            _SOURCE, f"lowbit::finish_sums<{half}>", device, (ceil_div(n, 64), ceil_div(m, _FINISHED)), 256,
             [sums, low.contiguous(), up, bias, out, plan.splits, low_splits, m, padded, n, rank],
         )  # fmt: skip
 

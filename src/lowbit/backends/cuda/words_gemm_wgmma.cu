@@ -27,8 +27,9 @@ enum Threads { kMultiplying = 256, kFetching = 128 };
 constexpr int kCodeBytes = 64;  // of a row of codes, 128 columns
 constexpr int kRowBytes = 128;  // of a token, 64 columns: the width of the swizzle
 
-// Barriers of some threads: of those that fetch, of those that multiply, and of each of their two groups.
-enum Meeting { kFetchers = 1, kMultipliers = 2, kFirstGroup = 3, kSecondGroup = 4 };
+// Barriers of some threads: of those that fetch, and of those that multiply. Their numbers are constants wherever they
+// are used: for one that is not, the assembler would set all 16 of a block aside.
+enum Meeting { kFetchers = 1, kMultipliers = 2 };
 
 // Where 16 bytes of a row of codes are put: rows 2 and 3 of every four the other way round, so that the 32 bytes that
 // four rows are read by at a time lie in different banks.
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kMultiplying + kFetching,
   auto* full = reinterpret_cast<Mailbox*>(shared + kStages * P::kStage);
   Mailbox* empty = full + kStages;
   const int first_row = blockIdx.x * P::kRows, first_token = blockIdx.y * kTokens;
-  const int64_t blocks = k / 128;
+  const uint32_t blocks = k / 128;  // less than 2**24, times 16 splits: a division of 64 bits would be a call
   const int begin = int(blocks * blockIdx.z / gridDim.z), end = int(blocks * (blockIdx.z + 1) / gridDim.z);
   const int count = end - begin;
 
@@ -435,7 +436,7 @@ __global__ void __launch_bounds__(kMultiplying + kFetching,
           results[(8 * j + 2 * place + i) * kPitch + local] =
               float_to_half<half>(fmaf(sum(t, 4 * j + 2 * h + i), all, added));
     }
-  meet(kFirstGroup + threadIdx.x / 128, 128);
+  meet(kMultipliers, kMultiplying);
   store_results<kTokens, 64 * kTiles>(results, kPitch, out, first_token, first_row + group_row, m, n);
 }
 

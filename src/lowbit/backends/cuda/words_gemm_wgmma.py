@@ -38,6 +38,8 @@ _ISSUED = 0.8  # a cycle
 _START = 2500.0  # of a block: the first codes, and its results
 _SECOND_KERNEL = 2500.0
 _MOST_SPLITS = 16
+_FEWEST = 16  # tokens of a tile
+_AT_ONCE = 65535 * _FEWEST  # tokens: as many blocks as a grid's second axis can have
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,14 @@ class _Kind:
 
 def product(rows: Tensor, operands: Operands, bias: Tensor | None, out: Tensor) -> None:
     """Write rows [M, K] times the weight in words128, and bias [N], into out [.., N]."""
+    if rows.shape[0] <= _AT_ONCE:
+        _product(rows, operands, bias, out)
+        return
+    for some, found in zip(rows.split(_AT_ONCE), out.view(rows.shape[0], -1).split(_AT_ONCE), strict=True):
+        _product(some, operands, bias, found)
+
+
+def _product(rows: Tensor, operands: Operands, bias: Tensor | None, out: Tensor) -> None:
     (m, k), n = rows.shape, out.shape[-1]
     half, device = HALVES[rows.dtype], rows.device
     pairs = operands.scale_kind == "kE4M3" or (operands.scale_kind == "kE8M0" and rows.dtype == torch.bfloat16)
@@ -86,7 +96,7 @@ def product(rows: Tensor, operands: Operands, bias: Tensor | None, out: Tensor) 
     kernels.launch(_SOURCE, name, device, grid, _THREADS, arguments, shared=_shared(tiles, kind))
     if sums is not None:
         kernels.launch(
-            _SOURCE, f"lowbit::add_word_splits<{half}>", device, (-(-n // 64), -(-m // 16)), 128,
+            _SOURCE, f"lowbit::add_word_splits<{half}>", device, (-(-n // 64), -(-m // _FEWEST)), 128,
             [sums, tiles.splits, row_tiles, eights, operands.alpha, operands.alpha_step, bias, out, m, n],
         )  # fmt: skip
 
@@ -103,10 +113,10 @@ def _shared(tiles: _Tiles, kind: _Kind) -> int:
 
 def _shapes(m: int, kind: _Kind) -> Iterator[tuple[tuple[int, int], int]]:
     """(Tokens, tiles) of a block for so many tokens, and how many such blocks share a multiprocessor: as in Plan."""
-    for tokens in (16, 32, 64, 128):
+    for tokens in (_FEWEST, 32, 64, 128):
         for tiles in (2, 1):
             too_many_sums = (tokens, tiles) == (128, 2) and not kind.pairs and (kind.zeros or kind.sixteens < 4)
-            if tokens < 2 * m and not too_many_sums:
+            if tokens < max(2 * m, _FEWEST + 1) and not too_many_sums:
                 scales = tiles * (8 // kind.sixteens) * (2 if kind.zeros else 1)
                 yield (tokens, tiles), 2 if tiles == 1 and tokens <= 32 and scales <= 8 else 1
 
