@@ -51,6 +51,8 @@ ROUTES: Mapping[str, Route] = {
     "cuda, a product a thread": Route("cuda", {"cuda.int4_plain_mm": {"FEW": 8, "MANY": HUGE}}, only=W4A8),
     "cuda, tiles": Route("cuda", {"cuda.int4_plain_mm": {"FEW": 0, "MANY": HUGE}}, only=W4A8),
     "cuda, decoded": Route("cuda", {"cuda.int4_plain_mm": {"FEW": 0, "MANY": 0}}, only=W4A8),
+    "cuda, words fused": Route("cuda", {"cuda.linear_words": {"MANY": HUGE}}, only="awq_w4a16"),
+    "cuda, words decoded": Route("cuda", {"cuda.linear_words": {"MANY": 9}}, only="awq_w4a16"),
     "triton, fused": Route(
         constants={
             "triton.linear_bytes": {"MANY": HUGE},

@@ -39,6 +39,9 @@ def weight(spec: str, n: int = 16, k: int = 256) -> tuple[Format, Parts]:
     ("nvfp4", 18, 9, HOPPER, "words_gemm_wgmma.cu"),
     ("nvfp4", 20, 1, HOPPER, "words_gemv.cu"),
     ("wna16(group_size=0)", 16, 1, HOPPER, "words_gemv.cu"),
+    ("awq_w4a16", 16, 4096, HOPPER, "words_decoded.cu"),  # zeros are added to sums
+    ("wna16", 16, 4096, HOPPER, "words_gemm_wgmma.cu"),
+    ("wna16", 16, 4096, AMPERE, "words_decoded.cu"),
 ])  # fmt: skip
 def test_which_kernel(spec, n, m, target, source):
     """Up to 8 tokens go to the kernel that reads weights once, more to the GPU's tensor cores."""
@@ -54,7 +57,7 @@ def test_plain_bytes_on_hopper():
     """What files hold is multiplied as it is: by a warp's tensor cores on Hopper, too."""
     fmt, parts = weight("awq_w4a16")
     plain = words128.unpack(fmt, parts)
-    for m, source in ((2, "words_gemv.cu"), (20, "words_gemm_mma.cu")):
+    for m, source in ((2, "words_gemv.cu"), (20, "words_gemm_mma.cu"), (4096, "words_decoded.cu")):
         x = activations(m, 256, FP16)
         with assume(HOPPER), kernels.record() as launches:
             assert linear_words.refuses_gemv(x, *(plain[name] for name in ("qdata", "scale", "zero")), None, 64) is None

@@ -25,6 +25,8 @@ _found: dict[torch.device, str | None] = {}
 
 def refuses(device: torch.device) -> str | None:
     """Why no kernel of Hopper's own instructions can run on a device, or None. Free after the first call for a GPU."""
+    if _found.get(device, "") is None and assumed() is None:  # the usual case first: the rest costs more
+        return None
     if why := device_check.refuses(device, _CAPABILITY):
         return why
     target = target_of(device)

@@ -23,8 +23,6 @@ namespace lowbit {
 constexpr int kBlockBytes = 64;   // of a row of codes, 128 columns
 constexpr int kTokenBytes = 256;  // of a token, as many columns
 
-enum Storage { kWords = 0, kBytes = 1 };
-
 // Where 16 bytes of a row of codes are put: moved by the row's number, so that what lanes read at a time lies in
 // different banks, be it 8 bytes of four rows' neighbouring pieces or 4 bytes of eight rows' same piece.
 LOWBIT_DEVICE int code_place(int row, int piece) {

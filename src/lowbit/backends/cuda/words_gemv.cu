@@ -20,19 +20,10 @@
 //
 // Scales of one byte are read by the warp as a whole, 4 rows a lane, made floats once and handed out through shared
 // memory: by itself every lane would load and convert 16 of them for the 64 codes that it decodes.
-#include "floats.cuh"
 #include "mma.cuh"
+#include "weight_scales.cuh"
 
 namespace lowbit {
-
-enum ScaleType { kHalfScale = 0, kFloatScale = 1, kE4M3 = 2, kE8M0 = 3 };
-enum Storage { kWords = 0, kBytes = 1 };
-
-template <Half half, ScaleType type>
-LOWBIT_DEVICE float load_scale(const void* from, uint32_t at) {
-  if constexpr (type == kFloatScale) return __ldg(static_cast<const float*>(from) + at);
-  return half_to_float<half>(__ldg(static_cast<const uint16_t*>(from) + at));
-}
 
 // decode_pair of a j that is constant once its loop is unrolled.
 template <Code code, Half half>
@@ -90,9 +81,8 @@ template <Code code, Half half, ScaleType scale_type, bool zeros, Storage storag
           int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, 2)
     words_gemv(const uint16_t* __restrict__ x, const uint4* __restrict__ codes, const void* __restrict__ scale,
-                 const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_step,
-                 const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, int m, int n, int k,
-                 int blocks_a_group) {
+               const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_step,
+               const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, int m, int n, int k, int blocks_a_group) {
   constexpr bool kBiased = code == kIntegers;
   constexpr bool kSums = kBiased || zeros;
   constexpr bool kByteScales = scale_type == kE4M3 || scale_type == kE8M0;

@@ -9,11 +9,10 @@
 
 #include "floats.cuh"
 #include "primitives.cuh"
+#include "weight_scales.cuh"
 #include "words.cuh"
 
 namespace lowbit {
-
-enum ScaleType { kHalfScale = 0, kFloatScale = 1, kE4M3 = 2, kE8M0 = 3 };
 
 // a * b + c for two 16-bit floats side by side, each rounded once.
 template <Half half>

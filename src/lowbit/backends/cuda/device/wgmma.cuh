@@ -36,6 +36,8 @@ struct Tile {
 LOWBIT_DEVICE void begin_products() {
 #ifdef __CUDACC_RTC__
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  simulator::begin_products();
 #endif
 }
 

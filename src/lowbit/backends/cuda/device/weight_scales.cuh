@@ -1,0 +1,22 @@
+// How codes of 4 bits with activations of 16 bits are stored, and the scales that belong to them.
+#pragma once
+
+#include "floats.cuh"
+
+namespace lowbit {
+
+// Codes as the layout words128 arranges them, or as files hold them.
+enum Storage { kWords = 0, kBytes = 1 };
+
+// Scales of 16 bits are of the type of the activations.
+enum ScaleType { kHalfScale = 0, kFloatScale = 1, kE4M3 = 2, kE8M0 = 3 };
+
+template <Half half, ScaleType type>
+LOWBIT_DEVICE float load_scale(const void* from, int64_t at) {
+  if constexpr (type == kFloatScale) return __ldg(static_cast<const float*>(from) + at);
+  if constexpr (type == kHalfScale) return half_to_float<half>(__ldg(static_cast<const uint16_t*>(from) + at));
+  if constexpr (type == kE8M0) return e8m0_to_float(__ldg(static_cast<const uint8_t*>(from) + at));
+  return e4m3_to_float(__ldg(static_cast<const uint8_t*>(from) + at));
+}
+
+}  // namespace lowbit
