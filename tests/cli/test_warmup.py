@@ -259,3 +259,7 @@ def test_doctor_says_what_is_wrong(lowbit, monkeypatch, tmp_path):
     monkeypatch.setattr(check, "_found", {torch.device("cuda", 0): "the driver is too old"})
     assert "cuda:0: the driver is too old" in lowbit("doctor").out
     assert lowbit("doctor", "--json").json["cuda_kernels"]["refusals"] == {"cuda:0": "the driver is too old"}
+    monkeypatch.setattr(check, "_found", {torch.device("cuda", 0): None})
+    hopper = sys.modules["lowbit.backends.cuda.hopper_check"]
+    monkeypatch.setattr(hopper, "_found", {torch.device("cuda", 0): "5 sums were wrong"})
+    assert "cuda:0, products of a warpgroup: 5 sums were wrong; those of a warp run instead" in lowbit("doctor").out

@@ -148,6 +148,7 @@ def _cuda_kernels() -> dict[str, Any] | None:
         "packages": {name: _version(name) for name in compiler.PACKAGES},
         "driver": driver,
         "no_driver": no_driver,
+        "hopper": _hopper(devices),
         "refusals": {f"cuda:{index}": check.usable(torch.device("cuda", index)) for index in devices},
         "cache": {
             "folder": str(kept.folder),
@@ -158,6 +159,15 @@ def _cuda_kernels() -> dict[str, Any] | None:
             "broken": list(kept.broken),
         },
     }
+
+
+def _hopper(devices: range) -> dict[str, str | None]:
+    """For each GPU of the Hopper kind, why kernels for its own products are not taken there, or None."""
+    check: Any = sys.modules.get("lowbit.backends.cuda.hopper_check")
+    if check is None:
+        return {}
+    found = {index: torch.device("cuda", index) for index in devices}
+    return {f"cuda:{index}": check.refuses(device) for index, device in found.items() if check.is_hopper(device)}
 
 
 def _choose(spec: str, shape: str, tokens: int, device: str, dtype: str) -> dict[str, Any]:
@@ -240,6 +250,9 @@ def _show_cuda(cuda: dict[str, Any] | None) -> None:
     say(f"cuda kernels: {packages}; {driver}")
     for name, why in cuda["refusals"].items():
         say(f"  {name}: {why or 'runs them'}", "yellow" if why else "")
+    for name, why in cuda["hopper"].items():
+        if why:
+            say(f"  {name}, products of a warpgroup: {why}; those of a warp run instead", "yellow")
     cache = cuda["cache"]
     counts = ", ".join(f"{name} {count}" for name, count in cache["architectures"].items())
     say(

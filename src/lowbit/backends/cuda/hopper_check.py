@@ -23,6 +23,11 @@ _PIECE = 16  # bytes that the swizzle moves
 _found: dict[torch.device, str | None] = {}
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether these instructions are the device's own."""
+    return target_of(device).capability == _CAPABILITY
+
+
 def refuses(device: torch.device) -> str | None:
     """Why no kernel of Hopper's own instructions can run on a device, or None. Free after the first call for a GPU."""
     if _found.get(device, "") is None and assumed() is None:  # the usual case first: the rest costs more
