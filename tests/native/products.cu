@@ -106,4 +106,19 @@ __global__ void __launch_bounds__(128)
   }
 }
 
+// Two mistakes: products that nothing orders behind what was written to registers, and a write behind 512 bytes.
+__global__ void __launch_bounds__(128) unordered(int* __restrict__ out) {
+  uint32_t a[4] = {};
+  int sums[4];
+  wgmma_int8<8>(sums, a, Tile<32>{dynamic_shared()}, false);
+  commit_products();
+  wait_products<0>();
+  hold(sums);
+  out[threadIdx.x] = sums[0];
+}
+__global__ void overrun(int* __restrict__ out) {
+  dynamic_shared()[512] = 1;
+  out[0] = 1;
+}
+
 }  // namespace lowbit

@@ -137,6 +137,7 @@ struct Fiber {
   std::deque<std::vector<Copy>> groups;     // committed, not waited for
   std::vector<Product> products;            // not committed yet
   std::deque<std::vector<Product>> issued;  // committed, not waited for
+  bool ordered = false;                     // products may begin: what was written to registers before is in them
   uint64_t chances = 0;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -211,7 +212,7 @@ void land_bulks(bool all);
 
 // Runs a kernel, blocks in order. Fails when all fibers wait for ever.
 inline void launch(dim3 grid, unsigned threads, unsigned shared, const std::function<void()>& kernel) {
-  constexpr size_t kStack = 1 << 17, kAlignment = 1024;
+  constexpr size_t kStack = 1 << 17, kAlignment = 1024, kBehind = 1024;
   for (unsigned b = 0; b < grid.x * grid.y * grid.z; ++b) {
     Block made;
     current() = &made;
@@ -220,8 +221,8 @@ inline void launch(dim3 grid, unsigned threads, unsigned shared, const std::func
     made.size.x = threads;
     made.barrier.members = int(threads);
     made.kernel = kernel;
-    made.shared = std::make_unique<char[]>(shared + kAlignment);
-    std::memset(made.shared.get(), 0xFF, shared + kAlignment);
+    made.shared = std::make_unique<char[]>(kAlignment + shared + kBehind);
+    std::memset(made.shared.get(), 0xFF, kAlignment + shared + kBehind);
     const auto begins = reinterpret_cast<uintptr_t>(made.shared.get());
     made.dynamic = made.shared.get() + (kAlignment - begins % kAlignment) % kAlignment;
     made.fibers.resize(threads);
@@ -273,6 +274,8 @@ inline void launch(dim3 grid, unsigned threads, unsigned shared, const std::func
     for (const Fiber& one : made.fibers)
       if (!one.issued.empty() || !one.products.empty()) fail("a thread ended before its products did");
     if (!made.bulks.empty()) fail("a block ended before its copies did");
+    for (size_t i = 0; i < kBehind; ++i)
+      if (made.dynamic[shared + i] != char(0xFF)) fail("a block wrote behind the shared memory that it was given");
   }
 }
 
@@ -482,6 +485,7 @@ void wgmma(T (&sums)[kColumns / 2], const uint32_t (&a)[4], const void* tile, in
   if (reinterpret_cast<uintptr_t>(tile) % unsigned(8 * width) >= unsigned(width))
     fail("a tile of a product does not begin with eight rows of its swizzle");
   Fiber& own = fiber();
+  if (!own.ordered) fail("products begin without begin_products()");
   Product made{&sums, a, {}, nullptr};
   bool writing = false;
   for (const auto& group : own.issued)
@@ -513,7 +517,9 @@ void wgmma(T (&sums)[kColumns / 2], const uint32_t (&a)[4], const void* tile, in
   if (!writing && warp_chance()) return made.run(made);
   own.products.push_back(std::move(made));
 }
+inline void begin_products() { fiber().ordered = true; }
 inline void commit_products() {
+  fiber().ordered = false;
   maybe_yield();
   fiber().issued.push_back(std::move(fiber().products));
   fiber().products.clear();

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import faulthandler
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -70,6 +73,22 @@ def test_warpgroup_products(kind, width, monkeypatch):
         run(f"warpgroup<{kind}, {tokens}, {width}>", 1, 128, [left, right, out], tokens * width)
         found = out.long() if kind == 0 else out.view(torch.float32).long()
         assert torch.equal(found, left.long() @ right.long().t())
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not hasattr(os, "fork"), reason="of the simulator alone")
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.parametrize(("name", "said"), [("unordered", "without begin_products"), ("overrun", "behind the shared")])
+def test_mistakes_are_seen(name, said, capfd):
+    """The simulator stops at products that nothing orders, and at writes behind the shared memory of a launch."""
+    cuda_simulator._library(SOURCE, f"lowbit::{name}")  # compiled, so that the child only runs it
+    child = os.fork()
+    if not child:
+        faulthandler.disable()
+        run(name, 1, 128, [torch.zeros(128, dtype=torch.int32)], 512)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGABRT
+    assert said in capfd.readouterr().err
 
 
 def test_compile():
