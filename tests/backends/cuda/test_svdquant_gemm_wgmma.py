@@ -225,7 +225,7 @@ def test_compiles(m, dtype, scale_dtype):
         binary = compiler.compile_now(launch.source, launch.name, "sm_90a")
         assert not binary.warnings
         assert not binary.spills
-        assert "wgmma" not in binary.log  # the assembler's notes on serialized products
+        assert "Potential Performance Loss" not in binary.log  # the assembler's notes on serialized products
 
 
 def test_every_tile_compiles(monkeypatch):
@@ -235,5 +235,5 @@ def test_every_tile_compiles(monkeypatch):
         main, _ = _launches(512, 3072, 3072, 128, torch.bfloat16, torch.bfloat16)
         binary = compiler.compile_now(main.source, main.name, "sm_90a")
         assert not binary.spills
-        assert "wgmma" not in binary.log
-        assert binary.registers * 384 <= 65536
+        assert "Potential Performance Loss" not in binary.log  # serialized products, registers that are not handed out
+        assert binary.registers == 168  # what the kernel hands out among its warps: with fewer they would wait for ever

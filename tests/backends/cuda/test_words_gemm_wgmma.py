@@ -139,7 +139,7 @@ def test_compile(spec, m):
         made = compiler.compile_now(launch.source, launch.name, "sm_90a")
         assert not made.spills, launch.name
         assert not made.warnings, made.warnings
-        assert "serialized" not in made.log
+        assert "Potential Performance Loss" not in made.log  # serialized products, registers that are not handed out
         if "words_gemm" in launch.name:
             assert made.registers in (80, 168)  # what the kernel hands out among its warps
             assert made.shared + launch.shared <= _SHARED
