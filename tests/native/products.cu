@@ -107,10 +107,11 @@ __global__ void __launch_bounds__(128)
 }
 
 // Two mistakes: products that nothing orders behind what was written to registers, and a write behind 512 bytes.
+template <int kTokens>
 __global__ void __launch_bounds__(128) unordered(int* __restrict__ out) {
   uint32_t a[4] = {};
-  int sums[4];
-  wgmma_int8<8>(sums, a, Tile<32>{dynamic_shared()}, false);
+  int sums[kTokens / 2];
+  wgmma_int8<kTokens>(sums, a, Tile<32>{dynamic_shared()}, false);
   commit_products();
   wait_products<0>();
   hold(sums);
