@@ -37,6 +37,10 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
   fprintf(notes(), "attribute %d %d %d\n", function == &functions, attribute, value);
   return value > 232448 ? 1 : 0;
 }
+int cuFuncGetAttribute(int* value, int attribute, void* function) {
+  fprintf(notes(), "asked %d %d\n", attribute, function == &functions);
+  return *value = 80, 0;
+}
 /* A pointer, an int, a float and a null pointer. */
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, void* stream, void** parameters, void** extra) {
@@ -58,6 +62,7 @@ int cuGetProcAddress_v2(const char* symbol, void** found, int version, uint64_t 
       {"cuModuleLoadData", cuModuleLoadData},
       {"cuModuleGetFunction", cuModuleGetFunction},
       {"cuFuncSetAttribute", cuFuncSetAttribute},
+      {"cuFuncGetAttribute", cuFuncGetAttribute},
       {"cuLaunchKernel", cuLaunchKernel},
       {"cuGetProcAddress", cuGetProcAddress_v2},
   };

@@ -32,10 +32,12 @@ def require() -> str:
     return shutil.which("g++") or shutil.which("clang++") or pytest.skip("no C++ compiler to simulate a GPU with")
 
 
-def launch(source: str, name: str, device: torch.device, grid, block: int, arguments, shared: int = 0) -> None:
+def launch(
+    source: str, name: str, device: torch.device, grid, block: int, arguments, shared: int = 0, registers: int = 0
+) -> None:
     """What `kernels.launch` does, simulated: a stand-in for it in tests."""
     if torch.cuda.is_available():
-        _launch_there(torch.device("cuda", 0), source, name, grid, block, arguments, shared)
+        _launch_there(torch.device("cuda", 0), source, name, grid, block, arguments, shared, registers)
         return
     run = _library(source, name)
     values = []
@@ -52,12 +54,12 @@ def launch(source: str, name: str, device: torch.device, grid, block: int, argum
     run(*sizes[:3], block, shared, *values)
 
 
-def _launch_there(there: torch.device, source: str, name: str, grid, block: int, arguments, shared: int) -> None:
+def _launch_there(there: torch.device, source: str, name: str, grid, block: int, arguments, *sizes: int) -> None:
     """Launch with copies of the tensors on a device, and copy back what they hold then."""
     tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
     copies = {id(tensor): tensor.to(there) for tensor in tensors}
     given = [copies.get(id(value), value) for value in arguments]
-    _LAUNCH(source, name, there, grid, block, given, shared)
+    _LAUNCH(source, name, there, grid, block, given, *sizes)
     for tensor in tensors:
         tensor.copy_(copies[id(tensor)])
 

@@ -108,8 +108,8 @@ def test_on_a_gpu(monkeypatch):
     """Where there is a GPU, a launch gets copies of the tensors there, and the tests see what it made of them."""
     seen = []
 
-    def launched(source, name, device, grid, block, arguments, shared):
-        seen.append((source, name, grid, block, shared))
+    def launched(source, name, device, grid, block, arguments, *sizes):
+        seen.append((source, name, grid, block, *sizes))
         arguments[0].add_(arguments[2])
 
     monkeypatch.setattr(cuda_simulator, "_LAUNCH", launched)
@@ -118,4 +118,4 @@ def test_on_a_gpu(monkeypatch):
     out = torch.zeros(3)
     cuda_simulator.launch("a.cu", "f", torch.device("cpu"), 2, 32, [out, None, 5], 64)
     assert out.tolist() == [5, 5, 5]
-    assert seen == [("a.cu", "f", 2, 32, 64)]
+    assert seen == [("a.cu", "f", 2, 32, 64, 0)]

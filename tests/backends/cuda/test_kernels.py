@@ -38,10 +38,12 @@ for grid in (3, (4, 5), (6, 7, 8)):
 thread = threading.Thread(target=kernels.launch, args=("a.cu", "f<1>", device, 2, 32, [x, 1, 2.0, None], 100_000))
 thread.start()
 thread.join()
-try:
-    kernels.launch("a.cu", "f<1>", device, 2, 32, [], 300_000)
-except UnsupportedError as error:
-    print(error)
+kernels.launch("a.cu", "f<1>", device, 2, 32, [x, 1, 2.0, None], 0, 80)
+for arguments, sizes in (([], (300_000,)), ([], (0, 168)), ([1 << 31], ())):
+    try:
+        kernels.launch("a.cu", "f<1>", device, 2, 32, arguments, *sizes)
+    except UnsupportedError as error:
+        print(error)
 """
 
 
@@ -54,7 +56,7 @@ def test_launch(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", LAUNCHES], check=True, env=environment, capture_output=True, text=True
     )  # fmt: skip
-    address, refused = run.stdout.splitlines()
+    address, *refused = run.stdout.splitlines()
     said = notes.read_text().splitlines()
     assert said == [
         "retain 1",
@@ -72,12 +74,22 @@ def test_launch(tmp_path):
         f"launch 1 2 1 1 32 1 1 100000 0x7 {address} 1 2 1 1",
         "load a.cu-",
         "function symbol 1",
+        "asked 4 1",  # as many registers as it needs
+        f"launch 1 2 1 1 32 1 1 0 0x7 {address} 1 2 1 1",
+        "load a.cu-",
+        "function symbol 1",
         "attribute 1 8 300000",
+        "load a.cu-",
+        "function symbol 1",
+        "asked 4 1",
     ]
-    assert refused == (
+    shared, registers, large = refused
+    assert shared == (
         "giving the CUDA kernel f<1> 300000 bytes of shared memory on GPU 1 failed: "
         "the driver says CUDA_ERROR_INVALID_VALUE"
     )
+    assert registers.startswith("the CUDA kernel f<1> was compiled to 80 registers a thread and needs 168")
+    assert "2147483648 is beyond the 32 bits" in large
 
 
 def test_a_later_process_needs_no_compiler():

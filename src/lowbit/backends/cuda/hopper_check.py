@@ -20,6 +20,7 @@ SHARED = 3 * TOKENS * COLUMNS + 8
 _CAPABILITY = (9, 0)
 _PIECE = 16  # bytes that the swizzle moves
 
+_WRONG = "{} sums of a product that was tried on this GPU were wrong; please report it with `lowbit doctor`"
 _found: dict[torch.device, str | None] = {}
 
 
@@ -32,18 +33,20 @@ def refuses(device: torch.device) -> str | None:
     """Why no kernel of Hopper's own instructions can run on a device, or None. Free after the first call for a GPU."""
     if _found.get(device, "") is None and assumed() is None:  # the usual case first: the rest costs more
         return None
+    if not is_hopper(device):
+        return "the GPU is not of compute capability 9.0, whose products the kernel uses"
     if why := device_check.refuses(device, _CAPABILITY):
         return why
-    target = target_of(device)
-    if target.capability != _CAPABILITY:
-        have = ".".join(map(str, target.capability))
-        return f"the GPU has compute capability {have}; the kernel is for 9.0 alone, whose products it uses"
     if device.type != "cuda" or assumed() is not None:
         return None
     if device not in _found:
         if torch.cuda.is_current_stream_capturing():
             return "its products were not tried on this GPU yet, and a graph is being captured: call once before"
-        _found[device] = _try(device)
+        try:
+            wrong = Context().run(wrong_sums, device)  # in a context of its own: within `kernels.record()` it runs, too
+        except Exception as error:  # noqa: BLE001  (such as too little memory: the next call tries again)
+            return f"its products cannot be tried on this GPU: {' '.join(str(error).split())}"
+        _found[device] = _WRONG.format(wrong) if wrong else None
     return _found[device]
 
 
@@ -61,13 +64,3 @@ def wrong_sums(device: torch.device) -> int:
     counts = torch.full((THREADS,), -1, dtype=torch.int32, device=device)
     kernels.launch(SOURCE, NAME, device, 1, THREADS, [tile().to(device), counts], SHARED)
     return int(counts.abs().sum())
-
-
-def _try(device: torch.device) -> str | None:
-    try:
-        wrong = Context().run(wrong_sums, device)  # in a context of its own: within `kernels.record()` it runs, too
-    except Exception as error:  # noqa: BLE001  (what a launch fails with is the driver's to say)
-        return f"its products cannot be tried on this GPU: {' '.join(str(error).split())}"
-    if wrong:
-        return f"{wrong} sums of a product that was tried on this GPU were wrong; please report it with `lowbit doctor`"
-    return None

@@ -30,6 +30,7 @@ _OWN = {(9, 0), (10, 0), (10, 3), (12, 0), (12, 1)}
 # More dynamic shared memory than this a kernel must be allowed before it starts.
 _SHARED_AT_ONCE = 48 * 1024
 
+_INTS = 1 << 31
 _SLOT = 8  # bytes for a parameter of a kernel
 Argument = Tensor | int | float | None
 
@@ -70,11 +71,13 @@ def launch(
     block: int,
     arguments: Sequence[Argument],
     shared: int = 0,
+    registers: int = 0,
 ) -> None:
     """Start `name` of `source` with blocks of `block` threads and `shared` bytes of dynamic shared memory.
 
-    Tensors go as their addresses, None as null, int as int, float as float. Raises `UnsupportedError` when it cannot be
-    compiled, loaded or started.
+    Tensors go as their addresses, None as null, int as int of 32 bits, float as float. registers: how many a thread
+    must have, for a kernel whose warps hand them to each other and would wait for ever for those that are not there.
+    Raises `UnsupportedError` when it cannot be compiled, loaded or started.
     """
     launches = _recorded.get()
     if launches is not None:
@@ -87,7 +90,7 @@ def launch(
     addresses = array("Q", range(first, first + _SLOT * len(slots), _SLOT))
     with torch.cuda.device(index):
         _enter(index)
-        function = _loaded(source, name, index, shared).function
+        function = _loaded(source, name, index, shared, registers).function
         stream = torch.cuda.current_stream().cuda_stream
         (status,) = _driver().cuLaunchKernel(
             function, x, y, z, block, 1, 1, shared, stream, addresses.buffer_info()[0], 0
@@ -102,7 +105,13 @@ def _bits(value: Argument) -> int:
         return value.data_ptr()
     if isinstance(value, float):
         return int.from_bytes(struct.pack("<f", value), "little")
-    return 0 if value is None else value & 0xFFFFFFFF
+    if value is None:
+        return 0
+    if not -_INTS <= value < _INTS:
+        raise UnsupportedError(
+            f"{value} is beyond the integers of 32 bits that kernels take; give fewer tokens at a time"
+        )
+    return value & 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ class _Loaded:
 
 
 @cache
-def _loaded(source: str, name: str, index: int, shared: int) -> _Loaded:
+def _loaded(source: str, name: str, index: int, shared: int, registers: int) -> _Loaded:
     """The kernel on a device, whose context is torch's."""
     binary = compiler.compiled(source, name, architecture(torch.cuda.get_device_capability(index)))
     driver, what = _driver(), f"loading the CUDA kernel {name}"
@@ -124,6 +133,13 @@ def _loaded(source: str, name: str, index: int, shared: int) -> _Loaded:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         asking = f"giving the CUDA kernel {name} {shared} bytes of shared memory on GPU {index}"
         _done(asking, driver.cuFuncSetAttribute(function, attribute, shared))
+    if registers:
+        has = _done(what, driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, function))
+        if has != registers:
+            raise UnsupportedError(
+                f"the CUDA kernel {name} was compiled to {has} registers a thread and needs {registers}: install the "
+                "nvidia-cuda-nvrtc that this version of lowbit was made with, or use_backend('triton')"
+            )
     return _Loaded(module, function)
 
 

@@ -8,6 +8,7 @@ is split over blocks, which leave that many sums of the low rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -65,13 +66,14 @@ def _block(rows: int, rank: int) -> _Block:
     return _Block(ranks, 2, 2, 2) if ranks <= 32 else _Block(ranks, 1, 4, 1)
 
 
-def _splits(blocks: int, k: int, rank: int, block: _Block, most: int, device: torch.device) -> int:
+@lru_cache(maxsize=1024)
+def _splits(blocks: int, k: int, rank: int, block: _Block, most: int, processors: int) -> int:
     """Into how many pieces to cut K: as little time as possible, in shares of one multiprocessor's for one block.
 
     A multiprocessor with less than two blocks waits for memory half of the time; and each piece's sums are written, and
     read once more. Reasoned, not measured.
     """
-    processors, share = target_of(device).processors, 4 * rank / max(1, k)
+    share = 4 * rank / max(1, k)
 
     def time(pieces: int) -> float:
         return max(_BLOCKS, ceil_div(blocks * pieces, processors)) / pieces + share * pieces * blocks / processors
@@ -89,7 +91,7 @@ def _run(
     raw = None if raw is None else _aligned(raw)
     block = _block(rows, rank)
     blocks, passes = ceil_div(rows, block.tokens), max(1, ceil_div(rank, block.ranks))
-    splits = _splits(blocks * passes, k, rank, block, most_splits, x.device)
+    splits = _splits(blocks * passes, k, rank, block, most_splits, target_of(x.device).processors)
     low = torch.empty((splits, rows, rank), dtype=torch.float32, device=x.device)
     if not m:
         return low

@@ -65,6 +65,7 @@ _TILES = (
     _Tile(128, groups=1, slots=8, offset=3, cost=480),
     _Tile(256, groups=1, slots=8, offset=7, cost=880),  # one part without: a register too few for all
 )
+_HANDED_OVER, _REGISTERS = 64, 168  # tiles of more tokens hand registers over, of so many a thread
 _FIXED, _FIXED_A_TOKEN = 2000, 15  # cycles of a block beside its groups
 _FINISHING, _SUMS_A_CYCLE = 3000, 500  # of adding up sums, and what all processors add up
 
@@ -157,6 +158,7 @@ def product(
             sums, m, padded, n, row_step, groups, rank,
         ],
         tile.shared(weight_scale.dtype),
+        registers=_REGISTERS if tile.tokens > _HANDED_OVER else 0,
     )  # fmt: skip
     if sums is not None:
         kernels.launch(

@@ -25,6 +25,7 @@ _KIB = 1024
 # As in Plan of the kernel, which says why.
 _PLACES = 6
 _ROOM = {1: 225 * _KIB, 2: 112 * _KIB}
+_REGISTERS = {1: 168, 2: 80}  # of a thread when a block begins, by the blocks of a multiprocessor
 _MAILBOX = 8
 
 # Reasoned, not measured: cycles, and bytes a cycle, of a multiprocessor.
@@ -93,7 +94,9 @@ def _product(rows: Tensor, operands: Operands, bias: Tensor | None, out: Tensor)
         rows, operands.codes, operands.scale, operands.zero, operands.alpha, operands.alpha_step, bias, out, sums,
         m, n, k, operands.blocks_a_group,
     ]  # fmt: skip
-    kernels.launch(_SOURCE, name, device, grid, _THREADS, arguments, shared=_shared(tiles, kind))
+    kernels.launch(
+        _SOURCE, name, device, grid, _THREADS, arguments, _shared(tiles, kind), registers=_REGISTERS[tiles.beside]
+    )
     if sums is not None:
         kernels.launch(
             _SOURCE, f"lowbit::add_word_splits<{half}>", device, (-(-n // 64), -(-m // _FEWEST)), 128,

@@ -80,6 +80,8 @@ def rows_of(x: Tensor) -> Tensor:
 
 def refuses(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why none of the kernels can run with a weight in words128, or None."""
+    if not x.shape[-1]:
+        return "no columns"
     if x.dtype not in HALVES:
         return f"x is {_kind(x)}; the kernel takes bfloat16 and float16"
     if why := device_check.refuses(x.device, _OLDEST):
