@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit import dispatch
-from lowbit.backends.cuda import compiler, device_check
+from lowbit.backends.cuda import ahead, compiler
 from lowbit.backends.cuda.compiler import Binary
 from lowbit.backends.cuda.kernels import Launch, record
 from lowbit.backends.gpu import Target, assume
@@ -141,8 +141,8 @@ def all_noted(architecture: str, few: bool = True) -> tuple[dict[str, list[Noted
     """The launches of every entry by its title, and why an entry has none; for `few` numbers of tokens, or all."""
     found: dict[str, list[Noted]] = {}
     missing: dict[str, str] = {}
-    probe = Launch(device_check.SOURCE, device_check.NAME)
-    found["every launch on a GPU"] = [Noted(probe, "the first call", "device check", hot=False)]
+    probes = ahead.probes(architecture)
+    found["every launch on a GPU"] = [Noted(probe, "the first call", probe.source, hot=False) for probe in probes]
     for entry in entries():
         try:
             launches, why = noted(entry, architecture, tokens=FEW_TOKENS if few else TOKENS)

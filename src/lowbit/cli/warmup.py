@@ -232,7 +232,7 @@ def _record(ahead: Any, asked: _Asked) -> tuple[_Served, list[tuple[Any, str]]]:
     served: _Served = {}
     wanted: dict[tuple[Any, str], None] = {}
     for name, targets in asked.targets.items():
-        wanted[ahead.PROBE, name] = None
+        wanted |= {(probe, name): None for probe in ahead.probes(name)}
         for linear, m in _shown(asked.calls, len(asked.calls), f"recording {name}"):
             for target in targets:
                 answer = ahead.answer(linear, m, target)

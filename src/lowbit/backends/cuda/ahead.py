@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowbit.backends.cuda import compiler, device_check
+from lowbit.backends.cuda import compiler, device_check, hopper_check
 from lowbit.backends.cuda.kernels import Launch, architecture, record
 from lowbit.backends.gpu import Target, assume
 from lowbit.dispatch import select
@@ -29,8 +29,13 @@ from lowbit.layouts.base import get_layout
 PROCESSORS = (16, 28, 40, 56, 72, 84, 108, 132, 148, 170, 192)
 """Numbers of multiprocessors to try for an architecture: which of its GPUs it will be is not known."""
 
-PROBE = Launch(device_check.SOURCE, device_check.NAME)
-"""What the first call on a GPU launches, whatever it is."""
+
+def probes(architecture: str) -> list[Launch]:
+    """What the first calls on a GPU launch, whatever they are."""
+    found = [Launch(device_check.SOURCE, device_check.NAME)]
+    if architecture == hopper_check.ARCHITECTURE:
+        found.append(Launch(hopper_check.SOURCE, hopper_check.NAME, hopper_check.SHARED))
+    return found
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,6 @@ def compile_all(wanted: Sequence[tuple[Launch, str]], jobs: int) -> Iterator[Mad
 
 
 __all__ = [
-    "PROBE", "PROCESSORS", "Answer", "Linear", "Made", "Target", "answer", "architecture", "compile_all", "is_kept",
+    "PROCESSORS", "Answer", "Linear", "Made", "Target", "answer", "architecture", "compile_all", "is_kept", "probes",
     "run_once", "target",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowbit.backends.cuda import device_check, kernels
 from lowbit.backends.gpu import assumed, target_of
 
+ARCHITECTURE = "sm_90a"
 SOURCE, NAME = "hopper_check.cu", "lowbit::hopper_products"
 THREADS, TOKENS, COLUMNS = 128, 32, 64
 SHARED = 3 * TOKENS * COLUMNS + 8

@@ -30,7 +30,7 @@ struct alignas(8) Pair {
 // steps [blocks, 1 + kPieces, wide]: the scale of a block and the sums of its codes by groups (round_blocks, unit 1).
 template <Dtype dtype, Dtype scale_type, bool kZeros, int kTokenTiles, int kRowWarps, int kSplit, int kPieces,
           int kStages>
-__global__ void __launch_bounds__(32 * kRowWarps * kSplit, 2)
+__global__ void __launch_bounds__(32 * kRowWarps * kSplit, scale_type == kFloat32 && kPieces == 4 ? 1 : 2)
     int4_tiles(const void* __restrict__ codes, const void* __restrict__ steps, const void* __restrict__ weights,
                const void* __restrict__ scale, const void* __restrict__ zero, const void* __restrict__ bias,
                void* __restrict__ out, int m, int n, int blocks, int shift, int wide) {

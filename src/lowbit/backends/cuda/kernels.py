@@ -108,9 +108,7 @@ def _bits(value: Argument) -> int:
     if value is None:
         return 0
     if not -_INTS <= value < _INTS:
-        raise UnsupportedError(
-            f"{value} is beyond the integers of 32 bits that kernels take; give fewer tokens at a time"
-        )
+        raise UnsupportedError(f"{value} is beyond the 32 bits of a kernel's integers; give fewer tokens at a time")
     return value & 0xFFFFFFFF
 
 
