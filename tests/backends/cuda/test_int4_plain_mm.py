@@ -221,6 +221,8 @@ def test_refusals():
         assert "x is float64" in int4_plain_mm.refuses(x.double(), *weight, None, 32)
         assert "bias is float32" in int4_plain_mm.refuses(x, *weight, torch.zeros(8), 32)
         assert "zeros are float32, scales float16" in int4_plain_mm.refuses(x, *weight[:2], weight[2].float(), None, 32)
+        empty = (part[:, :0] for part in weight)
+        assert "no columns" in int4_plain_mm.refuses(x[:, :0], *empty, None, 32)
         assert "gaps" in int4_plain_mm.refuses(x, weight[0].t().contiguous().t(), *weight[1:], None, 32)
         assert "meta" in int4_plain_mm.refuses(x, weight[0].to("meta"), *weight[1:], None, 32)
         huge = torch.empty(1 << 20, 1 << 16, dtype=torch.uint8, device="meta")

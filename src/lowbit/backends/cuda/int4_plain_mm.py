@@ -39,6 +39,8 @@ def refuses(
         return f"zeros are {_kind(zero)}, scales {_kind(scale)}; the kernel takes one dtype"
     if bias is not None and bias.dtype != x.dtype:
         return f"the bias is {_kind(bias)}, x {_kind(x)}; the kernel takes one dtype"
+    if not qdata.shape[1]:
+        return "no columns; the kernel takes 32 and more"
     if 2 * qdata.numel() >= _LARGEST:
         return f"{2 * qdata.numel()} weights; the kernel takes fewer than {_LARGEST}"
     many = x.shape[:-1].numel() > int4_plain_few.MOST and target.capability < int4_plain_tiles.OLDEST
