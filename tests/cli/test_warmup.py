@@ -21,6 +21,15 @@ from lowbit.layouts.base import get_layout
 from tests.cli.test_bad_input import assert_one_line
 
 AWQ = ("warmup", "--format", "awq_w4a16", "--shape", "128x256", "--arch", "sm_90a")
+INT8 = (
+    "warmup",
+    "--format",
+    "int8",
+    "--shape",
+    "128x256",
+    "--arch",
+    "sm_90a",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -93,13 +102,13 @@ def test_a_dry_run_compiles_nothing(lowbit, cache, monkeypatch):
 
 def test_what_triton_serves_is_said(lowbit):
     """Calls of many tokens are another backend's; without a GPU it is plain that nothing is compiled for them."""
-    done = lowbit(*AWQ, "-M", "1,4096", "--dry-run", "--json").json
+    done = lowbit(*INT8, "-M", "1,4096", "--dry-run", "--json").json
     if dispatch.load("triton"):
         pytest.skip("Triton is not installed")
     served = {tuple(one["tokens"]): one["kernel"] for one in done["linears"]}
     assert served[1,].startswith("cuda:")
     assert served[4096,].startswith("triton:")
-    assert any("Triton serves calls of awq_w4a16" in note for note in done["notes"])
+    assert any("Triton serves calls of int8" in note for note in done["notes"])
 
 
 def test_any_number_of_multiprocessors(lowbit):
@@ -144,7 +153,7 @@ def test_one_call_of_what_triton_serves(lowbit, monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(ahead, "run_once", run_once)
-    done = lowbit(*AWQ[:-2], "-M", "1,64,4096", "--json")
+    done = lowbit(*INT8[:-2], "-M", "1,64,4096", "--json")
     assert done.code == 0
     assert ran == [(128, m, "cuda") for _ in (False, True) for m in (64, 4096)]
     assert done.json["architectures"] == ["sm_90a"]
@@ -203,7 +212,7 @@ def test_a_kernel_that_does_not_compile(lowbit, monkeypatch):
     there = compiler.compile_now
 
     def compile_now(source, name, architecture):
-        if "linear" in source:
+        if "words" in source:
             raise UnsupportedError(f"{source} does not compile for {architecture}: too many registers")
         return there(source, name, architecture)
 

@@ -27,6 +27,9 @@ from tests.support.cpu_linear import activations, packed_weight
 from tests.support.cuda_launches import entries
 from tests.support.kernel_examples import Sizes, examples, title
 
+# Tensors of a GPU that is not there: launchers ask where they begin.
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 TOO_OLD = "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available for execution on the device"
 
@@ -186,7 +189,6 @@ def test_without_the_backend_the_next_one_runs(machine, monkeypatch, broken):
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("entry", entries(), ids=lambda entry: f"{title(entry)}-{entry.run.__name__}")
 def test_every_launcher_asks(machine, monkeypatch, entry):
     """Whatever a launcher takes it refuses on a GPU that runs no CUDA kernel."""

@@ -117,6 +117,10 @@ def test_refusals():
         assert "100 columns" in linear_words.refuses_plain(fmt, activations(1, 100, FP16), plain, None)
         gaps = {**plain, "qdata": plain["qdata"].t().contiguous().t()}
         assert "qdata has gaps" in linear_words.refuses_plain(fmt, x, gaps, None)
+        behind = torch.zeros(parts["qdata"].numel() + 1, dtype=torch.int32)[1:].view_as(parts["qdata"])
+        assert "qdata has gaps, or begins" in linear_words.refuses(fmt, x, {**parts, "qdata": behind}, None)
+        gaps = {**parts, "scale": parts["scale"].repeat(1, 2)[:, ::2]}
+        assert "scale has gaps" in linear_words.refuses(fmt, x, gaps, None)
         assert "groups of 16" in linear_words.refuses_plain(parse_spec("awq_w4a16(group_size=16)"), x, plain, None)
     with assume(Target("cuda", (7, 5))):
         assert "7.5" in linear_words.refuses(fmt, x, parts, None)

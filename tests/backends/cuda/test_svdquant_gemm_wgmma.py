@@ -144,7 +144,7 @@ def test_nothing_to_do(monkeypatch):
 def test_memory_that_begins_anywhere(monkeypatch):
     """Bulk copies want multiples of 16 bytes: what begins elsewhere is copied first, the rest is not."""
     seen = []
-    monkeypatch.setattr(kernels, "launch", lambda *given: seen.append(given))
+    monkeypatch.setattr(kernels, "launch", lambda *given, **_: seen.append(given))
     arguments, _ = _call(16, 64, 64, 8, torch.float16, torch.float16)
     room = torch.zeros(arguments[0].numel() + 4, dtype=torch.int8)
     codes = room[4:].view(arguments[0].shape)

@@ -27,8 +27,8 @@ from lowbit.errors import UnsupportedError
 _OWN = {(9, 0), (10, 0), (10, 3), (12, 0), (12, 1)}
 
 
-# More dynamic shared memory than this a kernel must be allowed before it starts.
-_SHARED_AT_ONCE = 48 * 1024
+# More shared memory than 48 KiB a kernel must be allowed before it starts; what it declares itself counts, too.
+_SHARED_AT_ONCE = 32 * 1024
 
 _INTS = 1 << 31
 _SLOT = 8  # bytes for a parameter of a kernel

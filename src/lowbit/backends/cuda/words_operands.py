@@ -20,6 +20,7 @@ from lowbit.layouts import words128
 HALVES = {torch.bfloat16: "lowbit::kBFloat16", torch.float16: "lowbit::kFloat16"}
 STEP = 16  # columns of a product of tensor cores
 ALIGNMENT = 16  # bytes of x and of codes that are read at a time
+_ALIGNMENTS = {"qdata": ALIGNMENT}  # of a part's first byte; of others, what reads four scales of a byte at a time
 _OLDEST = (8, 0)  # the first with these products of bfloat16
 _GROUP_OF_BYTES = 32  # columns that share a scale in plain bytes, at least
 
@@ -89,6 +90,9 @@ def refuses(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> str | 
     for name, tensor in (("bias", bias), *parts.items()):
         if tensor is not None and tensor.device != x.device:
             return f"{name} is on {tensor.device}, x on {x.device}; move one of them"
+    for name, part in parts.items():
+        if not part.is_contiguous() or (not part.is_meta and part.data_ptr() % _ALIGNMENTS.get(name, 4)):
+            return f"{name} has gaps, or begins where the kernel cannot read it; clone it once, at load"
     if bias is not None and bias.dtype != x.dtype:
         return f"the bias is {_kind(bias)}, x {_kind(x)}; the kernel takes one dtype"
     return _refuses_groups(fmt, x, parts)
@@ -100,9 +104,6 @@ def refuses_plain(fmt: AwqW4A16, x: Tensor, parts: Parts, bias: Tensor | None) -
         return f"{x.shape[-1]} columns; the kernel takes multiples of {words128.COLUMNS}"
     if fmt.group_size < _GROUP_OF_BYTES:
         return f"groups of {fmt.group_size} columns; in plain bytes the kernel takes {_GROUP_OF_BYTES} and more"
-    for name, part in parts.items():
-        if not part.is_contiguous() or (not part.is_meta and name == "qdata" and part.data_ptr() % ALIGNMENT):
-            return f"{name} has gaps, or does not begin at a multiple of {ALIGNMENT} bytes; clone it once, at load"
     return refuses(fmt, x, parts, bias)
 
 
