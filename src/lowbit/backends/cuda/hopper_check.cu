@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(128) hopper_products(const uint4* __restrict__
   for (int i = 0; i < kTokens / 2; ++i) {
     const int r = row + 8 * (i / 2 % 2), token = i / 4 * 8 + 2 * place + i % 2;
     int right = 0;
+#pragma unroll 1  // it is compiled at the first use of a GPU, and should not take long
     for (int column = 0; column < kColumns; ++column) right += left_value(r, column) * right_value(token, column);
     count += (integers[i] != right) + (floats[i] != float(right));
   }
