@@ -5,6 +5,8 @@ Launchers call these where `refuses` gives no reason; nothing is registered here
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,6 +19,24 @@ from lowbit.numerics.groups import row_chunks
 ELEMENTS = 1 << 26  # of a decoded piece: 128 MiB in 16 bits
 
 
+class Decodable(Protocol):
+    """A weight [n, k] that can be decoded some rows at a time, such as `weight_rows.Coded`."""
+
+    @property
+    def n(self) -> int:
+        """Rows."""
+        ...
+
+    @property
+    def k(self) -> int:
+        """Columns."""
+        ...
+
+    def decode(self, out: Tensor, start: int, stop: int) -> None:
+        """Rows [start, stop) -> out [stop - start, K], contiguous, in its dtype."""
+        ...
+
+
 def refuses(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None, layout: str) -> str | None:
     """Why the weight cannot be decoded to the dtype of x, or None. Says nothing of x and bias."""
     return weight_rows.refuses(fmt, parts, x.dtype, layout)
@@ -27,8 +47,12 @@ def product(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None, layout: s
 
     The weight is rounded once to that dtype. `refuses` must have given no reason.
     """
-    k = x.shape[-1]
-    coded = weight_rows.describe(fmt, parts, k, layout)
+    return product_of(weight_rows.describe(fmt, parts, x.shape[-1], layout), x, bias)
+
+
+def product_of(coded: Decodable, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K], bias [N] or None -> [..., N] in the dtype of x, to which the weight is rounded once."""
+    k = coded.k
     bias = None if bias is None else bias.to(x.dtype)
     if coded.n * k <= ELEMENTS:
         return F.linear(x, _rows(coded, x, 0, coded.n), bias)
@@ -45,7 +69,12 @@ def product(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None, layout: s
 
 def input_gradient(fmt: Format, grad: Tensor, parts: Parts, k: int, layout: str) -> Tensor:
     """grad [..., N] -> [..., K] in the dtype of grad; several pieces of the weight are summed in float32."""
-    coded = weight_rows.describe(fmt, parts, k, layout)
+    return gradient_of(weight_rows.describe(fmt, parts, k, layout), grad)
+
+
+def gradient_of(coded: Decodable, grad: Tensor) -> Tensor:
+    """`input_gradient` of a weight that is described already."""
+    k = coded.k
     if coded.n * k <= ELEMENTS:
         return grad @ _rows(coded, grad, 0, coded.n)
     total = grad.new_zeros((*grad.shape[:-1], k), dtype=torch.float32)
@@ -54,7 +83,7 @@ def input_gradient(fmt: Format, grad: Tensor, parts: Parts, k: int, layout: str)
     return total.to(grad.dtype)
 
 
-def _rows(coded: weight_rows.Coded, x: Tensor, start: int, stop: int) -> Tensor:
+def _rows(coded: Decodable, x: Tensor, start: int, stop: int) -> Tensor:
     weight = x.new_empty((stop - start, coded.k))
     coded.decode(weight, start, stop)
     return weight

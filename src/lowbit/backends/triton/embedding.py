@@ -37,12 +37,17 @@ def embedding_words128(fmt: Format, indices: Tensor, parts: Parts, k: int, dtype
     return _looked_up(fmt, indices, parts, k, dtype, words128.NAME)
 
 
-def _refuses(fmt: Format, indices: Tensor, parts: Parts, dtype: torch.dtype, layout: str) -> str | None:
+def refuses_indices(indices: Tensor, parts: Parts) -> str | None:
+    """Why rows cannot be looked up by these indices, or None."""
     if indices.dtype not in {torch.int64, torch.int32}:
         return f"indices are {str(indices.dtype).removeprefix('torch.')}; the kernel takes int64 and int32"
     if indices.device != parts["qdata"].device:
         return f"indices are on {indices.device}, the table on {parts['qdata'].device}; move one of them"
-    return weight_rows.refuses(fmt, parts, dtype, layout)
+    return None
+
+
+def _refuses(fmt: Format, indices: Tensor, parts: Parts, dtype: torch.dtype, layout: str) -> str | None:
+    return refuses_indices(indices, parts) or weight_rows.refuses(fmt, parts, dtype, layout)
 
 
 def _looked_up(fmt: Format, indices: Tensor, parts: Parts, k: int, dtype: torch.dtype, layout: str) -> Tensor:
