@@ -56,8 +56,9 @@ inline void transpose_words(const uint8_t* from, uint8_t* to, int64_t stride) {
   }
 }
 
-// Four words of each of 16 rows, from word `first` on -> four columns of 16 words without gaps.
-inline void interleave_words(const uint32_t* const (&rows)[16], int64_t first, uint32_t* to) {
+// Four words of each of 16 rows, from value `first` of them on -> four columns of 16 words without gaps.
+template <class T>
+inline void interleave_words(const T* const (&rows)[16], int64_t first, uint32_t* to) {
   for (int r = 0; r < 16; r += 4) {
     Quad<uint32_t> quads[4];
     for (int j = 0; j < 4; ++j) std::memcpy(&quads[j], rows[r + j] + first, 16);

@@ -1,0 +1,22 @@
+"""dequantize for gguf: every value is ggml's, bit for bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.backends.cpu import gguf_rows
+from lowbit.dispatch import kernel
+from lowbit.formats.gguf_block import GgufBlock
+from lowbit.formats.parts import Parts
+
+
+def refuses(fmt: GgufBlock, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
+    """Why this call cannot run here, or None."""
+    return gguf_rows.refuses(dtype, shape[1])
+
+
+@kernel("dequantize", format="gguf", backend="cpu", refuses=refuses)
+def dequantize_gguf(fmt: GgufBlock, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """parts -> the effective weight [N, K] in `dtype`."""
+    return gguf_rows.decode(fmt, parts, shape[1], dtype, None, shape)

@@ -1,0 +1,63 @@
+"""What the kernels for gguf are told of a weight: its blocks as they lie in the file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.backends.cpu import native
+from lowbit.backends.cpu.operands import DTYPES, address, dtype_code
+from lowbit.formats.gguf_block import GgufBlock
+from lowbit.formats.parts import Parts
+from lowbit.numerics.gguf_blocks import READABLE
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks uint8 [N, row bytes], whose rows may have gaps between them, and the scale of all."""
+
+    type: int
+    """The number of the type for `with_type` of native/gguf_blocks.h."""
+    codes: Tensor
+    global_scale: Tensor | None
+
+    @classmethod
+    def of(cls, fmt: GgufBlock, parts: Parts) -> Blocks:
+        """The blocks of a weight in plain parts."""
+        codes = parts["qdata"]
+        return cls(
+            READABLE.index(fmt.type), codes if codes.stride(-1) == 1 else codes.contiguous(), parts.get("global_scale")
+        )
+
+    @property
+    def n(self) -> int:
+        """Rows."""
+        return self.codes.shape[0]
+
+
+def refuses(dtype: torch.dtype, k: int) -> str | None:
+    """Why rows of k columns cannot be decoded here to a dtype, or None."""
+    if dtype not in DTYPES:
+        return f"the result is {str(dtype).removeprefix('torch.')}; the decoder gives float32, bfloat16 and float16"
+    return None if k else "no columns; the decoder takes whole blocks"
+
+
+def decode(
+    fmt: GgufBlock, parts: Parts, k: int, dtype: torch.dtype, indices: Tensor | None, shape: tuple[int, ...]
+) -> Tensor:
+    """The rows that indices name, or all of them -> `shape` in `dtype`. Raises `IndexError` for one that is none."""
+    blocks, out = Blocks.of(fmt, parts), torch.empty(shape, dtype=dtype)
+    indices = None if indices is None else indices.contiguous()
+    columns = parts["pre_quant_scale"].contiguous() if fmt.pre_quant_scale else None
+    wrong = native.module().dequantize_gguf(
+        blocks.type, blocks.codes.data_ptr(), blocks.codes.stride(0), blocks.n, k, address(indices),
+        indices is not None and indices.dtype == torch.int64, 0, blocks.n if indices is None else indices.numel(),
+        address(blocks.global_scale), address(columns), dtype_code(columns), out.data_ptr(), DTYPES[dtype],
+        native.threads(),
+    )  # fmt: skip
+    if indices is not None and wrong >= 0:
+        index = int(indices.reshape(-1)[wrong])
+        raise IndexError(f"index out of range: {index} names no row of a table with {blocks.n}")
+    return out

@@ -1,0 +1,44 @@
+"""linear for gguf, of blocks as they lie in the file: nobody has to pack a weight, and none is decoded as a whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.backends.cpu import native
+from lowbit.backends.cpu.e2m1_ways import integer_block
+from lowbit.backends.cpu.gguf_rows import Blocks
+from lowbit.backends.cpu.operands import address, dtype_code, output_of, refuses_input, rows_of
+from lowbit.dispatch import kernel
+from lowbit.formats.gguf_block import GgufBlock
+from lowbit.formats.parts import Parts
+
+# Up to how many tokens of 16 bits integers are faster than panels: measured on AVX2, not on other sets.
+_FEW_INT16 = 16
+
+
+def refuses(fmt: GgufBlock, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
+    """Why this call cannot run here, or None."""
+    if not x.shape[-1]:
+        return "no columns; the kernel takes whole blocks"
+    return refuses_input(fmt, x, parts, bias)
+
+
+@kernel("linear", format="gguf", backend="cpu", refuses=refuses, tolerance=6e-3)
+def linear_gguf(fmt: GgufBlock, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    """x [..., K], bias [N] or None -> [..., N] in the dtype of x.
+
+    A few tokens of 16 bits become integers of 16 bits with a scale for up to 128 columns, which is more exact than
+    they are themselves; sums are float32.
+    """
+    rows, blocks = rows_of(x), Blocks.of(fmt, parts)
+    out = output_of(x, blocks.n)
+    m, k = rows.shape
+    added = None if bias is None else bias.contiguous()
+    integers = x.dtype != torch.float32 and m <= _FEW_INT16
+    native.module().linear_gguf(
+        rows.data_ptr(), dtype_code(x), m, blocks.n, k, blocks.type, blocks.codes.data_ptr(), blocks.codes.stride(0),
+        address(blocks.global_scale), integer_block(k) if integers else 0, address(added), dtype_code(added),
+        out.data_ptr(), native.threads(),
+    )  # fmt: skip
+    return out
