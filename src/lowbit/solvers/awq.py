@@ -11,7 +11,8 @@ What solvers see afterwards is W s and the input x / s, so that any refinement g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,7 +55,13 @@ def awq(
         check_finite(w, where)
         hessian = statistics.combined
         assert hessian is not None
-        scale = best_scale([w], fmt.plain, hessian.to(w.device), moments.sqrt(), stored, where)
+        rms = moments.sqrt()
+
+        def scale_of(exponent: float) -> Tensor:
+            return smoothing_factors(rms, exponent).to(stored)
+
+        rows = [WeightRows.of(w, fmt.plain)]
+        scale = scale_of(best_exponent(rows, hessian.to(w.device), rms.square(), scale_of, where))
     return {**quantize_scaled(w, fmt.plain, scale, moments, where, seed), "pre_quant_scale": scale}
 
 
@@ -73,30 +80,51 @@ def quantize_scaled(
     return plain.quantize(scaled, params=params, where=where, seed=seed)
 
 
-def best_scale(
-    weights: Sequence[Tensor], plain: Format, hessian: Tensor, rms: Tensor, stored: torch.dtype, where: str = "weight"
-) -> Tensor:
-    """1 / s [K] in dtype `stored` for weights [N_i, K] that share their input: of all exponents the least error.
+@dataclass(frozen=True)
+class WeightRows:
+    """Rows [n, K] spread over all of a weight, each of which stands for `share` of its rows, and its bare format."""
 
-    hessian: [K, K] or [K]; rms: the root of its diagonal. The first of equals, so no scaling where nothing gains.
+    rows: Tensor
+    share: float
+    plain: Format
+
+    @classmethod
+    def of(cls, w: Tensor, plain: Format) -> WeightRows:
+        """Up to about 256 rows of a weight [N, K], a copy."""
+        n = w.shape[0]
+        count = min(n, round_up(_ROWS, plain.row_multiple))
+        return cls(w[torch.arange(count, device=w.device) * n // count], n / max(count, 1), plain)
+
+
+def best_exponent(
+    weights: Sequence[WeightRows],
+    hessian: Tensor,
+    moments: Tensor,
+    scale_of: Callable[[float], Tensor],
+    where: str = "weight",
+) -> float:
+    """Of EXPONENTS the one with the least output error of weights that share their input; the first of equals.
+
+    hessian: [K, K] or [K]; moments: [K], by which scales are searched. `scale_of` gives 1 / s [K] for an exponent.
     """
-    moments = rms.square()
-    samples = [(rows := _some_rows(w, plain), w.shape[0] / max(rows.shape[0], 1)) for w in weights]
-    best, least = torch.ones_like(rms, dtype=stored), torch.inf
+    best, least = 0.0, torch.inf
     for exponent in EXPONENTS:
-        scale = smoothing_factors(rms, exponent).to(stored)
-        error = 0.0
-        for rows, share in samples:
-            parts = quantize_scaled(rows, plain, scale, moments, where)
-            decoded = plain.dequantize(parts, (rows.shape[0], rows.shape[1]), torch.float32).mul_(scale.float())
-            error += energy(decoded.sub_(rows.float()), hessian) * share
+        error = scaled_error(weights, scale_of(exponent), hessian, moments, where)
         if error < least:
-            best, least = scale, error
+            best, least = exponent, error
     return best
 
 
-def _some_rows(w: Tensor, plain: Format) -> Tensor:
-    """Up to about _ROWS rows, spread over all of them."""
-    n = w.shape[0]
-    count = min(n, round_up(_ROWS, plain.row_multiple))
-    return w[torch.arange(count, device=w.device) * n // count]
+def scaled_error(
+    weights: Sequence[WeightRows], scale: Tensor, hessian: Tensor, moments: Tensor, where: str = "weight"
+) -> float:
+    """tr(E H E^T) of weights stored as W / scale behind an input times scale [K], from their rows.
+
+    hessian: [K, K] or [K], of the input as it was; moments: [K], the same for the search of the stored scales.
+    """
+    error = 0.0
+    for weight in weights:
+        parts = quantize_scaled(weight.rows, weight.plain, scale, moments, where)
+        decoded = weight.plain.dequantize(parts, (weight.rows.shape[0], weight.rows.shape[1]), torch.float32)
+        error += energy(decoded.mul_(scale.float()).sub_(weight.rows.float()), hessian) * weight.share
+    return error

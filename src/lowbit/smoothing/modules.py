@@ -1,22 +1,9 @@
-"""Activation-aware scales without a cost at run time: folded into the layer that comes before.
-
-    linear(norm(x)) = (W s) (norm(x) / s)        s goes into the norm's weight and bias, or into the rows of a linear
-
-What a model computes stays the same, but for the rounding of its dtype; what its weights lose when they are quantized
-gets smaller, as with the solver `awq`, and any format and runtime can hold the result.
-
->>> import torch, lowbit
->>> from lowbit.smoothing import fold_scales_
->>> norm, linear = torch.nn.LayerNorm(4), torch.nn.Linear(4, 2)
->>> fold_scales_(norm, [linear], torch.tensor([0.5, 1.0, 1.0, 2.0]))
->>> norm.weight.tolist()
-[0.5, 1.0, 1.0, 2.0]
-"""
+"""Scales folded into modules in memory, before they are quantized."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +11,12 @@ from torch import Tensor, nn
 from lowbit.errors import SolverError, UnsupportedError
 from lowbit.formats.base import Format
 from lowbit.formats.registry import as_format
-from lowbit.solvers.awq import best_scale
+from lowbit.solvers.awq import WeightRows
 from lowbit.solvers.base import Statistics
+
+from .choice import Choice, choose, held_by_norm, held_by_rows, rescaled
+from .groups import find_groups
+from .norms import WEIGHT
 
 Group = tuple[str, Sequence[str]]
 """The name of a norm or linear, and those of the linears that take its output; nothing else may take it."""
@@ -35,7 +26,7 @@ _TOLERANCE = 1e-2  # of the output: what a norm of low precision may be off; a w
 
 @dataclass(frozen=True)
 class Smoothed:
-    """What `smooth_` did: the factor [K] of the input of each group's linears, and the statistics after it."""
+    """What `smooth_` did: the factor [K] of the input of each group that gains, and the statistics after it."""
 
     scales: dict[str, Tensor]
     statistics: dict[str, Statistics]
@@ -79,7 +70,8 @@ def smooth_(
     """Choose and fold a scale for each group, so that `fmt` loses least of its linears' outputs together.
 
     statistics: by the name of a linear; one of each group's is enough. groups: by default `llama_groups(model)`.
-    The exponent of rms(x)^rho is chosen as in the solver `awq`. Quantize afterwards with the statistics returned.
+    The exponent of rms(x)^rho is chosen as in the solver `awq`; a group that loses no less with it on the samples held
+    out is left alone. Quantize afterwards with the statistics returned.
 
     Raises `SolverError` for a group without statistics, or without any group, `UnsupportedError` as `fold_scales_`;
     groups before the one that raises are folded already.
@@ -100,71 +92,39 @@ def smooth_(
         found = known[before]
         assert found is not None
         linears = [_linear(name, modules[name]) for name in names]
-        scale = _choose(before, linears, bare, found)
-        fold_scales_(modules[before], linears, scale)
-        scales[before] = scale
-        after |= {name: rescaled(statistics[name], scale) for name in names if name in statistics}
+        choice = _choose(modules[before], before, linears, bare, found)
+        if not choice.gains:
+            continue
+        fold_scales_(modules[before], linears, choice.scale)
+        scales[before] = choice.scale
+        after |= {name: rescaled(statistics[name], choice.scale) for name in names if name in statistics}
     return Smoothed(scales, after)
 
 
 def llama_groups(model: nn.Module) -> Iterator[Group]:
     """The groups of blocks named as Llama's: norms before q, k, v and before gate, up; up before down; v before o.
 
-    The last where both have the same width: with fewer key-value heads than heads, one scale would serve several.
+    The last where both have the same width: with fewer key-value heads than heads, one scale would serve several. None
+    where a block holds anything else, or where the names leave open what else takes a norm's output.
     """
-    for prefix, block in model.named_modules():
-        inside = dict(block.named_modules())
-
-        def all_there(*names: str, inside: dict[str, nn.Module] = inside) -> bool:
-            return all(isinstance(inside.get(name), nn.Linear) for name in names)
-
-        start = f"{prefix}." if prefix else ""
-        attention, gated = [f"self_attn.{name}_proj" for name in "qkv"], ["mlp.gate_proj", "mlp.up_proj"]
-        if "input_layernorm" in inside and all_there(*attention):
-            yield f"{start}input_layernorm", [start + name for name in attention]
-            if all_there("self_attn.o_proj") and _fits(inside["self_attn.v_proj"], inside["self_attn.o_proj"]):
-                yield f"{start}self_attn.v_proj", [f"{start}self_attn.o_proj"]
-        norm = next((n for n in ("pre_feedforward_layernorm", "post_attention_layernorm") if n in inside), None)
-        if norm is not None and all_there(*gated):
-            yield start + norm, [start + name for name in gated]
-            if all_there("mlp.down_proj"):
-                yield f"{start}mlp.up_proj", [f"{start}mlp.down_proj"]
+    modules = dict(model.named_modules())
+    for group in find_groups({name: tuple(value.shape) for name, value in model.named_parameters()}):
+        linears = [modules[name] for name in (*group.linears, *(() if group.norm else (group.before,)))]
+        if group.why_not or not all(isinstance(linear, nn.Linear) for linear in linears):
+            continue
+        if group.norm or modules[group.before].out_features == linears[0].in_features:
+            yield group.before, list(group.linears)
 
 
-def rescaled(statistics: Statistics, scale: Tensor) -> Statistics:
-    """The statistics of an input multiplied by `scale` [K]; magnitudes are no longer known."""
-
-    def moments(h: Tensor | None) -> Tensor | None:
-        if h is None:
-            return None
-        s = scale.to(h.device, torch.float32)
-        return h * s.square() if h.dim() == 1 else h * s.unsqueeze(0) * s.unsqueeze(1)
-
-    def channels(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x * scale.to(x.device, torch.float32)
-
-    known = statistics
-    return replace(
-        known, hessian=moments(known.hessian), held_out=moments(known.held_out), absmax=channels(known.absmax),
-        mean=channels(known.mean), minimum=channels(known.minimum), maximum=channels(known.maximum),
-        samples=channels(known.samples), magnitudes=None,
-    )  # fmt: skip
-
-
-def _choose(before: str, linears: Sequence[nn.Linear], fmt: Format, known: Statistics) -> Tensor:
-    """The factor [K] of the input, float32."""
+def _choose(before: nn.Module, name: str, linears: Sequence[nn.Linear], fmt: Format, known: Statistics) -> Choice:
     weights = [linear.weight.detach() for linear in linears]
-    moments, hessian = known.column_weights(weights[0].shape[1], before), known.combined
-    assert moments is not None
-    assert hessian is not None
     for weight in weights:
-        fmt.check_weight(weight, before)
-    device = weights[0].device
-    return best_scale(weights, fmt, hessian.to(device), moments.sqrt().to(device), torch.float32, before)
-
-
-def _fits(first: nn.Module, second: nn.Module) -> bool:
-    return isinstance(first, nn.Linear) and isinstance(second, nn.Linear) and first.out_features == second.in_features
+        fmt.check_weight(weight, name)
+    own = before.weight
+    if not isinstance(own, nn.Parameter):
+        raise UnsupportedError(f"{name}: has no weight to fold a scale into; use a format with pre_quant_scale=true")
+    held = held_by_rows if isinstance(before, nn.Linear) else held_by_norm(own.detach().to(weights[0].device), WEIGHT)
+    return choose([WeightRows.of(weight, fmt) for weight in weights], known, held, name)
 
 
 def _linear(name: str, module: nn.Module) -> nn.Linear:
