@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lowbit.errors import PlanError
 
@@ -19,6 +20,7 @@ from .conversion_report import ConversionReport, LayerReport
 from .convert_bank import BankWork
 from .convert_layer import LayerWork
 from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
+from .dialects.base import bias_orders
 from .folder_configs import FolderConfigs, refuse_target
 from .layer_statistics import LayerStatistics, knowledge
 from .output import Staging
@@ -69,7 +71,15 @@ def convert(
     memory = MEMORY_BUDGET if statistics is None else _CALIBRATED_MEMORY
     settings = Settings(jobs, resume, verify, progress, memory)
     staging.replaced = work.configs.texts()
-    done = rewrite(source, staging, work.pieces, work.metadata, fingerprint=fingerprint, settings=settings)
+    done = rewrite(
+        source,
+        staging,
+        work.pieces,
+        work.metadata,
+        fingerprint=fingerprint,
+        settings=settings,
+        orders=work.orders,
+    )
     return _report(target, plan, work.layers, done, time.perf_counter() - began)
 
 
@@ -116,6 +126,7 @@ class _Work:
         self.layers: list[LayerWork] = []
         self.metadata = staging.metadata()
         self.configs = FolderConfigs()
+        self.orders: dict[str, dict[str, Tensor]] = {}
 
     def add(self, plan: ComponentPlan) -> None:
         """Add what one model needs."""
@@ -162,8 +173,12 @@ class _Work:
             held.strip_description(entries)
         for file, layers in described.items():
             self.metadata.setdefault(file, {}).update(self._dialect.header_metadata(layers, plain))
+        layers = [layer for found in described.values() for layer in found]
+        orders = bias_orders(self._dialect, layers)
+        for file in {self._staging.file_of(held.component, key) for key in held.specs} if orders else ():
+            self.orders.setdefault(file, {}).update(orders)
         self.configs.strip(held)
-        self.configs.describe(held, self._dialect, [layer for found in described.values() for layer in found], plain)
+        self.configs.describe(held, self._dialect, layers, plain)
 
 
 def _fingerprint(

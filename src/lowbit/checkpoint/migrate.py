@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lowbit.errors import CheckpointError
 
 from .banks import experts_of
 from .dialects import Container, dialects, get_dialect
-from .dialects.base import Read, StoredLayer
+from .dialects.base import Read, StoredLayer, bias_orders
 from .dialects.comfy import COMFY
 from .dialects.comfy_migrate import CONVENTIONS, Migration, Step, describe, migrate as migrate_file
 from .folder_configs import FolderConfigs, refuse_target
@@ -76,7 +78,15 @@ def migrate(
     staging.replaced = work.configs.texts()
     fingerprint = hashlib.sha256(json.dumps(["migrate", to, source.fingerprint()]).encode()).hexdigest()
     settings = Settings(jobs, resume, verify=True, progress=progress)
-    done = rewrite(source, staging, work.pieces, work.described(), fingerprint=fingerprint, settings=settings)
+    done = rewrite(
+        source,
+        staging,
+        work.pieces,
+        work.described(),
+        fingerprint=fingerprint,
+        settings=settings,
+        orders=work.orders,
+    )
     return MigrateReport(str(target), work.layers, tuple(work.notes), done.resumed)
 
 
@@ -99,6 +109,7 @@ class _Work:
         self.layers: dict[str, str] = {}
         self.notes: list[str] = []
         self.configs = FolderConfigs()
+        self.orders: dict[str, dict[str, Tensor]] = {}
 
     def respell(self, component: Component, held: QuantizedComponent) -> None:
         """Add a ComfyUI model in another spelling of the same dialect."""
@@ -124,7 +135,9 @@ class _Work:
         self.notes += [*held.found.notes, *(f"{plan.old.layer}: {note}" for plan in plans for note in plan.old.notes)]
         self.notes += [plan.note for plan in plans if plan.note]
         plain = {key: held.specs[key] for key in held.found.plain}
+        orders = bias_orders(dialect, [plan.new for plan in plans])
         for file in {self._staging.file_of(component, key) for key in held.specs}:
+            self.orders.setdefault(file, {}).update(orders)
             held.strip_description(self._metadata[file])
             if self._stored[file]:
                 self._metadata[file].update(dialect.header_metadata(self._stored[file], plain))

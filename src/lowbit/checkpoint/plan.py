@@ -182,12 +182,12 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
 
 def _as_wanted(plan: TensorPlan, stored: StoredFormat, name: str, rules: Rules, *, has_bias: bool) -> TensorPlan:
     """The plan of a weight with its format and its solver."""
-    stored, also = rules.fit(stored, name)
     layer = StoredLayer(
         plan.layer, stored.format, plan.weight.matrix, plan.spec.dtype, layout=stored.layout,
         options=plan.weight.options(),
     )  # fmt: skip
-    stored = rules.spelled(stored, layer)
+    fitted, also = rules.fit(layer, name)
+    stored = rules.spelled(replace(stored, format=fitted), layer)
     solver = rules.pick(stored.format, name, has_bias=has_bias)
     return replace(plan, why=plan.why + also, format=stored.spec, solver=solver)
 

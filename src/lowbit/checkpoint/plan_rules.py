@@ -91,12 +91,15 @@ class Rules:
         self.picked[fmt.spec, name] = f"{fmt}: solver {name} ({why})"
         return name
 
-    def fit(self, stored: StoredFormat, layer: str) -> tuple[StoredFormat, str]:
+    def fit(self, layer: StoredLayer, name: str) -> tuple[Format, str]:
         """The variant of a format that suits a layer's input, and the reason to add where it is another one."""
-        smallest = None if self.statistics is None else self.statistics.smallest(layer)
-        if smallest is None or (fitted := stored.format.fitted_to(smallest)) == stored.format:
-            return stored, ""
-        return replace(stored, format=fitted), f"; its input is never below {smallest:.3g}"
+        smallest = None if self.statistics is None else self.statistics.smallest(name)
+        if smallest is None or (fitted := layer.format.fitted_to(smallest)) == layer.format:
+            return layer.format, ""
+        why = f"; its input is never below {smallest:.3g}"
+        if refusal(self.dialect, replace(layer, format=fitted)) and not refusal(self.dialect, layer):
+            return layer.format, f"{why}, but the dialect {self.dialect.name} has no place for {fitted}"
+        return fitted, why
 
     def oriented(self, weight: WeightShape, name: str, family: str) -> tuple[WeightShape, str]:
         """A weight with the axes that the user says it has, and the reason to add where it is a bank.

@@ -24,6 +24,7 @@ from .writer import CheckpointWriter
 
 COPY_BYTES = 16 << 20  # a plain tensor is copied in pieces of this size
 BATCH_BYTES = 4 << 20  # small plain tensors are copied together, up to this size
+Orders = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,14 @@ def rewrite(
     *,
     fingerprint: str,
     settings: Settings,
+    orders: Orders | None = None,
 ) -> Rewritten:
     """Run all pieces and put the result in place; on any error the target stays as it was.
 
-    `metadata`: the header metadata of each output file. `fingerprint` names input and options: work of an interrupted
-    run with another one is not used. An interrupt, or an error of the system, keeps the work done for a later run.
+    `metadata`: the header metadata of each output file. `orders`: by file and key, vectors that the file has in
+    another order than the pieces make them: value i lies at places[i]. `fingerprint` names input and options: work of
+    an interrupted run with another one is not used. An interrupt, or an error of the system, keeps the work done for a
+    later run.
 
     Raises:
         PlanError: two output tensors with one name.
@@ -138,7 +142,8 @@ def rewrite(
                 result.records[piece.name] = writer.done[piece.name]
                 done += piece.size
             else:
-                work = _Work(source, piece, writer, result.records, settings.verify)
+                places = (orders or {}).get(piece.file, {})
+                work = _Work(source, piece, writer, result.records, settings.verify, places)
                 waiting.append(Unit(piece.name, piece.size, piece.memory, work))
         result.resumed = len(pieces) - len(waiting)
         run_units(waiting, jobs=settings.jobs, budget=settings.memory, progress=settings.progress, done=done)
@@ -166,6 +171,7 @@ class _Work:
     writer: CheckpointWriter
     records: dict[str, dict[str, Any]]
     verify: bool
+    places: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self) -> None:
         found = self._copy(self.piece) if isinstance(self.piece, Copy) else self._make(self.piece)
@@ -178,12 +184,12 @@ class _Work:
         for index, part in enumerate(made.slices):
             self._make_slice(index, part)
         for key, tensor in made.tensors.items():
-            self.writer.write(key, tensor)
+            self._write(key, tensor)
         if not self.verify:
             return made.record
         back: dict[str, Tensor] = {}
         for key, tensor in made.tensors.items():
-            back[key] = self.writer.read_back(key)
+            back[key] = self._read_back(key)
             self._compare(key, tensor, back[key])
         made.tensors.clear()  # from here on only what the file holds counts
         return {**made.record, **(made.check(back.__getitem__) if made.check is not None else {})}
@@ -204,11 +210,11 @@ class _Work:
     def _copy(self, piece: Copy) -> dict[str, Any]:
         for key, spec in piece.specs.items():
             rows = max(1, _piece_bytes(spec) * spec.shape[0] // max(spec.nbytes, 1)) if spec.shape else 1
-            if not spec.shape or rows >= spec.shape[0]:
+            if not spec.shape or rows >= spec.shape[0] or key in self.places:
                 tensor = self.source.read(piece.component, key)
-                self.writer.write(key, tensor)
+                self._write(key, tensor)
                 if self.verify:
-                    self._compare(key, tensor, self.writer.read_back(key))
+                    self._compare(key, tensor, self._read_back(key))
                 continue
             for start in range(0, spec.shape[0], rows):
                 stop = min(start + rows, spec.shape[0])
@@ -217,6 +223,15 @@ class _Work:
                 if self.verify:
                     self._compare(key, tensor, self.writer.read_back_rows(key, start, stop))
         return {}
+
+    def _write(self, key: str, tensor: Tensor) -> None:
+        if key in self.places:
+            tensor = torch.empty_like(tensor).index_copy_(0, self.places[key], tensor)
+        self.writer.write(key, tensor)
+
+    def _read_back(self, key: str) -> Tensor:
+        back = self.writer.read_back(key)
+        return back[self.places[key]] if key in self.places else back
 
     def _compare(self, key: str, written: Tensor, back: Tensor) -> None:
         if not _same_bytes(written, back):

@@ -12,6 +12,10 @@ that of AutoAWQ in order, packing and in what "zero" means. The grid of a group 
 and offset are rounded to their stored dtype before the codes are chosen, so their rounding costs nothing that a code
 can repair.
 
+With `wzeros` both are float32, and what a file of nunchaku keeps of them in 16 bits is exact: the scale, and
+wzeros = zero - 8 * scale, what code 0 decodes to. Any kernel reads such parts; they are other parameters, not other
+codes.
+
 >>> import torch
 >>> from lowbit.formats import parse_spec
 >>> fmt = parse_spec("awq_w4a16(group_size=4)")
@@ -22,8 +26,8 @@ can repair.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -43,6 +47,9 @@ MIDDLE = 8  # the code that decodes to `zero`
 _LEVELS = IntegerLevels(-MIDDLE, LEVELS - 1 - MIDDLE)
 MIN_STORED_SCALE = 2.0**-24  # the smallest positive float16: no stored dtype rounds it to zero
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_SMALLEST_SHARE = 2.0**-14  # of |wzeros| that a scale may be, and of a scale that wzeros may be: in float32, 11 bits of
+_SMALLEST_LOW = 2.0**-8  # one and 8 times the other then add up without rounding
 # Parts of the range to give up at the lower and the upper end, found greedily on Gaussian groups of 64: each in turn
 # lowers the squared error most. The first three give 0.6 dB, all six 0.7; a grid of 121 would give 0.8.
 TRIMS = ((0.0, 0.03), (0.03, 0.0), (0.03, 0.03), (0.0, 0.045), (0.045, 0.0), (0.015, 0.015))
@@ -54,17 +61,25 @@ class AwqW4A16(Format):
     """Unsigned 4-bit codes with a scale and an additive zero per group: 4.5 bits a weight at group 64."""
 
     group_size: int = 64
+    wzeros: str = ""
 
     name: ClassVar[str] = "awq_w4a16"
     stochastic: ClassVar[bool] = True
     keys: ClassVar = {"comfy": {"qdata": "weight", "scale": "weight_scale", "zero": "weight_zero"}}
-    golden_sqnr: ClassVar = {"awq_w4a16": 20.94, "awq_w4a16(group_size=32)": 22.13, "awq_w4a16(group_size=128)": 20.02}
+    golden_sqnr: ClassVar = {
+        "awq_w4a16": 20.94,
+        "awq_w4a16(group_size=32)": 22.13,
+        "awq_w4a16(group_size=128)": 20.02,
+        "awq_w4a16(wzeros=bfloat16)": 20.94,
+    }
     data_free_solver: ClassVar[str] = "scale_search"
 
     def __post_init__(self) -> None:
         size: object = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise FormatError(f"{self.name}: group_size is {size!r}, expected a positive number of columns such as 64")
+        if self.wzeros not in ("", *_HALVES):
+            raise FormatError(f"{self.name}: wzeros is {self.wzeros!r}, expected bfloat16 or float16, or nothing")
 
     def part_rules(self) -> tuple[Part, ...]:
         by_group = (Dim("K", self.group_size), N)
@@ -79,8 +94,24 @@ class AwqW4A16(Format):
             return f"has {k} columns, not a multiple of the group size {self.group_size}"
         return f"has {k} columns; two codes share a byte, so their number must be even" if k % 2 else None
 
+    def part_dtypes(self, source: torch.dtype) -> dict[str, torch.dtype]:
+        """See `Format.part_dtypes`: float32 with `wzeros`, whose sum with 8 scales 16 bits do not hold."""
+        wide = dict.fromkeys(("scale", "zero"), torch.float32) if self.wzeros else {}
+        return {**super().part_dtypes(source), **wide}
+
+    def equivalents(self) -> tuple[Format, ...]:
+        """With and without `wzeros`: the same parts, as long as they are exact there."""
+        return tuple(replace(self, wzeros=name) for name in ("", *_HALVES) if name != self.wzeros)
+
+    def recast(self, parts: Mapping[str, Tensor], other: Format) -> Parts:
+        """See `Format.recast`. Who stores `wzeros` checks that they are exact."""
+        if other not in self.equivalents():
+            return super().recast(parts, other)
+        wide = {name: parts[name].float() for name in ("scale", "zero")} if other.config()["wzeros"] else {}
+        return {**parts, **wide}
+
     def fit(self, rows: Tensor, shared: Parts) -> Parts:
-        return _grid(*self._extremes(rows), torch.float32)
+        return self._grid(*self._extremes(rows), torch.float32)
 
     def encode(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:
         return self._codes(rows, params, noise).to(torch.uint8).flatten(1)
@@ -105,7 +136,7 @@ class AwqW4A16(Format):
         low, high = self._extremes(rows)
         for below, above in TRIMS:
             trimmed = low + (high - low) * below, high - (high - low) * above
-            yield Candidate(_grid(*trimmed, params["scale"].dtype))
+            yield Candidate(self._grid(*trimmed, params["scale"].dtype))
 
     def grid(self, rows: Tensor, params: Parts) -> Grid:
         step, zero = params["scale"].float(), params["zero"].float()
@@ -113,6 +144,8 @@ class AwqW4A16(Format):
 
         def snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
             assert zero is not None
+            if self.wzeros:
+                return self._snapped(step, zero - MIDDLE * step)
             return step.clamp_min(MIN_STORED_SCALE).to(dtypes[0]).float(), zero.to(dtypes[1]).float()
 
         columns, target = self.group_size, rows.t().contiguous()
@@ -131,6 +164,27 @@ class AwqW4A16(Format):
         groups = self._groups(rows)
         return groups.amin(dim=-1), groups.amax(dim=-1)
 
+    def _grid(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Parts:
+        """Scale and zero [K/g, n] of the grid whose code 0 is `low` and whose code 15 is `high` ([n, K/g])."""
+        half_span = high * 0.5 - low * 0.5  # the whole one could overflow
+        scale = (half_span / ((LEVELS - 1) / 2)).clamp_min_(MIN_STORED_SCALE).t().contiguous()
+        if self.wzeros:
+            scale, zero = self._snapped(scale, low.t())
+            return {"scale": scale, "zero": zero}
+        scale = scale.to(dtype)
+        return {"scale": scale, "zero": (low.t() + MIDDLE * scale.float()).to(dtype)}
+
+    def _snapped(self, scale: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero, float32, where the scale and `low`, what code 0 decodes to, are rounded to 16 bits.
+
+        Their sum is exact: a scale too small beside `low` grows, and a `low` too small beside the scale is 0.
+        """
+        half = _HALVES[self.wzeros]
+        low = low.to(half).float()
+        scale = scale.clamp_min(MIN_STORED_SCALE).maximum(low.abs() * _SMALLEST_SHARE).to(half).float()
+        low = torch.where(low.abs() < scale * _SMALLEST_LOW, 0.0, low)
+        return scale, low + MIDDLE * scale
+
     def _codes(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:
         """Codes as float32 [n, K/g, g]."""
         steps = self._groups(rows) - _spread(params["zero"])
@@ -145,11 +199,3 @@ class AwqW4A16(Format):
 def _spread(by_group: Tensor) -> Tensor:
     """[K/g, n] -> float32 [n, K/g, 1], which broadcasts over groups."""
     return by_group.t().float().contiguous().unsqueeze(-1)
-
-
-def _grid(low: Tensor, high: Tensor, dtype: torch.dtype) -> Parts:
-    """Scale and zero [K/g, n] in `dtype` of the grid whose code 0 is `low` and whose code 15 is `high` ([n, K/g])."""
-    half_span = high * 0.5 - low * 0.5  # the whole one could overflow
-    scale = (half_span / ((LEVELS - 1) / 2)).clamp_min_(MIN_STORED_SCALE).t().contiguous().to(dtype)
-    zero = low.t() + MIDDLE * scale.float()
-    return {"scale": scale, "zero": zero.to(dtype)}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.dialects import Dialect, StoredLayer, TensorSpec
-from lowbit.checkpoint.dialects.base import join_key, layer_of
+from lowbit.checkpoint.dialects.base import bias_orders, join_key, layer_of
 from lowbit.checkpoint.folder_configs import FolderConfigs, refuse_target
 from lowbit.checkpoint.output import Staging
 from lowbit.checkpoint.pipeline import Progress
@@ -92,7 +92,15 @@ def bake_checkpoint(
         facts = ["bake", opened.fingerprint(), _digest(read), about, seed, strict, torch.__version__]
         fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         settings = Settings(jobs, resume, verify=True, progress=progress)
-        done = rewrite(opened, work.staging, work.pieces, metadata, fingerprint=fingerprint, settings=settings)
+        done = rewrite(
+            opened,
+            work.staging,
+            work.pieces,
+            metadata,
+            fingerprint=fingerprint,
+            settings=settings,
+            orders=work.orders,
+        )
     accounts = {name: LayerBake(**done.records[name]["bake"]) for name in work.changed}
     unmatched = tuple(own for own in read.layers if own not in work.used)
     copied = sum(len(piece.specs) for piece in work.pieces if isinstance(piece, Copy))
@@ -119,9 +127,12 @@ class _Work:
         self.used: set[str] = set()
         self.notes: list[str] = []
         self.configs = FolderConfigs()
+        self.orders: dict[str, dict[str, Tensor]] = {}
 
     def add(self, held: QuantizedComponent, adapter: Adapter) -> None:
         """Add one model."""
+        if held.dialect is not None and held.dialect.needs_folder and held.layers:
+            refuse_target(held, held.dialect, single=self.staging.single)
         shapes = layer_shapes(held)
         matched = adapter.find(shapes)
         self.known += [held.full_name(name) for name in shapes]
@@ -186,7 +197,9 @@ class _Work:
         if not dialect.writes:
             return
         plain = {key: held.specs[key] for key in held.found.plain}
+        orders = bias_orders(dialect, [layer for layers in stored.values() for layer in layers])
         for file in {self.staging.file_of(held.component, key) for key in held.specs}:
+            self.orders.setdefault(file, {}).update(orders)
             held.strip_description(self.metadata[file])
             if stored.get(file):
                 self.metadata[file].update(dialect.header_metadata(stored[file], plain))

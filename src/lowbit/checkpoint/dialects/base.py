@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -192,6 +192,23 @@ class Dialect(Protocol):
     ) -> dict[str, dict[str, Any]]:
         """File name -> top-level fields that describe the layers of a whole model there; `plain`: its other tensors."""
         ...
+
+
+@runtime_checkable
+class ReordersBias(Protocol):
+    """A dialect that keeps biases in the order of a kernel; `FoundLayers.orders` tells of those that it reads."""
+
+    def bias_places(self, stored: StoredLayer) -> Tensor | None:
+        """Where each value of the bias of a layer lies in a file, int64 [N]; None: in its natural order."""
+        ...
+
+
+def bias_orders(dialect: Dialect | None, layers: Iterable[StoredLayer]) -> dict[str, Tensor]:
+    """Key of a bias -> where each of its values lies, for those of these layers that a dialect reorders."""
+    if not isinstance(dialect, ReordersBias):
+        return {}
+    places = {join_key(stored.layer, "bias"): dialect.bias_places(stored) for stored in layers}
+    return {key: found for key, found in places.items() if found is not None}
 
 
 _REGISTRY: dict[str, Dialect] = {}

@@ -128,7 +128,8 @@ class Awq(Storage):
     aliases: Mapping[str, tuple[torch.dtype, ...]] = {"qdata": (torch.uint8,)}
 
     def fields_of(self, fmt: Format) -> dict[str, Any]:
-        return {"group_size": fmt.config()["group_size"]}
+        config = fmt.config()
+        return {name: config[name] for name in ("group_size", "wzeros") if config[name]}
 
     def shape_of(self, found: Description) -> Shape:
         n, width = found.tensor("qdata").shape
@@ -145,7 +146,8 @@ class Awq(Storage):
                 )
             size = columns // groups
             found.note(f"group_size is absent from the marker: {size} by the shape of the scale")
-        return make_format({"format": "awq_w4a16", "group_size": size}, name_place(found.where, found.layer))
+        config = {"format": "awq_w4a16", "group_size": size, "wzeros": found.fields.get("wzeros", "")}
+        return make_format(config, name_place(found.where, found.layer))
 
 
 class Svdquant(Storage):
