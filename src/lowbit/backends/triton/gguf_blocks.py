@@ -1,8 +1,8 @@
-"""The blocks of GGUF files inside kernels: eight bytes of codes at a time, as float32, in ggml's arithmetic.
+"""The blocks of GGUF files inside kernels: some bytes of codes at a time, as float32, in ggml's arithmetic.
 
 `lowbit.numerics.gguf_blocks` says where codes lie; this file takes that from there, and adds how a header is read. A
-unit is eight bytes of a block's main field. The codes that these hold at one place of a byte, a piece, belong to eight
-columns side by side, so that the values of a piece are written at once; a unit of 4-bit codes has two pieces.
+unit is 8 or 16 bytes (`LANES`) of a block's main field. The codes that these hold at one place of a byte, a piece,
+belong to as many columns side by side, which share a step; a unit of 4-bit codes has two pieces.
 
 Blocks have 17 to 210 bytes and are not padded: how wide a load may be follows from the size of the block, which the
 compiler knows. Every product and sum is rounded on its own, as ggml does it.
@@ -19,8 +19,6 @@ from torch import Tensor
 
 from lowbit.numerics.gguf_blocks import Field, block_type
 
-LANES = 8  # bytes of a unit, and columns of a piece
-_LANES = tl.constexpr(LANES)
 _MAGIC = tl.constexpr(8388608.0)  # 2**23: the mantissa of a float32 of this size counts in ones
 UNSIGNED, SIGNED, E2M1 = (tl.constexpr(i) for i in range(3))  # what codes are
 HALF, TWO_HALVES, SIX_BITS, FOUR_BITS, BYTES, POWER, E4M3 = (tl.constexpr(i) for i in range(7))  # what headers are
@@ -75,9 +73,9 @@ def kind_of(name: str) -> Kind:
     )  # fmt: skip
 
 
-def units_of(kind: Kind) -> int:
-    """The units of a block."""
-    return kind.columns * kind.bits // (8 * LANES)
+def held(kind: Kind) -> int:
+    """The bytes of codes in the main field of a block."""
+    return kind.columns * kind.bits // 8
 
 
 def views(qdata: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
@@ -87,9 +85,9 @@ def views(qdata: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
 
 
 @triton.jit
-def _at(offset):
-    """[...] -> [..., 8]: what is at eight places from an offset on."""
-    return tl.expand_dims(offset, len(offset.shape)) + tl.arange(0, _LANES)
+def _at(offset, LANES: tl.constexpr):
+    """[...] -> [..., LANES]: as many places from an offset on."""
+    return tl.expand_dims(offset, len(offset.shape)) + tl.arange(0, LANES)
 
 
 @triton.jit
@@ -185,9 +183,9 @@ def column_of(byte, PIECE: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def load_unit(raw, block, byte, inside, KIND: tl.constexpr):
-    """The eight bytes from `byte` of the main field on, of each block: uint8 [..., 8]."""
-    at = raw + _at(block * KIND.size + (KIND.start + byte))
+def load_unit(raw, block, byte, inside, LANES: tl.constexpr, KIND: tl.constexpr):
+    """The bytes from `byte` of the main field on, of each block: uint8 [..., LANES]."""
+    at = raw + _at(block * KIND.size + (KIND.start + byte), LANES)
     if inside is None:
         return tl.load(at)
     else:
@@ -195,31 +193,36 @@ def load_unit(raw, block, byte, inside, KIND: tl.constexpr):
 
 
 @triton.jit
-def _upper_bits(raw, block, column, inside, KIND: tl.constexpr):
-    """The upper bits of the codes of eight columns from `column` on, where they belong: int32 [..., 8]."""
+def _upper_bits(raw, block, column, inside, LANES: tl.constexpr, KIND: tl.constexpr):
+    """The upper bits of the codes of the columns from `column` on, where they belong: int32 [..., LANES]."""
     at = block * KIND.size + KIND.upper
     mask: tl.constexpr = (1 << KIND.upper_bits) - 1
     per_byte: tl.constexpr = 8 // KIND.upper_bits
-    if KIND.upper_run == 1:  # all eight in one byte
+    if KIND.upper_run == 1:  # side by side: all of a unit in one byte, or two
         tl.static_assert(KIND.upper_bits == 1)
-        bits = _wide(_byte(raw, at + column // 8, inside)) >> tl.arange(0, _LANES)
+        found = _byte(raw, at + column // 8, inside)
+        if LANES == 16:
+            found |= _byte(raw, at + (column // 8 + 1), inside) << 8
+        bits = _wide(found) >> tl.arange(0, LANES)
     else:
         first = at + (column // (KIND.upper_run * per_byte) * KIND.upper_run + column % KIND.upper_run)
-        found = _byte(raw, _at(first), None if inside is None else _wide(inside))
+        found = _byte(raw, _at(first, LANES), None if inside is None else _wide(inside))
         bits = found >> _wide(column // KIND.upper_run % per_byte * KIND.upper_bits)
     return (bits & mask) << KIND.bits
 
 
 @triton.jit
-def values(raw, halves, packed, block, byte, inside, PIECE: tl.constexpr, KIND: tl.constexpr):
-    """The weights of a piece of what `load_unit` gave: float32 [..., 8], those of the columns from `column_of` on.
+def values(
+    raw, halves, packed, block, byte, inside, PIECE: tl.constexpr, LANES: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    """The weights of a piece of what `load_unit` gave: float32 [..., LANES], of the columns from `column_of` on.
 
     block, byte: int32 [...]. Outside, where `inside` is given, all of them are zero.
     """
     column = column_of(byte, PIECE, KIND)
     code = (packed.to(tl.int32) >> (PIECE * KIND.bits)) & ((1 << KIND.bits) - 1)
     if KIND.upper_bits > 0:
-        code |= _upper_bits(raw, block, column, inside, KIND)
+        code |= _upper_bits(raw, block, column, inside, LANES, KIND)
     group = column // KIND.group
     value = _level(code, KIND) * _wide(_step(raw, halves, block, group, inside, KIND))
     if KIND.header == TWO_HALVES or KIND.header == SIX_BITS or KIND.header == FOUR_BITS:  # noqa: PLR1714

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lowbit.backends.triton import decoded_linear, device, gguf_blocks
 from lowbit.backends.triton.embedding import refuses_indices
-from lowbit.backends.triton.gguf_blocks import LANES
 from lowbit.backends.triton.tuning import Arguments, Config, config, tuned
 from lowbit.dispatch import kernel
 from lowbit.formats.gguf_block import GgufBlock
@@ -24,7 +23,7 @@ from lowbit.formats.parts import Parts
 
 # Compilers for other GPUs than NVIDIA's may round a product and the sum with a zero once instead of twice.
 TOLERANCE = 1e-6
-_LANES = tl.constexpr(LANES)
+_LANES = tl.constexpr(8)  # bytes of a unit
 _SMALLEST = 128  # units of a program
 _MANY = 16  # programs for each processor from which one may do the work of several
 
@@ -64,9 +63,9 @@ def _decode_blocks(
     unit = tl.arange(0, BLOCK)
     inside = unit < units - tile * BLOCK
     block, byte = unit // UNITS, unit % UNITS * _LANES
-    packed = gguf_blocks.load_unit(raw, block, byte, inside, KIND)
+    packed = gguf_blocks.load_unit(raw, block, byte, inside, _LANES, KIND)
     for piece in tl.static_range(PIECES):
-        value = gguf_blocks.values(raw, halves, packed, block, byte, inside, piece, KIND)
+        value = gguf_blocks.values(raw, halves, packed, block, byte, inside, piece, _LANES, KIND)
         column = block * KIND.columns + gguf_blocks.column_of(byte, piece, KIND)
         at = column[:, None] + tl.arange(0, _LANES)[None, :]
         if shared is not None:
@@ -106,7 +105,7 @@ class Blocks:
     @property
     def _units(self) -> int:
         """Units of a row."""
-        return self.k // self.kind.columns * gguf_blocks.units_of(self.kind)
+        return self.k // self.kind.columns * gguf_blocks.held(self.kind) // _LANES.value
 
     def _launch(self, out: Tensor, qdata: Tensor, indices: Tensor | None, count: int, units: int) -> None:
         if not count or not units:
