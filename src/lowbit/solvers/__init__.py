@@ -8,6 +8,7 @@ from lowbit.solvers.base import Solver, Statistics, register_solver, solver, sol
 from lowbit.solvers.input_scale import input_scale, percentile
 from lowbit.solvers.pipeline import AUTO, AWQ, BIAS, Pipeline, misfit, parse_pipeline, pick_solver, what_is_known
 from lowbit.solvers.refinement import DRAFT_ELEMENTS, refinements, register_refinement
+from lowbit.solvers.sharing import STARTS, Member, SharedSolution, solve_shared
 from lowbit.solvers.solve import Solution, solve
 
 __all__ = [
@@ -15,7 +16,10 @@ __all__ = [
     "AWQ",
     "BIAS",
     "DRAFT_ELEMENTS",
+    "STARTS",
+    "Member",
     "Pipeline",
+    "SharedSolution",
     "Solution",
     "Solver",
     "Statistics",
@@ -34,6 +38,7 @@ __all__ = [
     "rtn",
     "scale_search",
     "solve",
+    "solve_shared",
     "solver",
     "solvers",
     "svdquant",

@@ -77,6 +77,25 @@ def solve(
     fmt.check_weight(w, where)
     if fmt.input_scale:
         return _with_input_scale(w, fmt, name, statistics, where, seed, has_bias=has_bias)
+    chosen, note = chosen_pipeline(w, fmt, name, statistics, where, seed, has_bias=has_bias)
+    if statistics is None or not what_is_known(statistics) or not w.numel():
+        return Solution(solver(chosen.start)(w, fmt, statistics, where=where, seed=seed), chosen.start, note=note)
+    statistics.check(w.shape[1], where)
+    found = Problem(w, fmt, chosen, statistics.on(w.device), where, seed).best()
+    return replace(found, note="; ".join(filter(None, (note, found.note))))
+
+
+def chosen_pipeline(
+    w: Tensor,
+    fmt: Format,
+    name: str,
+    statistics: Statistics | None,
+    where: str,
+    seed: int | None,
+    *,
+    has_bias: bool,
+) -> tuple[Pipeline, str]:
+    """The pipeline that a layer can have, and what it lacks of the one asked for, in words. Raises as `solve`."""
     known = what_is_known(statistics)
     chosen = parse_pipeline(pick_solver(name, fmt, known, has_bias=has_bias)[0])
     if seed is not None and (chosen.steps or chosen.bias):
@@ -90,11 +109,7 @@ def solve(
     note = "the bias stays: the mean of the input is not known" if mean_missing else ""
     if mean_missing or not has_bias:
         chosen = Pipeline(chosen.start, chosen.steps)
-    if statistics is None or not known or not w.numel():
-        return Solution(solver(chosen.start)(w, fmt, statistics, where=where, seed=seed), chosen.start, note=note)
-    statistics.check(w.shape[1], where)
-    found = _Problem(w, fmt, chosen, statistics.on(w.device), where, seed).best()
-    return replace(found, note="; ".join(filter(None, (note, found.note))))
+    return chosen, note
 
 
 def _with_input_scale(
@@ -119,13 +134,19 @@ def _with_input_scale(
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
+    """A layer to solve with second moments of its input.
+
+    `start`: the parts that its pipeline starts with; None: what the start makes of this weight alone.
+    """
+
     w: Tensor
     fmt: Format
     pipeline: Pipeline
     statistics: Statistics
     where: str
     seed: int | None
+    start: Parts | None = None
 
     def best(self) -> Solution:
         """The first attempt that is no worse than rounding to nearest on the samples held out."""
@@ -136,7 +157,8 @@ class _Problem:
         rtn_error = self._error(plain, None)
         notes = [] if self._held_out else ["judged on the samples it was made from: there are no others"]
         if self.pipeline.name == "rtn":
-            return Solution(plain, "rtn", None, "", rtn_error, rtn_error)
+            error = rtn_error if self.start is None else self._error(self.start, None)
+            return Solution(self.start or plain, "rtn", None, "", error, rtn_error)
         for name, parts in self._attempts(plain, notes):
             bias = self._bias(parts) if self.pipeline.bias else None
             error = self._error(parts, bias)
@@ -149,7 +171,9 @@ class _Problem:
 
     def _attempts(self, plain: Parts, notes: list[str]) -> Iterator[tuple[str, Parts]]:
         try:
-            start = solver(self.pipeline.start)(self.w, self.fmt, self._for_start, where=self.where, seed=self.seed)
+            start = self.start or solver(self.pipeline.start)(
+                self.w, self.fmt, self.for_start, where=self.where, seed=self.seed
+            )
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the low rank of svdquant solves under H
             notes.append(f"{self.pipeline.start} cannot use second moments that are no positive definite matrix")
             return
@@ -164,7 +188,7 @@ class _Problem:
         yield name, start
 
     @cached_property
-    def _for_start(self) -> Statistics:
+    def for_start(self) -> Statistics:
         """The statistics with a floor under each channel: one that was never seen is not to be clipped freely."""
         hessian = self.statistics.hessian
         assert hessian is not None

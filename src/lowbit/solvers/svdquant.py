@@ -6,7 +6,8 @@
 3. For each group of the residual the scale with the least error, weighted by what the layer sees.
 
 Refinements (`gptq`, `descent`) then choose the codes of the residual. Layers that share their input, such as query, key
-and value, may share one smoothing and one proj_down (`svdquant_shared`): a runtime then does that work once.
+and value, may share one smoothing and one proj_down (`svdquant_shared`): a runtime then does that work once. So may
+those of the data-free fit (`shared_fit`).
 
 With the diagonal of H alone the low rank is refined under it; without samples the activations' rounding is measured on
 Gaussian input of those second moments. Without any second moments this is the format's own data-free fit with a scale
@@ -59,24 +60,61 @@ def svdquant_shared(
 ) -> list[Parts]:
     """The parts of weights [N_i, K] that share their input, all with the same smooth_factor and proj_down.
 
-    Raises `SolverError` when the format has no low-rank branch, the weights differ in K or dtype, or there are no
-    second moments; `WeightError` for a weight that cannot be stored.
+    With a `seed`, weight i is rounded stochastically with seed + i. Raises `SolverError` when the format has no low-rank
+    branch, the weights differ in K or dtype, or there are no second moments; `WeightError` for a weight that cannot be
+    stored.
     """
     if not isinstance(fmt, SvdquantW4A4):
         raise SolverError(f"{where}: {fmt.name} has no low-rank branch, so svdquant does not apply; use scale_search")
-    for w in weights:
-        fmt.check_weight(w, where)
-    if len({(w.shape[1], w.dtype, w.device) for w in weights}) != 1:
-        raise SolverError(f"{where}: weights that share proj_down need one K, one dtype and one device")
+    _check_alike(weights, fmt, where)
     moments = statistics.column_weights(weights[0].shape[1], where)
     if moments is None:
         raise SolverError(
             f"{where}: svdquant needs second moments of the layer's input; calibrate, or use scale_search"
         )
     if not bool(moments.any()):
-        return [scale_search(w, fmt, None, where=where, seed=seed) for w in weights]
+        if len(weights) == 1:
+            return [scale_search(weights[0], fmt, None, where=where, seed=seed)]
+        return shared_fit(weights, fmt, None, where=where, seed=seed, search=True)
     layer = _Layer(list(weights), fmt, _on(statistics, weights[0].device), where)
-    return [fmt.quantize(w, params=params, seed=seed, where=where) for w, params in layer.solved()]
+    return [
+        fmt.quantize(w, params=params, seed=None if seed is None else seed + i, where=where)
+        for i, (w, params) in enumerate(layer.solved())
+    ]
+
+
+def shared_fit(
+    weights: Sequence[Tensor],
+    fmt: Format,
+    columns: Tensor | None,
+    *,
+    where: str = "weight",
+    seed: int | None = None,
+    search: bool,
+) -> list[Parts]:
+    """`rtn` or, with `search`, `scale_search` of weights [N_i, K] with one smooth_factor and one proj_down.
+
+    columns: what an error in each column costs, [K], or None. The shared parameters are the format's own fit of all
+    rows together. Raises as `svdquant_shared`.
+    """
+    _check_alike(weights, fmt, where)
+    shared, made = fmt.fit_shared(torch.cat(list(weights))), []
+    for i, w in enumerate(weights):
+        found: Parts = {}
+        for start, stop in fmt.row_ranges(w.shape[0], w.shape[1]):
+            rows = fmt.prepared(w, start, stop, where)
+            params = fmt.fit_stored(rows, shared, w.dtype)
+            params = search_rows(rows, fmt, params, columns) if search else params
+            fmt.store_rows(found, params, tuple(w.shape), start)
+        made.append(fmt.quantize(w, params=found, seed=None if seed is None else seed + i, where=where))
+    return made
+
+
+def _check_alike(weights: Sequence[Tensor], fmt: Format, where: str) -> None:
+    for w in weights:
+        fmt.check_weight(w, where)
+    if len({(w.shape[1], w.dtype, w.device) for w in weights}) != 1:
+        raise SolverError(f"{where}: weights that share proj_down need one K, one dtype and one device")
 
 
 def _on(statistics: Statistics, device: torch.device) -> Statistics:
