@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError
 from lowbit.numerics.groups import row_chunks
+from lowbit.smoothing import rescaled
 from lowbit.solvers import Statistics
 
 from .accuracy import Accuracy, AccuracyMeter
@@ -22,6 +24,7 @@ from .compare_sources import Candidate, Layer, axes_of, contents_of, layers_of
 from .comparison import Comparison, LayerComparison
 from .dialects import StoredLayer
 from .dialects.base import join_key
+from .folding import folded_like, is_folded, paired
 from .pipeline import Progress, Unit, run_units
 from .quantized_source import QuantizedComponent
 from .source import Source
@@ -52,7 +55,8 @@ def compare(
 ) -> Comparison:
     """Compare every layer of some checkpoints with the same layer of a reference; one layer in memory a thread.
 
-    The reference may be quantized itself: its layers are decoded. `names`: of the candidates, by default their paths.
+    The reference may be quantized itself: its layers are decoded. Scales that were folded into a candidate are folded
+    into what it is compared with, too. `names`: of the candidates, by default their paths.
     `statistics`: of the layers' inputs, for output SQNRs; judged on the held-out half where there is one. `rtn`: also
     round the reference plainly in the format of each layer, to say what was gained and which weights differ.
     `histograms`: for how many of each candidate's worst layers the errors are counted.
@@ -63,6 +67,28 @@ def compare(
         PartsError, WeightError: a layer cannot be decoded, a weight of the reference is not finite.
     """
     labels = [str(source.place) for source in candidates] if names is None else list(names)
+    compared = partial(_compare, rtn=rtn, histograms=histograms, jobs=jobs, progress=progress)
+    if not any(map(is_folded, candidates)):
+        return compared(reference, statistics, candidates, labels)
+    found = [
+        compared(*_folded_alike(reference, source, statistics), [source], [label])
+        for source, label in zip(candidates, labels, strict=True)  # each has a reference of its own
+    ]
+    return dataclasses.replace(found[0], candidates=tuple(one for each in found for one in each.candidates))
+
+
+def _compare(
+    reference: Source,
+    statistics: StatisticsByLayer | None,
+    candidates: Sequence[Source],
+    labels: Sequence[str],
+    *,
+    rtn: bool,
+    histograms: int,
+    jobs: int | None,
+    progress: Progress | None,
+) -> Comparison:
+    """Compare candidates with one reference."""
     held = contents_of(reference)
     contents = [contents_of(source) for source in candidates]
     axes = {name: axes_of([content, *(c[name] for c in contents if name in c)]) for name, content in held.items()}
@@ -85,6 +111,29 @@ def compare(
         with_statistics=bool(known.found),
         unmeasured=tuple(sorted(known.unknown)) if known.found else (),
     )
+
+
+def _folded_alike(
+    reference: Source, candidate: Source, statistics: StatisticsByLayer | None
+) -> tuple[Source, StatisticsByLayer | None]:
+    """The reference and its statistics with the scales folded in that a candidate has."""
+    like, scales = folded_like(reference, candidate, paired(reference, candidate))
+    if statistics is None or not scales:
+        return like, statistics
+    return like, _Rescaled(statistics, {**{name.partition("/")[2]: s for name, s in scales.items()}, **scales})
+
+
+@dataclass(frozen=True)
+class _Rescaled:
+    """Statistics, some of whose inputs are multiplied by a scale [K]."""
+
+    statistics: StatisticsByLayer
+    scales: Mapping[str, Tensor]
+
+    def get(self, layer: str, /) -> Statistics | None:
+        """See `StatisticsByLayer`."""
+        known, scale = self.statistics.get(layer), self.scales.get(layer)
+        return known if known is None or scale is None else rescaled(known, scale)
 
 
 class _Statistics:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .accuracy import Accuracy
+from .fold_data import Fold
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """A whole conversion. `resumed`: how many pieces an interrupted run had done. Bytes are those of all tensors."""
+    """A whole conversion. `resumed`: how many pieces an interrupted run had done. Bytes are those of all tensors.
+
+    `folds`: the groups of the plan that scales were folded into, or not, each with the name of its model.
+    """
 
     target: str
     layers: tuple[LayerReport, ...]
@@ -50,6 +54,7 @@ class ConversionReport:
     seconds: float
 
     def worst(self, count: int = 5) -> list[LayerReport]:
+    folds: tuple[tuple[str, Fold], ...] = ()
         """The verified layers with the lowest SQNR, the worst first."""
         measured = [layer for layer in self.layers if layer.accuracy is not None]
         return sorted(measured, key=lambda layer: layer.accuracy.sqnr if layer.accuracy else 0.0)[:count]
@@ -62,3 +67,4 @@ class ConversionReport:
             entry["accuracy"] = None if layer.accuracy is None else layer.accuracy.to_json()
         data["layers"] = list(data["layers"])
         return data
+        data["folds"] = [{"component": component, **fold.to_json()} for component, fold in self.folds]

@@ -22,7 +22,9 @@ from .convert_layer import LayerWork
 from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
 from .dialects.base import bias_orders
 from .folder_configs import FolderConfigs, refuse_target
+from .fold_data import FOLDED, folds_as_text
 from .layer_statistics import LayerStatistics, knowledge
+from .folding import folded
 from .output import Staging
 from .pipeline import MEMORY_BUDGET, Progress
 from .plan_data import ComponentPlan, Plan
@@ -65,6 +67,7 @@ def convert(
     _refuse_unknown(plan, statistics)
     staging = Staging(source, target)
     work = _Work(source, staging, get_dialect(plan.dialect), seed, statistics)
+    source, statistics = folded(source, plan, statistics)
     for component in plan.components:
         work.add(component)
     fingerprint = _fingerprint(source, plan, seed, statistics, verify=verify)
@@ -164,6 +167,9 @@ class _Work:
                 f"others become {self._dialect.name}: no file holds both. Convert all of them, or rewrite the "
                 f"source first (lowbit migrate --to {self._dialect.name})"
             )
+        if text := folds_as_text(plan.folds):
+            for file in {self._staging.file_of(component, key) for key in held.specs}:
+                self.metadata.setdefault(file, {})[FOLDED] = text
 
     def _describe(
         self, held: QuantizedComponent, described: dict[str, list[StoredLayer]], plain: dict[str, TensorSpec]
@@ -218,6 +224,7 @@ def _layer_reports(layers: list[LayerWork], done: Rewritten) -> Iterator[LayerRe
         yield LayerReport(
             component=layer.component,
             layer=layer.layer,
+        folds=tuple((component.name, fold) for component in plan.components for fold in component.folds),
             format=layer.plan.stored.spec,
             solver=record["solver"],
             shape=layer.plan.shape,

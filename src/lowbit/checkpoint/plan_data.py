@@ -13,6 +13,7 @@ from lowbit.errors import PlanError, WriteError
 
 from .dialects.base import Dialect, TensorSpec, get_dialect, join_key
 from .eligibility import dtype_name
+from .fold_data import Fold, check_folds, folds_from_json
 from .source import Component, Source
 from .strict_json import parse_object
 from .tensor_plan import TensorPlan, known_fields
@@ -23,12 +24,16 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """The plan of one model in the source: its name ("" for the only one), the preset in force and every tensor."""
+    """The plan of one model in the source: its name ("" for the only one), the preset in force and every tensor.
+
+    `folds`: the norms and linears that a scale is folded into, and those that were looked at and left alone.
+    """
 
     name: str
     tensors: tuple[TensorPlan, ...]
     preset: str = ""
     preset_why: str = ""
+    folds: tuple[Fold, ...] = ()
 
     def outputs(self, dialect: Dialect) -> dict[str, dict[str, TensorSpec]]:
         """Key of a source tensor -> the tensors that are made of it.
@@ -110,6 +115,7 @@ class Plan:
                     raise PlanError(f"plan: tensor {tensor.key!r} stands in it twice; remove one entry")
                 seen.add(tensor.key)
                 tensor.validate()
+            check_folds(component.folds, component.tensors)
         self.sizes_after  # noqa: B018  (raises for two outputs of one name)
 
     def check_against(self, source: Source) -> None:
@@ -191,23 +197,28 @@ def _check_component(plan: ComponentPlan, component: Component, source: Source) 
 
 def _component_to_json(component: ComponentPlan, sizes: Mapping[str, int]) -> dict[str, Any]:
     tensors = {tensor.key: tensor.to_json(sizes[tensor.key]) for tensor in component.tensors}
-    return {"preset": component.preset, "preset_why": component.preset_why, "tensors": tensors}
+    folds = {"folds": [fold.to_json() for fold in component.folds]} if component.folds else {}
+    return {"preset": component.preset, "preset_why": component.preset_why, **folds, "tensors": tensors}
 
 
 def _component_from_json(name: str, entry: Any, where: str) -> ComponentPlan:
     if not isinstance(entry, dict) or not isinstance(entry.get("tensors"), dict):
         raise PlanError(f"component {name!r} must be an object with 'tensors' by key")
-    known_fields(entry, {"preset", "preset_why", "tensors"}, f"component {name!r}")
+    known_fields(entry, {"preset", "preset_why", "folds", "tensors"}, f"component {name!r}")
     tensors = tuple(TensorPlan.from_json(key, fields) for key, fields in entry["tensors"].items())
-    return ComponentPlan(name, tensors, str(entry.get("preset", "")), str(entry.get("preset_why", "")))
+    folds = folds_from_json(entry)
+    return ComponentPlan(name, tensors, str(entry.get("preset", "")), str(entry.get("preset_why", "")), folds)
 
 
 def _dump(data: dict[str, Any]) -> str:
-    """JSON with one line a tensor."""
+    """JSON with one line a tensor, and one a fold."""
     lines = []
     for name, component in data["components"].items():
         rows = [f"      {json.dumps(key)}: {json.dumps(entry)}" for key, entry in component["tensors"].items()]
-        head = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in component.items() if k != "tensors")
+        plain = ((k, v) for k, v in component.items() if k not in ("tensors", "folds"))
+        head = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in plain)
+        folds = ",\n".join(f"      {json.dumps(fold)}" for fold in component.get("folds", ()))
+        head += f', "folds": [\n{folds}\n    ]' if folds else ""
         lines.append(f'    {json.dumps(name)}: {{{head}, "tensors": {{\n' + ",\n".join(rows) + "\n    }}")
     head = "".join(f"  {json.dumps(k)}: {json.dumps(v)},\n" for k, v in data.items() if k != "components")
     return "{\n" + head + '  "components": {\n' + ",\n".join(lines) + "\n  }\n}\n"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,7 @@ from lowbit.errors import CheckpointError
 from .folder import FolderContents, WeightSet, scan_folder
 from .gguf_file import GgufFile
 from .index import check_weight_map, read_index, refuse_pickle, shard_paths
+from .rescaling import Rescaling
 from .safetensors_file import SafetensorsFile, TensorInfo
 from .weight_file import WeightFile
 
@@ -88,6 +91,7 @@ class Source:
         self.skipped_files = contents.skipped_files
         self._by_path = {file.path: file for file in self.files.values()}
         self._places: dict[tuple[str, str], torch.Tensor] = {}
+        self._rescalings: Mapping[tuple[str, str], Rescaling] = {}
 
     @property
     def place(self) -> Path:
@@ -115,18 +119,34 @@ class Source:
         Raises:
             CheckpointError: no such component or tensor, a dtype that torch lacks, or the file cannot be read.
         """
-        tensor, places = self._locate(component, key).read(key), self._places_of(component, key)
-        return tensor if places is None else tensor[places]
+        file, places = self._locate(component, key), self._places_of(component, key)
+        tensor = file.read(key)
+        return self._rescaled(component, key, tensor if places is None else tensor[places])
 
     def read_rows(self, component: Component | str, key: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of a tensor along dimension 0; otherwise as `read`."""
         if self._places_of(component, key) is not None:
             return self.read(component, key)[start:stop]
-        return self._locate(component, key).read_rows(key, start, stop)
+        return self._rescaled(component, key, self._locate(component, key).read_rows(key, start, stop), start)
 
     def reorder(self, component: Component, key: str, places: torch.Tensor) -> None:
         """From now on `read` gives the values of a tensor in another order along dimension 0: value i is places[i]."""
         self._places[component.name, key] = places
+
+    def rescaled(self, rescalings: Mapping[tuple[str, str], Rescaling]) -> Source:
+        """The same files, some tensors of which, by the names of component and tensor, are read with a scale folded in.
+
+        Closing either closes the files of both.
+        """
+        view = copy.copy(self)
+        view._rescalings = dict(rescalings)  # noqa: SLF001
+        return view
+
+    def _rescaled(self, component: Component | str, key: str, tensor: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Rows of a tensor, the first of which is its row `start`, as this source gives them."""
+        name = component if isinstance(component, str) else component.name
+        change = self._rescalings.get((name, key))
+        return tensor if change is None else change.apply(tensor, start, f"{self.place}: tensor {key!r}")
 
     def _places_of(self, component: Component | str, key: str) -> torch.Tensor | None:
         return self._places.get((component if isinstance(component, str) else component.name, key))

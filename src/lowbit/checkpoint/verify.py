@@ -20,9 +20,10 @@ from .accuracy import Accuracy, AccuracyMeter
 from .banks import decoded_expert, expert_parts
 from .dialects import StoredLayer
 from .dialects.base import join_key, layer_of
+from .folding import folded_like, paired
 from .pipeline import Progress, Unit, run_units
 from .quantized_source import QuantizedComponent, look_for_layers
-from .source import Component, Source
+from .source import Source
 from .weight_shape import KERNEL_AXES, WeightShape, may_pad, plain_key, weight_shape
 
 _PIECE = 16 << 20  # bytes compared at a time
@@ -83,14 +84,16 @@ def verify(
     """Compare a converted checkpoint with what it was made from, a few MiB of each weight at a time.
 
     The source may be quantized itself: its layers are decoded too. Biases that a format has put a constant into are
-    compared with it taken out again. Differences are results, not errors.
+    compared with it taken out again, and so are scales that were folded in. Differences are results, not errors.
 
     Raises:
         CheckpointError: a file cannot be read, or the two are not models of the same parts.
     """
     tasks: list[_Task] = []
     problems: list[str] = []
-    for before, after in _pairs(source, output):
+    pairs = paired(source, output)
+    source, _ = folded_like(source, output, pairs)
+    for before, after in pairs:
         held, made = look_for_layers(source, before, strict=False), look_for_layers(output, after, strict=False)
         problems += [problem.message for problem in made.found.problems]
         problems += _missing(held, made)
@@ -102,18 +105,6 @@ def verify(
         (*problems, *(task.problem for task in tasks if task.problem)),
         sum(task.same for task in tasks),
     )
-
-
-def _pairs(source: Source, output: Source) -> list[tuple[Component, Component]]:
-    if len(source.components) == len(output.components) == 1:
-        return [(source.components[0], output.components[0])]
-    mine, theirs = {c.name for c in source.components}, {c.name for c in output.components}
-    if mine != theirs:
-        raise CheckpointError(
-            f"{output.root}: holds the models {sorted(theirs)}, {source.root} holds {sorted(mine)}; "
-            "compare a checkpoint with the one it was made from"
-        )
-    return [(component, output.component(component.name)) for component in source.components]
 
 
 def _missing(held: QuantizedComponent, made: QuantizedComponent) -> list[str]:

@@ -12,6 +12,7 @@ import typer
 from lowbit.checkpoint.conversion_report import ConversionReport
 from lowbit.checkpoint.convert import convert as run
 from lowbit.checkpoint.error_lora import LoraLayer, check_error_lora, write_error_lora
+from lowbit.checkpoint.folding import folded
 from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.layer_statistics import LayerStatistics
 from lowbit.checkpoint.plan import Plan
@@ -19,7 +20,7 @@ from lowbit.checkpoint.source import Source, open_source
 from lowbit.cli import options
 from lowbit.cli.known import statistics_of
 from lowbit.cli.output import command, decibels, epilog, print_json, progress, say, show, size, table
-from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, summarize
+from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, show_folds, summarize
 from lowbit.report import ConversionPage, KeptGroup, LayerRow, write_conversion
 from lowbit.solvers import BIAS
 
@@ -30,7 +31,7 @@ EPILOG = epilog(
     "lowbit convert qwen-image/ -o qwen-image-nvfp4/ --format nvfp4 --report report.html",
     "lowbit convert m.safetensors -o out.safetensors --format awq_w4a16 --keep 'lm_head' --layer 'down_proj=int8'",
     "lowbit convert m.safetensors -o out.safetensors --plan plan.json",
-    "lowbit convert llama/ -o llama-int4/ --format awq_w4a16 --stats stats.safetensors",
+    "lowbit convert llama/ -o llama-int4/ --format awq_w4a16 --stats stats.safetensors --fold-scales",
 )
 
 
@@ -53,6 +54,8 @@ def convert(
     dialect: options.Dialect = "comfy",
     requantize: options.Requantize = False,
     stats: options.Stats = None,
+    fold_scales: options.FoldScales = False,
+    share_low_rank: options.ShareLowRank = False,
     jobs: options.Jobs = None,
     resume: options.Resume = True,
     verify: Annotated[
@@ -80,13 +83,17 @@ def convert(
     when the same command is given again.
     """
     patterns = (keep or (), only or (), layer or ())
-    wishes = Wishes(format, solver, preset, *patterns, dialect, requantize, convolutions, bank_transposed or ())
+    banks = bank_transposed or ()
+    wishes = Wishes(
+        format, solver, preset, *patterns, dialect, requantize, convolutions, banks, fold_scales, share_low_rank
+    )
     refuse_both(wishes, plan)
     with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
         if error_lora is not None:
             check_error_lora(source, error_lora, lora_rank)
-        made = plan_for(source, wishes, plan, known)
+        made = plan_for(source, wishes, plan, known, jobs)
         if not as_json:
+            show_folds(made)
             summarize(made)
         with progress("converting") as update:
             done = run(
@@ -100,7 +107,9 @@ def convert(
                 progress=update,
                 statistics=known,
             )
-        corrected = [] if error_lora is None else _correct(source, done, error_lora, lora_rank, lora_prefix, known)
+        corrected = []
+        if error_lora is not None:
+            corrected = _correct(*folded(source, made, known), done, error_lora, lora_rank, lora_prefix)
     if report is not None:
         write_conversion(report, _page(str(src), made, done))
     if as_json:
@@ -112,7 +121,7 @@ def convert(
 
 
 def _correct(
-    source: Source, done: ConversionReport, target: Path, rank: int, prefix: str, known: LayerStatistics | None
+    source: Source, known: LayerStatistics | None, done: ConversionReport, target: Path, rank: int, prefix: str
 ) -> list[LoraLayer]:
     """Write the LoRA that makes up for what was lost."""
     biased = {layer.name for layer in done.layers if layer.solver.endswith(f"+{BIAS}")}

@@ -121,6 +121,14 @@ Stats = Annotated[
         show_default=False,
     ),
 ]
+FoldScales = Annotated[
+    bool,
+    typer.Option(
+        "--fold-scales",
+        help="Scale the inputs of layers by what --stats saw of them (AWQ, SmoothQuant), at no cost at run time: the "
+        "norm or linear before each group of layers takes the scale. Llama-like models only.",
+    ),
+]
 ErrorLora = Annotated[
     Path | None,
     typer.Option(

@@ -13,7 +13,7 @@ from lowbit.cli import options
 from lowbit.cli.budgeting import Target, mixed_data, show_mixed
 from lowbit.cli.known import statistics_of
 from lowbit.cli.output import asking, command, epilog, print_json, say
-from lowbit.cli.planning import Wishes, plan_totals, show_plan
+from lowbit.cli.planning import Wishes, plan_for, plan_totals, show_folds, show_plan, with_folds
 from lowbit.errors import PlanError
 
 EPILOG = epilog(
@@ -56,6 +56,8 @@ def plan(
     dialect: options.Dialect = "comfy",
     requantize: options.Requantize = False,
     stats: options.Stats = None,
+    fold_scales: options.FoldScales = False,
+    share_low_rank: options.ShareLowRank = False,
     measure_with: Annotated[
         str,
         typer.Option(
@@ -85,7 +87,10 @@ def plan(
     every layer so that all of them together lose least in that size, or take least for that quality.
     """
     patterns = (keep or (), only or (), layer or ())
-    wishes = Wishes(format, solver, preset, *patterns, dialect, requantize, convolutions, bank_transposed or ())
+    banks = bank_transposed or ()
+    wishes = Wishes(
+        format, solver, preset, *patterns, dialect, requantize, convolutions, banks, fold_scales, share_low_rank
+    )
     target = Target(target_size, target_sqnr, formats or (), weight or (), measure_with, rows, sensitivities, jobs)
     mixed = None
     if target_size is None and target_sqnr is None:
@@ -96,10 +101,10 @@ def plan(
         wishes.check_rules()
     with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
         if target_size is None and target_sqnr is None:
-            made = wishes.plan(source, known)
+            made = plan_for(source, wishes, None, known, jobs)
         else:
             mixed = target.reach(source, wishes, known)
-            made = mixed.plan(target.note(mixed))
+            made = with_folds(source, wishes.shared(mixed.plan(target.note(mixed)), known), wishes, known, jobs)
     if output is not None:
         made.save(output)
     if as_json:
@@ -110,6 +115,7 @@ def plan(
         show_plan(made)
     else:
         show_mixed(mixed, made, target.note(mixed))
+        show_folds(made)
     if output is not None:
         again = "" if stats is None else f" --stats {stats}"
         say(f"written to {output}; edit it, then: lowbit convert {src} -o OUT --plan {output}{again}")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.dialects import written_dialect
+from lowbit.checkpoint.fold_plan import plan_folds
 from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.layer_statistics import LayerStatistics
-from lowbit.checkpoint.plan import Plan, TensorPlan, make_plan
+from lowbit.checkpoint.plan import Plan, TensorPlan, make_plan, with_shared_low_rank
 from lowbit.checkpoint.source import Source
 from lowbit.checkpoint.stored_format import StoredFormat
-from lowbit.cli.output import asking, say, show, size, split_rule, table
+from lowbit.cli.output import asking, decibels, progress, say, show, size, split_rule, table
 from lowbit.errors import PlanError
 from lowbit.solvers import AUTO, parse_pipeline
 
@@ -32,6 +34,8 @@ class Wishes:
     requantize: bool = False
     convolutions: bool = False
     bank_transposed: Sequence[str] = ()
+    fold_scales: bool = False
+    share_low_rank: bool = False
 
     def check(self) -> None:
         """Refuse what no source could make right, before any file is opened. Raises `Failure`."""
@@ -69,16 +73,37 @@ class Wishes:
             statistics=statistics,
             convolutions=self.convolutions,
             bank_transposed=self.bank_transposed,
+            share_low_rank=self.share_low_rank,
         )
 
+    def shared(self, plan: Plan, statistics: LayerStatistics | None) -> Plan:
+        """A plan made otherwise, with a shared low rank where that is wished for."""
+        return with_shared_low_rank(plan, statistics) if self.share_low_rank else plan
 
-def plan_for(source: Source, wishes: Wishes, file: Path | None, statistics: LayerStatistics | None = None) -> Plan:
+
+def plan_for(
+    source: Source,
+    wishes: Wishes,
+    file: Path | None,
+    statistics: LayerStatistics | None = None,
+    jobs: int | None = None,
+) -> Plan:
     """The plan in `file`, or the one that the options make."""
     if file is None:
-        return wishes.plan(source, statistics)
+        return with_folds(source, wishes.plan(source, statistics), wishes, statistics, jobs)
     plan = Plan.load(file)
     plan.check_against(source)
     return plan
+
+
+def with_folds(
+    source: Source, plan: Plan, wishes: Wishes, statistics: LayerStatistics | None, jobs: int | None
+) -> Plan:
+    """The plan, with scales to fold where they are wished for."""
+    if not wishes.fold_scales:
+        return plan
+    with progress("choosing scales") as update:
+        return plan_folds(source, plan, statistics, jobs=jobs, progress=update)
 
 
 def refuse_both(wishes: Wishes, file: Path | None) -> None:
@@ -116,7 +141,32 @@ def show_plan(plan: Plan) -> None:
                 first.why,
             )
     show(rows)
+    show_folds(plan)
     summarize(plan)
+
+
+def show_folds(plan: Plan) -> None:
+    """Print the groups that a scale is folded into, and how much less of their outputs is lost."""
+    rows = table(
+        "scale folded into",
+        "x",
+        "before",
+        "after",
+        "gain",
+        title="\noutput error held out",
+        right=("x", "before", "after", "gain"),
+    )
+    for component in plan.components:
+        active = [fold for fold in component.folds if fold.active]
+        for name, found in grouped(active, lambda fold: fold.before, lambda fold: fold.kind):
+            before, after = (
+                math.sqrt(sum(error or 0.0 for error in errors) / len(found))
+                for errors in zip(*((fold.error_before, fold.error_after) for fold in found), strict=True)
+            )
+            gain = decibels(20 * math.log10(before / after)) if before and after else "-"
+            rows.add_row(name, str(len(found)), f"{100 * before:.2f} %", f"{100 * after:.2f} %", gain)
+    if rows.row_count:
+        show(rows)
 
 
 def becomes(tensor: TensorPlan) -> str:

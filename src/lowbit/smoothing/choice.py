@@ -45,8 +45,10 @@ class Choice:
 def choose(weights: Sequence[WeightRows], known: Statistics, held: Held, where: str) -> Choice:
     """The exponent with the least output error of the weights together, and what it is worth on samples held out.
 
-    The errors are tr(E H E^T) / tr(W H W^T), with scales searched but codes not refined; without samples held out those
-    on the samples that it was chosen by. Raises `SolverError` without second moments, or for those of another layer.
+    The errors are tr(E H E^T) / tr(W H W^T), with scales searched but codes not refined, and that of W / s in the dtype
+    of W added; without samples held out they are those on the samples that it was chosen by.
+
+    Raises `SolverError` without second moments, or for those of another layer.
     """
     device = weights[0].rows.device
     known = known.on(device)
@@ -61,8 +63,14 @@ def choose(weights: Sequence[WeightRows], known: Statistics, held: Held, where: 
     exponent = best_exponent(weights, known.hessian, moments, scale_of, where)
     scale, one = scale_of(exponent), torch.ones_like(moments)
     signal = sum(energy(w.rows.float(), judge) * w.share for w in weights) or 1.0
-    before, after = (scaled_error(weights, s, judge, moments, where) / signal for s in (one, scale))
-    return Choice(exponent, scale, before, after)
+    before, after = (scaled_error(weights, s, judge, moments, where) for s in (one, scale))
+    after += sum(energy(_rounded(w.rows, scale).sub_(w.rows.float()), judge) * w.share for w in weights)
+    return Choice(exponent, scale, before / signal, after / signal)
+
+
+def _rounded(rows: Tensor, scale: Tensor) -> Tensor:
+    """Rows [n, K] float32 as they count once they are stored as W / scale in their dtype."""
+    return (rows.float() / scale).to(rows.dtype).float().mul_(scale)
 
 
 def input_factor(known: Statistics, exponent: float, held: Held) -> Tensor:

@@ -105,7 +105,7 @@ class _Block:
             if folder not in _INSIDE and folder not in _NORMS:
                 hit = list(_INSIDE)
             for each in hit:
-                found[each] = found[each] or f"what {self.start}{name} takes is not known"
+                found[each] = found[each] or f"what {name} takes is not known"
         return found
 
     def _group(self, before: str, linears: list[str], why_not: str, joined: bool = False) -> FoldGroup:
@@ -119,5 +119,5 @@ class _Block:
         k = wide.pop()
         rows = k * (1 if not joined else 3 if "qkv" in before else 2)
         if wide or len(shape) != (1 if norm else 2) or shape[0] != rows:
-            why_not = f"{list(shape)} does not give the {k} channels of {linears[0]} one by one"
+            why_not = f"{before} {list(shape)} does not give the {k} channels of {linears[0]} one by one"
         return FoldGroup(group.before, group.linears, norm, why_not)

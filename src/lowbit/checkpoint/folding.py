@@ -1,0 +1,197 @@
+"""A source with scales folded into some of its norms and linears: the same model, easier to quantize.
+
+Nothing but the scales [K] is held: tensors are multiplied as they are read, and statistics as they are asked for, so
+that whatever works on a source works on the folded one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError, PlanError
+from lowbit.numerics.groups import row_chunks
+from lowbit.smoothing import ONE_PLUS, held_by_norm, held_by_rows, input_factor, norm_gain, rescaled
+from lowbit.smoothing.choice import Held
+from lowbit.solvers import Statistics
+
+from .dialects.base import join_key
+from .fold_data import FOLDED, ROWS, Fold, folds_from_text
+from .layer_statistics import LayerStatistics
+from .plan_data import Plan
+from .quantized_source import QuantizedComponent, look_for_layers
+from .rescaling import Rescaling, found_again, joined
+from .source import Component, Source
+
+Rescalings = dict[tuple[str, str], Rescaling]
+
+
+class RescaledStatistics:
+    """Statistics of layers, some of whose inputs are multiplied by a scale [K]; a `LayerStatistics`."""
+
+    def __init__(self, statistics: LayerStatistics, scales: Mapping[str, Tensor]) -> None:
+        self._statistics, self._scales = statistics, scales
+
+    def get(self, layer: str, /) -> Statistics | None:
+        """See `LayerStatistics`."""
+        known, scale = self._statistics.get(layer), self._scales.get(layer)
+        return known if known is None or scale is None else rescaled(known, scale)
+
+    def kind(self, layer: str, /) -> str:
+        """See `LayerStatistics`."""
+        return self._statistics.kind(layer)
+
+    def smallest(self, layer: str, /) -> float | None:
+        """See `LayerStatistics`."""
+        if layer not in self._scales:
+            return self._statistics.smallest(layer)
+        known = self.get(layer)
+        return None if known is None or known.minimum is None else float(known.minimum.min())
+
+    def fingerprint(self) -> str:
+        """See `LayerStatistics`; that of the statistics as they were: the plan tells the rest."""
+        return self._statistics.fingerprint()
+
+
+def folded(source: Source, plan: Plan, statistics: LayerStatistics | None) -> tuple[Source, LayerStatistics | None]:
+    """The source and its statistics with the plan's scales folded in; themselves where it has none.
+
+    Raises `PlanError` for a group of whose input nothing is known.
+    """
+    changes: Rescalings = {}
+    scales: dict[str, Tensor] = {}
+    for part in plan.components:
+        component = source.component(part.name)
+        for fold in part.folds:
+            if not fold.active:
+                continue
+            names = [layer_name(component, linear) for linear in fold.linears]
+            known = known_of(statistics, names)
+            if statistics is None or known is None:
+                raise PlanError(
+                    f"{source.place}: {fold.before!r} takes a scale by the input of {fold.linears[0]!r}, of which "
+                    "nothing is known; give the statistics of the plan with --stats, or set the fold's exponent to 0"
+                )
+            scale = input_factor(known, fold.exponent, held_by(source, component, fold))
+            add_rescalings(changes, component, fold, scale)
+            scales |= dict.fromkeys(names, scale)
+    if not changes or statistics is None:
+        return source, statistics
+    return source.rescaled(changes), RescaledStatistics(statistics, scales)
+
+
+def layer_name(component: Component, layer: str) -> str:
+    """A layer's name in statistics and messages."""
+    return f"{component.name}/{layer}" if component.name else layer
+
+
+def known_of(statistics: LayerStatistics | None, names: Iterable[str]) -> Statistics | None:
+    """What is known of the input that some linears share: of the first of them with second moments."""
+    if statistics is None:
+        return None
+    return next((statistics.get(name) for name in names if statistics.kind(name)), None)
+
+
+def held_by(source: Source, component: Component, fold: Fold) -> Held:
+    """The scales that the norm or linear of a fold can take."""
+    if fold.kind == ROWS:
+        return held_by_rows
+    return held_by_norm(source.read(component, fold.keys[0]), fold.kind)
+
+
+def add_rescalings(changes: Rescalings, component: Component, fold: Fold, scale: Tensor) -> None:
+    """Add what a scale [K] does to the tensors of a fold."""
+
+    def add(key: str, change: Rescaling) -> None:
+        changes[component.name, key] = joined(changes.get((component.name, key)), change)
+
+    first = component.tensors[fold.keys[0]].shape[0] - scale.shape[0]
+    add(fold.keys[0], Rescaling(rows=scale, first_row=first, offset=1.0 if fold.kind == ONE_PLUS else 0.0))
+    bias = join_key(fold.before, "bias")
+    if bias in component.tensors:
+        add(bias, Rescaling(rows=scale, first_row=first))
+    for key in fold.keys[1:]:
+        add(key, Rescaling(columns=scale))
+
+
+def paired(source: Source, output: Source) -> list[tuple[Component, Component]]:
+    """The models of both, each beside the one that it was made from. Raises `CheckpointError` for other models."""
+    if len(source.components) == len(output.components) == 1:
+        return [(source.components[0], output.components[0])]
+    mine, theirs = {c.name for c in source.components}, {c.name for c in output.components}
+    if mine != theirs:
+        raise CheckpointError(
+            f"{output.root}: holds the models {sorted(theirs)}, {source.root} holds {sorted(mine)}; "
+            "compare a checkpoint with the one it was made from"
+        )
+    return [(component, output.component(component.name)) for component in source.components]
+
+
+def is_folded(output: Source) -> bool:
+    """Whether its headers say that scales were folded into it."""
+    return any(FOLDED in file.metadata for file in output.files.values())
+
+
+def folded_like(
+    source: Source, output: Source, pairs: Iterable[tuple[Component, Component]]
+) -> tuple[Source, dict[str, Tensor]]:
+    """The source with the scales folded in that `output`, which was made of it, has; itself where it has none.
+
+    `pairs`: the same models in both. The scales are found again from the weights: of a norm as the quotient of the two,
+    of rows by least squares. They come with it, [K] by the names of the linears whose inputs they multiply.
+
+    Raises `PlanError` for a header that names other groups than the two have.
+    """
+    changes: Rescalings = {}
+    scales: dict[str, Tensor] = {}
+    for component, made in pairs:
+        folds = _folds_of(output, made)
+        held = look_for_layers(output, made, strict=False)
+        for fold in sorted(folds, key=lambda fold: fold.kind == ROWS):  # rows last: norms have divided their columns
+            _check_there(component, held, fold)
+            k = component.tensors[fold.keys[1]].shape[1]
+            if fold.kind == ROWS:
+                scale = _rows_ratio(source.rescaled(changes), component, held, fold, k)
+            else:
+                before, after = source.read(component, fold.keys[0]), held.read(fold.keys[0])
+                scale = found_again(norm_gain(before, fold.kind), norm_gain(after, fold.kind), before.dtype)
+            add_rescalings(changes, component, fold, scale)
+            scales |= {layer_name(component, name): scale for name in fold.linears}
+    return (source.rescaled(changes) if changes else source), scales
+
+
+def _folds_of(output: Source, component: Component) -> list[Fold]:
+    texts = [file.metadata[FOLDED] for file in component.files.values() if FOLDED in file.metadata]
+    return folds_from_text(texts[0], str(output.place)) if texts else []
+
+
+def _check_there(component: Component, made: QuantizedComponent, fold: Fold) -> None:
+    """Raise `PlanError` unless both have the weights of a fold."""
+    here = {*made.specs, *(join_key(layer, "weight") for layer in made.layers)}
+    for key in fold.keys:
+        if key not in component.tensors or key not in here:
+            raise PlanError(
+                f"{made.where}: its header says that a scale was folded into {fold.before!r}, and there is no {key!r} "
+                "in both; compare a checkpoint with the one it was made from"
+            )
+
+
+def _rows_ratio(source: Source, component: Component, made: QuantizedComponent, fold: Fold, k: int) -> Tensor:
+    """What the last K rows of a linear were multiplied by, from the rows as they are stored now."""
+    key = fold.keys[0]
+    n, columns = component.tensors[key].shape
+    stored = made.layers.get(fold.before)
+    parts = None if stored is None else made.load(stored)
+    found = []
+    for start, stop in row_chunks(n, columns, 1 if stored is None else stored.format.row_multiple):
+        before = source.read_rows(component, key, start, stop).float()
+        if stored is None or parts is None:
+            after = made.source.read_rows(made.component, key, start, stop).float()
+        else:
+            after = stored.format.dequantize_rows(parts, columns, start, stop, torch.float32)
+        found.append((after * before).sum(1) / before.square().sum(1))
+    ratio = torch.cat(found)[n - k :]
+    usable = ratio.isfinite() & (ratio > 0)
+    return torch.where(usable, held_by_rows(ratio.clamp_min(torch.finfo(torch.float32).tiny)), torch.ones_like(ratio))
