@@ -52,9 +52,9 @@ class ConversionReport:
     bytes_before: int
     bytes_after: int
     seconds: float
+    folds: tuple[tuple[str, Fold], ...] = ()
 
     def worst(self, count: int = 5) -> list[LayerReport]:
-    folds: tuple[tuple[str, Fold], ...] = ()
         """The verified layers with the lowest SQNR, the worst first."""
         measured = [layer for layer in self.layers if layer.accuracy is not None]
         return sorted(measured, key=lambda layer: layer.accuracy.sqnr if layer.accuracy else 0.0)[:count]
@@ -66,5 +66,5 @@ class ConversionReport:
             entry["shape"] = list(layer.shape)
             entry["accuracy"] = None if layer.accuracy is None else layer.accuracy.to_json()
         data["layers"] = list(data["layers"])
-        return data
         data["folds"] = [{"component": component, **fold.to_json()} for component, fold in self.folds]
+        return data
