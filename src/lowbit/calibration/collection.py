@@ -121,6 +121,11 @@ class StatisticsCollection(Mapping[str, Statistics]):
         minimum = None if found is None else self.minimum(found.input)
         return None if minimum is None else float(minimum.min())
 
+    def input_of(self, layer: str) -> str | None:
+        """The key of a layer's input, which layers that read the same have in common; None for one without."""
+        found = self.contents.layers.get(layer)
+        return None if found is None else found.input
+
     def minimum(self, key: str) -> Tensor | None:
         """The smallest value of each channel of an input, [K]."""
         return self.load_input(key).minimum

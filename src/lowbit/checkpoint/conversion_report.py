@@ -16,6 +16,7 @@ class LayerReport:
 
     `solver`: what made it, which is less than the plan's where that lost; `note`: why. `error`, `rtn_error`: relative
     errors of its output on the samples held out, its own and that of rounding to nearest; None without statistics.
+    `shares`: the group of layers with which it has one smooth_factor and one proj_down.
     """
 
     component: str
@@ -30,6 +31,7 @@ class LayerReport:
     note: str = ""
     error: float | None = None
     rtn_error: float | None = None
+    shares: str = ""
 
     @property
     def name(self) -> str:

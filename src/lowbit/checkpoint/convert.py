@@ -18,18 +18,20 @@ from lowbit.errors import PlanError
 from .accuracy import Accuracy
 from .conversion_report import ConversionReport, LayerReport
 from .convert_bank import BankWork
+from .convert_group import GroupWork, record_in
 from .convert_layer import LayerWork
 from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
 from .dialects.base import bias_orders
-from .folder_configs import FolderConfigs, refuse_target
 from .fold_data import FOLDED, folds_as_text
-from .layer_statistics import LayerStatistics, knowledge
+from .folder_configs import FolderConfigs, refuse_target
 from .folding import folded
+from .layer_statistics import LayerStatistics, knowledge
 from .output import Staging
 from .pipeline import MEMORY_BUDGET, Progress
 from .plan_data import ComponentPlan, Plan
 from .quantized_source import QuantizedComponent, look_for_layers
 from .rewrite import Copy, Piece, Rewritten, Settings, batch_copies, rewrite
+from .shared_low_rank import groups_of
 from .source import Source
 
 _CALIBRATED_MEMORY = 2 << 30  # bytes in work at a time with second moments: two layers of 3072 x 3072 take 0.8 GiB
@@ -65,9 +67,9 @@ def convert(
     plan.check_against(source)
     _refuse_pointless(plan, str(source.place), seed)
     _refuse_unknown(plan, statistics)
+    source, statistics = folded(source, plan, statistics)
     staging = Staging(source, target)
     work = _Work(source, staging, get_dialect(plan.dialect), seed, statistics)
-    source, statistics = folded(source, plan, statistics)
     for component in plan.components:
         work.add(component)
     fingerprint = _fingerprint(source, plan, seed, statistics, verify=verify)
@@ -138,17 +140,25 @@ class _Work:
         refuse_target(held, self._dialect, single=self._staging.single)
         outputs = plan.outputs(self._dialect)
         described: dict[str, list[StoredLayer]] = {}
+        groups = groups_of(plan.tensors)
+        together: dict[str, list[LayerWork]] = {}
         folded: set[str] = set()  # biases that are written with their layer
         for tensor in plan.tensors:
             if tensor.action != "quantize":
                 continue
             kind = BankWork if tensor.weight.is_bank else LayerWork
             layer = kind(tensor, plan.name, self._dialect, held, outputs[tensor.key], self._seed, self._statistics)
-            file = self._staging.file_of(component, tensor.key)
             self.layers.append(layer)
-            self.pieces.append(Piece(layer.name, file, layer.specs, layer.size, layer.memory, layer.make))
-            described.setdefault(file, []).append(layer.stored)
-            folded |= layer.specs.keys()
+            if tensor.shares in groups:
+                together.setdefault(tensor.shares, []).append(layer)
+                if len(together[tensor.shares]) < len(groups[tensor.shares]):
+                    continue  # the group is one piece of work, in the place of its last layer
+            mine = together.get(tensor.shares, [layer])
+            work = GroupWork(mine) if len(mine) > 1 else layer
+            file = self._staging.file_of(component, mine[0].plan.key)
+            self.pieces.append(Piece(work.name, file, work.specs, work.size, work.memory, work.make))
+            described.setdefault(file, []).extend(one.stored for one in mine)
+            folded |= work.specs.keys()
         kept = [tensor.key for tensor in plan.tensors if tensor.action == "keep" and tensor.key not in folded]
         self.pieces += batch_copies(component, kept, partial(self._staging.file_of, component))
         for stored in held.layers.values():
@@ -157,6 +167,9 @@ class _Work:
                 described.setdefault(self._staging.file_of(component, key), []).append(stored)
         plain = {key: held.specs[key] for key in kept}
         self._describe(held, described, plain)
+        if text := folds_as_text(plan.folds):
+            for file in {self._staging.file_of(component, key) for key in held.specs}:
+                self.metadata.setdefault(file, {})[FOLDED] = text
 
     def _refuse_mixture(self, held: QuantizedComponent) -> None:
         """Layers that stay quantized as they are need the dialect that they are in."""
@@ -167,9 +180,6 @@ class _Work:
                 f"others become {self._dialect.name}: no file holds both. Convert all of them, or rewrite the "
                 f"source first (lowbit migrate --to {self._dialect.name})"
             )
-        if text := folds_as_text(plan.folds):
-            for file in {self._staging.file_of(component, key) for key in held.specs}:
-                self.metadata.setdefault(file, {})[FOLDED] = text
 
     def _describe(
         self, held: QuantizedComponent, described: dict[str, list[StoredLayer]], plain: dict[str, TensorSpec]
@@ -214,17 +224,17 @@ def _report(
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,
         seconds=seconds,
+        folds=tuple((component.name, fold) for component in plan.components for fold in component.folds),
     )
 
 
 def _layer_reports(layers: list[LayerWork], done: Rewritten) -> Iterator[LayerReport]:
     for layer in layers:
-        record = done.records[layer.name]
+        record = record_in(done.records, layer)
         accuracy = record.get("accuracy")
         yield LayerReport(
             component=layer.component,
             layer=layer.layer,
-        folds=tuple((component.name, fold) for component in plan.components for fold in component.folds),
             format=layer.plan.stored.spec,
             solver=record["solver"],
             shape=layer.plan.shape,
@@ -235,4 +245,5 @@ def _layer_reports(layers: list[LayerWork], done: Rewritten) -> Iterator[LayerRe
             note=record["note"],
             error=record["error"],
             rtn_error=record["rtn_error"],
+            shares=record.get("shares", ""),
         )

@@ -45,6 +45,7 @@ class LayerWork:
         statistics: LayerStatistics | None,
     ) -> None:
         self.plan, self.component, self.dialect, self.held = plan, component, dialect, held
+        self.group = ""  # the piece of work that it is part of, if it is not one itself
         self.layer, self.fmt, self.layout = plan.layer, plan.fmt, plan.stored.layout
         self.shape, self.dtype = plan.weight.matrix, plan.spec.dtype
         self.name = held.full_name(plan.key)
@@ -63,9 +64,11 @@ class LayerWork:
         self.stored = plan.stored_layer
         self.size = plan.bytes_before
         self.bytes_after = sum(spec.nbytes for spec in self.specs.values())
-        self.memory = (plan.spec.nbytes + 3 * self.bytes_after) // plan.weight.count + _WORKSPACE
+        self.own_memory = (plan.spec.nbytes + 3 * self.bytes_after) // plan.weight.count
+        self.solving_memory = _WORKSPACE
         if plan.pipeline.steps:  # H of both halves and of one basis, its factor; the pieces of a draft
-            self.memory += 4 * (6 * self.shape[1] ** 2 + 5 * min(self.shape[0] * self.shape[1], DRAFT_ELEMENTS))
+            self.solving_memory += 4 * (6 * self.shape[1] ** 2 + 5 * min(self.shape[0] * self.shape[1], DRAFT_ELEMENTS))
+        self.memory = self.own_memory + self.solving_memory
 
     def _stored_before(self) -> StoredLayer | None:
         """The layer as the source holds it quantized, when the plan converts it again."""
@@ -80,24 +83,25 @@ class LayerWork:
     def make(self) -> Made:
         """Read, solve and store."""
         began = time.perf_counter()
-        share: Tensor | None = None
-        if self.was is None:
-            w = self.plan.weight.as_matrix(self.held.read(self.plan.key)).contiguous()
-        else:
-            w, share = self.held.dequantized(self.was, self.dtype)
+        w, share = self.read()
         known = self.known()
         solution = solve(w, self.fmt, self.plan.solver, known, where=self.place, seed=self.seed, has_bias=self.has_bias)
-        tensors = self.dialect.store_parts(self.stored, solution.parts)
+        tensors = self.tensors(solution, share)
+        record = record_of(solution, time.perf_counter() - began)
+        return Made(tensors, record, lambda read: self.check(w, read))
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """The weight as a matrix [N, K], and what its stored bias lacks ([N] float32) or None."""
+        if self.was is not None:
+            return self.held.dequantized(self.was, self.dtype)
+        return self.plan.weight.as_matrix(self.held.read(self.plan.key)).contiguous(), None
+
+    def tensors(self, solution: Solution, share_before: Tensor | None) -> dict[str, Tensor]:
+        """What is written of a solution, by key."""
+        made = self.dialect.store_parts(self.stored, solution.parts)
         if self.bias_key is not None:
-            tensors[self.bias_key] = self._bias(solution, share)
-        record = {
-            "seconds": time.perf_counter() - began,
-            "solver": solution.solver,
-            "note": solution.note,
-            "error": solution.error,
-            "rtn_error": solution.rtn_error,
-        }
-        return Made(tensors, record, lambda read: self._check(w, read))
+            made[self.bias_key] = self._bias(solution, share_before)
+        return made
 
     def known(self) -> Statistics | None:
         """What calibration saw of its input."""
@@ -118,7 +122,8 @@ class LayerWork:
         share = self.fmt.bias_share(solution.parts)
         return (true if share is None else true - share).to(spec.dtype)
 
-    def _check(self, w: Tensor, read: Read) -> dict[str, Any]:
+    def check(self, w: Tensor, read: Read) -> dict[str, Any]:
+        """Compare what the file gives back with the weight [N, K] that it was made of. Raises `CheckpointError`."""
         meter = AccuracyMeter()
         self.compare(self.found(read), w, read, meter)
         return {"accuracy": meter.result().to_json()}
@@ -146,3 +151,14 @@ class LayerWork:
             raise CheckpointError(
                 f"{self.place}: what was written decodes to NaN; report this with the format {self.fmt}"
             )
+
+
+def record_of(solution: Solution, seconds: float) -> dict[str, Any]:
+    """What a report says of a layer, as JSON data."""
+    return {
+        "seconds": seconds,
+        "solver": solution.solver,
+        "note": solution.note,
+        "error": solution.error,
+        "rtn_error": solution.rtn_error,
+    }

@@ -52,6 +52,13 @@ class InMemory:
         known = self._by_layer.get(layer)
         return None if known is None or known.minimum is None else float(known.minimum.min())
 
+    def input_of(self, layer: str, /) -> str | None:
+        """The first layer with the same statistics: the same object stands for the same input."""
+        known = self._by_layer.get(layer)
+        if known is None:
+            return None
+        return next(name for name, other in self._by_layer.items() if other is known)
+
     def fingerprint(self) -> str:
         """See `LayerStatistics`."""
         digest = hashlib.sha256()

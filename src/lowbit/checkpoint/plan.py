@@ -15,6 +15,7 @@ from lowbit.errors import PlanError
 from lowbit.formats.base import Format
 from lowbit.solvers import AUTO
 
+from . import shared_low_rank as shared
 from .dialects import StoredLayer, TensorSpec, written_dialect
 from .dialects.base import join_key, layer_of
 from .eligibility import axes_of, better_left, cannot_hold, cannot_store, dtype_name, not_by_default
@@ -27,7 +28,7 @@ from .source import Component, Source
 from .stored_format import StoredFormat
 from .weight_shape import WeightShape, lacks_place, plain_key, plain_shape, weight_shape
 
-__all__ = ["ComponentPlan", "Plan", "TensorPlan", "make_plan"]
+__all__ = ["ComponentPlan", "Plan", "TensorPlan", "make_plan", "with_shared_low_rank"]
 
 LayerRule = tuple[str, "Format | str"]
 
@@ -47,6 +48,7 @@ def make_plan(
     statistics: LayerStatistics | None = None,
     convolutions: bool = False,
     bank_transposed: Sequence[str] = (),
+    share_low_rank: bool = False,
 ) -> Plan:
     """Decide what becomes of every tensor of `source`; reads headers and markers only.
 
@@ -58,6 +60,7 @@ def make_plan(
     layers again, with the loss of both. `statistics`: what calibration saw; "auto" then takes calibrated solvers.
     `convolutions`: quantize their kernels, too, which otherwise only a layer rule does. `bank_transposed`: patterns of
     banks of experts that are [E, K, N]; all others are taken for [E, N, K], as transformers documents.
+    `share_low_rank`: layers of svdquant_w4a4 that read the same input get one smooth_factor and one proj_down.
 
     Raises:
         PlanError: a pattern is wrong or matches nothing, the source is quantized already, the preset is unknown.
@@ -78,6 +81,24 @@ def make_plan(
     rules.refuse_unused(components)
     place = source.place
     plan = Plan(tuple(components), dialect, str(place), tuple(rules.notes()))
+    return with_shared_low_rank(plan, statistics) if share_low_rank else _valid(plan)
+
+
+def with_shared_low_rank(plan: Plan, statistics: LayerStatistics | None = None) -> Plan:
+    """The plan in which layers with the same input share (`shared_low_rank`). Raises `PlanError` when none do."""
+    components = tuple(
+        replace(component, tensors=shared.share_low_rank(component.name, component.tensors, statistics))
+        for component in plan.components
+    )
+    groups = {
+        full_name(component.name, name): group
+        for component in components
+        for name, group in shared.groups_of(component.tensors).items()
+    }
+    return _valid(replace(plan, components=components, notes=(*plan.notes, *shared.notes(groups))))
+
+
+def _valid(plan: Plan) -> Plan:
     plan.validate()
     return plan
 

@@ -14,6 +14,7 @@ from lowbit.errors import PlanError, WriteError
 from .dialects.base import Dialect, TensorSpec, get_dialect, join_key
 from .eligibility import dtype_name
 from .fold_data import Fold, check_folds, folds_from_json
+from .shared_low_rank import check_groups
 from .source import Component, Source
 from .strict_json import parse_object
 from .tensor_plan import TensorPlan, known_fields
@@ -116,6 +117,7 @@ class Plan:
                 seen.add(tensor.key)
                 tensor.validate()
             check_folds(component.folds, component.tensors)
+            check_groups(component.tensors)
         self.sizes_after  # noqa: B018  (raises for two outputs of one name)
 
     def check_against(self, source: Source) -> None:

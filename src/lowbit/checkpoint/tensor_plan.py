@@ -37,7 +37,8 @@ class TensorPlan:
     `solver`; "keep" copies it; "drop" leaves it out. `why` is for readers. `was`: the format in which the source stores
     it, when it is quantized already. `name`: the layer, where the key does not tell (another tool's codes, and codes of
     a parameter without ".weight"). `axes`: what the axes of a quantized weight are, where it is no matrix [N, K]:
-    "O I ..." of a convolution, "E N K" of a bank of experts, and others of `weight_shape`.
+    "O I ..." of a convolution, "E N K" of a bank of experts, and others of `weight_shape`. `shares`: a name that layers
+    have in common which get one smooth_factor and one proj_down (`shared_low_rank`).
     """
 
     key: str
@@ -50,6 +51,7 @@ class TensorPlan:
     was: str = ""
     name: str = ""
     axes: str = ""
+    shares: str = ""
 
     @property
     def layer(self) -> str:

@@ -129,6 +129,14 @@ FoldScales = Annotated[
         "norm or linear before each group of layers takes the scale. Llama-like models only.",
     ),
 ]
+ShareLowRank = Annotated[
+    bool,
+    typer.Option(
+        "--share-low-rank",
+        help="svdquant_w4a4: layers that read the same input (query, key, value) get one smooth_factor and one "
+        "proj_down, so that a runtime rounds that input once; as --stats knows, or by their names.",
+    ),
+]
 ErrorLora = Annotated[
     Path | None,
     typer.Option(

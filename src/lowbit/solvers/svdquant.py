@@ -60,9 +60,10 @@ def svdquant_shared(
 ) -> list[Parts]:
     """The parts of weights [N_i, K] that share their input, all with the same smooth_factor and proj_down.
 
-    With a `seed`, weight i is rounded stochastically with seed + i. Raises `SolverError` when the format has no low-rank
-    branch, the weights differ in K or dtype, or there are no second moments; `WeightError` for a weight that cannot be
-    stored.
+    With a `seed`, weight i is rounded stochastically with seed + i.
+
+    Raises `SolverError` when the format has no low-rank branch, the weights differ in K or dtype, or there are no
+    second moments; `WeightError` for a weight that cannot be stored.
     """
     if not isinstance(fmt, SvdquantW4A4):
         raise SolverError(f"{where}: {fmt.name} has no low-rank branch, so svdquant does not apply; use scale_search")
