@@ -1,8 +1,8 @@
 """all-MiniLM-L6-v2 for the benchmarks: the model, texts as batches of tokens, embeddings and their error.
 
 The error of a quantized model is `embedding_error`: the mean over test sentences of 1 - cosine between its embedding
-and that of the float32 model. Calibration takes the first 256 lines of one file in `texts/`, the test all lines of
-another.
+and that of the float32 model. Calibration takes the first 256 lines of one file in `texts/`, or 256 of the text that
+comes with lowbit (`BUILTIN`); the test takes all lines of another file.
 """
 
 from __future__ import annotations
@@ -20,10 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowbit.integrations.minilm_demo import model_folder
+from lowbit.integrations.text_batches import VARIED, builtin_text, text_batches
+from lowbit.integrations.text_models import TextModel
 
 TEXTS = Path(__file__).with_name("texts")
 CALIBRATION_SENTENCES = 256
-DIRECTIONS = (("everyday", "reference"), ("reference", "everyday"))  # calibrate on the first, test on the second
+BUILTIN = "built-in"  # the text that comes with lowbit, as a genre to calibrate on
+DIRECTIONS = (  # calibrate on the first, test on the second
+    ("everyday", "reference"),
+    ("reference", "everyday"),
+    (BUILTIN, "reference"),
+    (BUILTIN, "everyday"),
+)
 Batch = dict[str, Tensor]
 
 
@@ -42,10 +50,24 @@ def load_model() -> tuple[nn.Module, object]:
     return model.requires_grad_(False), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def calibration_batches(tokenizer, genre: str, count: int = CALIBRATION_SENTENCES, size: int = 32) -> list[Batch]:
-    """The first `count` sentences of a genre in batches [B, T] of one length each: statistics must not see padding."""
+def calibration_sentences(genre: str) -> list[str]:
+    """What a calibration on a genre has: the first 256 lines, of the built-in text as many at even distances."""
+    if genre != BUILTIN:
+        return sentences(genre)[:CALIBRATION_SENTENCES]
+    lines = builtin_text().splitlines()
+    return [lines[index * len(lines) // CALIBRATION_SENTENCES] for index in range(CALIBRATION_SENTENCES)]
+
+
+def lowbit_batches(model: nn.Module, tokenizer, genre: str, vary: float = VARIED) -> list[Batch]:
+    """The batches that `lowbit calibrate` makes of them: with a varied copy of each sentence, unless `vary` is 0."""
+    text_model = TextModel(Path(model_folder()), model, tokenizer, causal=False)
+    return text_batches(text_model, "\n".join(calibration_sentences(genre)), vary=vary)
+
+
+def calibration_batches(tokenizer, genre: str, size: int = 32) -> list[Batch]:
+    """The calibration's sentences in batches [B, T] of one length each: for tools that would see padding."""
     by_length: dict[int, list[list[int]]] = {}
-    for ids in tokenizer(sentences(genre)[:count], truncation=True)["input_ids"]:
+    for ids in tokenizer(calibration_sentences(genre), truncation=True)["input_ids"]:
         by_length.setdefault(len(ids), []).append(ids)
     batches = []
     for _, group in sorted(by_length.items()):

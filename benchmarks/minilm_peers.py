@@ -1,11 +1,11 @@
-"""MiniLM by other quantizers: llm-compressor (plain and GPTQ), AutoRound and HQQ, beside lowbit's plain rounding.
+"""MiniLM by other quantizers: llm-compressor (plain and GPTQ), AutoRound and HQQ, beside lowbit, plain and calibrated.
 
     python -m benchmarks.minilm_peers [--only NAME...] [--runs 2] [--output FILE]
 
-Each method quantizes the 36 linears of all-MiniLM-L6-v2's encoder, calibrated with 256 sentences of one genre, and is
-judged on sentences of another (`minilm_model`), in both directions. Weights only: the model runs in float32 with
-the weights that the method chose, except in the row that says w4a4. Seconds are calibration and quantization together,
-the smallest of --runs, without imports and without loading the model.
+Each method quantizes the 36 linears of all-MiniLM-L6-v2's encoder, calibrated with 256 sentences of one genre, or of
+the text that comes with lowbit, and is judged on sentences of another (`minilm_model.DIRECTIONS`). Weights only: the
+model runs in float32 with the weights that the method chose, except in the rows that say w4a4. Seconds are calibration
+and quantization together, the smallest of --runs, without imports and without loading the model.
 
 The peers pin other versions of transformers and compressed-tensors than lowbit's own tests use, so they need an
 environment of their own; see benchmarks/README.md or `NEEDS`. What is measured is written after every method, and a
@@ -32,21 +32,23 @@ from benchmarks.minilm_model import (
     DIRECTIONS,
     Batch,
     calibration_batches,
+    calibration_sentences,
     embedding_error,
     embeddings,
     linears,
     load_model,
+    lowbit_batches,
     machine,
-    sentences,
     tokens_in,
     unseen_batches,
     with_weights,
 )
-from lowbit import QuantizedTensor, parse_spec
+from lowbit import QuantizedTensor, calibrate, parse_spec, quantize_
 
 RESULT = Path(__file__).parent / "results" / "minilm_peers.json"
 NEEDS = "python3.11 -m venv peers && peers/bin/pip install -e '.[peers]' 'torch==2.13.0'"
 GROUP = 64
+ENCODER = r"^encoder\.layer\."
 FORMATS: dict[str, dict[str, Any]] = {  # the arguments of compressed-tensors
     "fp8_e4m3 tensor": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"},
     "int8 row": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
@@ -87,9 +89,7 @@ def main() -> None:
             continue
         for directions in [DIRECTIONS] if data_free else [(direction,) for direction in DIRECTIONS]:
             for measured in measure(method, directions, options.runs):
-                row = {"format": fmt, "method": name, **measured}
-                if data_free:
-                    row["calibrated_on"] = None
+                row = {"format": fmt, "method": name, **measured, **({"calibrated_on": None} if data_free else {})}
                 rows = [old for old in rows if _key(old) != _key(row)] + [row]
                 print(json.dumps(row), flush=True)
             write(options.output, rows)
@@ -104,6 +104,8 @@ def methods() -> Iterator[tuple[str, str, Method, bool]]:
     for fmt in FORMATS:
         yield fmt, "llm-compressor rtn", llm_compressor(fmt, gptq=False), True
     yield "int4 g64 asymmetric", "hqq", hqq, True
+    for fmt, spec in OURS.items():
+        yield fmt, "lowbit", lowbit_calibrated(spec), False
     for fmt in FORMATS:
         yield fmt, "llm-compressor gptq, act-order", llm_compressor(fmt, actorder="static"), False
         yield fmt, "llm-compressor gptq", llm_compressor(fmt, actorder=None), False
@@ -124,10 +126,10 @@ def measure(method: Method, directions: Sequence[tuple[str, str]], runs: int) ->
         candidate = method(candidate, tokenizer, directions[0][0])
         seconds.append(time.perf_counter() - began)
         cpu_seconds = time.process_time() - cpu
-    for calibrate, test in directions:
+    for calibrated_on, test in directions:
         batches, reference = original_embeddings(test)
         yield {
-            "calibrated_on": calibrate,
+            "calibrated_on": calibrated_on,
             "tested_on": test,
             "error": embedding_error(reference, embeddings(candidate, batches)),
             "seconds": min(seconds),
@@ -159,6 +161,17 @@ def lowbit_rtn(spec: str) -> Method:
             w = linear.weight.detach()
             weights[name] = fmt.dequantize(fmt.quantize(w), (w.shape[0], w.shape[1]), torch.float32)
         return with_weights(model, weights)
+
+    return run
+
+
+def lowbit_calibrated(spec: str) -> Method:
+    """lowbit's own calibration and its solver `auto`."""
+
+    def run(model: nn.Module, tokenizer: Any, genre: str) -> nn.Module:
+        known = calibrate(model, lowbit_batches(model, tokenizer, genre), layers=[ENCODER])
+        quantize_(model, {ENCODER: spec}, statistics=known)
+        return model
 
     return run
 
@@ -197,7 +210,7 @@ def auto_round(model: nn.Module, tokenizer: Any, genre: str) -> nn.Module:
     """AutoRound with 200 iterations; it wants sentences of one length, and its loss leaves out what the mask hides."""
     from auto_round import AutoRound
 
-    lines = sentences(genre)[:256]
+    lines = calibration_sentences(genre)
     length = max(len(ids) for ids in tokenizer(lines, truncation=True)["input_ids"]) + 1
     batch = tokenizer(lines, padding="max_length", max_length=length, return_tensors="pt")
     data = [{key: value[i : i + 8] for key, value in batch.items()} for i in range(0, len(lines), 8)]
@@ -251,17 +264,20 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> None:
     """Print the rows."""
-    print(f"{'tested on':<11}{'format':<22}{'method':<32}{'error':>9}{'of plain':>10}{'seconds':>9}{'load':>6}")
+    print(
+        f"{'calibrated':<11}{'tested on':<11}{'format':<22}{'method':<32}"
+        f"{'error':>9}{'of plain':>10}{'seconds':>9}{'load':>6}"
+    )
     for row in rows:
         share = f"{row['of_plain']:.3f}" if row["of_plain"] else "-"
         print(
-            f"{row['tested_on']:<11}{row['format']:<22}{row['method']:<32}{row['error']:>9.5f}{share:>10}"
-            f"{row['seconds']:>9.1f}{row['load_before']:>6.1f}"
+            f"{row['calibrated_on'] or '-':<11}{row['tested_on']:<11}{row['format']:<22}{row['method']:<32}"
+            f"{row['error']:>9.5f}{share:>10}{row['seconds']:>9.1f}{row['load_before']:>6.1f}"
         )
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["format"], row["method"], row["tested_on"]
+def _key(row: dict[str, Any]) -> tuple[str | None, ...]:
+    return row["format"], row["method"], row["calibrated_on"], row["tested_on"]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Convert MiniLM by every pipeline and test it on text of another kind: what each step buys, and what it takes.
 
-    python -m benchmarks.minilm_quality [--formats NAME...] [--from GENRE...] [--steps] [--json FILE]
+    python -m benchmarks.minilm_quality [--formats NAME...] [--from GENRE...] [--vary SHARE] [--steps] [--json FILE]
 
-Calibrates all-MiniLM-L6-v2 on 256 sentences of one genre with `lowbit.calibrate`, converts the 36 linears of its
-encoder with `make_plan` and `convert`, loads the result and compares its sentence embeddings with those of the float32
-model on other genres: the mean of 1 - cosine, as a share of what plain rounding to nearest gives. What "plain" is:
-for 8 bits and nvfp4 `rtn` in the same format, for 4-bit integers asymmetric min-max in groups of 64, for w4a4 the
-weights and inputs rounded in groups of 64 without smoothing or low rank. Seconds are those of calibration and
-conversion together, reading, writing and verifying the file included; importing torch is not. With --steps each format
-is converted by ever longer pipelines.
+Calibrates all-MiniLM-L6-v2 on 256 sentences of one genre, or of the text that comes with lowbit, as `lowbit calibrate`
+does (each sentence a second time with two fifths of its tokens replaced at random: --vary 0 leaves that out), converts
+the 36 linears of its encoder with `make_plan` and `convert`, loads the result and compares its sentence embeddings with
+those of the float32 model on other genres: the mean of 1 - cosine, as a share of what plain rounding to nearest gives.
+What "plain" is: for 8 bits and nvfp4 `rtn` in the same format, for 4-bit integers asymmetric min-max in groups of 64,
+for w4a4 the weights and inputs rounded in groups of 64 without smoothing or low rank. Seconds are those of calibration
+and conversion together, reading, writing and verifying the file included; importing torch is not. With --steps each
+format is converted by ever longer pipelines.
 
 All sentences of the other genres are tested on, and of the calibration's own those after the first 256: these show how
 much of the gain is lost when the text changes.
@@ -30,13 +31,14 @@ import torch
 from torch import nn
 
 from benchmarks.minilm_model import (
+    BUILTIN,
     CALIBRATION_SENTENCES,
     Batch,
-    calibration_batches,
     embedding_error,
     embeddings,
     linears,
     load_model,
+    lowbit_batches,
     machine,
     tokens_in,
     unseen_batches,
@@ -48,6 +50,7 @@ from lowbit.checkpoint.load import load
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
 from lowbit.integrations.minilm_demo import model_folder
+from lowbit.integrations.text_batches import VARIED
 
 RESULT = Path(__file__).parent / "results" / "minilm_quality.json"
 GENRES = ("everyday", "novel", "reference")
@@ -92,7 +95,8 @@ class Row:
 class Bench:
     """The model, the texts and what plain rounding loses on them."""
 
-    def __init__(self) -> None:
+    def __init__(self, vary: float = VARIED) -> None:
+        self.vary = vary
         self.model, self.tokenizer = load_model()
         self.tests = {genre: unseen_batches(self.tokenizer, genre) for genre in GENRES}
         self.rest = {genre: unseen_batches(self.tokenizer, genre, skip=CALIBRATION_SENTENCES) for genre in GENRES}
@@ -130,7 +134,7 @@ class Bench:
 
     def calibrated(self, genre: str) -> tuple[StatisticsCollection, float, list[Batch]]:
         """Statistics of a genre's first sentences, and the seconds they took."""
-        batches = calibration_batches(self.tokenizer, genre)
+        batches = lowbit_batches(self.model, self.tokenizer, genre, self.vary)
         began = time.perf_counter()
         found = calibrate(self.model, batches)
         return found, time.perf_counter() - began, batches
@@ -163,18 +167,25 @@ def main() -> None:
     """Measure, print and write."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--formats", nargs="+", choices=TARGETS, default=list(TARGETS))
-    arguments.add_argument("--from", nargs="+", dest="genres", choices=GENRES, default=list(GENRES))
+    known = (BUILTIN, *GENRES)
+    arguments.add_argument("--from", nargs="+", dest="genres", choices=known, default=list(known))
+    arguments.add_argument("--vary", type=float, default=VARIED, help="the share of tokens to replace in the copies")
     arguments.add_argument("--steps", action="store_true", help="every pipeline, not only the one auto takes")
     arguments.add_argument("--json", type=Path, default=RESULT)
     given = arguments.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    bench = Bench()
+    bench = Bench(given.vary)
     rows = []
     for genre in given.genres:
         for row in bench.rows(genre, given.formats, steps=given.steps):
             show(row)
             rows.append(row)
-    result = {"machine": machine(), "load": os.getloadavg()[0], "rows": [asdict(row) for row in rows]}
+    result = {
+        "machine": machine(),
+        "load": os.getloadavg()[0],
+        "varied": given.vary,
+        "rows": [asdict(row) for row in rows],
+    }
     given.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

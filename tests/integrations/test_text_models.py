@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lowbit.errors import CheckpointError, PlanError, StatisticsError
-from lowbit.integrations.text_models import load_text_model, read_text, text_batches
+from lowbit.integrations.text_batches import builtin_text, read_text, text_batches
+from lowbit.integrations.text_models import load_text_model
 
 pytest.importorskip("transformers")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "one", "two", "three", "four", "five"]
@@ -98,6 +99,46 @@ def test_limits_are_kept(encoder, caplog):
     assert "no more than 16 tokens" in caplog.text
     assert max(batch["input_ids"].shape[1] for batch in found) <= 16
     assert sum(len(batch["input_ids"]) for batch in found) == 10
+
+
+def test_variants_are_in_the_half_of_their_sample(encoder):
+    """A sample and its variant have places of the same parity, whatever the size of batches; one may be left over."""
+    model = load_text_model(encoder)
+    text = "\n".join(" ".join(["one", "two", "three"] * (index % 4 + 1)) for index in range(9))
+
+    found = text_batches(model, text, batch_size=5, vary=1.0)
+
+    rows = [row[: sum(mask)] for b in found for row, mask in zip(
+        b["input_ids"].tolist(), b["attention_mask"].tolist(), strict=True)]  # fmt: skip
+    assert len(rows) == 17
+    for start in range(0, 16, 4):
+        originals, variants = rows[start : start + 2], rows[start + 2 : start + 4]
+        assert all(row == [2, *[4, 5, 6] * (len(row) // 3), 3] for row in originals)
+        assert [(row[0], len(row), row[-1]) for row in variants] == [(2, len(row), 3) for row in originals]
+        assert all(old != new for old, new in zip(originals, variants, strict=True))
+    assert rows[16] == [2, *[4, 5, 6] * 4, 3]
+
+
+def test_several_texts_count_the_same(encoder):
+    """Of two texts as many samples are taken of each; what a short one lacks comes from the other."""
+    model = load_text_model(encoder)
+
+    def count(*texts):
+        rows = [row for batch in text_batches(model, texts, samples=8) for row in batch["input_ids"].tolist()]
+        return sum(4 in row for row in rows), sum(5 in row for row in rows)
+
+    assert count("one\n" * 20, "two\n" * 30) == (4, 4)
+    assert count("one\n" * 20, "two\n" * 2) == (6, 2)
+    assert count("one\n" * 3, "two\n" * 2) == (3, 2)
+
+
+def test_the_builtin_text_is_of_many_lines():
+    """The text that comes along has some hundred different lines, none empty."""
+    lines = builtin_text().splitlines()
+
+    assert len(lines) == len(set(lines)) == 512
+    assert all(line.strip() == line and line for line in lines)
+    assert len(set(builtin_text().lower().split())) > 3000
 
 
 def test_a_tied_head_has_no_statistics(tmp_path):

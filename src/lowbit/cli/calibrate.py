@@ -23,9 +23,19 @@ from lowbit.cli import options
 from lowbit.cli.output import asking, command, epilog, print_json, say, show, size, stderr, table
 from lowbit.errors import PlanError
 from lowbit.integrations.factories import call_factory
-from lowbit.integrations.text_models import BATCH_SIZE, MAX_TOKENS, SAMPLES, load_text_model, read_text, text_batches
+from lowbit.integrations.text_batches import (
+    BATCH_SIZE,
+    MAX_TOKENS,
+    SAMPLES,
+    VARIED,
+    builtin_text,
+    read_text,
+    text_batches,
+)
+from lowbit.integrations.text_models import load_text_model
 
 EPILOG = epilog(
+    "lowbit calibrate llama/ -o stats.safetensors",
     "lowbit calibrate llama/ --text prompts.txt -o stats.safetensors",
     "lowbit calibrate qwen-image.safetensors --module my_package:make -o stats.safetensors",
     "lowbit calibrate qwen-image.safetensors --timesteps -o stats.safetensors",
@@ -33,7 +43,7 @@ EPILOG = epilog(
     "lowbit calibrate llama/ --imatrix llama.imatrix -o stats.safetensors",
 )
 _SHOWN = 12  # inputs in the table, those with the fewest tokens a channel
-_WHAT = "--text FILE, --module PACKAGE:FACTORY, --timesteps, --merge or --imatrix FILE"
+_WHAT = "--text FILE, --builtin-text, --module PACKAGE:FACTORY, --timesteps, --merge or --imatrix FILE"
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class _Wishes:
     samples: int
     max_tokens: int
     batch_size: int
+    vary: float | None
     device: str
     options: dict[str, Any]  # of lowbit.calibrate
 
@@ -55,13 +66,21 @@ def calibrate(
         list[Path] | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="A model folder (--text), the checkpoint that gives the names (--module, --imatrix), files (--merge).",
+            help="A model folder (text), the checkpoint that gives the names (--module, --imatrix), files (--merge).",
             show_default=False,
         ),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Run the model folder on this text.", show_default=False)
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Run the model folder on this text; may be repeated.", show_default=False),
     ] = None,
+    with_builtin: Annotated[
+        bool,
+        typer.Option(
+            "--builtin-text",
+            help="Run it on the text of many kinds that comes with lowbit, too; alone where nothing else is asked for.",
+        ),
+    ] = False,
     module: Annotated[
         str,
         typer.Option(
@@ -85,6 +104,17 @@ def calibrate(
         Path | None, typer.Option(metavar="FILE", help="Import an importance matrix of llama.cpp.", show_default=False)
     ] = None,
     samples: Annotated[int, typer.Option(min=2, metavar="N", help="Lines or windows of the text to run.")] = SAMPLES,
+    vary: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="SHARE",
+            help="Run each a second time with this share of its tokens replaced at random, for statistics that hold "
+            f"for other text. [default: {VARIED:g}; 0 for models that predict the next token]",
+            show_default=False,
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, metavar="L", help="Tokens of one of them.")] = MAX_TOKENS,
     batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="How many at once.")] = BATCH_SIZE,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Where the model folder runs.")] = "cpu",
@@ -110,12 +140,17 @@ def calibrate(
     with asking():
         how = {"layers": layers, "memory": as_bytes(memory), "full_up_to": full_up_to, "resume": resume}
         chosen = _refuse_several(
-            text=text is not None, module=bool(module), timesteps=timesteps, merge=merge, imatrix=imatrix is not None
+            bool(paths),
+            text=bool(text) or with_builtin,
+            module=bool(module),
+            timesteps=timesteps,
+            merge=merge,
+            imatrix=imatrix is not None,
         )
         given = _paths(paths or [], chosen)
-    wishes = _Wishes(output, samples, max_tokens, batch_size, device, how)
-    if text is not None:
-        found: StatisticsCollection = _from_text(given[0], text, wishes)
+    wishes = _Wishes(output, samples, max_tokens, batch_size, vary, device, how)
+    if chosen == "text":
+        found: StatisticsCollection = _from_text(given[0], text or [], wishes, with_builtin=with_builtin or not text)
     elif module:
         found = _from_factory(given[0] if given else None, module, wishes)
     elif timesteps:
@@ -127,11 +162,12 @@ def calibrate(
     _tell(found, output, as_json=as_json)
 
 
-def _refuse_several(**given: bool) -> str:
+def _refuse_several(paths: bool, **given: bool) -> str:
+    """What was asked for, by its option; text where only paths were named."""
     chosen = [name for name, there in given.items() if there]
-    if len(chosen) != 1:
+    if len(chosen) > 1 or not (chosen or paths):
         raise PlanError(f"say what to do by one of {_WHAT}" + (f", not {len(chosen)} of them" if chosen else ""))
-    return chosen[0]
+    return chosen[0] if chosen else "text"
 
 
 def _paths(paths: list[Path], chosen: str) -> list[Path]:
@@ -143,23 +179,35 @@ def _paths(paths: list[Path], chosen: str) -> list[Path]:
         "merge": (2, sys.maxsize, "two or more statistics files"),
     }[chosen]
     if not least <= len(paths) <= most:
-        raise PlanError(f"--{chosen}: name {what} before the options; {len(paths)} paths were given")
+        option = "a text or none" if chosen == "text" else f"--{chosen}"
+        raise PlanError(f"{option}: name {what} before the options; {len(paths)} paths were given")
     return paths
 
 
-def _from_text(folder: Path, text_file: Path, wishes: _Wishes) -> StatisticsFile:
-    text = read_text(text_file)
+def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin: bool) -> StatisticsFile:
+    texts = [read_text(file) for file in files]
+    if with_builtin:
+        texts.append(builtin_text())
+        if not files:
+            stderr().print("note: no --text, so the built-in one; text like what the model will see is better still")
     model = load_text_model(folder, device=wishes.device)
+    vary = wishes.vary if wishes.vary is not None else 0.0 if model.causal else VARIED
     batches = text_batches(
-        model, text, samples=wishes.samples, max_tokens=wishes.max_tokens, batch_size=wishes.batch_size
+        model,
+        texts,
+        samples=wishes.samples,
+        max_tokens=wishes.max_tokens,
+        batch_size=wishes.batch_size,
+        vary=vary,
     )
+    names = [file.name for file in files] + ["the built-in text"] * with_builtin
     with _counting() as update:
         found = run(
             model.model,
             batches,
             path=wishes.output,
             names=model.names(),
-            description=f"{folder.resolve().name} on {text_file.name}",
+            description=f"{folder.resolve().name} on {', '.join(names)}" + (f", varied {vary:g}" if vary else ""),
             progress=update,
             **wishes.options,
         )

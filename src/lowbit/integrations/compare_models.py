@@ -21,7 +21,8 @@ from lowbit.checkpoint.load import load
 from lowbit.errors import CheckpointError, StatisticsError
 from lowbit.integrations.compare_blocks import Arguments, Pair
 from lowbit.integrations.factories import call_factory, find_factory
-from lowbit.integrations.text_models import load_text_model, read_text, text_batches
+from lowbit.integrations.text_batches import read_text, text_batches
+from lowbit.integrations.text_models import load_text_model
 from lowbit.report.end_to_end import EmbeddingMeter, EndToEnd, LanguageMeter, PredictionMeter, psnr
 
 SAMPLES = 64  # lines or windows of a text
