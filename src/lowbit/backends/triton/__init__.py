@@ -8,6 +8,7 @@ if importlib.util.find_spec("triton") is None:  # before any kernel is registere
     raise ImportError("Triton is not installed; pip install triton (Linux), or a build of PyTorch that brings it")
 
 from lowbit.backends.triton import (
+    codebook_rows,
     dequantize,
     dequantize_int8,
     embedding,
@@ -27,6 +28,7 @@ from lowbit.backends.triton import (
     linear_nvfp4,
     linear_plain,
     linear_svdquant_w4a4,
+    linear_w4a8_codebook,
     linear_wna16,
     mxfp8_ops,
     nvfp4_ops,
@@ -40,6 +42,7 @@ from lowbit.backends.triton import (
 )
 
 __all__ = [
+    "codebook_rows",
     "dequantize",
     "dequantize_int8",
     "embedding",
@@ -59,6 +62,7 @@ __all__ = [
     "linear_nvfp4",
     "linear_plain",
     "linear_svdquant_w4a4",
+    "linear_w4a8_codebook",
     "linear_wna16",
     "mxfp8_ops",
     "nvfp4_ops",

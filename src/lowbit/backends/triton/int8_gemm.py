@@ -190,9 +190,15 @@ def product(a: Tensor, row: Tensor, b: Tensor, scale: Tensor, bias: Tensor | Non
         splits=splits, ROW_SCALE=row_scale, EVEN=even(k), LARGE=has_large_tiles(target),
     )  # fmt: skip
     if splits > 1:
-        _add_int8_pieces(
-            lambda meta: (triton.cdiv(n, meta["BLOCK"]), m),
-            a.device, sums=sums, row=row, scale=scale, bias=bias, out=out, m=m, n=n, SPLITS=splits,
-            ROW_SCALE=row_scale,
-        )  # fmt: skip
+        add_pieces(sums, row, scale, bias, out)
     return out
+
+
+def add_pieces(sums: Tensor, row: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """int32 sums [S, M, N], row [M, 1], one scale or N, bias [N] -> out [M, N], as `product` ends."""
+    splits, m, n = sums.shape
+    _add_int8_pieces(
+        lambda meta: (triton.cdiv(n, meta["BLOCK"]), m),
+        sums.device, sums=sums, row=row, scale=scale, bias=bias, out=out, m=m, n=n, SPLITS=splits,
+        ROW_SCALE=scale.numel() > 1,
+    )  # fmt: skip

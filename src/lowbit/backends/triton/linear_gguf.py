@@ -26,22 +26,22 @@ from lowbit.formats.parts import Parts
 from lowbit.numerics.groups import ceil_div
 
 FEW = 64  # tokens up to which the fused kernel runs; where the two cross on a GPU has not been measured
-_STEP = 64  # bytes of codes of a row that every config takes at a time, or a multiple
+_STEP = 128  # bytes of codes of a row: every config takes as many at a time, or half of it
+_COLUMNS = 256  # of a row at a time, at most
 
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
-    """Those whose tile of tokens holds all of them and little more."""
+    """Those whose tile of tokens holds all of them and little more, and whose weights fit registers."""
     wanted = max(16, min(arguments["m_bucket"], FEW))
-    return [one for one in configs if one.constants["BLOCK_M"] == wanted]
+    most = _COLUMNS * arguments["KIND"].bits // 8
+    return [one for one in configs if one.constants["BLOCK_M"] == wanted and one.constants["BYTES"] <= most]
 
 
 @tuned(
     [
         config(BLOCK_M=16, BLOCK_N=64, BYTES=64, warps=4, stages=3),
         config(BLOCK_M=16, BLOCK_N=32, BYTES=64, warps=4, stages=3),
-        config(BLOCK_M=16, BLOCK_N=32, BYTES=64, warps=2, stages=3),
         config(BLOCK_M=16, BLOCK_N=32, BYTES=128, warps=4, stages=3),
-        config(BLOCK_M=16, BLOCK_N=64, BYTES=128, warps=8, stages=3),
         config(BLOCK_M=32, BLOCK_N=64, BYTES=64, warps=4, stages=3),
         config(BLOCK_M=32, BLOCK_N=64, BYTES=128, warps=8, stages=3),
         config(BLOCK_M=64, BLOCK_N=64, BYTES=64, warps=4, stages=3),
@@ -112,12 +112,12 @@ def linear_gguf(fmt: GgufBlock, x: Tensor, parts: Parts, bias: Tensor | None) ->
     raw, halves = gguf_blocks.views(parts["qdata"], kind)
     bias = None if bias is None else bias.contiguous()
     held, alpha = k // kind.columns * gguf_blocks.held(kind), parts.get("global_scale")
-    splits = splits_for(m, n, ceil_div(held, 2 * _STEP), target)
+    splits = splits_for(m, n, ceil_div(held, _STEP), target)
     sums = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=x.device)
     _linear_blocks(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"]), splits),
         x.device, x=rows, raw=raw, halves=halves, alpha=alpha, bias=bias, out=sums, m=m, m_bucket=bucket(m), n=n, k=k,
-        splits=splits, KIND=kind, RAGGED=held % (2 * _STEP) != 0,
+        splits=splits, KIND=kind, RAGGED=held % _STEP != 0,
         LANES=min(16, kind.run),
     )  # fmt: skip
     if splits > 1:
