@@ -54,7 +54,7 @@ class Configuration:
     """What a row of the table converts: a format, and (pattern, format) rules that come before it.
 
     `calibrated`: solvers know the statistics of the inputs. Without `inputs` the result is dequantized again before it
-    runs: only the weights are rounded then.
+    runs: only the weights are rounded then. `shared`: query, key and value share smooth_factor and proj_down.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Configuration:
     solver: str = "auto"
     inputs: bool = True
     calibrated: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ ROWS = (
             (HEADLINE, "svdquant_w4a4", (_AWQ, _UNSIGNED)),
         )
     ),
+    Configuration(f"{HEADLINE}, shared", "svdquant_w4a4", (_AWQ, _UNSIGNED), shared=True),
+    Configuration(f"{HEADLINE}, shared, calibrated", "svdquant_w4a4", (_AWQ, _UNSIGNED), calibrated=True, shared=True),
 )
 
 
@@ -181,7 +184,15 @@ def converted(
     """The model converted as the row says, and what that took."""
     known = statistics if row.calibrated else None
     with open_source(folder) as source:
-        plan = make_plan(source, row.format, solver=row.solver, preset=PRESET, layer_rules=row.rules, statistics=known)
+        plan = make_plan(
+            source,
+            row.format,
+            solver=row.solver,
+            preset=PRESET,
+            layer_rules=row.rules,
+            statistics=known,
+            share_low_rank=row.shared,
+        )
         report = convert(source, target, plan, resume=False, statistics=known)
     if not row.inputs:
         with open_source(target) as source:

@@ -126,8 +126,9 @@ def _kind(tensor: TensorPlan) -> tuple[object, ...]:
 
 def _input(name: str, layer: str, statistics: LayerStatistics | None) -> tuple[str, str] | None:
     """What tells the input of a layer from others, or None where nothing is known of it."""
-    if isinstance(statistics, KnowsInputs) and knowledge(statistics, name):
-        read = statistics.input_of(name)
+    inputs: object = statistics
+    if isinstance(inputs, KnowsInputs) and knowledge(statistics, name):
+        read = inputs.input_of(name)
         return None if read is None else (_block(layer), f"statistics: {read}")
     return _input_by_name(layer)
 

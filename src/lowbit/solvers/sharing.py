@@ -20,7 +20,7 @@ from lowbit.formats.parts import Parts
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
 
 from .base import Statistics
-from .pipeline import AUTO, what_is_known
+from .pipeline import AUTO, Pipeline, what_is_known
 from .solve import Problem, Solution, chosen_pipeline, solve
 from .svdquant import shared_fit, svdquant_shared
 
@@ -59,18 +59,8 @@ def solve_shared(
     Raises `SolverError` also for a format without a low-rank branch, for weights that differ in K or dtype, and for
     pipelines that start or refine differently.
     """
-    if not isinstance(fmt, SvdquantW4A4) or fmt.plain != fmt:
-        raise SolverError(f"{where}: {fmt} has no low-rank branch that layers could share; solve them one by one")
-    chosen = []
-    for one in members:
-        fmt.check_weight(one.w, one.where)
-        check_finite(one.w, one.where)
-        chosen.append(chosen_pipeline(one.w, fmt, one.name, statistics, one.where, seed, has_bias=one.has_bias))
+    chosen = _pipelines(members, fmt, statistics, where, seed)
     first = chosen[0][0]
-    if any((pipeline.start, pipeline.steps) != (first.start, first.steps) for pipeline, _ in chosen):
-        raise SolverError(f"{where}: layers that share their low rank need one pipeline; give them the same solver")
-    if first.start not in STARTS:
-        raise SolverError(f"{where}: {first.start} cannot start several layers together; use {', '.join(STARTS)}")
     weights, notes = [one.w for one in members], [note for _, note in chosen]
     if statistics is None or not what_is_known(statistics) or not all(w.numel() for w in weights):
         parts = shared_fit(weights, fmt, None, where=where, seed=seed, search=first.start != "rtn")
@@ -86,9 +76,27 @@ def solve_shared(
     if lost:
         return SharedSolution(tuple(_alone(members, fmt, statistics, seed, lost)), shared=False)
     told = ["; ".join(filter(None, (note, found.note))) for note, found in zip(notes, tried, strict=True)]
-    return SharedSolution(
-        tuple(replace(found, note=note) for found, note in zip(tried, told, strict=True)), shared=True
-    )
+    made = [replace(found, note=note) for found, note in zip(tried, told, strict=True)]
+    return SharedSolution(tuple(made), shared=True)
+
+
+def _pipelines(
+    members: Sequence[Member], fmt: Format, statistics: Statistics | None, where: str, seed: int | None
+) -> list[tuple[Pipeline, str]]:
+    """The pipeline of each layer and its note, once all of them can share."""
+    if not isinstance(fmt, SvdquantW4A4) or fmt.plain != fmt:
+        raise SolverError(f"{where}: {fmt} has no low-rank branch that layers could share; solve them one by one")
+    chosen = []
+    for one in members:
+        fmt.check_weight(one.w, one.where)
+        check_finite(one.w, one.where)
+        chosen.append(chosen_pipeline(one.w, fmt, one.name, statistics, one.where, seed, has_bias=one.has_bias))
+    first = chosen[0][0]
+    if any((pipeline.start, pipeline.steps) != (first.start, first.steps) for pipeline, _ in chosen):
+        raise SolverError(f"{where}: layers that share their low rank need one pipeline; give them the same solver")
+    if first.start not in STARTS:
+        raise SolverError(f"{where}: {first.start} cannot start several layers together; use {', '.join(STARTS)}")
+    return chosen
 
 
 def _together(problems: Sequence[Problem], where: str) -> tuple[list[Solution], str]:

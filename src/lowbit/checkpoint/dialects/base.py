@@ -205,9 +205,10 @@ class ReordersBias(Protocol):
 
 def bias_orders(dialect: Dialect | None, layers: Iterable[StoredLayer]) -> dict[str, Tensor]:
     """Key of a bias -> where each of its values lies, for those of these layers that a dialect reorders."""
-    if not isinstance(dialect, ReordersBias):
+    reorders: object = dialect
+    if not isinstance(reorders, ReordersBias):
         return {}
-    places = {join_key(stored.layer, "bias"): dialect.bias_places(stored) for stored in layers}
+    places = {join_key(stored.layer, "bias"): reorders.bias_places(stored) for stored in layers}
     return {key: found for key, found in places.items() if found is not None}
 
 

@@ -279,7 +279,8 @@ def _name(dtype: torch.dtype) -> str:
 def _half(stored: StoredLayer) -> torch.dtype:
     """The dtype of the 16-bit tensors of a layer that is not refused."""
     if isinstance(stored.format, AwqW4A16):
-        return getattr(torch, stored.format.wzeros)  # type: ignore[no-any-return]
+        half: torch.dtype = getattr(torch, stored.format.wzeros)
+        return half
     return stored.dtypes.get("scale", stored.format.part_dtypes(stored.dtype)["scale"])
 
 
