@@ -21,7 +21,7 @@ from lowbit.errors import LowbitError
 from lowbit.formats import Format, Parts, parse_spec
 from lowbit.layouts.base import get_layout
 from lowbit.layouts.scale_128x4 import swizzled_shape
-from tests.support.specs import ALL_SPECS
+from tests.support.specs import ALL_SPECS, READ_ONLY_SPECS
 
 META = torch.device("meta")
 T = TypeVar("T")
@@ -30,6 +30,7 @@ MORE_SPECS = (
     "int8(granularity=block)", "int8(rotation=256)", "wna16(group_size=64,zero_point=true)", "wna16(bits=8)",
     "svdquant_w4a4(act_unsigned=True)", "nvfp4(row_global_scale=True)",
     "awq_w4a16(group_size=256)", "wna16(group_size=0,zero_point=true)",
+    *READ_ONLY_SPECS, "w4a8_codebook(correction=true)", "w4a8_codebook(codebook=false,group_size=8)",
 )  # fmt: skip
 # Ops that a forward never runs: what they cost in registers is of no interest, only that they compile.
 COLD = ("pack", "unpack", "row_errors", "scale_search", "gptq_columns", "descent_columns", "refit_unit")

@@ -54,7 +54,7 @@ def test_dtypes(dtype):
 @pytest.mark.parametrize("spec", ["gguf(type=Q8_0)", "gguf(type=Q4_0)"])
 def test_numbers_of_tokens(spec):
     """Every number of tokens gives the same product, on both sides of where the weight is decoded first."""
-    for m in (5, 17, 33, linear_gguf.FEW, linear_gguf.FEW + 1):
+    for m in (5, 17, linear_gguf.FEW, linear_gguf.FEW + 1):
         check_linear(spec, 20, 128, m, torch.float16, layout="", bias=m % 2 == 0)
 
 
@@ -114,5 +114,5 @@ def test_bfloat16_in_the_interpreter_is_refused():
 @pytest.mark.parametrize("spec", SPECS)
 def test_large(spec, dtype):
     """The shape of a real layer gives the right product, for numbers of tokens on both sides of every crossover."""
-    for m in (1, 8, 17, 33, linear_gguf.FEW, 300):
+    for m in (1, 8, 17, linear_gguf.FEW, 300):
         check(spec, 6144, 3072, m, dtype)

@@ -25,7 +25,7 @@ from lowbit.formats.gguf_block import GgufBlock
 from lowbit.formats.parts import Parts
 from lowbit.numerics.groups import ceil_div
 
-FEW = 64  # tokens up to which the fused kernel runs; where the two cross on a GPU has not been measured
+FEW = 32  # tokens up to which the fused kernel runs; where the two cross on a GPU has not been measured
 _STEP = 128  # bytes of codes of a row: every config takes as many at a time, or half of it
 _COLUMNS = 256  # of a row at a time, at most
 
@@ -43,9 +43,7 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
         config(BLOCK_M=16, BLOCK_N=32, BYTES=64, warps=4, stages=3),
         config(BLOCK_M=16, BLOCK_N=32, BYTES=128, warps=4, stages=3),
         config(BLOCK_M=32, BLOCK_N=64, BYTES=64, warps=4, stages=3),
-        config(BLOCK_M=32, BLOCK_N=64, BYTES=128, warps=8, stages=3),
-        config(BLOCK_M=64, BLOCK_N=64, BYTES=64, warps=4, stages=3),
-        config(BLOCK_M=64, BLOCK_N=128, BYTES=64, warps=8, stages=3),
+        config(BLOCK_M=32, BLOCK_N=32, BYTES=64, warps=4, stages=3),
     ],
     key=("m_bucket", "n", "k", "x", "splits", "KIND"),
     prune=_sensible,
