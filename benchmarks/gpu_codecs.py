@@ -16,6 +16,7 @@ from lowbit import dispatch, ops
 from lowbit.dispatch import Kernel
 from lowbit.formats import parse_spec
 from lowbit.formats.parts import raw_bytes
+from tests.support.specs import any_parts
 
 SHAPE = (4096, 12288)
 RANK = 32
@@ -31,6 +32,11 @@ OPS: Mapping[str, Callable[[Tensor], Any]] = {
 SPECS = (
     "awq_w4a16", "nvfp4", "mxfp4", "fp8_e4m3(granularity=row)", "fp8_e4m3", "int8", "mxfp8", "int8(rotation=256)",
     "wna16(group_size=64)",
+)  # fmt: skip
+# Those of which nothing but the decoder has a kernel.
+DECODED = (
+    "gguf(type=Q8_0)", "gguf(type=Q4_K)", "gguf(type=Q6_K)", "gguf(type=Q4_0)", "gguf(type=Q5_K)", "gguf(type=Q2_K)",
+    "w4a8_codebook",
 )  # fmt: skip
 ALIKE = 0.999  # of the bytes of codes: a division that rounds otherwise moves a tie
 NEAR = 4e-3  # of floats: bfloat16's rounding
@@ -90,7 +96,7 @@ def codecs(device: torch.device, l2: int, shape: tuple[int, int] = SHAPE) -> Ite
     """(name, how to make it), the most important first."""
     for name in OPS:
         yield name, lambda name=name: _quantizer(name, device, l2, shape)
-    for spec in SPECS:
+    for spec in (*SPECS, *DECODED):
         if known(spec):
             yield f"dequantize {spec}", lambda spec=spec: _decoder(spec, device, l2, shape)
     for spec in SPECS:
@@ -136,7 +142,10 @@ def _encoder(spec: str, device: torch.device, l2: int, shape: tuple[int, int]) -
 
 def _decoder(spec: str, device: torch.device, l2: int, shape: tuple[int, int]) -> Codec:
     fmt = parse_spec(spec)
-    parts = fmt.quantize(_matrix(device, shape))
+    if fmt.encodable:
+        parts = fmt.quantize(_matrix(device, shape))
+    else:
+        parts = {name: part.to(device) for name, part in any_parts(fmt, shape).items()}
     entry = dispatch.select("dequantize", fmt.name, "", device.type, (fmt, parts, shape, torch.bfloat16))
 
     def run(own: Any) -> Tensor:

@@ -17,19 +17,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.cpu_linears import W4A8, Drawn, Entry, _run_w4a8, check_ours, group_of
+from benchmarks.cpu_linears import DRAWN, W4A8, Drawn, Entry, _run_w4a8, check_ours, group_of
 from benchmarks.gpu_timing import copies_for
 from lowbit import QuantizedTensor, dispatch
 from lowbit.dispatch import Kernel
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import parse_spec
 from lowbit.layouts import coalesced_int4
+from tests.support.specs import any_parts
 
 W4A8_FORMAT = "wna16(group_size=32,zero_point=true)"  # the groups that the coalesced layout was made for
 FP8_ROW = "fp8_e4m3(granularity=row,activations=fp8)"
 # The most important first: what the budget leaves no time for is at the end.
 SPECS = (
     "svdquant_w4a4", "awq_w4a16", "int8", FP8_ROW, "nvfp4", "fp8_e4m3(granularity=row)", "mxfp4", "mxfp8", W4A8,
+    "gguf(type=Q8_0)", "gguf(type=Q4_K)", "w4a8_codebook", "gguf(type=Q6_K)", "gguf(type=Q4_0)",
 )  # fmt: skip
 HUGE = 1 << 62
 
@@ -43,7 +45,7 @@ class Route:
     decodes: bool = False
     """Whether the launcher is passed by: the weight is decoded once, and PyTorch multiplies."""
     only: str = ""
-    """The one format that has this way."""
+    """What the specs of those that have this way begin with."""
 
 
 ROUTES: Mapping[str, Route] = {
@@ -59,16 +61,26 @@ ROUTES: Mapping[str, Route] = {
             "triton.linear_words": {"MANY": HUGE},
             "triton.linear_plain": {"FEW": HUGE},
             "triton.linear_fp8_activations": {"_MANY": HUGE},
+            "triton.linear_gguf": {"FEW": HUGE},
+            "triton.linear_w4a8_codebook": {"FEW": HUGE},
         }
     ),
+    "triton, blocks decoded": Route(constants={"triton.linear_gguf": {"FEW": 0}}, only="gguf"),
+    "triton, integers decoded": Route(constants={"triton.linear_w4a8_codebook": {"FEW": 0}}, only="w4a8_codebook"),
     "triton, torch._scaled_mm": Route(constants={"triton.linear_fp8_activations": {"_MANY": 0}}, only=FP8_ROW),
     "triton, decoded": Route(decodes=True),
 }
 
 
 def drawn_on(device: torch.device, spec: str, n: int, k: int) -> Drawn:
-    """A `Drawn` whose tensors are on a device."""
-    made = Drawn.make(W4A8_FORMAT if spec == W4A8 else spec, n, k)
+    """A `Drawn` whose tensors are on a device; of a format that can only be read its bytes are drawn, too."""
+    fmt = parse_spec(W4A8_FORMAT if spec == W4A8 else spec)
+    if fmt.encodable:
+        made = Drawn.make(fmt.spec, n, k)
+    else:
+        count = min(n, DRAWN)
+        rows = torch.randint(count, (n,), generator=torch.Generator().manual_seed(0))
+        made = Drawn(fmt, any_parts(fmt, (count, k)), rows, k)
     return Drawn(made.fmt, {name: part.to(device) for name, part in made.base.items()}, made.rows.to(device), k)
 
 
@@ -165,7 +177,7 @@ def _native(drawn: Drawn, l2: int) -> Entry:
 
 def routes(spec: str) -> dict[str, Route]:
     """The ways that a format's linear may go."""
-    return {name: route for name, route in ROUTES.items() if route.only in {"", spec}}
+    return {name: route for name, route in ROUTES.items() if spec.startswith(route.only)}
 
 
 @contextlib.contextmanager

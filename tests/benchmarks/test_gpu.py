@@ -161,7 +161,9 @@ def test_what_would_run_eager_is_not_measured():
 def test_codecs_are_right_and_compared_with_copying():
     """Every encoder and decoder gives what eager gives; a result that differs is a fault."""
     rows = list(gpu.measure_codecs(bench(), (64, 1024), never))
-    assert len(rows) == len(gpu_codecs.OPS) + 2 * sum(map(gpu_linears.known, gpu_codecs.SPECS))
+    assert len(rows) == len(gpu_codecs.OPS) + 2 * sum(map(gpu_linears.known, gpu_codecs.SPECS)) + len(
+        gpu_codecs.DECODED
+    )
     assert not [row for row in rows if "fault" in row]
     assert all(row["of_copy"] == pytest.approx(row["bytes"] / 1e-3 / 1e9) for row in rows)
     codes = torch.arange(4000).view(4, 1000) % 100
@@ -262,6 +264,7 @@ def test_all_sections_and_the_report(tmp_path, monkeypatch):
     )  # fmt: skip
     written = []
     monkeypatch.setattr(gpu_codecs, "SPECS", ("int8",))
+    monkeypatch.setattr(gpu_codecs, "DECODED", ())
     monkeypatch.setattr(gpu_codecs, "OPS", {})
     result = gpu.measure(bench(), given, lambda so_far: (written.append(list(so_far)), gpu._write(target, so_far)))
     assert list(dict.fromkeys(key for keys in written for key in keys))[2:] == [
@@ -341,6 +344,7 @@ def test_the_routes_name_constants_that_exist(name):
     route = gpu_linears.ROUTES[name]
     with gpu_linears.forced(Route("eager", route.constants)):
         pass
+    assert {"triton, blocks decoded"} == set(gpu_linears.routes("gguf(type=Q4_0)")) - set(gpu_linears.routes("int8"))
     assert {"triton, torch._scaled_mm"} == set(gpu_linears.routes(gpu_linears.FP8_ROW)) - set(
         gpu_linears.routes("int8")
     )

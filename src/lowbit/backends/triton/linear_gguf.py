@@ -26,13 +26,14 @@ from lowbit.formats.parts import Parts
 from lowbit.numerics.groups import ceil_div
 
 FEW = 32  # tokens up to which the fused kernel runs; where the two cross on a GPU has not been measured
+_LARGEST = 32  # tokens of a tile
 _STEP = 128  # bytes of codes of a row: every config takes as many at a time, or half of it
 _COLUMNS = 256  # of a row at a time, at most
 
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
     """Those whose tile of tokens holds all of them and little more, and whose weights fit registers."""
-    wanted = max(16, min(arguments["m_bucket"], FEW))
+    wanted = max(16, min(arguments["m_bucket"], _LARGEST))
     most = _COLUMNS * arguments["KIND"].bits // 8
     return [one for one in configs if one.constants["BLOCK_M"] == wanted and one.constants["BYTES"] <= most]
 

@@ -23,12 +23,13 @@ from lowbit.formats.w4a8_codebook import W4A8Codebook
 from lowbit.numerics.groups import row_chunks
 
 FEW = 32  # tokens up to which the fused kernel runs; where the two cross on a GPU has not been measured
+_LARGEST = 32  # tokens of a tile
 ELEMENTS = 1 << 27  # of a decoded piece: 128 MiB
 
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
     """Those whose tile of tokens holds all of them and little more."""
-    wanted = max(16, min(arguments["m_bucket"], FEW))
+    wanted = max(16, min(arguments["m_bucket"], _LARGEST))
     return [one for one in configs if one.constants["BLOCK_M"] == wanted]
 
 

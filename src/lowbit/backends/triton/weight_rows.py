@@ -245,6 +245,8 @@ def describe(fmt: Format, parts: Parts, k: int, layout: str) -> Coded:
 
 def refuses(fmt: Format, parts: Parts, dtype: torch.dtype, layout: str = "") -> str | None:
     """Why the rows of a weight cannot be decoded here to a dtype, or None."""
+    if fmt.name not in FORMATS:
+        return f"{fmt.name} has a decoder of its own, or none"
     if isinstance(fmt, WNA16) and fmt.bits not in {2, 4, 8}:
         return f"codes of {fmt.bits} bits lie across bytes; the decoder takes 2, 4 and 8"
     if isinstance(fmt, WNA16) and fmt.act_order:
