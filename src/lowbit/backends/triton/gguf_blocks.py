@@ -80,7 +80,7 @@ def held(kind: Kind) -> int:
 
 def views(qdata: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
     """The blocks as bytes and, where every block begins at an even address, as int16: what the kernels read."""
-    even = kind.size % 2 == 0 and (qdata.is_meta or qdata.data_ptr() % 2 == 0)
+    even = kind.size % 2 == qdata.storage_offset() % 2 == 0 and (qdata.is_meta or qdata.data_ptr() % 2 == 0)
     return qdata, qdata.view(torch.int16) if even else None
 
 
