@@ -1,8 +1,8 @@
 """all-MiniLM-L6-v2 for the benchmarks: the model, texts as batches of tokens, embeddings and their error.
 
 The error of a quantized model is `embedding_error`: the mean over test sentences of 1 - cosine between its embedding
-and that of the float32 model. Calibration takes the first 256 lines of one file in `texts/`, or 256 of the text that
-comes with lowbit (`BUILTIN`); the test takes all lines of another file.
+and that of the float32 model. Calibration takes the first 256 lines of one file in `texts/`, or the 512 of the text
+that comes with lowbit (`BUILTIN`); the test takes all lines of another file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowbit.integrations.text_batches import VARIED, builtin_text, text_batches
 from lowbit.integrations.text_models import TextModel
 
 TEXTS = Path(__file__).with_name("texts")
-CALIBRATION_SENTENCES = 256
+CALIBRATION_SENTENCES = 256  # of a genre
 BUILTIN = "built-in"  # the text that comes with lowbit, as a genre to calibrate on
 DIRECTIONS = (  # calibrate on the first, test on the second
     ("everyday", "reference"),
@@ -51,17 +51,15 @@ def load_model() -> tuple[nn.Module, object]:
 
 
 def calibration_sentences(genre: str) -> list[str]:
-    """What a calibration on a genre has: the first 256 lines, of the built-in text as many at even distances."""
-    if genre != BUILTIN:
-        return sentences(genre)[:CALIBRATION_SENTENCES]
-    lines = builtin_text().splitlines()
-    return [lines[index * len(lines) // CALIBRATION_SENTENCES] for index in range(CALIBRATION_SENTENCES)]
+    """What a calibration on a genre has: the first 256 lines; of the built-in text all."""
+    return builtin_text().splitlines() if genre == BUILTIN else sentences(genre)[:CALIBRATION_SENTENCES]
 
 
-def lowbit_batches(model: nn.Module, tokenizer, genre: str, vary: float = VARIED) -> list[Batch]:
-    """The batches that `lowbit calibrate` makes of them: with a varied copy of each sentence, unless `vary` is 0."""
-    text_model = TextModel(Path(model_folder()), model, tokenizer, causal=False)
-    return text_batches(text_model, "\n".join(calibration_sentences(genre)), vary=vary)
+def lowbit_batches(model: nn.Module, tokenizer, genre: str, vary: float | None = None) -> list[Batch]:
+    """The batches that `lowbit calibrate` makes of them. `vary`: None for the command's default, 0 without variants."""
+    text_model, lines = TextModel(Path(model_folder()), model, tokenizer, causal=False), calibration_sentences(genre)
+    share = (0.0 if genre == BUILTIN else VARIED) if vary is None else vary
+    return text_batches(text_model, "\n".join(lines), samples=len(lines), vary=share)
 
 
 def calibration_batches(tokenizer, genre: str, size: int = 32) -> list[Batch]:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.minilm_quality [--formats NAME...] [--from GENRE...] [--vary SHARE] [--steps] [--json FILE]
 
-Calibrates all-MiniLM-L6-v2 on 256 sentences of one genre, or of the text that comes with lowbit, as `lowbit calibrate`
-does (each sentence a second time with two fifths of its tokens replaced at random: --vary 0 leaves that out), converts
+Calibrates all-MiniLM-L6-v2 as `lowbit calibrate` does, on 256 sentences of one genre (each a second time with two
+fifths of its tokens replaced at random: --vary 0 leaves that out) or on the text that comes with lowbit, converts
 the 36 linears of its encoder with `make_plan` and `convert`, loads the result and compares its sentence embeddings with
 those of the float32 model on other genres: the mean of 1 - cosine, as a share of what plain rounding to nearest gives.
 What "plain" is: for 8 bits and nvfp4 `rtn` in the same format, for 4-bit integers asymmetric min-max in groups of 64,
@@ -50,7 +50,6 @@ from lowbit.checkpoint.load import load
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
 from lowbit.integrations.minilm_demo import model_folder
-from lowbit.integrations.text_batches import VARIED
 
 RESULT = Path(__file__).parent / "results" / "minilm_quality.json"
 GENRES = ("everyday", "novel", "reference")
@@ -95,7 +94,7 @@ class Row:
 class Bench:
     """The model, the texts and what plain rounding loses on them."""
 
-    def __init__(self, vary: float = VARIED) -> None:
+    def __init__(self, vary: float | None = None) -> None:
         self.vary = vary
         self.model, self.tokenizer = load_model()
         self.tests = {genre: unseen_batches(self.tokenizer, genre) for genre in GENRES}
@@ -169,7 +168,7 @@ def main() -> None:
     arguments.add_argument("--formats", nargs="+", choices=TARGETS, default=list(TARGETS))
     known = (BUILTIN, *GENRES)
     arguments.add_argument("--from", nargs="+", dest="genres", choices=known, default=list(known))
-    arguments.add_argument("--vary", type=float, default=VARIED, help="the share of tokens to replace in the copies")
+    arguments.add_argument("--vary", type=float, help="the share of tokens to replace in the copies")
     arguments.add_argument("--steps", action="store_true", help="every pipeline, not only the one auto takes")
     arguments.add_argument("--json", type=Path, default=RESULT)
     given = arguments.parse_args()

@@ -51,7 +51,7 @@ class _Wishes:
     """What was asked for, apart from what to do it on."""
 
     output: Path
-    samples: int
+    samples: int | None
     max_tokens: int
     batch_size: int
     vary: float | None
@@ -103,7 +103,15 @@ def calibrate(
     imatrix: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Import an importance matrix of llama.cpp.", show_default=False)
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, metavar="N", help="Lines or windows of the text to run.")] = SAMPLES,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help=f"Lines or windows of the text to run. [default: {SAMPLES}; twice as many with the built-in text]",
+            show_default=False,
+        ),
+    ] = None,
     vary: Annotated[
         float | None,
         typer.Option(
@@ -111,7 +119,7 @@ def calibrate(
             max=1.0,
             metavar="SHARE",
             help="Run each a second time with this share of its tokens replaced at random, for statistics that hold "
-            f"for other text. [default: {VARIED:g}; 0 for models that predict the next token]",
+            f"for other text. [default: {VARIED:g}; 0 with the built-in text and where the next token is predicted]",
             show_default=False,
         ),
     ] = None,
@@ -191,11 +199,12 @@ def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin
         if not files:
             stderr().print("note: no --text, so the built-in one; text like what the model will see is better still")
     model = load_text_model(folder, device=wishes.device)
-    vary = wishes.vary if wishes.vary is not None else 0.0 if model.causal else VARIED
+    usual = 0.0 if with_builtin or model.causal else VARIED
+    vary = usual if wishes.vary is None else wishes.vary
     batches = text_batches(
         model,
         texts,
-        samples=wishes.samples,
+        samples=wishes.samples or (2 * SAMPLES if with_builtin else SAMPLES),
         max_tokens=wishes.max_tokens,
         batch_size=wishes.batch_size,
         vary=vary,
