@@ -1,11 +1,12 @@
 """Solve one large layer with full second moments: seconds by step, and the gain on inputs that were not seen.
 
-    python -m benchmarks.solve_layer [--shapes 3072x3072 12288x3072 3072x12288] [--formats SPEC...] [--json FILE]
+    python -m benchmarks.solve_layer [--shapes 3072x3072 12288x3072 3072x12288] [--formats SPEC...] [--peer] [--json FILE]
 
 The weight is Gaussian with heavy tails and some large columns; the input has a power-law spectrum in a basis that mixes
 neighbouring channels, and channels of log-normal size. "gain" is the output error of plain rounding over that of the
 result, in dB, on 2048 fresh rows, by the weight alone. `solve` is what `lowbit convert` runs for a layer, its trial and
-its judging on held-out moments included.
+its judging on held-out moments included. With --peer, the first shape is converted by convert-to-quant's learned
+rounding, too (`ctq` with its defaults, fp8): a process of its own, whose start and file count.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ import json
 import math
 import os
 import resource
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from benchmarks.minilm_model import machine
+from lowbit.checkpoint.load import load
 from lowbit.formats import Format, parse_spec
 from lowbit.solvers import Statistics, parse_pipeline, solve, solver
 from lowbit.solvers.refinement import refine
@@ -66,8 +72,8 @@ def moments(x: Tensor) -> Tensor:
     return x.t() @ x / x.shape[0]
 
 
-def measure(n: int, k: int, formats: list[Format]) -> list[dict[str, object]]:
-    """One shape in all formats."""
+def measure(n: int, k: int, formats: list[Format], *, peer: bool = False) -> list[dict[str, object]]:
+    """One shape in all formats, and by the peer."""
     inputs = Inputs(k)
     first, second, fresh = (inputs.rows(TOKENS) for _ in range(3))
     known = Statistics(
@@ -80,7 +86,8 @@ def measure(n: int, k: int, formats: list[Format]) -> list[dict[str, object]]:
         samples=first[:256].clone(),
     )
     w = weight(n, k)
-    return [one(w, fmt, known, fresh) for fmt in formats]
+    rows = [one(w, fmt, known, fresh) for fmt in formats]
+    return [*rows, convert_to_quant(w, fresh)] if peer else rows
 
 
 def one(w: Tensor, fmt: Format, known: Statistics, fresh: Tensor) -> dict[str, object]:
@@ -114,9 +121,34 @@ def one(w: Tensor, fmt: Format, known: Statistics, fresh: Tensor) -> dict[str, o
     return row
 
 
+def convert_to_quant(w: Tensor, fresh: Tensor) -> dict[str, object]:
+    """convert-to-quant's learned rounding of the same weight, beside rounding to nearest in the same format."""
+    fmt = parse_spec("fp8_e4m3")
+    model = nn.Sequential(nn.Linear(w.shape[1], w.shape[0], bias=False))
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "in.safetensors", Path(folder) / "out.safetensors"
+        save_file({"0.weight": w}, source)
+        command = [str(Path(sys.executable).parent / "ctq"), "-i", str(source), "-o", str(target)]
+        began = time.perf_counter()
+        subprocess.run([*command, "--comfy_quant", "--save-quant-metadata"], check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - began
+        load(model, target)
+    decoded = model[0].weight.dequantize()
+    lost = [output_error(w, fmt, fmt.quantize(w), fresh), mean_square(decoded.float() - w.float(), fresh)]
+    gain = 10 * math.log10(lost[0] / lost[1])
+    print(f"{w.shape[0]}x{w.shape[1]}  fp8_e4m3 by ctq  {seconds:.1f} s   gain {gain:.2f} dB", flush=True)
+    return {
+        "shape": list(w.shape), "format": fmt.spec, "solver": "ctq", "seconds": {"solve": seconds}, "gain": gain,
+    }  # fmt: skip
+
+
 def output_error(w: Tensor, fmt: Format, parts: dict[str, Tensor], x: Tensor) -> float:
     """The mean squared error of x W^T."""
-    error = fmt.dequantize(parts, (w.shape[0], w.shape[1]), torch.float32) - w.float()
+    return mean_square(fmt.dequantize(parts, (w.shape[0], w.shape[1]), torch.float32) - w.float(), x)
+
+
+def mean_square(error: Tensor, x: Tensor) -> float:
+    """The mean square of x E^T."""
     return float((x @ error.t()).square().mean())
 
 
@@ -125,14 +157,21 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--shapes", nargs="+", default=list(SHAPES))
     arguments.add_argument("--formats", nargs="+", default=list(FORMATS))
+    arguments.add_argument("--peer", action="store_true", help="convert-to-quant on the first shape (minutes)")
     arguments.add_argument("--json", type=Path, default=RESULT)
     given = arguments.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     rows = []
     for shape in given.shapes:
         n, _, k = shape.partition("x")
-        rows += measure(int(n), int(k), [parse_spec(spec) for spec in given.formats])
-    result = {"machine": machine(), "load": os.getloadavg()[0], "tokens": TOKENS, "rows": rows}
+        formats = [parse_spec(spec) for spec in given.formats]
+        rows += measure(int(n), int(k), formats, peer=given.peer and shape == given.shapes[0])
+    result = {
+        "machine": machine(*["convert-to-quant"] * given.peer),
+        "load": os.getloadavg()[0],
+        "tokens": TOKENS,
+        "rows": rows,
+    }
     given.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
