@@ -1,0 +1,232 @@
+"""Scales folded while a checkpoint is converted: less is lost, nothing else changes, and the output tells it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowbit.checkpoint.compare import compare
+from lowbit.checkpoint.convert import convert
+from lowbit.checkpoint.fold_plan import plan_folds
+from lowbit.checkpoint.folding import folded
+from lowbit.checkpoint.load import load
+from lowbit.checkpoint.plan import Plan, make_plan
+from lowbit.checkpoint.rescaling import Rescaling
+from lowbit.checkpoint.source import open_source
+from lowbit.checkpoint.verify import verify
+from lowbit.errors import PlanError, WeightError
+from tests.support import gaussian
+from tests.support.tiny_decoders import decoder, distance, logits, seen, written
+
+pytest.importorskip("transformers")
+SPEC = "awq_w4a16(group_size=32)"
+BLOCK = "model.layers.0."
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A folder with a model of one block, in bfloat16; the model; and what is known of its layers."""
+    model = decoder("llama", layers=1).bfloat16().float()
+    folder = written(model.bfloat16(), tmp_path_factory.mktemp("llama") / "model")
+    model = model.float()
+    return folder, model, seen(model)
+
+
+def planned(source, known, spec=SPEC, **options):
+    """A plan for the linears, with scales to fold."""
+    chosen = {"preset": "none", "only": ["_proj$"], **options}
+    return plan_folds(source, make_plan(source, spec, statistics=known, **chosen), known)
+
+
+def with_folds(plan, change):
+    """The plan with other folds."""
+    parts = [dataclasses.replace(part, folds=tuple(map(change, part.folds))) for part in plan.components]
+    return dataclasses.replace(plan, components=tuple(parts))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma", "phi3"])
+def test_the_logits_of_the_converted_model_are_closer(tmp_path, model_type):
+    """In 4 bits with searched scales the loaded model is nearer to the original with scales folded in than without."""
+    model = decoder(model_type, layers=1).bfloat16().float()
+    wanted, known = logits(model), seen(model)
+    folder, far = written(model.bfloat16(), tmp_path / "model"), {}
+    for name in ("plain", "folded"):
+        with open_source(folder) as source:
+            plan = planned(source, known, solver="scale_search")
+            plan = plan if name == "folded" else with_folds(plan, lambda fold: dataclasses.replace(fold, exponent=0.0))
+            report = convert(source, tmp_path / name, plan, statistics=known)
+        loaded = decoder(model_type, layers=1)
+        load(loaded, tmp_path / name, strict=False)
+        far[name] = distance(logits(loaded), wanted)
+
+    assert len(report.folds) == 4
+    assert sum(fold.active for _, fold in report.folds) >= 3
+    assert far["folded"] < 0.95 * far["plain"]
+
+
+def test_the_output_is_verified_with_its_scales(llama, tmp_path):
+    """`verify` and `compare` find the scales again, of norms and of rows: every layer as near as the report says."""
+    folder, _, known = llama
+    with open_source(folder) as source:
+        report = convert(source, tmp_path / "out", planned(source, known, keep=["k_proj"]), statistics=known)
+        with open_source(tmp_path / "out") as output:
+            result = verify(source, output)
+            beside = compare(source, [output, output], statistics=known, rtn=False).candidates
+
+    assert not result.problems
+    found = {layer.name: layer.accuracy.sqnr for layer in result.layers}
+    assert {name: pytest.approx(sqnr) for name, sqnr in found.items()} == {
+        layer.name: layer.accuracy.sqnr for layer in report.layers
+    }
+    assert len(found) == 6
+    kept, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert not torch.equal(kept[f"{BLOCK}self_attn.k_proj.weight"], before[f"{BLOCK}self_attn.k_proj.weight"])
+    for one in beside:
+        assert not one.changed
+        assert {layer.name for layer in one.layers if layer.status == "changed"} == set()
+        quantized = [layer for layer in one.layers if layer.status == "quantized"]
+        assert min(layer.output_sqnr for layer in quantized) > 15
+
+
+def test_other_scales_do_not_verify(llama, tmp_path):
+    """Without the header that names the groups, the same output is not what it was made from."""
+    folder, _, known = llama
+    with open_source(folder) as source:
+        report = convert(source, tmp_path / "out", planned(source, known), statistics=known)
+        with open_source(tmp_path / "out") as output:
+            for file in output.files.values():
+                file.metadata.pop("lowbit_folded_scales")
+            result = verify(source, output)
+
+    assert len(result.problems) == 2
+    assert min(layer.accuracy.sqnr for layer in result.layers) < min(layer.accuracy.sqnr for layer in report.layers) - 3
+
+
+def test_layers_without_a_gain_are_left_alone(llama, tmp_path):
+    """Where the samples held out lose more with the scale than without, nothing is folded, and the reason is told."""
+    folder, _, known = llama
+    names = [f"{BLOCK}self_attn.{x}_proj" for x in "qkv"]
+    even = {name: dataclasses.replace(known[name], held_out=torch.eye(64) / known[name].diagonal) for name in names}
+    with open_source(folder) as source:
+        from_file = make_plan(source, SPEC, preset="none", only=["_proj$"], statistics=known)
+        broken = _Known(known, even)
+        fold, *others = plan_folds(source, from_file, broken).components[0].folds
+
+    assert fold.before == f"{BLOCK}input_layernorm"
+    assert not fold.active
+    assert fold.error_after > fold.error_before
+    assert fold.why == "no scale lowers the error of its outputs on samples held out"
+    assert others[1].active
+
+
+class _Known:
+    """Statistics, some of them replaced."""
+
+    def __init__(self, known, other):
+        self.known, self.other = known, other
+        self.kind, self.smallest, self.fingerprint = known.kind, known.smallest, known.fingerprint
+
+    def get(self, layer):
+        """Those of a layer."""
+        return self.other.get(layer) or self.known.get(layer)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"spec": "awq_w4a16(group_size=32,pre_quant_scale=true)"}, "stores scales of its own"),
+        ({"spec": "svdquant_w4a4(rank=4)"}, "stores scales of its own"),
+        ({"only": ["down_proj"]}, "none of its linears is quantized"),
+    ],
+)
+def test_groups_that_cannot_gain_say_why(llama, options, why):
+    """Formats with their own scales and groups that stay as they are take no scale; plan and notes say why."""
+    folder, _, known = llama
+    with open_source(folder) as source:
+        plan = planned(source, known, **options)
+    folds = [fold for fold in plan.components[0].folds if "norm" in fold.before]
+
+    assert len(folds) == 2
+    for fold in folds:
+        assert not fold.active
+        assert why in fold.why
+    assert any("left alone" in note and why in note for note in plan.notes)
+
+
+def test_fewer_key_value_heads_leave_the_output_projection_alone(tmp_path):
+    """With grouped queries the values are no channels of their own for o_proj, so that pair takes no scale."""
+    model = decoder("llama", layers=1, num_key_value_heads=2)
+    known = seen(model)
+    with open_source(written(model, tmp_path / "model")) as source:
+        folds = {fold.before.removeprefix(BLOCK): fold for fold in planned(source, known).components[0].folds}
+
+    assert folds["input_layernorm"].active
+    assert not folds["self_attn.v_proj"].active
+    assert "[32, 64] does not give the 64 channels of self_attn.o_proj" in folds["self_attn.v_proj"].why
+
+
+def test_a_plan_holds_its_folds(llama, tmp_path):
+    """Written, read and run again a plan gives the same bytes; a fold that would change the model is refused."""
+    folder, _, known = llama
+    with open_source(folder) as source:
+        plan = planned(source, known)
+        plan.save(tmp_path / "plan.json")
+        again = Plan.load(tmp_path / "plan.json")
+        assert again == plan
+        for name, each in {"one": plan, "two": again}.items():
+            convert(source, tmp_path / name, each, statistics=known)
+        files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+        assert files[0] == files[1]
+        with pytest.raises(PlanError, match="nothing is known"):
+            folded(source, with_folds(plan, lambda fold: fold), None)
+
+    data = json.loads((tmp_path / "plan.json").read_text())
+    for change, complaint in [
+        ({"before": f"{BLOCK}mlp.gate_projection"}, "not there"),
+        ({"linears": [f"{BLOCK}mlp.down_proj"]}, "does not give the 128 channels"),
+        ({"kind": "bias"}, "'kind' of weight"),
+        ({"exponent": 2}, "from 0 to 1"),
+        ({"before": f"{BLOCK}post_attention_layernorm"}, "takes a scale twice"),
+    ]:
+        entries = json.loads(json.dumps(data))
+        entries["components"][""]["folds"][0].update(change)
+        with pytest.raises(PlanError, match=complaint):
+            Plan.from_json(entries)
+
+
+def test_the_source_is_left_as_it_is(llama):
+    """Views with different scales of one open source give different weights, and the source its own."""
+    folder, _, known = llama
+    with open_source(folder) as source:
+        plan = planned(source, known)
+        other = with_folds(plan, lambda fold: dataclasses.replace(fold, exponent=0.5 * fold.exponent))
+        views = [folded(source, each, known)[0] for each in (plan, other)]
+        key = f"{BLOCK}self_attn.q_proj.weight"
+        assert not torch.equal(*(view.read("", key) for view in views))
+        assert torch.equal(source.read("", key), load_file(folder / "model.safetensors")[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_read_apart_are_those_of_the_whole(dtype):
+    """A tensor read in pieces is scaled as one read at once: columns, the last rows, and norms of 1 + weight."""
+    w, columns, rows = gaussian(10, 6).to(dtype), gaussian(1, 6)[0].abs() + 0.5, gaussian(1, 4)[0].abs() + 0.5
+    change = Rescaling(columns=columns, rows=rows, first_row=6)
+    whole = change.apply(w.clone(), 0, "w")
+    apart = torch.cat([change.apply(w[a:b].clone(), a, "w") for a, b in ((0, 3), (3, 8), (8, 10))])
+    expected = w.float() / columns
+    expected[6:] *= rows.unsqueeze(1)
+    norm = Rescaling(rows=rows, offset=1.0).apply(w[0, :4].clone(), 0, "norm")
+
+    assert torch.equal(whole, apart)
+    assert torch.equal(whole, expected.to(dtype))
+    assert torch.equal(norm, ((w[0, :4].float() + 1) * rows - 1).to(dtype))
+
+
+def test_what_a_dtype_cannot_hold_is_refused():
+    """A product beyond float16 is an error that names the tensor, and no infinity gets into a file."""
+    with pytest.raises(WeightError, match=r"tensor 'a': is too large for torch.float16"):
+        Rescaling(columns=torch.full((4,), 1e-3)).apply(torch.full((2, 4), 100.0).half(), 0, "tensor 'a'")
