@@ -1,6 +1,6 @@
 """Solve one large layer with full second moments: seconds by step, and the gain on inputs that were not seen.
 
-    python -m benchmarks.solve_layer [--shapes 3072x3072 12288x3072 3072x12288] [--formats SPEC...] [--peer] [--json FILE]
+    python -m benchmarks.solve_layer [--shapes 3072x3072 12288x3072 3072x12288] [--formats SPEC...] [--peer]
 
 The weight is Gaussian with heavy tails and some large columns; the input has a power-law spectrum in a basis that mixes
 neighbouring channels, and channels of log-normal size. "gain" is the output error of plain rounding over that of the
@@ -130,7 +130,7 @@ def convert_to_quant(w: Tensor, fresh: Tensor) -> dict[str, object]:
         save_file({"0.weight": w}, source)
         command = [str(Path(sys.executable).parent / "ctq"), "-i", str(source), "-o", str(target)]
         began = time.perf_counter()
-        subprocess.run([*command, "--comfy_quant", "--save-quant-metadata"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, "--comfy_quant", "--save-quant-metadata"], check=True, capture_output=True)
         seconds = time.perf_counter() - began
         load(model, target)
     decoded = model[0].weight.dequantize()
