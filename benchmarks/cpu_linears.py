@@ -36,6 +36,11 @@ SPECS = (
     "int8(rotation=256)",
     W4A8,
     "svdquant_w4a4",
+    "w4a8_codebook",
+    "gguf(type=Q4_0)",
+    "gguf(type=Q4_K)",
+    "gguf(type=Q6_K)",
+    "gguf(type=Q8_0)",
 )
 MORE = ("svdquant_w4a4(act_unsigned=True)", "fp8_e5m2", "int8(granularity=tensor)", "mxfp4", "wna16(group_size=64)")
 DRAWN = 512  # quantized rows
@@ -86,7 +91,8 @@ class Drawn:
         w = torch.randn(count, k, generator=generator).mul_(k**-0.5).bfloat16()
         identity = torch.arange(n)
         rows = identity if count == n else torch.randint(count, (n,), generator=generator)
-        return cls(fmt, QuantizedTensor.quantize(w, fmt).parts, rows, k)
+        base = QuantizedTensor.quantize(w, fmt).parts if fmt.encodable else any_blocks(fmt, count, k, generator)
+        return cls(fmt, base, rows, k)
 
     @cached_property
     def weight(self) -> QuantizedTensor:
@@ -114,6 +120,12 @@ class Drawn:
         """The product of `int4_plain_mm` in float32, with its input rounded to int8."""
         group, operands = group_of(self.fmt), coalesced_int4.operands(coalesced_int4.pack(self.fmt, self.base))
         return w4a8_linear(x.float(), *operands, group, None)[:, self.rows].double()
+
+
+def any_blocks(fmt: Format, n: int, k: int, generator: torch.Generator) -> Parts:
+    """Blocks of any content, for what can only be read; bit 6 of every byte is zero, so that all steps are finite."""
+    codes = torch.randint(0, 256, fmt.part_shapes(n, k)["qdata"], generator=generator, dtype=torch.uint8)
+    return {"qdata": codes & 0xBF}
 
 
 def group_of(fmt: Format) -> int:

@@ -11,6 +11,7 @@ from lowbit.formats import parse_spec
 from lowbit.numerics.rotations import rotate_groups
 from lowbit.tensor import QuantizedTensor
 from tests.support.cpu_linear import DTYPES
+from tests.support.cpu_rows import decoded, same_bits
 
 coded_rows = pytest.importorskip("lowbit.backends.cpu.coded_rows", reason="no compiled kernels", exc_type=ImportError)
 
@@ -54,19 +55,6 @@ def table(spec: str, n: int, k: int, dtype: torch.dtype = torch.float32) -> Quan
     return QuantizedTensor.from_parts(parts, fmt, (n, k), dtype)
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bit by bit, signs of zeros and NaN included, but for the bits that a NaN may carry."""
-    bits = {4: torch.int32, 2: torch.int16}[a.element_size()]
-    there = ~a.isnan()
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.view(bits)[there], b.view(bits)[there])
-
-
-def decoded(weight: QuantizedTensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
-    """The weight by the kernels of one backend."""
-    with use_backend(backend), torch.inference_mode():
-        return weight.dequantize(dtype)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_value_is_the_one_of_the_reference(spec, dtype):
@@ -74,12 +62,12 @@ def test_every_value_is_the_one_of_the_reference(spec, dtype):
     plain_k, packed_k = SPECS[spec]
     for n in (1, 16, 35):
         weight = table(spec, n, plain_k, dtype)
-        assert same(decoded(weight, dtype, "cpu"), decoded(weight, dtype, "eager"))
+        assert same_bits(decoded(weight, dtype, "cpu"), decoded(weight, dtype, "eager"))
         weight = table(spec, n, packed_k, dtype)
-        assert same(decoded(weight.in_layout("rows16"), dtype, "cpu"), decoded(weight, dtype, "eager"))
+        assert same_bits(decoded(weight.in_layout("rows16"), dtype, "cpu"), decoded(weight, dtype, "eager"))
     wide = table(spec, 70, 2 * packed_k, torch.bfloat16)
-    assert same(decoded(wide, dtype, "cpu"), decoded(wide, dtype, "eager"))
-    assert same(decoded(wide.in_layout("rows16"), dtype, "cpu"), decoded(wide, dtype, "eager"))
+    assert same_bits(decoded(wide, dtype, "cpu"), decoded(wide, dtype, "eager"))
+    assert same_bits(decoded(wide.in_layout("rows16"), dtype, "cpu"), decoded(wide, dtype, "eager"))
 
 
 @pytest.mark.parametrize("spec", ["fp8_e4m3", "fp8_e5m2", "int8", "mxfp8", "wna16(bits=8,group_size=32)"])
@@ -91,7 +79,7 @@ def test_every_code_of_a_byte(spec):
         {**parts, "qdata": codes.view(parts["qdata"].dtype)}, spec, (8, 32), torch.float32
     )
     for one in (weight, weight.in_layout("rows16")):
-        assert same(decoded(one, torch.float32, "cpu"), decoded(weight, torch.float32, "eager"))
+        assert same_bits(decoded(one, torch.float32, "cpu"), decoded(weight, torch.float32, "eager"))
 
 
 @pytest.mark.parametrize("spec", ["nvfp4", "mxfp4"])
@@ -102,7 +90,7 @@ def test_every_scale_of_a_byte(spec):
     every = torch.arange(256).to(torch.uint8).view(256, 1).view(parts["scale"].dtype)
     weight = QuantizedTensor.from_parts({**parts, "scale": every}, spec, (256, group), torch.float32)
     for one in (weight, weight.in_layout("rows16")):
-        assert same(decoded(one, torch.float32, "cpu"), decoded(weight, torch.float32, "eager"))
+        assert same_bits(decoded(one, torch.float32, "cpu"), decoded(weight, torch.float32, "eager"))
 
 
 @pytest.mark.parametrize("rotation", [16, 64, 256, 1024])
@@ -123,10 +111,10 @@ def test_views_of_parts(spec):
     """Parts with gaps, such as those of a slice of rows, decode to the slice of what the whole decodes to."""
     weight = table(spec, 40, 64)
     whole = decoded(weight, torch.float32, "cpu")
-    assert same(decoded(weight[9:30], torch.float32, "cpu"), whole[9:30])
+    assert same_bits(decoded(weight[9:30], torch.float32, "cpu"), whole[9:30])
     spread = {name: torch.stack([part, part], -1)[..., 0] for name, part in weight.parts.items()}
     gaps = QuantizedTensor.from_parts(spread, spec, (40, 64), torch.float32)
-    assert same(decoded(gaps, torch.float32, "cpu"), whole)
+    assert same_bits(decoded(gaps, torch.float32, "cpu"), whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -141,12 +129,12 @@ def test_rows_by_index(spec, dtype):
         with use_backend("cpu"), torch.inference_mode():
             for found in (F.embedding(indices, one), F.embedding(indices.int(), one)):
                 assert found.dtype == dtype
-                assert same(found, wanted[indices])
-            assert same(F.embedding(indices.t(), one), wanted[indices.t()])
-            assert same(F.embedding(torch.tensor(5), one), wanted[5])
+                assert same_bits(found, wanted[indices])
+            assert same_bits(F.embedding(indices.t(), one), wanted[indices.t()])
+            assert same_bits(F.embedding(torch.tensor(5), one), wanted[5])
             assert F.embedding(torch.zeros(0, 3, dtype=torch.int64), one).shape == (0, 3, columns)
             many = torch.randint(0, n, (1000,), generator=torch.Generator().manual_seed(0))
-            assert same(F.embedding(many, one), wanted[many])
+            assert same_bits(F.embedding(many, one), wanted[many])
 
 
 @pytest.mark.parametrize("layout", ["", "rows16"])
@@ -169,7 +157,7 @@ def test_threads_change_nothing():
         torch.set_num_threads(1)
         alone = decoded(weight, torch.bfloat16, "cpu")
         torch.set_num_threads(3)
-        assert same(decoded(weight, torch.bfloat16, "cpu"), alone)
+        assert same_bits(decoded(weight, torch.bfloat16, "cpu"), alone)
     finally:
         torch.set_num_threads(before)
 

@@ -1,7 +1,8 @@
 // linear for gguf: blocks as they lie in the file, 16 rows at a time (native/gguf_blocks.h).
 //
-// Few tokens of 16 bits: activations become int16 with a scale a block of columns, as for other 4-bit weights
-// (int4_gemm.h), and codes are multiplied with them as integers, whole columns of pairs. All else: panels of float32.
+// Activations of 16 bits become int16 with a scale a block of columns, as for other 4-bit weights (int4_gemm.h), and
+// codes are multiplied with them as integers, in pairs of columns: measured on AVX2, that is faster than panels of
+// float32 for one token as for 256. Those of 32 bits stay what they are.
 #include "native/bind.h"
 #include "native/gguf_blocks.h"
 #include "native/int4_gemm.h"
@@ -31,111 +32,125 @@ struct GgufWeight {
 
 using Tokens = IntegerTokens<2, 4>;
 
-// Steps and what is added to a unit's sum for each of 16 rows.
+// One block of 16 rows as the integers that tokens are multiplied with, made once for all of them.
 template <class T>
-struct Units {
-  static constexpr int kCount = T::kColumns / T::kUnit;
-  static constexpr bool kAdds = T::kZero || T::kOffset;
-  alignas(64) float steps[kCount * kBlockRows];
-  alignas(64) float added[kAdds ? kCount * kBlockRows : 1];
+struct Integers {
+  static constexpr int kUnits = T::kColumns / T::kUnit, kQuads = T::kColumns / 4;
+  static constexpr bool kAdds = T::kZero || T::kOffset != 0;
+  alignas(64) int32_t pairs[kQuads * 2 * kBlockRows];  // of columns 4 q and 4 q + 2, then 4 q + 1 and 4 q + 3
+  alignas(64) float steps[kUnits * kBlockRows];
+  alignas(64) float added[kAdds ? kUnits * kBlockRows : kBlockRows];  // to a unit's sum, times that of its activations
 
-  explicit Units(const gguf::Words<T>& words) {
+  explicit Integers(const gguf::Words<T>& words) {
     for (int v = 0; v < kBlockVectors; ++v) {
-      F32 step[kCount], zero[kCount];
+      F32 step[kUnits], zero[kUnits];
       T::steps(words, v, step, zero);
-      for (int u = 0; u < kCount; ++u) {
+      for (int u = 0; u < kUnits; ++u) {
         store_f32(steps + u * kBlockRows + v * kLanes, step[u]);
         if constexpr (T::kZero) store_f32(added + u * kBlockRows + v * kLanes, zero[u]);
         if constexpr (T::kOffset != 0)
           store_f32(added + u * kBlockRows + v * kLanes, mul(step[u], set1_f32(-T::kOffset)));
       }
     }
+    for (int v = 0; v < kBlockVectors; ++v)
+      for (int span = 0; span < T::kColumns / T::kSpan; ++span)
+        for_each_place<T::kSpan / 4>([&](auto place) {
+          constexpr int q = decltype(place)::value;
+          const Bytes codes = T::template codes<q>(words, span, v);
+          int32_t* to = pairs + (span * (T::kSpan / 4) + q) * 2 * kBlockRows + v * kLanes;
+          store_i32(to, T::kSigned ? even_bytes(codes) : bit_and(as_i32(codes), set1_i32(0x00ff00ff)));
+          store_i32(to + kBlockRows, odd_bytes(codes));
+        });
   }
 };
 
-// sums[t][row] += the products of one block, which begins at `column`, with tokens [token, token + kTokens).
-template <class T, int kTokens>
-inline void multiply_block(const gguf::Words<T>& words, const Units<T>& units, const Tokens& x, int64_t token,
-                           int64_t column, float* sums) {
-  constexpr int kQuads = T::kUnit / 4;
-  const int8_t* rows[kTokens];
-  for (int t = 0; t < kTokens; ++t) rows[t] = x.row(token + t) + column / 4 * Tokens::kWordBytes;
-  const int64_t first = token * x.groups + column / T::kUnit;
+// sums[t][row] += the products of the units of a block with kTokens tokens: x is where their integers of the block's
+// first column lie, d and x_sums have a value a unit.
+template <int kUnit, bool kAdds, int kTokens>
+__attribute__((noinline)) void multiply_units(int units, const int32_t* pairs, const float* steps, const float* added,
+                                              const int8_t* const (&x)[kTokens], const float* d, const float* x_sums,
+                                              int64_t groups, float* sums) {
   F32 acc[kTokens][kBlockVectors];
   for (int t = 0; t < kTokens; ++t)
     for (int v = 0; v < kBlockVectors; ++v) acc[t][v] = load_f32(sums + t * kBlockRows + v * kLanes);
-  for (int span = 0; span < T::kColumns / T::kSpan; ++span)
-    for_each_place<T::kSpan / T::kUnit>([&](auto part) {
-      constexpr int u = decltype(part)::value;
-      const int unit = span * (T::kSpan / T::kUnit) + u;
-      I32 dots[kTokens][kBlockVectors];
-      for (auto& row : dots)
-        for (auto& dot : row) dot = zero_i32();
-      for_each_place<kQuads>([&](auto place) {
-        constexpr int q = decltype(place)::value;
-        I32 even[kBlockVectors], odd[kBlockVectors];
-        for (int v = 0; v < kBlockVectors; ++v) {
-          const Bytes codes = T::template codes<u * kQuads + q>(words, span, v);
-          even[v] = T::kSigned ? even_bytes(codes) : bit_and(as_i32(codes), set1_i32(0x00ff00ff));
-          odd[v] = odd_bytes(codes);
-        }
-        for (int t = 0; t < kTokens; ++t) {
-          int32_t pairs[2];
-          std::memcpy(pairs, rows[t] + (unit * kQuads + q) * Tokens::kWordBytes, sizeof(pairs));
-          for (int v = 0; v < kBlockVectors; ++v) {
-            dots[t][v] = dot2(dots[t][v], even[v], set1_i32(pairs[0]));
-            dots[t][v] = dot2(dots[t][v], odd[v], set1_i32(pairs[1]));
-          }
-        }
-      });
-      for (int v = 0; v < kBlockVectors; ++v) {
-        const F32 step = load_f32(units.steps + unit * kBlockRows + v * kLanes);
-        for (int t = 0; t < kTokens; ++t) {
-          const int64_t at = first + t * x.groups + unit;
-          acc[t][v] = fma(to_f32(dots[t][v]), mul(step, set1_f32(x.d[at])), acc[t][v]);
-          if constexpr (Units<T>::kAdds)
-            acc[t][v] = fma(load_f32(units.added + unit * kBlockRows + v * kLanes), set1_f32(x.sums[at]), acc[t][v]);
-        }
+  for (int unit = 0; unit < units; ++unit) {
+    I32 dots[kTokens][kBlockVectors];
+    for (auto& row : dots)
+      for (auto& dot : row) dot = zero_i32();
+    for_each_place<kUnit / 2>([&](auto place) __attribute__((always_inline)) {
+      const int pair = unit * (kUnit / 2) + decltype(place)::value;
+      I32 w[kBlockVectors];
+      for (int v = 0; v < kBlockVectors; ++v) w[v] = load_i32(pairs + pair * kBlockRows + v * kLanes);
+      for (int t = 0; t < kTokens; ++t) {
+        int32_t two;
+        std::memcpy(&two, x[t] + pair * 4, 4);
+        for (int v = 0; v < kBlockVectors; ++v) dots[t][v] = dot2(dots[t][v], w[v], set1_i32(two));
       }
     });
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const F32 step = load_f32(steps + unit * kBlockRows + v * kLanes);
+      for (int t = 0; t < kTokens; ++t) {
+        acc[t][v] = fma(to_f32(dots[t][v]), mul(step, set1_f32(d[t * groups + unit])), acc[t][v]);
+        if constexpr (kAdds)
+          acc[t][v] =
+              fma(load_f32(added + unit * kBlockRows + v * kLanes), set1_f32(x_sums[t * groups + unit]), acc[t][v]);
+      }
+    }
+  }
   for (int t = 0; t < kTokens; ++t)
     for (int v = 0; v < kBlockVectors; ++v) store_f32(sums + t * kBlockRows + v * kLanes, acc[t][v]);
 }
 
+// The same with tokens [token, token + tokens), of a block that begins at `column`.
 template <class T, int kMost>
-inline void multiply_block_of(int tokens, const gguf::Words<T>& words, const Units<T>& units, const Tokens& x,
-                              int64_t token, int64_t column, float* sums) {
+inline void multiply_block(int tokens, const Integers<T>& block, const Tokens& x, int64_t token, int64_t column,
+                           float* sums) {
   if constexpr (kMost > 0) {
-    if (tokens == kMost) return multiply_block<T, kMost>(words, units, x, token, column, sums);
-    multiply_block_of<T, kMost - 1>(tokens, words, units, x, token, column, sums);
+    if (tokens < kMost) return multiply_block<T, kMost - 1>(tokens, block, x, token, column, sums);
+    const int8_t* rows[kMost];
+    for (int t = 0; t < kMost; ++t) rows[t] = x.row(token + t) + column / 4 * Tokens::kWordBytes;
+    const int64_t first = token * x.groups + column / T::kUnit;
+    multiply_units<T::kUnit, Integers<T>::kAdds, kMost>(Integers<T>::kUnits, block.pairs, block.steps, block.added,
+                                                        rows, x.d + first, x.sums + first, x.groups, sums);
   }
 }
 
 template <class T>
 void multiply_integers(const GgufWeight<T>& w, const Tokens& x, int64_t m, const Output& out, int threads) {
   constexpr int kMost = kInt4Tokens<2>;
-  const int64_t tiles = (m + kMost - 1) / kMost;  // of nearly equal size: 5 tokens are 3 + 2, not 4 + 1
-  parallel_for((w.n + kBlockRows - 1) / kBlockRows, threads, [&](int64_t block) {
+  // Blocks whose words are interleaved before the first is read: what was just stored in halves cannot be loaded whole.
+  constexpr int kTogether = std::max(1, 128 / T::kColumns);
+  const int64_t blocks = (w.n + kBlockRows - 1) / kBlockRows, chunks = (m + kInt4ChunkTokens - 1) / kInt4ChunkTokens;
+  parallel_for(blocks * chunks, threads, [&](int64_t task) {
+    const int64_t block = task % blocks, first_token = m * (task / blocks) / chunks;
+    const int64_t tokens = m * (task / blocks + 1) / chunks - first_token;
+    const int64_t tiles = (tokens + kMost - 1) / kMost;  // of nearly equal size: 5 tokens are 3 + 2, not 4 + 1
     const gguf::Rows rows(w.codes, w.stride, block * kBlockRows, w.n);
-    Room sums_room(m * kBlockRows);
+    Room sums_room(tokens * kBlockRows);
     float* sums = sums_room.data();
-    std::fill_n(sums, m * kBlockRows, 0.0f);
-    gguf::Words<T> words;
-    for (int64_t column = 0, at = 0; column < w.k; column += T::kColumns, at += T::kSize) {
-      for (const uint8_t* row : rows.at) __builtin_prefetch(row + at + kAheadOfRow);
-      words.gather(rows.at, at);
-      const Units<T> units(words);
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t token = m * tile / tiles, end = m * (tile + 1) / tiles;
-        multiply_block_of<T, kMost>(static_cast<int>(end - token), words, units, x, token, column,
-                                    sums + token * kBlockRows);
+    std::fill_n(sums, tokens * kBlockRows, 0.0f);
+    for (int64_t first = 0; first < w.k; first += kTogether * T::kColumns) {
+      const int64_t begin = first / T::kColumns * T::kSize;
+      const int count = static_cast<int>(std::min<int64_t>(kTogether, (w.k - first) / T::kColumns));
+      for (const uint8_t* row : rows.at)
+        for (int line = 0; line < kTogether * T::kSize; line += 64)
+          __builtin_prefetch(row + begin + kAheadOfRow + line);
+      gguf::Words<T> words[kTogether];
+      for (int i = 0; i < count; ++i) words[i].gather(rows.at, begin + i * T::kSize);
+      for (int i = 0; i < count; ++i) {
+        const Integers<T> integers(words[i]);
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t token = tokens * tile / tiles, end = tokens * (tile + 1) / tiles;
+          multiply_block<T, kMost>(static_cast<int>(end - token), integers, x, first_token + token,
+                                   first + i * T::kColumns, sums + token * kBlockRows);
+        }
       }
     }
-    for (int64_t t = 0; t < m; ++t) {
+    for (int64_t t = 0; t < tokens; ++t) {
       F32 row[kBlockVectors];
       for (int v = 0; v < kBlockVectors; ++v)
         row[v] = mul(load_f32(sums + t * kBlockRows + v * kLanes), set1_f32(w.factor));
-      store_block(row, block, w.n, out.bias, out.bias_dtype, out.data, t, out.dtype);
+      store_block(row, block, w.n, out.bias, out.bias_dtype, out.data, first_token + t, out.dtype);
     }
   });
 }
@@ -146,6 +161,7 @@ void multiply_integers(const GgufWeight<T>& w, const Tokens& x, int64_t m, const
 void linear_gguf(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k, int type, Ptr<const uint8_t> codes,
                  int64_t stride, Ptr<const float> global, int64_t integer_block, Ptr<const void> bias, int bias_dtype,
                  Ptr<void> out, int threads) {
+  if (!m) return;
   const Output to{out, x_dtype, bias, bias_dtype};
   gguf::with_type(type, [&](auto kind) {
     using T = decltype(kind);

@@ -13,9 +13,6 @@ from lowbit.dispatch import kernel
 from lowbit.formats.gguf_block import GgufBlock
 from lowbit.formats.parts import Parts
 
-# Up to how many tokens of 16 bits integers are faster than panels: measured on AVX2, not on other sets.
-_FEW_INT16 = 16
-
 
 def refuses(fmt: GgufBlock, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why this call cannot run here, or None."""
@@ -28,17 +25,16 @@ def refuses(fmt: GgufBlock, x: Tensor, parts: Parts, bias: Tensor | None) -> str
 def linear_gguf(fmt: GgufBlock, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     """x [..., K], bias [N] or None -> [..., N] in the dtype of x.
 
-    A few tokens of 16 bits become integers of 16 bits with a scale for up to 128 columns, which is more exact than
+    Activations of 16 bits become integers of 16 bits with a scale for up to 128 columns, which is more exact than
     they are themselves; sums are float32.
     """
     rows, blocks = rows_of(x), Blocks.of(fmt, parts)
     out = output_of(x, blocks.n)
     m, k = rows.shape
     added = None if bias is None else bias.contiguous()
-    integers = x.dtype != torch.float32 and m <= _FEW_INT16
+    shared = 0 if x.dtype == torch.float32 else integer_block(k)
     native.module().linear_gguf(
         rows.data_ptr(), dtype_code(x), m, blocks.n, k, blocks.type, blocks.codes.data_ptr(), blocks.codes.stride(0),
-        address(blocks.global_scale), integer_block(k) if integers else 0, address(added), dtype_code(added),
-        out.data_ptr(), native.threads(),
+        address(blocks.global_scale), shared, address(added), dtype_code(added), out.data_ptr(), native.threads(),
     )  # fmt: skip
     return out

@@ -1,0 +1,70 @@
+"""What the kernels for w4a8_codebook are told of a weight: where its codes, scales and levels lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.backends.cpu import native
+from lowbit.backends.cpu.operands import DTYPES, address, dtype_code
+from lowbit.formats.parts import Parts
+from lowbit.formats.w4a8_codebook import W4A8Codebook
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Plain parts without gaps within a row."""
+
+    codes: Tensor
+    scales: Tensor
+    levels: Tensor | None
+    rows: Tensor
+    fields: tuple[int, ...]
+    """What follows the sizes in a call: the fields of CodebookWeight of native/codebook_rows.h."""
+
+    @classmethod
+    def of(cls, fmt: W4A8Codebook, parts: Parts) -> Coded:
+        """The parts of a weight."""
+        codes, scales = (
+            part if part.stride(-1) == 1 else part.contiguous() for part in (parts["qdata"], parts["s_rel"])
+        )
+        levels = parts["codebook"].contiguous() if fmt.codebook else None
+        rows = parts["s_channel"].contiguous()
+        fields = (
+            codes.data_ptr(), codes.stride(0), fmt.bits, fmt.group_size, scales.data_ptr(), scales.stride(0),
+            scales.dtype == torch.float32, address(levels), rows.data_ptr(),
+        )  # fmt: skip
+        return cls(codes, scales, levels, rows, fields)
+
+    @property
+    def n(self) -> int:
+        """Rows."""
+        return self.codes.shape[0]
+
+
+def refuses(dtype: torch.dtype, k: int) -> str | None:
+    """Why rows of k columns cannot be decoded here to a dtype, or None."""
+    if dtype not in DTYPES:
+        return f"the result is {str(dtype).removeprefix('torch.')}; the decoder gives float32, bfloat16 and float16"
+    return None if k else "no columns; the decoder takes whole groups"
+
+
+def decode(
+    fmt: W4A8Codebook, parts: Parts, k: int, dtype: torch.dtype, indices: Tensor | None, shape: tuple[int, ...]
+) -> Tensor:
+    """The rows that indices name, or all of them -> `shape` in `dtype`. Raises `IndexError` for one that is none."""
+    weight, out = Coded.of(fmt, parts), torch.empty(shape, dtype=dtype)
+    indices = None if indices is None else indices.contiguous()
+    correction = parts["correction"].contiguous() if fmt.correction else None
+    columns = parts["pre_quant_scale"].contiguous() if fmt.pre_quant_scale else None
+    wrong = native.module().dequantize_w4a8_codebook(
+        weight.n, k, *weight.fields, address(correction), dtype_code(correction), fmt.rotation, address(columns),
+        dtype_code(columns), address(indices), indices is not None and indices.dtype == torch.int64,
+        weight.n if indices is None else indices.numel(), out.data_ptr(), DTYPES[dtype], native.threads(),
+    )  # fmt: skip
+    if indices is not None and wrong >= 0:
+        index = int(indices.reshape(-1)[wrong])
+        raise IndexError(f"index out of range: {index} names no row of a table with {weight.n}")
+    return out

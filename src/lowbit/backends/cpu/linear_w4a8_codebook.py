@@ -1,0 +1,45 @@
+"""linear for w4a8_codebook: exact products of the int8 that codes stand for with rotated activations of 8 bits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowbit.backends.cpu import native
+from lowbit.backends.cpu.codebook_rows import Coded
+from lowbit.backends.cpu.operands import address, dtype_code, output_of, refuses_input, rows_of
+from lowbit.dispatch import kernel
+from lowbit.formats.parts import Parts
+from lowbit.formats.w4a8_codebook import W4A8Codebook
+
+# Up to how many tokens bytes are multiplied rather than pairs of int16: taken over from linear_int8, whose products
+# these are.
+_FEW_BYTES = 40
+_MOST_COLUMNS = (1 << 17) - 1  # more could overflow an int32
+
+
+def refuses(fmt: W4A8Codebook, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
+    """Why this call cannot run here, or None."""
+    if fmt.correction:
+        return "a correction of groups, which leaves no integer product"
+    k = x.shape[-1]
+    if not k or k > _MOST_COLUMNS:
+        return f"{k} columns; the kernel takes 1 to {_MOST_COLUMNS}, as sums of more could overflow an int32"
+    return refuses_input(fmt, x, parts, bias)
+
+
+@kernel("linear", format="w4a8_codebook", backend="cpu", refuses=refuses, tolerance=3e-3)
+def linear_w4a8_codebook(fmt: W4A8Codebook, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    """x [..., K], bias [N] or None -> [..., N] in the dtype of x.
+
+    The integers and their sums are those of the reference; the rotation of x sums in another order than a matrix
+    product, so that a code of the activations may be the next one where its value lies between the two.
+    """
+    rows, weight = rows_of(x), Coded.of(fmt, parts)
+    out = output_of(x, weight.n)
+    m, k = rows.shape
+    added = None if bias is None else bias.contiguous()
+    native.module().linear_w4a8_codebook(
+        rows.data_ptr(), dtype_code(x), m, weight.n, k, *weight.fields, fmt.rotation, address(added),
+        dtype_code(added), out.data_ptr(), _FEW_BYTES, native.threads(),
+    )  # fmt: skip
+    return out

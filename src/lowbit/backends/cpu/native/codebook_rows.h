@@ -1,0 +1,107 @@
+// Rows of w4a8_codebook as the int8 that a matrix product sees:
+//
+//   v = clamp(round(level[code] * s_rel), -127, 127)
+//
+// Codes have 4 bits, and a table of 16 levels or code - 8; or 6 bits, and stand for code - 32. A scale is one of 256
+// where it is float8_e4m3fn: then all tables of 16 integers are made once a call.
+#pragma once
+
+#include "coded_rows.h"
+
+namespace lowbit {
+
+// What a launcher says of a weight.
+struct CodebookWeight {
+  const uint8_t* codes;  // [n, stride] bytes
+  int64_t stride, n, k, group;
+  const void* scales;  // s_rel: [n, scale_stride] float8_e4m3fn, or float32
+  int64_t scale_stride;
+  bool wide_scales;
+  const float* levels;  // [16] or null
+  int bits;
+  const float* rows;  // s_channel: [n]
+};
+
+class CodebookRows {
+ public:
+  static constexpr int64_t kPad = 4 * simd::kLanes;  // bytes behind a row that whole vectors may touch
+
+  explicit CodebookRows(const CodebookWeight& w) : w_(w), tables_(w.wide_scales || w.bits != 4 ? 0 : 256 * 16 / 4) {
+    for (int code = 0; code < 16; ++code) levels_[code] = w.levels ? w.levels[code] : static_cast<float>(code - 8);
+    if (w.wide_scales || w.bits != 4) return;
+    const auto& values = detail::ByteValues::get().e4m3;
+    auto* to = reinterpret_cast<uint8_t*>(tables_.data());
+    for (size_t scale = 0; scale < 256; ++scale) make_table(values[scale], to + scale * 16);
+  }
+
+  const CodebookWeight& weight() const { return w_; }
+
+  float scale(int64_t row, int64_t group) const {
+    const int64_t at = row * w_.scale_stride + group;
+    if (w_.wide_scales) return static_cast<const float*>(w_.scales)[at];
+    return detail::ByteValues::get().e4m3[static_cast<const uint8_t*>(w_.scales)[at]];
+  }
+
+  // Columns [first, last) of a row, both multiples of 16 and of the group -> to[0 .. last - first + kPad).
+  void expand(int64_t row, int64_t first, int64_t last, uint8_t* room, int8_t* to) const {
+    read_codes(row, first, last, room);
+    if (w_.bits == 6) return multiply(row, first, last, room, to);
+    std::memset(room + (last - first), 0, kPad);  // codes, too
+    alignas(16) uint8_t made[16];
+    for (int64_t c = 0, g = first / w_.group; c < last - first; ++g) {
+      const uint8_t* table = made;
+      if (w_.wide_scales) {
+        make_table(scale(row, g), made);
+      } else {
+        const uint8_t code = static_cast<const uint8_t*>(w_.scales)[row * w_.scale_stride + g];
+        table = reinterpret_cast<const uint8_t*>(tables_.data()) + code * 16;
+      }
+      // The end of a vector that is wider than a group is written again with the next one.
+      const int64_t end = c + w_.group;
+      for (; c < end; c += kPad) simd::store_bytes(to + c, simd::lookup_bytes(table, simd::load_bytes(room + c)));
+      c = end;
+    }
+  }
+
+ private:
+  // round(level * scale), half to even, within int8.
+  static simd::I32 integers(simd::F32 level, simd::F32 scale) {
+    using namespace simd;
+    return max(min(to_i32(mul(level, scale)), set1_i32(127)), set1_i32(-127));
+  }
+
+  void make_table(float scale, uint8_t* to) const {
+    using namespace simd;
+    for (int i = 0; i < 16; i += kLanes) store_low_bytes(to + i, integers(load_f32(levels_ + i), set1_f32(scale)));
+  }
+
+  void read_codes(int64_t row, int64_t first, int64_t last, uint8_t* to) const {
+    const uint8_t* low = w_.codes + row * w_.stride;
+    const uint8_t* from = low + first / 2;
+    for (int64_t i = 0; i < (last - first) / 2; ++i) {
+      to[2 * i] = from[i] & 15;
+      to[2 * i + 1] = from[i] >> 4;
+    }
+    if (w_.bits != 6) return;
+    const uint8_t* upper = low + w_.k / 2 + first / 4;
+    for (int64_t i = 0; i < (last - first) / 4; ++i)
+      for (int j = 0; j < 4; ++j) to[4 * i + j] |= static_cast<uint8_t>((upper[i] >> (2 * j) & 3) << 4);
+  }
+
+  void multiply(int64_t row, int64_t first, int64_t last, const uint8_t* codes, int8_t* to) const {
+    using namespace simd;
+    for (int64_t c = 0, g = first / w_.group; c < last - first; ++g) {
+      const F32 by = set1_f32(scale(row, g));
+      for (const int64_t end = c + w_.group; c < end; c += kLanes) {
+        const F32 level = to_f32(sub(widen_u8(codes + c), set1_i32(32)));
+        store_low_bytes(reinterpret_cast<uint8_t*>(to) + c, integers(level, by));
+      }
+    }
+  }
+
+  const CodebookWeight w_;
+  Room tables_;  // [256, 16] int8
+  alignas(64) float levels_[16];
+};
+
+}  // namespace lowbit

@@ -1,0 +1,131 @@
+"""gguf on the CPU backend: ggml's values bit for bit, and products of blocks as they lie in the file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lowbit.dispatch import select, use_backend
+from lowbit.formats import parse_spec
+from lowbit.numerics.gguf_blocks import READABLE
+from lowbit.tensor import QuantizedTensor
+from tests.support.cpu_linear import DTYPES, ROWS, TOKENS, activations, relative_error
+from tests.support.cpu_rows import check_embedding, check_plain_linear, decoded, same_bits
+from tests.support.specs import any_parts
+
+linear_gguf = pytest.importorskip("lowbit.backends.cpu.linear_gguf", reason="no compiled kernels", exc_type=ImportError)
+
+SPECS = (*(f"gguf(type={name})" for name in READABLE), "gguf(type=NVFP4,global_scale=True)")
+EVERY_TYPE = pytest.mark.parametrize("spec", SPECS)
+
+
+def columns(spec: str, blocks: int) -> int:
+    """The columns of so many blocks."""
+    return blocks * parse_spec(spec).block.columns
+
+
+def weight(spec: str, n: int, k: int) -> QuantizedTensor:
+    """A weight [n, k] with finite steps of all sizes."""
+    fmt = parse_spec(spec)
+    generator = torch.Generator().manual_seed(n + k)
+    if fmt.encodable:
+        w = torch.randn(n, k, generator=generator) * torch.exp(torch.randn(n, 1, generator=generator))
+        return QuantizedTensor.quantize(w, spec, dtype=torch.float32)
+    return QuantizedTensor.from_parts(any_parts(fmt, (n, k), seed=n), spec, (n, k), torch.float32)
+
+
+def any_bytes(spec: str, n: int, k: int) -> QuantizedTensor:
+    """A weight [n, k] of any bytes: with steps that are infinite, NaN and subnormal."""
+    fmt = parse_spec(spec)
+    parts = fmt.empty_parts((n, k), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(n + k)
+    codes = torch.randint(0, 256, parts["qdata"].shape, generator=generator, dtype=torch.uint8)
+    others = {name: torch.rand(part.shape, generator=generator) for name, part in parts.items() if name != "qdata"}
+    return QuantizedTensor.from_parts({**others, "qdata": codes}, spec, (n, k), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@EVERY_TYPE
+def test_every_value_is_the_one_of_the_reference(spec, dtype):
+    """Any bytes decode to the reference's bits, for odd numbers of rows and of blocks."""
+    for n, blocks in ((1, 1), (16, 9), (35, 3)):
+        one = any_bytes(spec, n, columns(spec, blocks))
+        assert same_bits(decoded(one, dtype, "cpu"), decoded(one, dtype, "eager")), (n, blocks)
+
+
+@pytest.mark.parametrize("spec", ["gguf(type=MXFP4)", "gguf(type=NVFP4)"])
+def test_every_scale_of_a_byte(spec):
+    """All 256 scales decode as the reference does: subnormal ones and the one that is zero, too."""
+    fmt = parse_spec(spec)
+    codes = any_bytes(spec, 256, columns(spec, 1)).parts["qdata"]
+    codes[:, : fmt.block.header_size] = torch.arange(256, dtype=torch.uint8).unsqueeze(1)
+    one = QuantizedTensor.from_parts({"qdata": codes}, spec, (256, columns(spec, 1)), torch.float32)
+    assert same_bits(decoded(one, torch.float32, "cpu"), decoded(one, torch.float32, "eager"))
+
+
+@pytest.mark.parametrize("spec", ["gguf(type=Q4_K,pre_quant_scale=True)", "gguf(type=Q5_1,pre_quant_scale=True)"])
+def test_a_factor_of_columns(spec):
+    """A pre-quant scale multiplies what is decoded, before it is rounded."""
+    one = any_bytes(spec, 20, columns(spec, 3))
+    assert same_bits(decoded(one, torch.bfloat16, "cpu"), decoded(one, torch.bfloat16, "eager"))
+    check_embedding(one, decoded(one, torch.float32, "eager"))
+
+
+@EVERY_TYPE
+def test_rows_by_index(spec):
+    """Indices of both dtypes and any shape give the rows of the reference."""
+    one = any_bytes(spec, 35, columns(spec, 3))
+    check_embedding(one, decoded(one, torch.float32, "eager"))
+    with use_backend("cpu"), pytest.raises(IndexError, match="35 names no row of a table with 35"):
+        F.embedding(torch.tensor([3, 35]), one)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@EVERY_TYPE
+def test_products(spec, dtype):
+    """The product is the float64 one within the tolerance, for odd numbers of rows and tokens."""
+    fmt = parse_spec(spec)
+    sizes = [(n, blocks, 3) for n in ROWS for blocks in (1, 9)] + [(35, 5, m) for m in TOKENS]
+    for n, blocks, m in sizes:
+        one = weight(spec, n, columns(spec, blocks))
+        x = activations(m, one.shape[1], torch.float32).mul_(2.0**-10).to(dtype)
+        bias = torch.randn(n, generator=torch.Generator().manual_seed(3)).to(dtype) if m % 2 else None
+        wanted = x.double() @ decoded(one, torch.float32, "eager").double().t()
+        wanted = wanted if bias is None else wanted + bias.double()
+        entry = select("linear", "gguf", "", "cpu", (fmt, x, one.parts, bias))
+        assert entry.name == "cpu:linear_gguf"
+        with use_backend("cpu"), torch.inference_mode():
+            found = F.linear(x, one, bias)
+        assert found.dtype == dtype
+        limit = 1e-5 if dtype == torch.float32 else entry.tolerance
+        assert relative_error(found, wanted) <= limit, (n, blocks, m)
+
+
+@EVERY_TYPE
+def test_properties(spec):
+    """Gaps, leading axes, slices of rows, no tokens and the number of threads change nothing."""
+    check_plain_linear(weight(spec, 100, columns(spec, 3)))
+
+
+def test_threads_change_no_value():
+    """Decoded values are the same on any number of threads, and those of a slice are those of the whole."""
+    one = any_bytes("gguf(type=Q6_K)", 70, 512)
+    before = torch.get_num_threads()
+    whole = decoded(one, torch.float32, "cpu")
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert same_bits(decoded(one, torch.float32, "cpu"), whole)
+    finally:
+        torch.set_num_threads(before)
+    assert same_bits(decoded(one[9:30], torch.float32, "cpu"), whole[9:30])
+
+
+def test_what_it_refuses():
+    """float64 is refused in words and left to the reference."""
+    one = weight("gguf(type=Q4_0)", 8, 64)
+    assert torch.equal(one.dequantize(torch.float64), decoded(one, torch.float64, "eager"))
+    x = torch.ones(2, 64, dtype=torch.float64)
+    assert "x is float64" in str(linear_gguf.refuses(one.format, x, one.parts, None))
+    assert "no columns" in str(linear_gguf.refuses(one.format, torch.ones(2, 0), one.parts, None))
