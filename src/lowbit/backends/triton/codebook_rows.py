@@ -31,6 +31,7 @@ UNIT = tl.constexpr(16)  # columns
 _COLUMNS = tl.constexpr(rotate_rows.COLUMNS)
 _LARGEST = tl.constexpr(float(INT8_MAX))
 _NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2**23: its last bit is worth 1, so that adding to it rounds half to even
+_ONES = tl.constexpr(8388608.0)  # 2**23: the mantissa of a float32 of this size counts in ones
 _SPANS = {1: 64, 4: 16}  # rotated groups of a program, by how many tensors hold a group: more do not fit registers
 
 
@@ -70,15 +71,28 @@ def _of_groups(values, first, step, inside, UNITS: tl.constexpr, GROUP: tl.const
 
 
 @triton.jit
+def _level(codebook, code, ASSEMBLE: tl.constexpr):
+    """codebook[code], float32. A load of Triton's own would move codes to threads that read side by side, and back."""
+    if ASSEMBLE:
+        at = codebook.to(tl.int64) + code.to(tl.int64) * 4
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [at], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:  # not after it: Triton compiles what stands behind a return, too
+        return tl.load(codebook + code)
+
+
+@triton.jit
 def _raised(
-    raw, s_rel, codebook, row, unit, inside, width, UNITS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr
+    raw, s_rel, codebook, row, unit, inside, width, UNITS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    ASSEMBLE: tl.constexpr,
 ):  # fmt: skip
     """Integers that codes stand for, plus `_NEAREST`: float32 [UNITS, 16]. row, unit of it, inside: [UNITS]."""
     code = _codes(raw, row, unit, inside, width, UNITS, BITS)
     if codebook is None:
-        level = (code - (1 << (BITS - 1))).to(tl.float32)
+        level = (code | 0x4B000000).to(tl.float32, bitcast=True) - (_ONES + (1 << (BITS - 1)))
     else:
-        level = tl.load(codebook + code)
+        level = _level(codebook, code, ASSEMBLE)
     first = row.to(tl.int64) * (width // GROUP) + _first_group(unit, GROUP)
     value = level * _of_groups(s_rel, first, 1, inside, UNITS, GROUP)
     value = tl.minimum(value, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
@@ -87,17 +101,19 @@ def _raised(
 
 @triton.jit
 def integers(
-    raw, s_rel, codebook, row, unit, inside, width, UNITS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr
+    raw, s_rel, codebook, row, unit, inside, width, UNITS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    ASSEMBLE: tl.constexpr,
 ):  # fmt: skip
     """The same without `_NEAREST`, int8 [UNITS, 16]; NaN gives 0."""
-    value = _raised(raw, s_rel, codebook, row, unit, inside, width, UNITS, BITS, GROUP)
+    value = _raised(raw, s_rel, codebook, row, unit, inside, width, UNITS, BITS, GROUP, ASSEMBLE)
     return value.to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @tuned([config(BLOCK=128, warps=4, stages=1), config(BLOCK=256, warps=4, stages=1)], key=("BITS", "GROUP"))
 @triton.jit
 def _decode_integers(
-    raw, s_rel, codebook, out, width, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
+    raw, s_rel, codebook, out, width, BITS: tl.constexpr, GROUP: tl.constexpr, ASSEMBLE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program i decodes units from i * BLOCK on of a row of `width` columns; the next row follows."""
     units = width // UNIT
@@ -105,7 +121,7 @@ def _decode_integers(
     row, left = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64) * BLOCK
     unit = left + tl.arange(0, BLOCK)
     inside = unit < units
-    value = integers(raw, s_rel, codebook, row, unit, inside, width, BLOCK, BITS, GROUP)
+    value = integers(raw, s_rel, codebook, row, unit, inside, width, BLOCK, BITS, GROUP, ASSEMBLE)
     at = tl.arange(0, BLOCK)[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
     tl.store(out + (row * units + left) * UNIT + at, value, mask=inside[:, None])
 
@@ -119,7 +135,7 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
 @triton.jit(do_not_specialize=("n",))
 def _decode_rotated(
     raw, s_rel, codebook, s_channel, correction, columns, matrix, out, n, k, apart, BITS: tl.constexpr,
-    GROUP: tl.constexpr, CUTS: tl.constexpr, PIECES: tl.constexpr, SPANS: tl.constexpr,
+    GROUP: tl.constexpr, ASSEMBLE: tl.constexpr, CUTS: tl.constexpr, PIECES: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
     """A program turns SPANS spans of PIECES * 64 columns. apart: from a group to the next in `correction`."""
     SPAN: tl.constexpr = PIECES * _COLUMNS
@@ -134,7 +150,8 @@ def _decode_rotated(
     for piece in tl.static_range(PIECES):
         unit = left + piece * COUNT
         inside = (row < n) & (unit < k // UNIT)
-        value = _raised(raw, s_rel, codebook, row, unit, inside, k, SPANS * COUNT, BITS, GROUP) - _NEAREST
+        raised = _raised(raw, s_rel, codebook, row, unit, inside, k, SPANS * COUNT, BITS, GROUP, ASSEMBLE)
+        value = raised - _NEAREST
         if correction is not None:
             value *= tl.load(s_channel + row, mask=inside, other=0.0)[:, None]
             first = _first_group(unit, GROUP).to(tl.int64) * apart + row
@@ -201,6 +218,7 @@ class Coded:
             "raw": self.parts["qdata"][start:stop].view(torch.uint8),
             "s_rel": s_rel.view(torch.uint8) if s_rel.dtype.itemsize == 1 else s_rel,
             "codebook": self.parts.get("codebook"), "BITS": self.fmt.bits, "GROUP": self.fmt.group_size,
+            "ASSEMBLE": device.target_of(s_rel.device).assembles,
         }  # fmt: skip
 
 

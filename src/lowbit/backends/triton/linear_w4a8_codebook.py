@@ -35,11 +35,11 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
 
 @tuned(
     [
-        config(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, warps=4, stages=1),
-        config(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, warps=4, stages=1),
-        config(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, warps=8, stages=1),
-        config(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, warps=4, stages=1),
-        config(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, warps=8, stages=1),
+        config(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, warps=4, stages=3),
+        config(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, warps=4, stages=3),
+        config(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, warps=8, stages=3),
+        config(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, warps=4, stages=3),
+        config(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, warps=8, stages=3),
     ],
     key=("m_bucket", "n", "k", "out", "splits", "BITS", "GROUP"),
     prune=_sensible,
@@ -47,7 +47,7 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
 @triton.jit(do_not_specialize=("m", "m_bucket"))
 def _linear_codes(
     x, x_scale, raw, s_rel, codebook, s_channel, bias, out, m, m_bucket, n, k, splits: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, ASSEMBLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x int8 [m, k] with x_scale [m]. With splits > 1 out is int32 sums [splits, m, n]."""
     COUNT: tl.constexpr = BLOCK_K // UNIT  # units of a row
@@ -63,7 +63,9 @@ def _linear_codes(
     for step in range(steps * split // splits, steps * (split + 1) // splits):
         start = step * BLOCK_K
         own = step * COUNT + unit % COUNT
-        value = integers(raw, s_rel, codebook, unit_row, own, own < k // UNIT, k, BLOCK_N * COUNT, BITS, GROUP)
+        value = integers(
+            raw, s_rel, codebook, unit_row, own, own < k // UNIT, k, BLOCK_N * COUNT, BITS, GROUP, ASSEMBLE
+        )
         weight = tl.reshape(value, (BLOCK_N, BLOCK_K))
         part = tl.load(x_at + start, mask=(start + column < k)[:, None], other=0)
         sums = tl.dot(weight, part, sums, out_dtype=tl.int32)
