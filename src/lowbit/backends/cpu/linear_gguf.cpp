@@ -32,24 +32,28 @@ struct GgufWeight {
 
 using Tokens = IntegerTokens<2, 4>;
 
-// One block of 16 rows as the integers that tokens are multiplied with, made once for all of them.
+// Some blocks of 16 rows as the integers that tokens are multiplied with, made once for all of them.
 template <class T>
 struct Integers {
-  static constexpr int kUnits = T::kColumns / T::kUnit, kQuads = T::kColumns / 4;
+  static constexpr int kBlocks = std::max(1, 128 / T::kColumns);
+  static constexpr int kUnits = T::kColumns / T::kUnit, kQuads = T::kColumns / 4;  // of a block
   static constexpr bool kAdds = T::kZero || T::kOffset != 0;
-  alignas(64) int32_t pairs[kQuads * 2 * kBlockRows];  // of columns 4 q and 4 q + 2, then 4 q + 1 and 4 q + 3
-  alignas(64) float steps[kUnits * kBlockRows];
-  alignas(64) float added[kAdds ? kUnits * kBlockRows : kBlockRows];  // to a unit's sum, times that of its activations
+  // Of columns 4 q and 4 q + 2, then 4 q + 1 and 4 q + 3.
+  alignas(64) int32_t pairs[kBlocks * kQuads * 2 * kBlockRows];
+  alignas(64) float steps[kBlocks * kUnits * kBlockRows];
+  // To a unit's sum, times that of its activations.
+  alignas(64) float added[kAdds ? kBlocks * kUnits * kBlockRows : kBlockRows];
 
-  explicit Integers(const gguf::Words<T>& words) {
+  void put(int block, const gguf::Words<T>& words) {
+    const int first = block * kUnits;
     for (int v = 0; v < kBlockVectors; ++v) {
       F32 step[kUnits], zero[kUnits];
       T::steps(words, v, step, zero);
       for (int u = 0; u < kUnits; ++u) {
-        store_f32(steps + u * kBlockRows + v * kLanes, step[u]);
-        if constexpr (T::kZero) store_f32(added + u * kBlockRows + v * kLanes, zero[u]);
+        store_f32(steps + (first + u) * kBlockRows + v * kLanes, step[u]);
+        if constexpr (T::kZero) store_f32(added + (first + u) * kBlockRows + v * kLanes, zero[u]);
         if constexpr (T::kOffset != 0)
-          store_f32(added + u * kBlockRows + v * kLanes, mul(step[u], set1_f32(-T::kOffset)));
+          store_f32(added + (first + u) * kBlockRows + v * kLanes, mul(step[u], set1_f32(-T::kOffset)));
       }
     }
     for (int v = 0; v < kBlockVectors; ++v)
@@ -57,7 +61,7 @@ struct Integers {
         for_each_place<T::kSpan / 4>([&](auto place) {
           constexpr int q = decltype(place)::value;
           const Bytes codes = T::template codes<q>(words, span, v);
-          int32_t* to = pairs + (span * (T::kSpan / 4) + q) * 2 * kBlockRows + v * kLanes;
+          int32_t* to = pairs + (block * kQuads + span * (T::kSpan / 4) + q) * 2 * kBlockRows + v * kLanes;
           store_i32(to, T::kSigned ? even_bytes(codes) : bit_and(as_i32(codes), set1_i32(0x00ff00ff)));
           store_i32(to + kBlockRows, odd_bytes(codes));
         });
@@ -101,17 +105,18 @@ __attribute__((noinline)) void multiply_units(int units, const int32_t* pairs, c
     for (int v = 0; v < kBlockVectors; ++v) store_f32(sums + t * kBlockRows + v * kLanes, acc[t][v]);
 }
 
-// The same with tokens [token, token + tokens), of a block that begins at `column`.
+// The same of some blocks that begin at `column`, with tokens [token, token + tokens).
 template <class T, int kMost>
-inline void multiply_block(int tokens, const Integers<T>& block, const Tokens& x, int64_t token, int64_t column,
-                           float* sums) {
+inline void multiply_blocks(int count, int tokens, const Integers<T>& blocks, const Tokens& x, int64_t token,
+                            int64_t column, float* sums) {
   if constexpr (kMost > 0) {
-    if (tokens < kMost) return multiply_block<T, kMost - 1>(tokens, block, x, token, column, sums);
+    if (tokens < kMost) return multiply_blocks<T, kMost - 1>(count, tokens, blocks, x, token, column, sums);
     const int8_t* rows[kMost];
     for (int t = 0; t < kMost; ++t) rows[t] = x.row(token + t) + column / 4 * Tokens::kWordBytes;
     const int64_t first = token * x.groups + column / T::kUnit;
-    multiply_units<T::kUnit, Integers<T>::kAdds, kMost>(Integers<T>::kUnits, block.pairs, block.steps, block.added,
-                                                        rows, x.d + first, x.sums + first, x.groups, sums);
+    multiply_units<T::kUnit, Integers<T>::kAdds, kMost>(count * Integers<T>::kUnits, blocks.pairs, blocks.steps,
+                                                        blocks.added, rows, x.d + first, x.sums + first, x.groups,
+                                                        sums);
   }
 }
 
@@ -119,7 +124,7 @@ template <class T>
 void multiply_integers(const GgufWeight<T>& w, const Tokens& x, int64_t m, const Output& out, int threads) {
   constexpr int kMost = kInt4Tokens<2>;
   // Blocks whose words are interleaved before the first is read: what was just stored in halves cannot be loaded whole.
-  constexpr int kTogether = std::max(1, 128 / T::kColumns);
+  constexpr int kTogether = Integers<T>::kBlocks;
   const int64_t blocks = (w.n + kBlockRows - 1) / kBlockRows, chunks = (m + kInt4ChunkTokens - 1) / kInt4ChunkTokens;
   parallel_for(blocks * chunks, threads, [&](int64_t task) {
     const int64_t block = task % blocks, first_token = m * (task / blocks) / chunks;
@@ -137,13 +142,12 @@ void multiply_integers(const GgufWeight<T>& w, const Tokens& x, int64_t m, const
           __builtin_prefetch(row + begin + kAheadOfRow + line);
       gguf::Words<T> words[kTogether];
       for (int i = 0; i < count; ++i) words[i].gather(rows.at, begin + i * T::kSize);
-      for (int i = 0; i < count; ++i) {
-        const Integers<T> integers(words[i]);
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t token = tokens * tile / tiles, end = tokens * (tile + 1) / tiles;
-          multiply_block<T, kMost>(static_cast<int>(end - token), integers, x, first_token + token,
-                                   first + i * T::kColumns, sums + token * kBlockRows);
-        }
+      Integers<T> integers;
+      for (int i = 0; i < count; ++i) integers.put(i, words[i]);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t token = tokens * tile / tiles, end = tokens * (tile + 1) / tiles;
+        multiply_blocks<T, kMost>(count, static_cast<int>(end - token), integers, x, first_token + token, first,
+                                  sums + token * kBlockRows);
       }
     }
     for (int64_t t = 0; t < tokens; ++t) {
