@@ -27,24 +27,22 @@ from lowbit.numerics.groups import ceil_div
 
 FEW = 32  # tokens up to which the fused kernel runs; where the two cross on a GPU has not been measured
 _LARGEST = 32  # tokens of a tile
-_STEP = 128  # bytes of codes of a row: every config takes as many at a time, or half of it
-_COLUMNS = 256  # of a row at a time, at most
+_STEP = 64  # bytes of codes of a row that every config takes at a time, or a multiple
 
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
-    """Those whose tile of tokens holds all of them and little more, and whose weights fit registers."""
+    """Those whose tile of tokens holds all of them and little more."""
     wanted = max(16, min(arguments["m_bucket"], _LARGEST))
-    most = _COLUMNS * arguments["KIND"].bits // 8
-    return [one for one in configs if one.constants["BLOCK_M"] == wanted and one.constants["BYTES"] <= most]
+    return [one for one in configs if one.constants["BLOCK_M"] == wanted]
 
 
 @tuned(
     [
+        config(BLOCK_M=16, BLOCK_N=64, BYTES=64, warps=8, stages=3),
         config(BLOCK_M=16, BLOCK_N=64, BYTES=64, warps=4, stages=3),
         config(BLOCK_M=16, BLOCK_N=32, BYTES=64, warps=4, stages=3),
-        config(BLOCK_M=16, BLOCK_N=32, BYTES=128, warps=4, stages=3),
+        config(BLOCK_M=32, BLOCK_N=64, BYTES=64, warps=8, stages=3),
         config(BLOCK_M=32, BLOCK_N=64, BYTES=64, warps=4, stages=3),
-        config(BLOCK_M=32, BLOCK_N=32, BYTES=64, warps=4, stages=3),
     ],
     key=("m_bucket", "n", "k", "x", "splits", "KIND"),
     prune=_sensible,
@@ -111,7 +109,7 @@ def linear_gguf(fmt: GgufBlock, x: Tensor, parts: Parts, bias: Tensor | None) ->
     raw, halves = gguf_blocks.views(parts["qdata"], kind)
     bias = None if bias is None else bias.contiguous()
     held, alpha = k // kind.columns * gguf_blocks.held(kind), parts.get("global_scale")
-    splits = splits_for(m, n, ceil_div(held, _STEP), target)
+    splits = splits_for(m, n, ceil_div(held, 2 * _STEP), target)
     sums = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=x.device)
     _linear_blocks(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"]), splits),
