@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cpu_linears import WrongResultError, relative_error
+from benchmarks.cpu_linears import WrongResultError, any_blocks, relative_error
 from benchmarks.gpu_linears import known
 from benchmarks.gpu_timing import copies_for
 from lowbit import dispatch, ops
 from lowbit.dispatch import Kernel
 from lowbit.formats import parse_spec
 from lowbit.formats.parts import raw_bytes
-from tests.support.specs import any_parts
 
 SHAPE = (4096, 12288)
 RANK = 32
@@ -145,7 +144,8 @@ def _decoder(spec: str, device: torch.device, l2: int, shape: tuple[int, int]) -
     if fmt.encodable:
         parts = fmt.quantize(_matrix(device, shape))
     else:
-        parts = {name: part.to(device) for name, part in any_parts(fmt, shape).items()}
+        drawn = any_blocks(fmt, *shape, torch.Generator().manual_seed(0))
+        parts = {name: part.to(device) for name, part in drawn.items()}
     entry = dispatch.select("dequantize", fmt.name, "", device.type, (fmt, parts, shape, torch.bfloat16))
 
     def run(own: Any) -> Tensor:

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.cpu_linears import DRAWN, W4A8, Drawn, Entry, _run_w4a8, check_ours, group_of
+from benchmarks.cpu_linears import W4A8, Drawn, Entry, _run_w4a8, check_ours, group_of
 from benchmarks.gpu_timing import copies_for
 from lowbit import QuantizedTensor, dispatch
 from lowbit.dispatch import Kernel
 from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import parse_spec
 from lowbit.layouts import coalesced_int4
-from tests.support.specs import any_parts
 
 W4A8_FORMAT = "wna16(group_size=32,zero_point=true)"  # the groups that the coalesced layout was made for
 FP8_ROW = "fp8_e4m3(granularity=row,activations=fp8)"
@@ -73,14 +72,8 @@ ROUTES: Mapping[str, Route] = {
 
 
 def drawn_on(device: torch.device, spec: str, n: int, k: int) -> Drawn:
-    """A `Drawn` whose tensors are on a device; of a format that can only be read its bytes are drawn, too."""
-    fmt = parse_spec(W4A8_FORMAT if spec == W4A8 else spec)
-    if fmt.encodable:
-        made = Drawn.make(fmt.spec, n, k)
-    else:
-        count = min(n, DRAWN)
-        rows = torch.randint(count, (n,), generator=torch.Generator().manual_seed(0))
-        made = Drawn(fmt, any_parts(fmt, (count, k)), rows, k)
+    """A `Drawn` whose tensors are on a device."""
+    made = Drawn.make(W4A8_FORMAT if spec == W4A8 else spec, n, k)
     return Drawn(made.fmt, {name: part.to(device) for name, part in made.base.items()}, made.rows.to(device), k)
 
 
