@@ -21,7 +21,6 @@ READ = {
     "bfl_swapped": _BFL,
     "executorch": ("fp8_e4m3", "fp8_e5m2", "int8", "mxfp4", "mxfp8", "nvfp4", "wna16"),
     "gguf": ("gguf",),
-    "nunchaku": ("awq_w4a16", "svdquant_w4a4"),
 }
 TESTED, READ_ONLY, NOT_HELD = "tested", "read only", "no"
 

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lowbit.errors import PlanError
 
@@ -76,15 +75,7 @@ def convert(
     memory = MEMORY_BUDGET if statistics is None else _CALIBRATED_MEMORY
     settings = Settings(jobs, resume, verify, progress, memory)
     staging.replaced = work.configs.texts()
-    done = rewrite(
-        source,
-        staging,
-        work.pieces,
-        work.metadata,
-        fingerprint=fingerprint,
-        settings=settings,
-        orders=work.orders,
-    )
+    done = rewrite(source, staging, work.pieces, work.metadata, fingerprint=fingerprint, settings=settings)
     return _report(target, plan, work.layers, done, time.perf_counter() - began)
 
 
@@ -131,7 +122,6 @@ class _Work:
         self.layers: list[LayerWork] = []
         self.metadata = staging.metadata()
         self.configs = FolderConfigs()
-        self.orders: dict[str, dict[str, Tensor]] = {}
 
     def add(self, plan: ComponentPlan) -> None:
         """Add what one model needs."""
@@ -190,9 +180,7 @@ class _Work:
         for file, layers in described.items():
             self.metadata.setdefault(file, {}).update(self._dialect.header_metadata(layers, plain))
         layers = [layer for found in described.values() for layer in found]
-        orders = bias_orders(self._dialect, layers)
-        for file in {self._staging.file_of(held.component, key) for key in held.specs} if orders else ():
-            self.orders.setdefault(file, {}).update(orders)
+        self._staging.reorder(held.component, bias_orders(self._dialect, layers))
         self.configs.strip(held)
         self.configs.describe(held, self._dialect, layers, plain)
 

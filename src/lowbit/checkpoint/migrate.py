@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lowbit.errors import CheckpointError
 
 from .banks import experts_of
@@ -78,15 +76,7 @@ def migrate(
     staging.replaced = work.configs.texts()
     fingerprint = hashlib.sha256(json.dumps(["migrate", to, source.fingerprint()]).encode()).hexdigest()
     settings = Settings(jobs, resume, verify=True, progress=progress)
-    done = rewrite(
-        source,
-        staging,
-        work.pieces,
-        work.described(),
-        fingerprint=fingerprint,
-        settings=settings,
-        orders=work.orders,
-    )
+    done = rewrite(source, staging, work.pieces, work.described(), fingerprint=fingerprint, settings=settings)
     return MigrateReport(str(target), work.layers, tuple(work.notes), done.resumed)
 
 
@@ -109,7 +99,6 @@ class _Work:
         self.layers: dict[str, str] = {}
         self.notes: list[str] = []
         self.configs = FolderConfigs()
-        self.orders: dict[str, dict[str, Tensor]] = {}
 
     def respell(self, component: Component, held: QuantizedComponent) -> None:
         """Add a ComfyUI model in another spelling of the same dialect."""
@@ -135,9 +124,8 @@ class _Work:
         self.notes += [*held.found.notes, *(f"{plan.old.layer}: {note}" for plan in plans for note in plan.old.notes)]
         self.notes += [plan.note for plan in plans if plan.note]
         plain = {key: held.specs[key] for key in held.found.plain}
-        orders = bias_orders(dialect, [plan.new for plan in plans])
+        self._staging.reorder(component, bias_orders(dialect, [plan.new for plan in plans]))
         for file in {self._staging.file_of(component, key) for key in held.specs}:
-            self.orders.setdefault(file, {}).update(orders)
             held.strip_description(self._metadata[file])
             if self._stored[file]:
                 self._metadata[file].update(dialect.header_metadata(self._stored[file], plain))

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from torch import Tensor
+
 from lowbit.errors import CheckpointError, LowbitError, WriteError
 
 from .dialects.base import TensorSpec
@@ -56,11 +58,18 @@ class Staging:
             raise WriteError(f"{self.target}: exists already; remove it or choose another output folder")
         self.replaced: dict[str, str | None] = {}
         """Text files of the output folder that are not copied from the source, by path; None: left out."""
+        self.orders: dict[str, dict[str, Tensor]] = {}
+        """By output file and key, vectors that lie there in another order than they are made: value i at places[i]."""
         self._shard_of = {file.path: name for name, file in source.files.items()}
 
     def file_of(self, component: Component, key: str) -> str:
         """The output file of a source tensor and what is made of it, relative to the output's root."""
         return self.target.name if self.single else self._shard_of[component.tensors[key].path]
+
+    def reorder(self, component: Component, orders: Mapping[str, Tensor]) -> None:
+        """From now on tensors of a component, whichever of its files they go to, are written in other orders."""
+        for file in {self.file_of(component, key) for key in component.tensors} if orders else ():
+            self.orders.setdefault(file, {}).update(orders)
 
     def metadata(self) -> dict[str, dict[str, str]]:
         """The header metadata of the source, by output file; of merged files, the first to give a name wins."""

@@ -24,7 +24,6 @@ from .writer import CheckpointWriter
 
 COPY_BYTES = 16 << 20  # a plain tensor is copied in pieces of this size
 BATCH_BYTES = 4 << 20  # small plain tensors are copied together, up to this size
-Orders = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -117,14 +116,11 @@ def rewrite(
     *,
     fingerprint: str,
     settings: Settings,
-    orders: Orders | None = None,
 ) -> Rewritten:
     """Run all pieces and put the result in place; on any error the target stays as it was.
 
-    `metadata`: the header metadata of each output file. `orders`: by file and key, vectors that the file has in
-    another order than the pieces make them: value i lies at places[i]. `fingerprint` names input and options: work of
-    an interrupted run with another one is not used. An interrupt, or an error of the system, keeps the work done for a
-    later run.
+    `metadata`: the header metadata of each output file. `fingerprint` names input and options: work of an interrupted
+    run with another one is not used. An interrupt, or an error of the system, keeps the work done for a later run.
 
     Raises:
         PlanError: two output tensors with one name.
@@ -142,7 +138,7 @@ def rewrite(
                 result.records[piece.name] = writer.done[piece.name]
                 done += piece.size
             else:
-                places = (orders or {}).get(piece.file, {})
+                places = staging.orders.get(piece.file, {})
                 work = _Work(source, piece, writer, result.records, settings.verify, places)
                 waiting.append(Unit(piece.name, piece.size, piece.memory, work))
         result.resumed = len(pieces) - len(waiting)

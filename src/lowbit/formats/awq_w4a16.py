@@ -37,7 +37,7 @@ from lowbit.errors import FormatError
 from lowbit.formats.base import Candidate, Format
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
-from lowbit.formats.registry import register
+from lowbit.formats.registry import one_of, register
 from lowbit.numerics.integers import round_clamp_
 from lowbit.numerics.levels import IntegerLevels
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles
@@ -61,7 +61,7 @@ class AwqW4A16(Format):
     """Unsigned 4-bit codes with a scale and an additive zero per group: 4.5 bits a weight at group 64."""
 
     group_size: int = 64
-    wzeros: str = ""
+    wzeros: str = "none"
 
     name: ClassVar[str] = "awq_w4a16"
     stochastic: ClassVar[bool] = True
@@ -78,8 +78,7 @@ class AwqW4A16(Format):
         size: object = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise FormatError(f"{self.name}: group_size is {size!r}, expected a positive number of columns such as 64")
-        if self.wzeros not in ("", *_HALVES):
-            raise FormatError(f"{self.name}: wzeros is {self.wzeros!r}, expected bfloat16 or float16, or nothing")
+        one_of(self, "wzeros", ("none", *_HALVES))
 
     def part_rules(self) -> tuple[Part, ...]:
         by_group = (Dim("K", self.group_size), N)
@@ -96,18 +95,19 @@ class AwqW4A16(Format):
 
     def part_dtypes(self, source: torch.dtype) -> dict[str, torch.dtype]:
         """See `Format.part_dtypes`: float32 with `wzeros`, whose sum with 8 scales 16 bits do not hold."""
-        wide = dict.fromkeys(("scale", "zero"), torch.float32) if self.wzeros else {}
+        wide = dict.fromkeys(("scale", "zero"), torch.float32) if self.wzeros in _HALVES else {}
         return {**super().part_dtypes(source), **wide}
 
     def equivalents(self) -> tuple[Format, ...]:
         """With and without `wzeros`: the same parts, as long as they are exact there."""
-        return tuple(replace(self, wzeros=name) for name in ("", *_HALVES) if name != self.wzeros)
+        return tuple(replace(self, wzeros=name) for name in ("none", *_HALVES) if name != self.wzeros)
 
     def recast(self, parts: Mapping[str, Tensor], other: Format) -> Parts:
         """See `Format.recast`. Who stores `wzeros` checks that they are exact."""
         if other not in self.equivalents():
             return super().recast(parts, other)
-        wide = {name: parts[name].float() for name in ("scale", "zero")} if other.config()["wzeros"] else {}
+        stays = other.config()["wzeros"] == "none"
+        wide = {} if stays else {name: parts[name].float() for name in ("scale", "zero")}
         return {**parts, **wide}
 
     def fit(self, rows: Tensor, shared: Parts) -> Parts:
@@ -144,7 +144,7 @@ class AwqW4A16(Format):
 
         def snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
             assert zero is not None
-            if self.wzeros:
+            if self.wzeros in _HALVES:
                 return self._snapped(step, zero - MIDDLE * step)
             return step.clamp_min(MIN_STORED_SCALE).to(dtypes[0]).float(), zero.to(dtypes[1]).float()
 
@@ -168,7 +168,7 @@ class AwqW4A16(Format):
         """Scale and zero [K/g, n] of the grid whose code 0 is `low` and whose code 15 is `high` ([n, K/g])."""
         half_span = high * 0.5 - low * 0.5  # the whole one could overflow
         scale = (half_span / ((LEVELS - 1) / 2)).clamp_min_(MIN_STORED_SCALE).t().contiguous()
-        if self.wzeros:
+        if self.wzeros in _HALVES:
             scale, zero = self._snapped(scale, low.t())
             return {"scale": scale, "zero": zero}
         scale = scale.to(dtype)

@@ -92,15 +92,7 @@ def bake_checkpoint(
         facts = ["bake", opened.fingerprint(), _digest(read), about, seed, strict, torch.__version__]
         fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         settings = Settings(jobs, resume, verify=True, progress=progress)
-        done = rewrite(
-            opened,
-            work.staging,
-            work.pieces,
-            metadata,
-            fingerprint=fingerprint,
-            settings=settings,
-            orders=work.orders,
-        )
+        done = rewrite(opened, work.staging, work.pieces, metadata, fingerprint=fingerprint, settings=settings)
     accounts = {name: LayerBake(**done.records[name]["bake"]) for name in work.changed}
     unmatched = tuple(own for own in read.layers if own not in work.used)
     copied = sum(len(piece.specs) for piece in work.pieces if isinstance(piece, Copy))
@@ -127,7 +119,6 @@ class _Work:
         self.used: set[str] = set()
         self.notes: list[str] = []
         self.configs = FolderConfigs()
-        self.orders: dict[str, dict[str, Tensor]] = {}
 
     def add(self, held: QuantizedComponent, adapter: Adapter) -> None:
         """Add one model."""
@@ -197,14 +188,14 @@ class _Work:
         if not dialect.writes:
             return
         plain = {key: held.specs[key] for key in held.found.plain}
-        orders = bias_orders(dialect, [layer for layers in stored.values() for layer in layers])
+        changed = [layer for layers in stored.values() for layer in layers]
+        self.staging.reorder(held.component, bias_orders(dialect, changed))
         for file in {self.staging.file_of(held.component, key) for key in held.specs}:
-            self.orders.setdefault(file, {}).update(orders)
             held.strip_description(self.metadata[file])
             if stored.get(file):
                 self.metadata[file].update(dialect.header_metadata(stored[file], plain))
         self.configs.strip(held)
-        self.configs.describe(held, dialect, [layer for layers in stored.values() for layer in layers], plain)
+        self.configs.describe(held, dialect, changed, plain)
 
 
 @dataclass(frozen=True)

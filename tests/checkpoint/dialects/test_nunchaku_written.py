@@ -314,6 +314,8 @@ def test_the_command_writes_it(tmp_path):
     done = CliRunner().invoke(app, ["convert", str(tmp_path / "in"), "-o", str(tmp_path / "out"), *rule])
     assert done.exit_code == 0, done.output
     assert set(held_layers(tmp_path / "out")[0]) == {"blocks.0.attn.to_q", "blocks.0.ff.net.2", "blocks.0.mod.1"}
+    checked = CliRunner().invoke(app, ["verify", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert checked.exit_code == 0, checked.output
     single = str(tmp_path / "in" / "model.safetensors")
     refused = CliRunner().invoke(app, ["convert", single, "-o", str(tmp_path / "x.safetensors"), *rule])
     assert refused.exit_code != 0

@@ -20,7 +20,7 @@ _MULTIPLE = 16  # of columns in a group, unless one group is a whole row
 def _refuses_group(fmt: AwqW4A16 | WNA16, w: Tensor) -> str | None:
     if isinstance(fmt, WNA16) and fmt.bits not in {4, 8}:
         return f"codes of {fmt.bits} bits; the encoder makes those of 4 and 8"
-    if isinstance(fmt, AwqW4A16) and fmt.wzeros:
+    if isinstance(fmt, AwqW4A16) and fmt.wzeros != "none":
         return "wzeros that are exact in 16 bits, which the encoder does not make"
     if fmt.group_size % _MULTIPLE:
         return f"groups of {fmt.group_size} columns; the encoder takes multiples of {_MULTIPLE}"

@@ -158,7 +158,7 @@ def refuses(fmt: AwqW4A16 | WNA16, w: Tensor, seed: int | None, where: str = "we
     """Why this call cannot run here, or None."""
     if isinstance(fmt, WNA16) and fmt.bits not in {4, 8}:
         return f"codes of {fmt.bits} bits; the encoder makes those of 4 and 8"
-    if isinstance(fmt, AwqW4A16) and fmt.wzeros:
+    if isinstance(fmt, AwqW4A16) and fmt.wzeros != "none":
         return "wzeros that are exact in 16 bits, which the encoder does not make"
     if fmt.group_size % _MULTIPLE:
         return f"groups of {fmt.group_size} columns; the encoder takes multiples of {_MULTIPLE}"

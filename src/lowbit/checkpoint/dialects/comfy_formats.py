@@ -129,7 +129,8 @@ class Awq(Storage):
 
     def fields_of(self, fmt: Format) -> dict[str, Any]:
         config = fmt.config()
-        return {name: config[name] for name in ("group_size", "wzeros") if config[name]}
+        wzeros = {} if config["wzeros"] == "none" else {"wzeros": config["wzeros"]}
+        return {"group_size": config["group_size"], **wzeros}
 
     def shape_of(self, found: Description) -> Shape:
         n, width = found.tensor("qdata").shape
@@ -146,7 +147,7 @@ class Awq(Storage):
                 )
             size = columns // groups
             found.note(f"group_size is absent from the marker: {size} by the shape of the scale")
-        config = {"format": "awq_w4a16", "group_size": size, "wzeros": found.fields.get("wzeros", "")}
+        config = {"format": "awq_w4a16", "group_size": size, "wzeros": found.fields.get("wzeros", "none")}
         return make_format(config, name_place(found.where, found.layer))
 
 

@@ -47,6 +47,17 @@ from lowbit.checkpoint.dialects.described import (
     quantization_config,
     tensors_by_layer,
 )
+from lowbit.checkpoint.dialects.nunchaku_write import (
+    GROUP,
+    awq_refusal,
+    awq_tensors,
+    half_of,
+    name_of,
+    one_value,
+    svdquant_refusal,
+    svdquant_tensors,
+    vectors,
+)
 from lowbit.errors import PartsError
 from lowbit.formats import Parts
 from lowbit.formats.awq_w4a16 import MIDDLE, AwqW4A16
@@ -68,8 +79,6 @@ _NAMES = (
 _SVDQUANT = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up")
 _ROLES = {"qweight": "qdata", "wscales": "scale", "wzeros": "zero"}
 _SECTIONS = {SvdquantW4A4.name: "svdq_w4a4", AwqW4A16.name: "awq_w4a16"}  # of quantization_config
-_GROUP = 64
-_AWQ_ROWS = 8  # that a block of the kernel of AWQ makes
 _AFTER_GELU = (".mlp_fc2", ".mlp_context_fc2", ".img_mlp.net.2", ".txt_mlp.net.2")
 _AFTER_GELU_IN_FLUX = (".ff.net.2", ".ff_context.net.2")  # in SDXL and Z-Image a gated unit comes before
 _ORDER_NOTE = "rows are in the order of nunchaku's own model, which interleaves those of some modulation layers"
@@ -119,7 +128,7 @@ class Nunchaku:
         data = {role: read(key) for role, key in layer.keys.items()}
         n, k = layer.shape
         if isinstance(layer.format, AwqW4A16):
-            scale, zero = (data[role][: k // _GROUP].float() for role in ("scale", "zero"))
+            scale, zero = (data[role][: k // GROUP].float() for role in ("scale", "zero"))
             offset = zero.double() + MIDDLE * scale.double()
             if not torch.equal(offset.float().double(), offset):
                 raise PartsError(f"{layer.place}: its wzeros + 8 * wscales do not fit into float32; take the original")
@@ -145,22 +154,22 @@ class Nunchaku:
         if fmt.plain != fmt:
             return "nunchaku has no place for a pre_quant_scale or input_scale; use the format without"
         if isinstance(fmt, SvdquantW4A4):
-            return _svdquant_refusal(fmt, stored)
+            return svdquant_refusal(fmt, stored)
         if isinstance(fmt, AwqW4A16):
-            return _awq_refusal(fmt, stored)
+            return awq_refusal(fmt, stored)
         return "nunchaku has svdquant_w4a4 and awq_w4a16, nothing else"
 
     def stored_specs(self, stored: StoredLayer) -> dict[str, TensorSpec]:
         """See `Dialect.stored_specs`."""
         self._check(stored)
-        (n, k), fmt, half = stored.shape, stored.format, _half(stored)
+        (n, k), fmt, half = stored.shape, stored.format, half_of(stored)
         if isinstance(fmt, SvdquantW4A4):
             specs = {
                 "qweight": TensorSpec(torch.int8, (n, k // 2)),
-                **{name: TensorSpec(half, shape) for name, shape in _vectors(n, k, fmt.rank).items()},
+                **{name: TensorSpec(half, shape) for name, shape in vectors(n, k, fmt.rank).items()},
             }
         else:
-            by_group = TensorSpec(half, (k // _GROUP, n))
+            by_group = TensorSpec(half, (k // GROUP, n))
             codes = TensorSpec(torch.int32, (n // tiles.QUAD, k // 2))
             specs = {"qweight": codes, "wscales": by_group, "wzeros": by_group}
         return {join_key(stored.layer, name): spec for name, spec in specs.items()}
@@ -170,7 +179,7 @@ class Nunchaku:
         self._check(stored)
         fmt = stored.format
         fmt.check(parts, stored.shape, stored.place)
-        made = _tiled(parts) if isinstance(fmt, SvdquantW4A4) else _awq_tensors(stored, parts)
+        made = svdquant_tensors(parts) if isinstance(fmt, SvdquantW4A4) else awq_tensors(stored, parts)
         return {join_key(stored.layer, name): tensor.contiguous() for name, tensor in made.items()}
 
     def header_metadata(self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]) -> dict[str, str]:
@@ -184,15 +193,15 @@ class Nunchaku:
         layers = list(layers)
         if not layers:
             return {}
-        halves = _one_value("compute_dtype", {layer.layer: str(_half(layer)) for layer in layers})
+        halves = one_value("compute_dtype", {layer.layer: str(half_of(layer)) for layer in layers})
         said: dict[str, Any] = {"quant_method": LITE, "compute_dtype": halves.removeprefix("torch.")}
         by_format = {fmt: [layer for layer in layers if layer.format.name == fmt] for fmt in _SECTIONS}
         for fmt, found in by_format.items():
             if not found:
                 continue
-            section: dict[str, Any] = {"precision": "int4", "group_size": _GROUP}
+            section: dict[str, Any] = {"precision": "int4", "group_size": GROUP}
             if fmt == SvdquantW4A4.name:
-                section["rank"] = _one_value("rank", {layer.layer: layer.format.config()["rank"] for layer in found})
+                section["rank"] = one_value("rank", {layer.layer: layer.format.config()["rank"] for layer in found})
             said[_SECTIONS[fmt]] = {**section, "targets": [layer.layer for layer in found]}
         return {"config.json": {FIELD: said}}
 
@@ -239,7 +248,7 @@ def _svdquant_layer(tensors: LayerTensors, *, unsigned: bool) -> StoredLayer:
             f"is {n} x {k} of rank {rank}; nunchaku has whole tiles of {tiles.ROWS} rows and columns and ranks of a "
             f"multiple of {tiles.LOW_RANK} above 0. Download the file again"
         )
-    shapes = _vectors(n, k, rank)
+    shapes = vectors(n, k, rank)
     _check_shapes(tensors, shapes)
     fmt = SvdquantW4A4(rank=rank, act_unsigned=unsigned)
     notes = ["activations taken as unsigned: the layer comes after a GELU"] if unsigned else []
@@ -257,102 +266,14 @@ def _awq_layer(tensors: LayerTensors, *, lite: bool) -> StoredLayer:
             "[K / 64, N]. Download the file again"
         )
     n, k = codes.shape[0] * tiles.QUAD, 2 * codes.shape[1]
-    if k % _GROUP or scales.shape[1] != n or scales.shape[0] < k // _GROUP:
+    if k % GROUP or scales.shape[1] != n or scales.shape[0] < k // GROUP:
         raise tensors.error(
-            f"its wscales is {scales}, expected [{k // _GROUP}, {n}] for a weight {n} x {k} in groups of 64"
+            f"its wscales is {scales}, expected [{k // GROUP}, {n}] for a weight {n} x {k} in groups of 64"
         )
     _check_shapes(tensors, {"wzeros": scales.shape})
     dtypes = {"scale": torch.float32, "zero": torch.float32}
-    fmt = AwqW4A16(group_size=_GROUP, wzeros=_name(scales.dtype))
+    fmt = AwqW4A16(group_size=GROUP, wzeros=name_of(scales.dtype))
     return _stored(tensors, fmt, (n, k), scales.dtype, dtypes, [] if lite else [_ORDER_NOTE])
-
-
-def _vectors(n: int, k: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the 16-bit tensors of an SVDQuant layer."""
-    return {"wscales": (k // _GROUP, n), "smooth_factor": (k,), "proj_down": (k, rank), "proj_up": (n, rank)}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _half(stored: StoredLayer) -> torch.dtype:
-    """The dtype of the 16-bit tensors of a layer that is not refused."""
-    if isinstance(stored.format, AwqW4A16):
-        half: torch.dtype = getattr(torch, stored.format.wzeros)
-        return half
-    return stored.dtypes.get("scale", stored.format.part_dtypes(stored.dtype)["scale"])
-
-
-def _svdquant_refusal(fmt: SvdquantW4A4, stored: StoredLayer) -> str | None:
-    n, k = stored.shape
-    if fmt.act_unsigned:
-        return (
-            "diffusers' nunchaku_lite rounds all inputs to signed codes, and this layer's are unsigned; use "
-            "act_unsigned=false"
-        )
-    if n % tiles.ROWS or k % tiles.ROWS or fmt.rank % tiles.LOW_RANK:
-        return (
-            f"it is {n} x {k} of rank {fmt.rank}, and nunchaku has whole tiles of {tiles.ROWS} rows and columns and "
-            f"ranks of a multiple of {tiles.LOW_RANK}"
-        )
-    default = fmt.part_dtypes(stored.dtype)
-    found = {stored.dtypes.get(part, default[part]) for part in default if part != "qdata"}
-    if len(found) > 1 or not found <= set(HALVES):
-        names = ", ".join(sorted(map(_name, found)))
-        return f"nunchaku has its scales and factors in one dtype of 16 bits, and these are {names}"
-    return None
-
-
-def _awq_refusal(fmt: AwqW4A16, stored: StoredLayer) -> str | None:
-    n, k = stored.shape
-    if fmt.group_size != _GROUP:
-        return f"nunchaku has groups of {_GROUP}, and this has {fmt.group_size}; use awq_w4a16(group_size={_GROUP})"
-    wanted = _name(stored.dtype if stored.dtype in HALVES else torch.bfloat16)
-    if fmt.wzeros != wanted:
-        return f"nunchaku has the scale and what code 0 means in {wanted}; use awq_w4a16(wzeros={wanted})"
-    if n % _AWQ_ROWS or k % _GROUP:
-        return f"it is {n} x {k}, and nunchaku's AWQ has multiples of {_AWQ_ROWS} rows and {_GROUP} columns"
-    return None
-
-
-def _tiled(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an SVDQuant layer."""
-    smooth = parts["smooth_factor"]
-    return {
-        "qweight": tiles.tile_codes(parts["qdata"]),
-        "wscales": tiles.tile_scales(parts["scale"]),
-        "smooth_factor": tiles.tile_scales(smooth.unsqueeze(0)).squeeze(0),
-        "proj_down": tiles.tile_down(parts["proj_down"]),
-        "proj_up": tiles.tile_up(parts["proj_up"]),
-    }
-
-
-def _awq_tensors(stored: StoredLayer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an AWQ layer. Raises `PartsError` for a scale or a wzero that 16 bits do not hold."""
-    half = _half(stored)
-    exact = {"wscales": parts["scale"].double()}
-    exact["wzeros"] = parts["zero"].double() - MIDDLE * exact["wscales"]
-    made = {name: value.to(half) for name, value in exact.items()}
-    for name, value in exact.items():
-        if not torch.equal(made[name].double(), value):
-            raise PartsError(
-                f"{stored.place}: its {name} do not fit into {_name(half)}, so its codes cannot be kept; convert the "
-                "16-bit model to this dialect"
-            )
-    return {"qweight": tiles.tile_awq(parts["qdata"]), **made}
-
-
-def _one_value(name: str, by_layer: Mapping[str, Any]) -> Any:
-    """What all layers have. Raises `PartsError`, naming two of them, where they differ."""
-    (first, value), *others = by_layer.items()
-    for layer, other in others:
-        if other != value:
-            raise PartsError(
-                f"diffusers' nunchaku_lite has one {name} for all layers, and {first!r} has {value}, {layer!r} "
-                f"{other}; give them the same format"
-            )
-    return value
 
 
 def _stored(

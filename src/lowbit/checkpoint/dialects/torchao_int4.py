@@ -65,7 +65,7 @@ class Int4(TensorClass):
     def why_not(self, stored: StoredLayer) -> str | None:
         if isinstance(stored.format, WNA16) and stored.shape[1] % CODES:
             return f"it has {stored.shape[1]} columns, and only multiples of {CODES} are read"
-        if isinstance(stored.format, AwqW4A16) and stored.format.wzeros:
+        if isinstance(stored.format, AwqW4A16) and stored.format.wzeros != "none":
             return "torchao does not say that its wzeros are exact in 16 bits; use awq_w4a16 without wzeros"
         return "torchao has no static scale for the input of Int4Tensor" if stored.format.input_scale else None
 
