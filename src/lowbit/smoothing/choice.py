@@ -98,7 +98,7 @@ def held_by_norm(weight: Tensor, kind: str) -> Held:
             offset = 1.0 if kind == ONE_PLUS else 0.0
             found = ((gain * scale - offset).to(weight.dtype).float() + offset) / gain
         near = (found / scale > 1 / _NEAR) & (found / scale < _NEAR)  # also false for NaN
-        return torch.where(near, found, torch.ones_like(found))
+        return torch.where(near & (gain != 0), found, torch.ones_like(found))
 
     return held
 
