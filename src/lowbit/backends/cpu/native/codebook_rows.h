@@ -47,19 +47,11 @@ class CodebookRows {
     read_codes(row, first, last, room);
     if (w_.bits == 6) return multiply(row, first, last, room, to);
     std::memset(room + (last - first), 0, kPad);  // codes, too
-    alignas(16) uint8_t made[16];
-    for (int64_t c = 0, g = first / w_.group; c < last - first; ++g) {
-      const uint8_t* table = made;
-      if (w_.wide_scales) {
-        make_table(scale(row, g), made);
-      } else {
-        const uint8_t code = static_cast<const uint8_t*>(w_.scales)[row * w_.scale_stride + g];
-        table = reinterpret_cast<const uint8_t*>(tables_.data()) + code * 16;
-      }
-      // The end of a vector that is wider than a group is written again with the next one.
-      const int64_t end = c + w_.group;
-      for (; c < end; c += kPad) simd::store_bytes(to + c, simd::lookup_bytes(table, simd::load_bytes(room + c)));
-      c = end;
+    if (!w_.wide_scales) return look_up(row, first, last, room, to);
+    alignas(16) uint8_t table[16];
+    for (int64_t c = 0; c < last - first; c += w_.group) {
+      make_table(scale(row, (first + c) / w_.group), table);
+      look_up_group(table, room + c, w_.group, to + c);
     }
   }
 
@@ -75,10 +67,26 @@ class CodebookRows {
     for (int i = 0; i < 16; i += kLanes) store_low_bytes(to + i, integers(load_f32(levels_ + i), set1_f32(scale)));
   }
 
+  // The end of a vector that is wider than a group is written again with the next one.
+  static void look_up_group(const uint8_t* table, const uint8_t* codes, int64_t group, int8_t* to) {
+    for (int64_t c = 0; c < group; c += kPad)
+      simd::store_bytes(to + c, simd::lookup_bytes(table, simd::load_bytes(codes + c)));
+  }
+
+  void look_up(int64_t row, int64_t first, int64_t last, const uint8_t* codes, int8_t* to) const {
+    const int64_t group = w_.group, count = last - first;
+    const auto* tables = reinterpret_cast<const uint8_t*>(tables_.data());
+    const uint8_t* scale = static_cast<const uint8_t*>(w_.scales) + row * w_.scale_stride + first / group;
+    __builtin_prefetch(scale + count / group);
+    for (int64_t c = 0; c < count; c += group, ++scale) look_up_group(tables + *scale * 16, codes + c, group, to + c);
+  }
+
   void read_codes(int64_t row, int64_t first, int64_t last, uint8_t* to) const {
     const uint8_t* low = w_.codes + row * w_.stride;
     const uint8_t* from = low + first / 2;
-    for (int64_t i = 0; i < (last - first) / 2; ++i) {
+    const int64_t bytes = (last - first) / 2;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + bytes + i);  // what is likely to be read next
+    for (int64_t i = 0; i < bytes; ++i) {
       to[2 * i] = from[i] & 15;
       to[2 * i + 1] = from[i] >> 4;
     }
