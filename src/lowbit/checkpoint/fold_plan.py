@@ -65,8 +65,7 @@ def plan_folds(
     if not trials:
         raise PlanError(f"{refusals[0]}, so no scale is folded; leave --fold-scales out, or choose a format with "
                         "pre_quant_scale=true, which stores its scales")  # fmt: skip
-    units = [Unit(trial.name, trial.size, trial.memory, trial.run) for trial in trials]
-    run_units(units, jobs=jobs, progress=progress)
+    run_units([Unit(t.name, t.size, t.memory, t.run) for t in trials], jobs=jobs, progress=progress)
     components = tuple(
         replace(part, folds=tuple(trial.fold for trial in trials if trial.part is part)) for part in plan.components
     )
