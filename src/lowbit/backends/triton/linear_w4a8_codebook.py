@@ -28,9 +28,13 @@ ELEMENTS = 1 << 27  # of a decoded piece: 128 MiB
 
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
-    """Those whose tile of tokens holds all of them and little more."""
+    """Those whose tile of tokens holds all of them and little more.
+
+    Where the codebook is read by loads of Triton's own, stages would copy every level to shared memory.
+    """
     wanted = max(16, min(arguments["m_bucket"], _LARGEST))
-    return [one for one in configs if one.constants["BLOCK_M"] == wanted]
+    staged = bool(arguments["ASSEMBLE"])
+    return [one for one in configs if one.constants["BLOCK_M"] == wanted and (one.stages > 1) == staged]
 
 
 @tuned(
@@ -40,6 +44,8 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
         config(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, warps=8, stages=3),
         config(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, warps=4, stages=3),
         config(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, warps=8, stages=3),
+        config(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, warps=4, stages=1),
+        config(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, warps=4, stages=1),
     ],
     key=("m_bucket", "n", "k", "out", "splits", "BITS", "GROUP"),
     prune=_sensible,
