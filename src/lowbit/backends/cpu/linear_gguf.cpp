@@ -2,7 +2,7 @@
 //
 // Activations of 16 bits become int16 with a scale a block of columns, as for other 4-bit weights (int4_gemm.h), and
 // codes are multiplied with them as integers, in pairs of columns: measured on AVX2, that is faster than panels of
-// float32 for one token as for 256. Those of 32 bits stay what they are.
+// float32 for few tokens as for 64. Those of 32 bits stay what they are.
 #include "native/bind.h"
 #include "native/gguf_blocks.h"
 #include "native/int4_gemm.h"
