@@ -140,7 +140,8 @@ def folded_like(
     """The source with the scales folded in that `output`, which was made of it, has; itself where it has none.
 
     `pairs`: the same models in both. The scales are found again from the weights: of a norm as the quotient of the two,
-    of rows by least squares. They come with it, [K] by the names of the linears whose inputs they multiply.
+    of rows by least squares, with the columns behind them; in quantized layers of a few dozen channels one may be off
+    by a step. They come with it, [K] by the names of the linears whose inputs they multiply.
 
     Raises `PlanError` for a header that names other groups than the two have.
     """
@@ -179,19 +180,36 @@ def _check_there(component: Component, made: QuantizedComponent, fold: Fold) -> 
 
 
 def _rows_ratio(source: Source, component: Component, made: QuantizedComponent, fold: Fold, k: int) -> Tensor:
-    """What the last K rows of a linear were multiplied by, from the rows as they are stored now."""
-    key = fold.keys[0]
+    """What the last K rows of a linear were multiplied by, from these rows and the columns behind them, as stored."""
+    logs, counts = torch.zeros(k), torch.zeros(k)
+    for name, key in zip((fold.before, *fold.linears), fold.keys, strict=True):
+        by_row = name == fold.before
+        like, whole = _products(source, component, made, name, key, by_row=by_row)
+        elements = component.tensors[key].shape[1 if by_row else 0]
+        found = (like / whole).log()[-k:]
+        usable = found.isfinite()  # not of rows or columns of zeros
+        logs += torch.where(usable, found, 0.0) * (elements if by_row else -elements)
+        counts += usable * elements
+    return held_by_rows((logs / counts.clamp_min(1)).exp())
+
+
+def _products(
+    source: Source, component: Component, made: QuantizedComponent, name: str, key: str, *, by_row: bool
+) -> tuple[Tensor, Tensor]:
+    """The sums over each row, or each column, of a weight as stored times as it was, and of that squared."""
     n, columns = component.tensors[key].shape
-    stored = made.layers.get(fold.before)
+    stored = made.layers.get(name)
     parts = None if stored is None else made.load(stored)
-    found = []
+    sums = torch.zeros(2, n if by_row else columns)
     for start, stop in row_chunks(n, columns, 1 if stored is None else stored.format.row_multiple):
         before = source.read_rows(component, key, start, stop).float()
         if stored is None or parts is None:
             after = made.source.read_rows(made.component, key, start, stop).float()
         else:
             after = stored.format.dequantize_rows(parts, columns, start, stop, torch.float32)
-        found.append((after * before).sum(1) / before.square().sum(1))
-    ratio = torch.cat(found)[n - k :]
-    usable = ratio.isfinite() & (ratio > 0)
-    return torch.where(usable, held_by_rows(ratio.clamp_min(torch.finfo(torch.float32).tiny)), torch.ones_like(ratio))
+        for index, product in enumerate((after * before, before.square())):
+            if by_row:
+                sums[index, start:stop] = product.sum(1)
+            else:
+                sums[index] += product.sum(0)
+    return sums[0], sums[1]
