@@ -12,7 +12,7 @@ from lowbit.solvers.base import Statistics
 ROWS_KEPT = 256  # rows of x in `Statistics.samples`
 BINS = 4096  # 12 of the 31 bits of |x| as float32: 8 of exponent, 4 of mantissa
 FLUSH = 1024  # rows that are gathered before a product: many thin products take several times as long as a thick one
-_PANEL = 512  # columns of one product: only the panels right of the diagonal are computed
+_PANEL = 192  # columns of one product: only the panels right of the diagonal are computed
 _COUNTED = 2**16  # elements of one flush that go into the histogram; more would cost as much as the products
 _CHUNK = 2**25  # elements of rows that are worked on at once, as float32
 
