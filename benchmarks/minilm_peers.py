@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.minilm_model import (
+    BUILTIN,
     DIRECTIONS,
     Batch,
     calibration_batches,
@@ -169,7 +170,8 @@ def lowbit_calibrated(spec: str) -> Method:
     """lowbit's own calibration and its solver `auto`."""
 
     def run(model: nn.Module, tokenizer: Any, genre: str) -> nn.Module:
-        known = calibrate(model, lowbit_batches(model, tokenizer, genre), layers=[ENCODER])
+        batches = lowbit_batches(model, tokenizer, genre)
+        known = calibrate(model, batches, layers=[ENCODER], broad=genre == BUILTIN)
         quantize_(model, {ENCODER: spec}, statistics=known)
         return model
 

@@ -268,3 +268,17 @@ def test_bad_importance_matrices_are_refused(tmp_path, raw, said):
     with pytest.raises(StatisticsError, match=said) as caught:
         import_imatrix(path, SHAPES, "model")
     assert "bad.imatrix" in str(caught.value)
+
+
+def test_broad_statistics_say_so(taken, tmp_path):
+    """What was calibrated as broad is broad in memory, in the file, and merged with something that is not."""
+    path = tmp_path / "broad.safetensors"
+    inside = lowbit.calibrate(Attention(), batches(), broad=True)
+
+    with lowbit.calibrate(Attention(), batches(), path=path, broad=True) as file:
+        assert file["q"].broad
+        assert file["q"].hessian is file["k"].hessian
+        assert Merged([taken, file])["q"].broad
+    assert inside["q"].broad
+    assert not taken["q"].broad
+    assert not Merged([taken, taken])["q"].broad

@@ -238,6 +238,7 @@ def test_without_a_text_the_builtin_one_is_run(lowbit, tmp_path):
     assert "the built-in one" in plain.err
     with StatisticsFile(tmp_path / "a.safetensors") as one, StatisticsFile(tmp_path / "b.safetensors") as other:
         assert one.contents.model == f"{folder.name} on the built-in text"
+        assert one.contents.options["broad"]
         assert other.contents.model == f"{folder.name} on the built-in text, varied 0.2"
     tokens = [sum(facts["tokens"] for facts in run.json["inputs"].values()) for run in (done, plain)]
     assert tokens[0] == 2 * tokens[1] > 0

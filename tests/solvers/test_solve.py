@@ -10,7 +10,18 @@ from torch import Tensor
 
 from lowbit.errors import SolverError
 from lowbit.formats import Format, Parts, parse_spec
-from lowbit.solvers import AUTO, Solution, Statistics, base, parse_pipeline, pick_solver, refinement, solve, solver
+from lowbit.solvers import (
+    AUTO,
+    Solution,
+    Statistics,
+    base,
+    curvature,
+    parse_pipeline,
+    pick_solver,
+    refinement,
+    solve,
+    solver,
+)
 from tests.support import gaussian
 from tests.support.layers import Layer
 
@@ -103,7 +114,7 @@ def test_a_refinement_that_loses_is_left_out_and_said(spec):
     found = solve(w, fmt, "scale_search+gptq", misleading())
 
     assert found.solver in ("scale_search", "rtn")
-    assert "a trial with H shrunk by 0.05 lost; a trial with H shrunk by 0.5 lost" in found.note
+    assert "a trial with H shrunk by 0.2 lost; a trial with H shrunk by 0.5 lost" in found.note
     assert found.error <= found.rtn_error
 
 
@@ -318,3 +329,12 @@ def test_a_weight_of_zeros_stays_zero(spec):
 
     assert float(fmt.dequantize(found.parts, (32, 64), torch.float32).abs().max()) < 1e-6
     assert (found.error, found.rtn_error) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "narrow", "broad"), [(6, 0.3, 0.3), (128, 0.2, 0.2), (256, 0.2, 0.1), (2048, 0.2, 0.05)]
+)
+def test_broad_statistics_are_shrunk_less(tokens, narrow, broad):
+    """By 0.4 K / T, at most 0.3, and at least 0.05 where the samples are of many kinds, else 0.2."""
+    assert curvature.shrinkage(tokens, 64) == pytest.approx(narrow)
+    assert curvature.shrinkage(tokens, 64, broad=True) == pytest.approx(broad)

@@ -17,7 +17,7 @@ from lowbit.errors import LowbitError, PlanError, StatisticsError
 
 from .batches import Batch, TokenMask, as_batch
 from .collected import Collected
-from .collection import Contents, InputFacts, LayerInput, StatisticsCollection, some
+from .collection import BROAD, Contents, InputFacts, LayerInput, StatisticsCollection, some
 from .linears import aliases, running, select_linears
 from .observe import Observer
 from .progress_file import ProgressFile, fingerprint
@@ -43,6 +43,7 @@ class Options:
     share: bool = True
     seed: int = 0
     snapshot_every: float = 30.0
+    broad: bool = False
 
 
 def calibrate(
@@ -61,6 +62,7 @@ def calibrate(
     resume: bool = True,
     snapshot_every: float = 30.0,
     seed: int = 0,
+    broad: bool = False,
 ) -> StatisticsCollection:
     """Run `model` on `batches` and return the statistics of every linear's input, by the linear's name.
 
@@ -75,6 +77,7 @@ def calibrate(
     seconds back, when it is called again with the same arguments. Without `path` all is kept in memory.
     An input whose full H alone exceeds `memory`, or with more than `full_up_to` channels, keeps only its diagonal.
 
+    `broad`: the batches are of as many kinds as what the model will meet, so solvers may trust H further.
     `layers`: regular expressions, of which one must match a linear's name. `share`: linears with the same input share
     an entry. `names`: other names for linears, by their names, None to leave one out.
     `progress(done, total or None, what)` is called after every batch.
@@ -88,7 +91,7 @@ def calibrate(
     >>> statistics["2"].hessian.shape, statistics["2"].tokens, statistics["2"].held_out_tokens
     (torch.Size([32, 32]), 16, 16)
     """
-    options = Options(tuple(layers or ()), as_bytes(memory), full_up_to, token_mask, share, seed, snapshot_every)
+    options = Options(tuple(layers or ()), as_bytes(memory), full_up_to, token_mask, share, seed, snapshot_every, broad)
     what = description or type(model).__name__
 
     def run() -> Run:
@@ -319,4 +322,5 @@ class Run:
             "full_up_to": chosen.full_up_to,
             "share": chosen.share,
             "seed": chosen.seed,
+            BROAD: chosen.broad,
         }

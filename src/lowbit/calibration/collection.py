@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lowbit.solvers.base import Statistics
 
 Field = tuple[torch.dtype, tuple[int, ...]]
 _SHOWN = 10
+BROAD = "broad"  # the option that says that the samples are of as many kinds as what the model will meet
 FEW = 1.0  # T/N below which a full second moment is singular and warned about
 
 
@@ -92,7 +93,8 @@ class StatisticsCollection(Mapping[str, Statistics]):
         return self.contents.layers[layer].shape
 
     def __getitem__(self, layer: str) -> Statistics:
-        return self.load_input(self.contents.layers[layer].input)
+        found = self.load_input(self.contents.layers[layer].input)
+        return replace(found, broad=True) if self.contents.options.get(BROAD) else found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.contents.layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from lowbit.errors import StatisticsError
 from lowbit.solvers.base import Statistics
 
 from .accumulate import ROWS_KEPT
-from .collection import Contents, Field, InputFacts, LayerInput, StatisticsCollection
+from .collection import BROAD, Contents, Field, InputFacts, LayerInput, StatisticsCollection
 
 _MOMENTS = {"hessian": "tokens", "held_out": "held_out_tokens"}
 
@@ -38,13 +39,14 @@ class Merged(StatisticsCollection):
             layers[name] = LayerInput(key, self._shape_in_all(name))
         self._sources = {key: parts for parts, key in keys.items()}
         first = self._collections[0].contents
+        options = [collection.contents.options for collection in collections]
         never = [name for collection in collections for name in collection.never_called if name not in layers]
         self.contents = Contents(
             first.model,
             layers,
             {key: self._facts(key) for key in self._sources},
             tuple(dict.fromkeys(never)),
-            {"merged": [collection.contents.options for collection in collections]},
+            {"merged": options, BROAD: any(found.get(BROAD) for found in options)},
         )
 
     @staticmethod
@@ -91,7 +93,7 @@ class Merged(StatisticsCollection):
         """The statistics of an input."""
         facts, names = self.contents.inputs[key], self.fields(key)
         parts = [collection.load_input(other) for collection, other in self._parts(key)]
-        tensors = {name: _JOIN[name](parts, name, facts) for name in names}
+        tensors: dict[str, Any] = {name: _JOIN[name](parts, name, facts) for name in names}
         return Statistics(tokens=facts.tokens, held_out_tokens=facts.held_out_tokens, **tensors)
 
 

@@ -69,7 +69,7 @@ class StatisticsFile(StatisticsCollection):
                 self._cache.move_to_end(key)
                 return self._cache[key]
             facts = self.contents.inputs[key]
-            tensors = {name: self._file.read(f"{key}.{name}") for name in self.fields(key)}
+            tensors: dict[str, Any] = {name: self._file.read(f"{key}.{name}") for name in self.fields(key)}
             found = Statistics(tokens=facts.tokens, held_out_tokens=facts.held_out_tokens, **tensors)
             self._cache[key] = found
             while len(self._cache) > _CACHED:

@@ -125,6 +125,13 @@ def calibrate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, metavar="L", help="Tokens of one of them.")] = MAX_TOKENS,
     batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="How many at once.")] = BATCH_SIZE,
+    broad: Annotated[
+        bool,
+        typer.Option(
+            "--broad",
+            help="The samples are of as many kinds as what the model will meet, as the built-in text is: trust them.",
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Where the model folder runs.")] = "cpu",
     layers: Annotated[
         list[str] | None,
@@ -147,6 +154,7 @@ def calibrate(
     """
     with asking():
         how = {"layers": layers, "memory": as_bytes(memory), "full_up_to": full_up_to, "resume": resume}
+        how["broad"] = broad
         chosen = _refuse_several(
             bool(paths),
             text=bool(text) or with_builtin,
@@ -218,7 +226,7 @@ def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin
             names=model.names(),
             description=f"{folder.resolve().name} on {', '.join(names)}" + (f", varied {vary:g}" if vary else ""),
             progress=update,
-            **wishes.options,
+            **{**wishes.options, "broad": wishes.options["broad"] or with_builtin},
         )
     assert isinstance(found, StatisticsFile)
     return found

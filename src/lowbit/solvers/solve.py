@@ -200,14 +200,15 @@ class Problem:
     def _amount(self, start: Parts, plain: Parts, notes: list[str]) -> float | None:
         """The shrinkage with which a trial on some rows beats rounding to nearest and the start, or None."""
         k = self.w.shape[1]
-        usual = shrinkage(self.statistics.total_tokens, k)
+        known = self.statistics
+        usual = shrinkage(known.total_tokens, k, broad=known.broad)
         if not self._held_out:
             return usual
         rows = min(self.w.shape[0], round_up(max(_TRIAL_ROWS, self.w.shape[0] // _TRIAL_SHARE), self.fmt.row_multiple))
         some, rules = self.w[:rows], self.fmt.rules
         begun = narrow_rows(rules, start, 0, rows)
         least = min(self._loss(some, narrow_rows(rules, plain, 0, rows)), self._loss(some, begun))
-        for amount in (max(usual, shrinkage(self.statistics.tokens, k)), _STRONGER):
+        for amount in (max(usual, shrinkage(known.tokens, k, broad=known.broad)), _STRONGER):
             tried = self._refined(some, begun, self.statistics.hessian, amount, first_only=True)
             if self._loss(some, tried) <= least:
                 return usual if amount < _STRONGER else amount

@@ -209,7 +209,8 @@ class _Layer:
         if hessian.dim() == 1:
             scaled = hessian / factor.square()
             return scaled.clamp_min_(float(scaled.mean()) * 1e-6)
-        return second_moments(hessian, shrinkage(tokens, hessian.shape[0]), factor.reciprocal())
+        amount = shrinkage(tokens, hessian.shape[0], broad=self.statistics.broad)
+        return second_moments(hessian, amount, factor.reciprocal())
 
     def _params(self, w: Tensor, up: Tensor, split: _Split) -> Parts:
         """All parameters of one of the weights, with the scales searched. up: its rows of U."""
