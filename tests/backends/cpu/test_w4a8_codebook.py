@@ -106,6 +106,22 @@ def test_every_scale_and_code(spec):
         assert torch.equal(F.linear(x, one), fmt.linear(x, parts, None))
 
 
+@pytest.mark.parametrize("scales", [torch.float8_e4m3fn, torch.float32], ids=str)
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[4]])
+def test_scales_that_are_nan_or_too_large(spec, scales):
+    """A NaN is 0 in the integer product and NaN in its rotated group of the weight; what is too large is clamped."""
+    fmt, x = parse_spec(spec), rotations.rotate_groups(127 * torch.eye(COLUMNS), parse_spec(spec).rotation)
+    one = weight(spec, 18, COLUMNS, scales)
+    wrong = (torch.nan, torch.inf, -torch.inf, 1e10, -1e10) if scales == torch.float32 else (torch.nan,)
+    for row, scale in enumerate(wrong):
+        one.parts["s_rel"][3 * row + 1, 2] = scale
+    with use_backend("cpu"), torch.inference_mode():
+        assert torch.equal(F.linear(x, one), fmt.linear(x, one.parts, None))
+    found, wanted = (decoded(one, torch.float32, backend) for backend in ("cpu", "eager"))
+    assert wanted.isnan().any()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6 * wanted.nan_to_num().abs().max(), equal_nan=True)
+
+
 def test_what_it_refuses():
     """A correction of groups and float64 are refused in words and left to the reference."""
     one = weight(CORRECTED, 8, COLUMNS)

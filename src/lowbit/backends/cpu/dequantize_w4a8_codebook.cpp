@@ -16,8 +16,9 @@ struct CodebookFactors {
   int64_t rotation;
 };
 
-void finish_row(const CodebookRows& rows, int64_t row, const int8_t* integers, const CodebookFactors& by, float* values,
-                void* out, int64_t at, int dtype) {
+// codes: one a byte, what `expand` left of them.
+void finish_row(const CodebookRows& rows, int64_t row, const uint8_t* codes, const int8_t* integers,
+                const CodebookFactors& by, float* values, void* out, int64_t at, int dtype) {
   const CodebookWeight& w = rows.weight();
   const F32 scale = set1_f32(w.rows[row]);
   for (int64_t c = 0; c < w.k; c += kLanes) store_f32(values + c, mul(to_f32(widen_s8(integers + c)), scale));
@@ -26,6 +27,7 @@ void finish_row(const CodebookRows& rows, int64_t row, const int8_t* integers, c
     store_f32(added, load_first(by.correction, g * w.n + row, 1, by.correction_dtype));
     for (const int64_t end = c + w.group; c < end; ++c) values[c] += added[0];
   }
+  rows.put_nan(row, codes, values);
   rotate_groups(values, w.k, by.rotation);
   for (int64_t c = 0; c < w.k; c += kLanes) {
     F32 value = load_f32(values + c);
@@ -61,7 +63,7 @@ int64_t dequantize_w4a8_codebook(int64_t n, int64_t k, Ptr<const uint8_t> codes,
     auto* integers = reinterpret_cast<int8_t*>(room + width);
     for (int64_t i = task * run; i < std::min(count, (task + 1) * run); ++i) {
       rows.expand(row_at(i), 0, k, room, integers);
-      finish_row(rows, row_at(i), integers, by, values.data(), out, i * k, dtype);
+      finish_row(rows, row_at(i), room, integers, by, values.data(), out, i * k, dtype);
     }
   });
   return -1;

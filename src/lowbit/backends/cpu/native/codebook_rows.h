@@ -1,10 +1,13 @@
 // Rows of w4a8_codebook as the int8 that a matrix product sees:
 //
-//   v = clamp(round(level[code] * s_rel), -127, 127)
+//   v = clamp(round(level[code] * s_rel), -127, 127)          0 where that is NaN, as an int8 is none
 //
 // Codes have 4 bits, and a table of 16 levels or code - 8; or 6 bits, and stand for code - 32. A scale is one of 256
 // where it is float8_e4m3fn: then all tables of 16 integers are made once a call.
 #pragma once
+
+#include <algorithm>
+#include <cmath>
 
 #include "coded_rows.h"
 
@@ -28,6 +31,7 @@ class CodebookRows {
 
   explicit CodebookRows(const CodebookWeight& w) : w_(w), tables_(w.wide_scales || w.bits != 4 ? 0 : 256 * 16 / 4) {
     for (int code = 0; code < 16; ++code) levels_[code] = w.levels ? w.levels[code] : static_cast<float>(code - 8);
+    finite_levels_ = std::all_of(levels_, levels_ + 16, [](float level) { return std::isfinite(level); });
     if (w.wide_scales || w.bits != 4) return;
     const auto& values = detail::ByteValues::get().e4m3;
     auto* to = reinterpret_cast<uint8_t*>(tables_.data());
@@ -55,11 +59,23 @@ class CodebookRows {
     }
   }
 
+  // NaN to those of a row's values [0, k) that are none as an int8; `room` as `expand` left it for the whole row.
+  void put_nan(int64_t row, const uint8_t* room, float* values) const {
+    for (int64_t first = 0, g = 0; first < w_.k; first += w_.group, ++g) {
+      const float by = scale(row, g);
+      if (finite_levels_ && std::isfinite(by)) continue;
+      for (int64_t c = first; c < first + w_.group; ++c)
+        if (std::isnan((w_.bits == 4 ? levels_[room[c]] : static_cast<float>(room[c] - 32)) * by)) values[c] = NAN;
+    }
+  }
+
  private:
-  // round(level * scale), half to even, within int8.
+  // round(level * scale), half to even, within int8. Clamped before it is rounded: a scale may be infinite.
   static simd::I32 integers(simd::F32 level, simd::F32 scale) {
     using namespace simd;
-    return max(min(to_i32(mul(level, scale)), set1_i32(127)), set1_i32(-127));
+    const F32 value = mul(level, scale);
+    const I32 within = to_i32(max(min(value, set1_f32(127.0f)), set1_f32(-127.0f)));
+    return select(not_a_number(value), zero_i32(), within);
   }
 
   void make_table(float scale, uint8_t* to) const {
@@ -110,6 +126,7 @@ class CodebookRows {
   const CodebookWeight w_;
   Room tables_;  // [256, 16] int8
   alignas(64) float levels_[16];
+  bool finite_levels_;
 };
 
 }  // namespace lowbit
