@@ -190,12 +190,35 @@ def test_a_plan_holds_its_folds(llama, tmp_path):
         ({"linears": [f"{BLOCK}mlp.down_proj"]}, "does not give the 128 channels"),
         ({"kind": "bias"}, "'kind' of weight"),
         ({"exponent": 2}, "from 0 to 1"),
+        ({"error_before": "small"}, "error_before is 'small'"),
+        ({"error_after": -1.0}, "error_after is -1.0"),
         ({"before": f"{BLOCK}post_attention_layernorm"}, "takes a scale twice"),
     ]:
         entries = json.loads(json.dumps(data))
         entries["components"][""]["folds"][0].update(change)
         with pytest.raises(PlanError, match=complaint):
             Plan.from_json(entries)
+
+
+def test_an_edited_fold_that_would_change_the_model_is_refused(llama, tmp_path):
+    """A linear left out of its group, another kind of norm, rows that serve several heads: nothing is written."""
+    folder, _, known = llama
+    grouped = decoder("phi3", layers=1, num_key_value_heads=2)
+    shared, seen_there = written(grouped, tmp_path / "phi3"), seen(grouped)
+    for place, statistics, index, change, complaint in [
+        (folder, known, 0, {"linears": (f"{BLOCK}self_attn.q_proj",), "exponent": 0.5}, "goes before .*k_proj"),
+        (folder, known, 0, {"linears": ("lm_head",), "exponent": 0.5}, "goes before .*k_proj"),
+        (folder, known, 0, {"before": "model.norm", "exponent": 0.5}, "is none that takes a scale"),
+        (folder, known, 0, {"kind": "1 + weight", "exponent": 0.5}, "multiplies by its weight"),
+        (shared, seen_there, 1, {"exponent": 0.5}, "does not give the 64 channels"),
+    ]:
+        with open_source(place) as source:
+            plan = planned(source, statistics)
+            changed = dataclasses.replace(plan.components[0].folds[index], **change)
+            part = dataclasses.replace(plan.components[0], folds=(changed,))
+            with pytest.raises(PlanError, match=complaint):
+                convert(source, tmp_path / "out", dataclasses.replace(plan, components=(part,)), statistics=statistics)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_source_is_left_as_it_is(llama):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,11 +68,18 @@ class Fold:
         if isinstance(exponent, bool) or not isinstance(exponent, int | float) or not 0 <= exponent <= 1:
             raise PlanError(f"the fold {before!r}: exponent is {exponent!r}, expected a number from 0 to 1")
         errors = {name: entry.get(name) for name in ("error_before", "error_after")}
+        for name, error in errors.items():
+            wrong = isinstance(error, bool) or not isinstance(error, int | float) or not 0 <= error < math.inf
+            if error is not None and wrong:
+                raise PlanError(f"the fold {before!r}: {name} is {error!r}, expected a number from 0 on, or nothing")
         return cls(before, tuple(map(str, linears)), kind, float(exponent), **errors, why=str(entry.get("why", "")))
 
 
 def check_folds(folds: Iterable[Fold], tensors: Iterable[TensorPlan]) -> None:
-    """Raise `PlanError` for a fold that would change what the model computes, or for tensors that are not there."""
+    """Raise `PlanError` for a fold whose shapes do not fit, a second one of a tensor, and tensors that are not there.
+
+    Whether the model has such a group is checked with the source (`fold_groups`).
+    """
     by_key = {tensor.key: tensor for tensor in tensors}
     taken: set[str] = set()
     for fold in folds:

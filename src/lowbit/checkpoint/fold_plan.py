@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from lowbit.errors import PlanError
-from lowbit.smoothing import NORMS, ONE_PLUS, WEIGHT, FoldGroup, choose, find_groups, norm_gain
+from lowbit.smoothing import ONE_PLUS, WEIGHT, FoldGroup, choose, find_groups, norm_gain
 from lowbit.solvers import Statistics
 from lowbit.solvers.awq import WeightRows
 
 from .dialects.base import join_key
 from .fold_data import ROWS, Fold, cannot_fold
+from .fold_groups import norm_kind
 from .folding import held_by, known_of, layer_name
 from .layer_statistics import LayerStatistics
 from .pipeline import Progress, Unit, run_units
@@ -57,7 +58,7 @@ def plan_folds(
     refusals: list[str] = []
     for part in plan.components:
         held = look_for_layers(source, source.component(part.name))
-        why, kind = _norm_kind(held)
+        why, kind = norm_kind(held)
         groups = [] if why else list(find_groups({key: spec.shape for key, spec in held.specs.items()}))
         if why or not groups:
             refusals.append(f"{held.where}: {why or 'no block of linears is named as those of Llama'}")
@@ -72,17 +73,6 @@ def plan_folds(
     made = replace(plan, components=components, notes=(*plan.notes, *refusals, *_notes(components)))
     made.validate()
     return made
-
-
-def _norm_kind(held: QuantizedComponent) -> tuple[str, str]:
-    """Why a model is refused, or "", and what its norms multiply by. Without a model type: by their weight."""
-    config = held.configs.get("config.json", {})
-    model_type = config.get("model_type")
-    if model_type is None:
-        return "", WEIGHT
-    if model_type in NORMS:
-        return "", NORMS[model_type]
-    return f"what the norms of the model type {model_type!r} multiply by is not known ({', '.join(NORMS)} are)", ""
 
 
 def _notes(components: tuple[ComponentPlan, ...]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from lowbit.solvers import Statistics
 
 from .dialects.base import join_key
 from .fold_data import FOLDED, ROWS, Fold, folds_from_text
+from .fold_groups import refuse_other_groups
 from .layer_statistics import LayerStatistics
 from .plan_data import Plan
 from .quantized_source import QuantizedComponent, look_for_layers
@@ -58,15 +59,16 @@ class RescaledStatistics:
 def folded(source: Source, plan: Plan, statistics: LayerStatistics | None) -> tuple[Source, LayerStatistics | None]:
     """The source and its statistics with the plan's scales folded in; themselves where it has none.
 
-    Raises `PlanError` for a group of whose input nothing is known.
+    Raises `PlanError` for a group of whose input nothing is known, and for one that the model does not have.
     """
     changes: Rescalings = {}
     scales: dict[str, Tensor] = {}
     for part in plan.components:
         component = source.component(part.name)
-        for fold in part.folds:
-            if not fold.active:
-                continue
+        active = [fold for fold in part.folds if fold.active]
+        if active:
+            refuse_other_groups(look_for_layers(source, component), active)
+        for fold in active:
             names = [layer_name(component, linear) for linear in fold.linears]
             known = known_of(statistics, names)
             if statistics is None or known is None:
