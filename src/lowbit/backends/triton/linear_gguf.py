@@ -127,4 +127,4 @@ def _is_fused(x: Tensor) -> bool:
     target = device.target_of(x.device)
     if x.dtype == torch.float32 or (target.kind == "cuda" and not target.assembles):
         return False  # Triton multiplies these without tensor cores
-    return x.numel() <= FEW * x.shape[-1]
+    return x.shape[-1] > 0 and x.numel() <= FEW * x.shape[-1]  # without columns there is nothing to read
