@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "coded_rows.h"
 
@@ -61,11 +62,10 @@ class CodebookRows {
 
   // NaN to those of a row's values [0, k) that are none as an int8; `room` as `expand` left it for the whole row.
   void put_nan(int64_t row, const uint8_t* room, float* values) const {
-    for (int64_t first = 0, g = 0; first < w_.k; first += w_.group, ++g) {
-      const float by = scale(row, g);
-      if (finite_levels_ && std::isfinite(by)) continue;
-      for (int64_t c = first; c < first + w_.group; ++c)
-        if (std::isnan((w_.bits == 4 ? levels_[room[c]] : static_cast<float>(room[c] - 32)) * by)) values[c] = NAN;
+    if (finite_levels_ && has_finite_scales(row)) return;
+    for (int64_t c = 0; c < w_.k; ++c) {
+      const float level = w_.bits == 4 ? levels_[room[c]] : static_cast<float>(room[c] - 32);
+      if (std::isnan(level * scale(row, c / w_.group))) values[c] = NAN;
     }
   }
 
@@ -76,6 +76,20 @@ class CodebookRows {
     const F32 value = mul(level, scale);
     const I32 within = to_i32(max(min(value, set1_f32(127.0f)), set1_f32(-127.0f)));
     return select(not_a_number(value), zero_i32(), within);
+  }
+
+  // Loops without a branch, of which the compiler makes vectors.
+  bool has_finite_scales(int64_t row) const {
+    const int64_t first = row * w_.scale_stride, groups = w_.k / w_.group;
+    bool finite = true;
+    if (w_.wide_scales) {
+      const float* scales = static_cast<const float*>(w_.scales) + first;
+      for (int64_t g = 0; g < groups; ++g) finite &= std::fabs(scales[g]) <= std::numeric_limits<float>::max();
+    } else {
+      const uint8_t* scales = static_cast<const uint8_t*>(w_.scales) + first;
+      for (int64_t g = 0; g < groups; ++g) finite &= (scales[g] & 0x7f) != 0x7f;
+    }
+    return finite;
   }
 
   void make_table(float scale, uint8_t* to) const {
