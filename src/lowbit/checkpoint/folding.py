@@ -150,7 +150,7 @@ def folded_like(
     changes: Rescalings = {}
     scales: dict[str, Tensor] = {}
     for component, made in pairs:
-        folds = _folds_of(output, made)
+        folds = folds_of(output, made)
         held = look_for_layers(output, made, strict=False)
         for fold in sorted(folds, key=lambda fold: fold.kind == ROWS):  # rows last: norms have divided their columns
             _check_there(component, held, fold)
@@ -165,7 +165,8 @@ def folded_like(
     return (source.rescaled(changes) if changes else source), scales
 
 
-def _folds_of(output: Source, component: Component) -> list[Fold]:
+def folds_of(output: Source, component: Component) -> list[Fold]:
+    """The groups that scales were folded into, as its headers say. Raises `PlanError` for a header that is wrong."""
     texts = [file.metadata[FOLDED] for file in component.files.values() if FOLDED in file.metadata]
     return folds_from_text(texts[0], str(output.place)) if texts else []
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from lowbit.checkpoint.dialects import Dialect, StoredLayer, TensorSpec
 from lowbit.checkpoint.dialects.base import bias_orders, join_key, layer_of
+from lowbit.checkpoint.fold_data import ROWS
 from lowbit.checkpoint.folder_configs import FolderConfigs, refuse_target
+from lowbit.checkpoint.folding import folds_of
 from lowbit.checkpoint.output import Staging
 from lowbit.checkpoint.pipeline import Progress
 from lowbit.checkpoint.quantized_source import QuantizedComponent, look_for_layers
@@ -100,6 +102,19 @@ def bake_checkpoint(
     return BakeReport(str(target), accounts, unmatched, (*read.notes, *work.notes), copied, done.resumed, seconds)
 
 
+def _misfits(held: QuantizedComponent, layers: Collection[str]) -> list[str]:
+    """A note where an adapter changes layers whose inputs or outputs a conversion has scaled."""
+    folds = folds_of(held.source, held.component)
+    scaled = {name for f in folds for name in (*f.linears, *((f.before,) if f.kind == ROWS else ()))} & set(layers)
+    if not scaled:
+        return []
+    note = (
+        f"{held.where}: scales are folded into {len(scaled)} of the layers that the adapter changes, such as "
+        f"{min(scaled)}; one that was made for the model before does not fit them: bake it into that, then convert"
+    )
+    return [note]
+
+
 @dataclass(frozen=True)
 class _Setting:
     strength: float
@@ -128,7 +143,7 @@ class _Work:
         matched = adapter.find(shapes)
         self.known += [held.full_name(name) for name in shapes]
         self.used |= matched.names.keys()
-        self.notes += held.found.notes
+        self.notes += held.found.notes + _misfits(held, matched.layers)
         owned: set[str] = set()
         stored: dict[str, list[StoredLayer]] = {}
         for layer in held.layers.values():
