@@ -19,6 +19,7 @@ from lowbit.checkpoint.rescaling import Rescaling
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.verify import verify
 from lowbit.errors import PlanError, WeightError
+from lowbit.lora import LoraDelta, bake_checkpoint
 from tests.support import gaussian
 from tests.support.tiny_decoders import decoder, distance, logits, seen, written
 
@@ -90,6 +91,24 @@ def test_the_output_is_verified_with_its_scales(llama, tmp_path):
         assert {layer.name for layer in one.layers if layer.status == "changed"} == set()
         quantized = [layer for layer in one.layers if layer.status == "quantized"]
         assert min(layer.output_sqnr for layer in quantized) > 15
+
+
+def test_a_lora_of_the_model_before_is_told_apart_and_a_comparison_is_whole(llama, tmp_path):
+    """Baking into layers with folded scales gives a note, into others none; `compare` tells what any candidate has."""
+    folder, _, known = llama
+    with open_source(folder) as source:
+        convert(source, tmp_path / "out", planned(source, known), statistics=known)
+        with open_source(tmp_path / "out") as output:
+            beside = compare(source, [source, output], statistics=known, rtn=False)
+    notes = {}
+    for name in (f"{BLOCK}self_attn.q_proj", "lm_head"):
+        rows = known.contents.layers[name].shape[0]
+        delta = LoraDelta(gaussian(4, 64), gaussian(rows, 4))
+        notes[name] = bake_checkpoint(tmp_path / "out", tmp_path / f"{rows}", {name: delta}).notes
+
+    assert beside.with_statistics
+    assert "scales are folded into 1 of the layers" in notes[f"{BLOCK}self_attn.q_proj"][-1]
+    assert not any("folded" in note for note in notes["lm_head"])
 
 
 def test_other_scales_do_not_verify(llama, tmp_path):

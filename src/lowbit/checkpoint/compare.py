@@ -74,7 +74,12 @@ def compare(
         compared(*_folded_alike(reference, source, statistics), [source], [label])
         for source, label in zip(candidates, labels, strict=True)  # each has a reference of its own
     ]
-    return dataclasses.replace(found[0], candidates=tuple(one for each in found for one in each.candidates))
+    return dataclasses.replace(
+        found[0],
+        candidates=tuple(one for each in found for one in each.candidates),
+        with_statistics=any(each.with_statistics for each in found),
+        unmeasured=tuple(sorted({name for each in found for name in each.unmeasured})),
+    )
 
 
 def _compare(
