@@ -147,6 +147,9 @@ def test_bad_factories_are_one_error(lowbit, factory, tmp_path, name, code, said
         (("--builtin-text",), "the model folder"),
         (("a", "b"), "2 paths were given"),
         (("a", "--vary", "1.5"), "--vary"),
+        (("a", "--timesteps", "--vary", "0.2"), "are of a text"),
+        (("a", "b", "--merge", "--samples", "8"), "are of a text"),
+        (("a", "b", "--merge", "--broad"), "--broad is of samples that are run"),
         (("--module", "a:b", "--memory", "lots"), "memory 'lots'"),
     ],
 )

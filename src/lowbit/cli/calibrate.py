@@ -164,6 +164,7 @@ def calibrate(
             imatrix=imatrix is not None,
         )
         given = _paths(paths or [], chosen)
+        _refuse_idle(chosen, text=samples is not None or vary is not None, broad=broad)
     wishes = _Wishes(output, samples, max_tokens, batch_size, vary, device, how)
     if chosen == "text":
         found: StatisticsCollection = _from_text(given[0], text or [], wishes, with_builtin=with_builtin or not text)
@@ -184,6 +185,14 @@ def _refuse_several(paths: bool, **given: bool) -> str:
     if len(chosen) > 1 or not (chosen or paths):
         raise PlanError(f"say what to do by one of {_WHAT}" + (f", not {len(chosen)} of them" if chosen else ""))
     return chosen[0] if chosen else "text"
+
+
+def _refuse_idle(chosen: str, *, text: bool, broad: bool) -> None:
+    """Refuse options that say something about a text, or about samples, where there are none."""
+    if text and chosen != "text":
+        raise PlanError(f"--samples and --vary are of a text, and --{chosen} runs none; leave them out")
+    if broad and chosen not in ("text", "module"):
+        raise PlanError(f"--broad is of samples that are run, and --{chosen} runs none; leave it out")
 
 
 def _paths(paths: list[Path], chosen: str) -> list[Path]:
