@@ -14,6 +14,7 @@ from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.fold_plan import plan_folds
 from lowbit.checkpoint.folding import folded
 from lowbit.checkpoint.load import load
+from lowbit.checkpoint.migrate import migrate
 from lowbit.checkpoint.plan import Plan, make_plan
 from lowbit.checkpoint.rescaling import Rescaling
 from lowbit.checkpoint.source import open_source
@@ -109,6 +110,50 @@ def test_a_lora_of_the_model_before_is_told_apart_and_a_comparison_is_whole(llam
     assert beside.with_statistics
     assert "scales are folded into 1 of the layers" in notes[f"{BLOCK}self_attn.q_proj"][-1]
     assert not any("folded" in note for note in notes["lm_head"])
+
+
+def test_what_is_made_of_a_folded_output_is_verified_too(llama, tmp_path):
+    """Migrated: beside the folded output, whose scales it has, and beside the original, which has none."""
+    folder, _, known = llama
+    with open_source(folder) as source:
+        convert(source, tmp_path / "out", planned(source, known), statistics=known)
+        with open_source(tmp_path / "out") as output:
+            migrate(output, tmp_path / "moved", to="torchao")
+            with open_source(tmp_path / "moved") as moved:
+                again = verify(output, moved)
+                beside = compare(output, [moved], rtn=False).candidates[0]
+                original = verify(source, moved)
+
+    assert not again.problems
+    assert not original.problems
+    assert min(layer.accuracy.sqnr for layer in again.layers) > 100
+    assert not [layer for layer in beside.layers if layer.status == "changed"]
+    assert min(layer.accuracy.sqnr for layer in original.layers) > 12
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"linears": []}, "do not share an input"),
+        ({"linears": [f"{BLOCK}mlp.down_proj"]}, "does not give the 128 channels"),
+        ({"linears": ["model.norm"]}, "do not share an input"),
+        ({"kind": "rows"}, "does not give the 64 channels"),
+    ],
+)
+def test_a_header_with_other_groups_is_one_error(llama, tmp_path, change, complaint):
+    """As is an output that was made from a model of another size."""
+    folder, _, known = llama
+    other = written(decoder("llama", 128, layers=1), tmp_path / "other")
+    with open_source(folder) as source:
+        convert(source, tmp_path / "out", planned(source, known, solver="rtn"), statistics=known)
+        with open_source(tmp_path / "out") as output, open_source(other) as larger:
+            with pytest.raises(PlanError, match="in the other"):
+                verify(larger, output)
+            for file in output.files.values():
+                entries = json.loads(file.metadata["lowbit_folded_scales"])
+                file.metadata["lowbit_folded_scales"] = json.dumps([entries[0] | change])
+            with pytest.raises(PlanError, match=complaint):
+                verify(source, output)
 
 
 def test_other_scales_do_not_verify(llama, tmp_path):

@@ -103,7 +103,12 @@ def cannot_fold(kind: str, tensors: list[TensorPlan | None]) -> str:
             return f"{tensor.key!r} is left out"
         if tensor.was or not tensor.spec.dtype.is_floating_point or tensor.spec.dtype.itemsize < 2:
             return f"{tensor.key!r} is quantized already"
-    first, *linears = (tensor.shape for tensor in tensors if tensor is not None)
+    return misfit(kind, [tensor.shape for tensor in tensors if tensor is not None])
+
+
+def misfit(kind: str, shapes: list[tuple[int, ...]]) -> str:
+    """Why weights of these shapes, that which takes the scale first, are no group, or ""."""
+    first, *linears = shapes
     if not linears or any(len(shape) != 2 or shape[1] != linears[0][1] for shape in linears):
         return "its linears do not share an input"
     k, rows = linears[0][1], first[0] if first else 0

@@ -18,7 +18,7 @@ from lowbit.smoothing.choice import Held
 from lowbit.solvers import Statistics
 
 from .dialects.base import join_key
-from .fold_data import FOLDED, ROWS, Fold, folds_from_text
+from .fold_data import FOLDED, ROWS, Fold, folds_from_text, misfit
 from .fold_groups import refuse_other_groups
 from .layer_statistics import LayerStatistics
 from .plan_data import Plan
@@ -143,7 +143,8 @@ def folded_like(
 
     `pairs`: the same models in both. The scales are found again from the weights: of a norm as the quotient of the two,
     of rows by least squares, with the columns behind them; in quantized layers of a few dozen channels one may be off
-    by a step. They come with it, [K] by the names of the linears whose inputs they multiply.
+    by a step. They come with it, [K] by the names of the linears whose inputs they multiply. Groups of which the source
+    has a layer quantized are passed over: nothing is folded into codes, so their scales were in it before.
 
     Raises `PlanError` for a header that names other groups than the two have.
     """
@@ -151,8 +152,11 @@ def folded_like(
     scales: dict[str, Tensor] = {}
     for component, made in pairs:
         folds = folds_of(output, made)
+        before_it = look_for_layers(source, component, strict=False).layers if folds else {}
         held = look_for_layers(output, made, strict=False)
         for fold in sorted(folds, key=lambda fold: fold.kind == ROWS):  # rows last: norms have divided their columns
+            if before_it.keys() & {fold.before, *fold.linears}:
+                continue
             _check_there(component, held, fold)
             k = component.tensors[fold.keys[1]].shape[1]
             if fold.kind == ROWS:
@@ -172,14 +176,20 @@ def folds_of(output: Source, component: Component) -> list[Fold]:
 
 
 def _check_there(component: Component, made: QuantizedComponent, fold: Fold) -> None:
-    """Raise `PlanError` unless both have the weights of a fold."""
-    here = {*made.specs, *(join_key(layer, "weight") for layer in made.layers)}
+    """Raise `PlanError` unless both have the weights of a fold, in the same shapes, and these are a group."""
+    shapes = {key: spec.shape for key, spec in made.specs.items()}
+    shapes |= {join_key(name, "weight"): layer.shape for name, layer in made.layers.items()}
+    why = ""
     for key in fold.keys:
-        if key not in component.tensors or key not in here:
-            raise PlanError(
-                f"{made.where}: its header says that a scale was folded into {fold.before!r}, and there is no {key!r} "
-                "in both; compare a checkpoint with the one it was made from"
-            )
+        if key not in component.tensors or key not in shapes:
+            why = why or f"there is no {key!r} in both"
+        elif component.tensors[key].shape != shapes[key]:
+            why = why or f"{key!r} is {list(shapes[key])}, and {list(component.tensors[key].shape)} in the other"
+    if why := why or misfit(fold.kind, [shapes[key] for key in fold.keys]):
+        raise PlanError(
+            f"{made.where}: its header says that a scale was folded into {fold.before!r}, and {why}; compare a "
+            "checkpoint with the one it was made from"
+        )
 
 
 def _rows_ratio(source: Source, component: Component, made: QuantizedComponent, fold: Fold, k: int) -> Tensor:
