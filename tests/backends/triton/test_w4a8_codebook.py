@@ -101,6 +101,19 @@ def test_float32_scales_and_nan():
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_a_scale_that_is_nan_gives_zeros_to_the_product(bits):
+    """Whichever NaN it is: GPUs make theirs of ones, of which the lowest eight are no 0."""
+    spec = "w4a8_codebook(rotation=64)"
+    fmt, parts = parse_spec(spec), parts_of(spec, 3, 128)
+    parts["s_rel"] = parts["s_rel"].float()
+    parts["s_rel"].view(torch.int32)[1, 5] = bits
+    out = torch.empty((3, 128), dtype=torch.int8, device=DEVICE)
+    codebook_rows.describe(fmt, in_layout(fmt, parts, ""), 128).decode_integers(out, 0, 3)
+    assert out[0].any()
+    assert not out[1, 80:96].any()
+
+
 @pytest.mark.parametrize("few", [64, 0], ids=["fused", "decoded"])
 @pytest.mark.parametrize("spec", INTEGER_SPECS)
 def test_linear_of_integers(spec, few, monkeypatch):

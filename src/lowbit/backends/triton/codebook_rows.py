@@ -58,15 +58,17 @@ def _first_group(unit, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _of_groups(values, first, step, inside, UNITS: tl.constexpr, GROUP: tl.constexpr):
+def _of_groups(values, first, step, inside, UNITS: tl.constexpr, GROUP: tl.constexpr, NAN: tl.constexpr = True):
     """What is stored by group, float32 [UNITS, 16]: at `first` for the first group of a unit, `step` on for the next.
 
-    uint8 is e4m3.
+    uint8 is e4m3. Not NAN: 0 in the place of NaN.
     """
     COUNT: tl.constexpr = UNIT // GROUP if GROUP < UNIT else 1
     at = first[:, None] + (tl.arange(0, COUNT) * step)[None, :]
     stored = tl.load(values + at, mask=inside[:, None], other=0)
     value = e4m3_value(stored.to(tl.int32)) if stored.dtype == tl.uint8 else stored.to(tl.float32)
+    if not NAN:
+        value = tl.where(value == value, value, 0.0)  # noqa: PLR0124  (false for NaN)
     return tl.reshape(tl.broadcast_to(value[:, :, None], (UNITS, COUNT, UNIT // COUNT)), (UNITS, UNIT))
 
 
@@ -85,16 +87,19 @@ def _level(codebook, code, ASSEMBLE: tl.constexpr):
 @triton.jit
 def _raised(
     raw, s_rel, codebook, row, unit, inside, width, UNITS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    ASSEMBLE: tl.constexpr,
+    ASSEMBLE: tl.constexpr, NAN: tl.constexpr = True,
 ):  # fmt: skip
-    """Integers that codes stand for, plus `_NEAREST`: float32 [UNITS, 16]. row, unit of it, inside: [UNITS]."""
+    """Integers that codes stand for, plus `_NEAREST`: float32 [UNITS, 16]. row, unit of it, inside: [UNITS].
+
+    A scale that is NaN gives NaN, or 0 where not NAN.
+    """
     code = _codes(raw, row, unit, inside, width, UNITS, BITS)
     if codebook is None:
         level = (code | 0x4B000000).to(tl.float32, bitcast=True) - (_ONES + (1 << (BITS - 1)))
     else:
         level = _level(codebook, code, ASSEMBLE)
     first = row.to(tl.int64) * (width // GROUP) + _first_group(unit, GROUP)
-    value = level * _of_groups(s_rel, first, 1, inside, UNITS, GROUP)
+    value = level * _of_groups(s_rel, first, 1, inside, UNITS, GROUP, NAN)
     value = tl.minimum(value, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
     return tl.maximum(value, -_LARGEST, propagate_nan=tl.PropagateNan.ALL) + _NEAREST
 
@@ -104,8 +109,11 @@ def integers(
     raw, s_rel, codebook, row, unit, inside, width, UNITS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     ASSEMBLE: tl.constexpr,
 ):  # fmt: skip
-    """The same without `_NEAREST`, int8 [UNITS, 16]; NaN gives 0."""
-    value = _raised(raw, s_rel, codebook, row, unit, inside, width, UNITS, BITS, GROUP, ASSEMBLE)
+    """The same without `_NEAREST`, int8 [UNITS, 16]; a scale that is NaN gives 0.
+
+    It is 0 from the beginning: which bits a GPU's NaN has, and so what the lowest eight are, is its own matter.
+    """
+    value = _raised(raw, s_rel, codebook, row, unit, inside, width, UNITS, BITS, GROUP, ASSEMBLE, False)
     return value.to(tl.int32, bitcast=True).to(tl.int8)
 
 
