@@ -12,6 +12,7 @@ from lowbit.errors import SolverError, UnsupportedError
 from lowbit.nn import quantize_
 from lowbit.smoothing import fold_scales_, llama_groups, rescaled, smooth_
 from lowbit.solvers import Statistics
+from lowbit.solvers.input_scale import magnitudes_of
 from tests.support import gaussian
 
 K, HIDDEN = 64, 128
@@ -128,7 +129,7 @@ def test_statistics_follow_the_input(block):
 
 
 def test_rescaled_statistics_are_those_of_the_scaled_input():
-    """Every field is that of x * scale; the counts of magnitudes are dropped."""
+    """Every field is that of x * scale; magnitudes are counted anew, of the kept samples."""
     x, scale = gaussian(100, 8), torch.linspace(0.5, 2, 8)
 
     def statistics(rows):
@@ -136,6 +137,7 @@ def test_rescaled_statistics_are_those_of_the_scaled_input():
         return Statistics(
             hessian=rows.t() @ rows, tokens=9, held_out=(rows * rows).mean(0), held_out_tokens=8,
             absmax=rows.abs().amax(0), mean=rows.mean(0), minimum=low, maximum=high, samples=rows,
+            magnitudes=magnitudes_of(rows),
         )  # fmt: skip
 
     found, wanted = rescaled(statistics(x), scale), statistics(x * scale)

@@ -112,6 +112,21 @@ def test_a_lora_of_the_model_before_is_told_apart_and_a_comparison_is_whole(llam
     assert not any("folded" in note for note in notes["lm_head"])
 
 
+def test_static_scales_of_inputs_are_those_of_the_folded_ones(llama, tmp_path):
+    """A format with input_scale=true is converted, each scale that of the input times what was folded in."""
+    folder, _, known = llama
+    with open_source(folder) as source:
+        plan = planned(source, known, "fp8_e4m3(input_scale=true)", solver="rtn")
+        convert(source, tmp_path / "out", plan, statistics=known)
+        _, rescaled = folded(source, plan, known)
+    name = f"{BLOCK}self_attn.q_proj"
+    largest = float(rescaled.get(name).samples.abs().max())
+    found = float(load_file(tmp_path / "out" / "model.safetensors")[f"{name}.input_scale"]) * 448
+
+    assert not torch.equal(rescaled.get(name).samples, known[name].samples)
+    assert 0.3 * largest < found <= largest
+
+
 def test_what_is_made_of_a_folded_output_is_verified_too(llama, tmp_path):
     """Migrated: beside the folded output, whose scales it has, and beside the original, which has none."""
     folder, _, known = llama

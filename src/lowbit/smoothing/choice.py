@@ -16,6 +16,7 @@ from lowbit.numerics.smoothing import smoothing_factors
 from lowbit.solvers.awq import WeightRows, best_exponent, scaled_error
 from lowbit.solvers.base import Statistics
 from lowbit.solvers.curvature import energy
+from lowbit.solvers.input_scale import magnitudes_of
 
 from .norms import ONE_PLUS
 
@@ -114,7 +115,7 @@ def norm_gain(weight: Tensor, kind: str) -> Tensor:
 
 
 def rescaled(statistics: Statistics, scale: Tensor) -> Statistics:
-    """The statistics of an input multiplied by `scale` [K]; magnitudes are no longer known."""
+    """The statistics of an input multiplied by `scale` [K]; magnitudes are those of the kept samples, if any were."""
 
     def moments(h: Tensor | None) -> Tensor | None:
         if h is None:
@@ -125,9 +126,10 @@ def rescaled(statistics: Statistics, scale: Tensor) -> Statistics:
     def channels(x: Tensor | None) -> Tensor | None:
         return None if x is None else x * scale.to(x.device, torch.float32)
 
-    known = statistics
+    known, samples = statistics, channels(statistics.samples)
+    counts = None if samples is None or known.magnitudes is None else magnitudes_of(samples.float())
     return replace(
         known, hessian=moments(known.hessian), held_out=moments(known.held_out), absmax=channels(known.absmax),
         mean=channels(known.mean), minimum=channels(known.minimum), maximum=channels(known.maximum),
-        samples=channels(known.samples), magnitudes=None,
+        samples=samples, magnitudes=counts,
     )  # fmt: skip

@@ -70,8 +70,12 @@ def transformed(statistics: Statistics, fmt: Format, k: int, scale: Tensor | Non
         raise SolverError(f"{where}: no samples of its input were kept, and {fmt} changes it first; calibrate again")
     x = statistics.samples.float()
     x = fmt.prepare(x if scale is None else x * scale.float().to(x.device))
-    counts = torch.bincount((x.abs().contiguous().view(torch.int32) >> _SHIFT).flatten(), minlength=BINS)
-    return Statistics(absmax=x.abs().amax(0), magnitudes=counts)
+    return Statistics(absmax=x.abs().amax(0), magnitudes=magnitudes_of(x))
+
+
+def magnitudes_of(x: Tensor) -> Tensor:
+    """`Statistics.magnitudes` of some rows, float32."""
+    return torch.bincount((x.abs().contiguous().view(torch.int32) >> _SHIFT).flatten(), minlength=BINS)
 
 
 def _from_counts(counts: Tensor, fraction: float) -> float:
