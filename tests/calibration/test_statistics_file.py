@@ -271,7 +271,7 @@ def test_bad_importance_matrices_are_refused(tmp_path, raw, said):
 
 
 def test_broad_statistics_say_so(taken, tmp_path):
-    """What was calibrated as broad is broad in memory, in the file, and merged with something that is not."""
+    """What was calibrated as broad is broad in memory and in the file; of a merged one half the tokens have to be."""
     path = tmp_path / "broad.safetensors"
     inside = lowbit.calibrate(Attention(), batches(), broad=True)
 
@@ -279,6 +279,7 @@ def test_broad_statistics_say_so(taken, tmp_path):
         assert file["q"].broad
         assert file["q"].hessian is file["k"].hessian
         assert Merged([taken, file])["q"].broad
+        assert not Merged([taken, file, taken])["q"].broad
     assert inside["q"].broad
     assert not taken["q"].broad
     assert not Merged([taken, taken])["q"].broad

@@ -46,7 +46,7 @@ class Merged(StatisticsCollection):
             layers,
             {key: self._facts(key) for key in self._sources},
             tuple(dict.fromkeys(never)),
-            {"merged": options, BROAD: any(found.get(BROAD) for found in options)},
+            {"merged": options, BROAD: _mostly_broad(self._collections)},
         )
 
     @staticmethod
@@ -95,6 +95,16 @@ class Merged(StatisticsCollection):
         parts = [collection.load_input(other) for collection, other in self._parts(key)]
         tensors: dict[str, Any] = {name: _JOIN[name](parts, name, facts) for name in names}
         return Statistics(tokens=facts.tokens, held_out_tokens=facts.held_out_tokens, **tensors)
+
+
+def _mostly_broad(collections: Sequence[StatisticsCollection]) -> bool:
+    """Whether half or more of the tokens are of broad statistics: they decide what is empty in the sum."""
+    tokens = [0, 0]
+    for collection in collections:
+        contents = collection.contents
+        most = max((facts.tokens + facts.held_out_tokens for facts in contents.inputs.values()), default=0)
+        tokens[bool(contents.options.get(BROAD))] += most
+    return tokens[True] >= max(tokens[False], 1)
 
 
 def _union(parts: Sequence[tuple[dict[str, Field], InputFacts]]) -> dict[str, Field]:
