@@ -9,7 +9,7 @@ those of the float32 model on other genres: the mean of 1 - cosine, as a share o
 What "plain" is: for 8 bits and nvfp4 `rtn` in the same format, for 4-bit integers asymmetric min-max in groups of 64,
 for w4a4 the weights and inputs rounded in groups of 64 without smoothing or low rank. Seconds are those of calibration
 and conversion together, reading, writing and verifying the file included; importing torch is not. With --steps each
-format is converted by ever longer pipelines.
+format is converted by ever longer pipelines. Every row is written at once; rows that a run does not measure stay.
 
 All sentences of the other genres are tested on, and of the calibration's own those after the first 256: these show how
 much of the gain is lost when the text changes.
@@ -174,18 +174,20 @@ def main() -> None:
     given = arguments.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     bench = Bench(given.vary)
-    rows = []
+    rows = json.loads(given.json.read_text())["rows"] if given.json.exists() else []
     for genre in given.genres:
         for row in bench.rows(genre, given.formats, steps=given.steps):
             show(row)
-            rows.append(row)
-    result = {
-        "machine": machine(),
-        "load": os.getloadavg()[0],
-        "varied": given.vary,
-        "rows": [asdict(row) for row in rows],
-    }
-    given.json.write_text(json.dumps(result, indent=1) + "\n")
+            about = machine()
+            new = {**asdict(row), "varied": given.vary, "commit": about["commit"], "load": os.getloadavg()[0]}
+            rows = [old for old in rows if not _same(old, new, steps=given.steps)] + [new]
+            given.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+
+
+def _same(old: dict[str, object], new: dict[str, object], *, steps: bool) -> bool:
+    """Whether a row is of the same conversion: with --steps a format has one for each pipeline."""
+    names = ("format", "calibrated_on", *["solver"] * steps)
+    return all(old[name] == new[name] for name in names)
 
 
 if __name__ == "__main__":
