@@ -153,8 +153,8 @@ def calibrate(
     appears when it is complete. An interrupted run goes on where it stopped when the same command is given again.
     """
     with asking():
-        how = {"layers": layers, "memory": as_bytes(memory), "full_up_to": full_up_to, "resume": resume}
-        how["broad"] = broad
+        room = {"memory": as_bytes(memory), "full_up_to": full_up_to}
+        how: dict[str, Any] = {"layers": layers, **room, "resume": resume, "broad": broad}
         chosen = _refuse_several(
             bool(paths),
             text=bool(text) or with_builtin,

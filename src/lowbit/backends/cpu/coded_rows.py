@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.backends.cpu.operands import DTYPES, address
+from lowbit.backends.cpu.operands import DTYPES, address, refuses_result
 from lowbit.formats.base import Format
 from lowbit.formats.fp8 import Fp8E4M3, Fp8E5M2
 from lowbit.formats.int8 import Int8
@@ -42,9 +42,7 @@ def refuses(fmt: Format, dtype: torch.dtype) -> str | None:
     group = getattr(fmt, "group_size", 0)
     if group % 2:
         return f"groups of {group} columns; the decoder takes even numbers, as two codes share a byte"
-    if dtype not in DTYPES:
-        return f"the result is {str(dtype).removeprefix('torch.')}; the decoder gives float32, bfloat16 and float16"
-    return None
+    return refuses_result(dtype)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.cpu import coded_rows, native
-from lowbit.backends.cpu.operands import DTYPES
+from lowbit.backends.cpu.operands import DTYPES, check_found
 from lowbit.dispatch import kernel
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
@@ -40,9 +40,7 @@ def _looked_up(fmt: Format, indices: Tensor, parts: Parts, k: int, dtype: torch.
         weight.address, indices.data_ptr(), indices.numel(), indices.dtype == torch.int64, out.data_ptr(),
         DTYPES[dtype], native.threads(),
     )  # fmt: skip
-    if wrong >= 0:
-        index = int(indices.reshape(-1)[wrong])
-        raise IndexError(f"index out of range: {index} names no row of a table with {weight.n}")
+    check_found(indices, wrong, weight.n)
     return out
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.cpu import native
-from lowbit.backends.cpu.operands import DTYPES, address, dtype_code
+from lowbit.backends.cpu.operands import DTYPES, address, check_found, dtype_code, refuses_result
 from lowbit.formats.gguf_block import GgufBlock
 from lowbit.formats.parts import Parts
 from lowbit.numerics.gguf_blocks import READABLE
@@ -39,9 +39,7 @@ class Blocks:
 
 def refuses(dtype: torch.dtype, k: int) -> str | None:
     """Why rows of k columns cannot be decoded here to a dtype, or None."""
-    if dtype not in DTYPES:
-        return f"the result is {str(dtype).removeprefix('torch.')}; the decoder gives float32, bfloat16 and float16"
-    return None if k else "no columns; the decoder takes whole blocks"
+    return refuses_result(dtype) or (None if k else "no columns; the decoder takes whole blocks")
 
 
 def decode(
@@ -57,7 +55,6 @@ def decode(
         address(blocks.global_scale), address(columns), dtype_code(columns), out.data_ptr(), DTYPES[dtype],
         native.threads(),
     )  # fmt: skip
-    if indices is not None and wrong >= 0:
-        index = int(indices.reshape(-1)[wrong])
-        raise IndexError(f"index out of range: {index} names no row of a table with {blocks.n}")
+    if indices is not None:
+        check_found(indices, wrong, blocks.n)
     return out

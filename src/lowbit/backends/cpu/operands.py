@@ -20,6 +20,20 @@ def refuses_input(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> 
     return None
 
 
+def refuses_result(dtype: torch.dtype) -> str | None:
+    """Why no decoder here gives this dtype, or None."""
+    if dtype in DTYPES:
+        return None
+    return f"the result is {str(dtype).removeprefix('torch.')}; the decoder gives float32, bfloat16 and float16"
+
+
+def check_found(indices: Tensor, wrong: int, n: int) -> None:
+    """Raise `IndexError` where a kernel met an index that names none of n rows: `wrong`, its place; -1 for none."""
+    if wrong >= 0:
+        index = int(indices.reshape(-1)[wrong])
+        raise IndexError(f"index out of range: {index} names no row of a table with {n}")
+
+
 def rows_of(x: Tensor) -> Tensor:
     """x [..., K] as rows without gaps: [M, K]."""
     return x.reshape(-1, x.shape[-1]).contiguous()
