@@ -214,11 +214,14 @@ class _Known:
         return self.other.get(layer) or self.known.get(layer)
 
 
+ITS_OWN = "awq_w4a16(group_size=32,pre_quant_scale=true)"
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"spec": "awq_w4a16(group_size=32,pre_quant_scale=true)"}, "stores scales of its own"),
-        ({"spec": "svdquant_w4a4(rank=4)"}, "stores scales of its own"),
+        ({"layer_rules": [("[qkv]_proj|gate|up", ITS_OWN)]}, "stores scales of its own"),
+        ({"layer_rules": [("[qkv]_proj|gate|up", "svdquant_w4a4(rank=4)")]}, "stores scales of its own"),
         ({"only": ["down_proj"]}, "none of its linears is quantized"),
     ],
 )
@@ -234,6 +237,28 @@ def test_groups_that_cannot_gain_say_why(llama, options, why):
         assert not fold.active
         assert why in fold.why
     assert any("left alone" in note and why in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("spec", [ITS_OWN, "svdquant_w4a4(rank=4)"])
+def test_nothing_that_could_take_a_scale_is_an_error(llama, spec):
+    """Where no group can take a scale, whatever it would gain, the option is refused, with a group and the reason."""
+    folder, _, known = llama
+    with open_source(folder) as source, pytest.raises(PlanError, match=r"--fold-scales: nothing to fold: none of 4 .*"):
+        planned(source, known, spec=spec)
+    with open_source(folder) as source, pytest.raises(PlanError, match=r"input_layernorm: .* stores scales of its own"):
+        planned(source, known, spec=spec)
+
+
+def test_that_none_gains_is_said_and_not_an_error(llama):
+    """Groups that were tried and gain nothing are a finding: the plan is made, and its notes say so."""
+    folder, _, known = llama
+    even = {name: dataclasses.replace(known[name], held_out=torch.eye(64) / known[name].diagonal) for name in known
+            if name.endswith(("q_proj", "k_proj", "v_proj"))}  # fmt: skip
+    with open_source(folder) as source:
+        plan = planned(source, _Known(known, even), only=["[qkv]_proj"])
+
+    assert not any(fold.active for fold in plan.components[0].folds)
+    assert any("folded into 0 of 4" in note and "--fold-scales changes nothing here" in note for note in plan.notes)
 
 
 def test_fewer_key_value_heads_leave_the_output_projection_alone(tmp_path):

@@ -30,6 +30,8 @@ from .source import Source
 from .tensor_plan import TensorPlan
 
 _MEAN_SQUARE = (0.5, 1.05)  # what a norm gives: less than one only by its epsilon, more by rounding
+OPTION = "--fold-scales"
+_REMEDY = "leave the option out, or choose a format with pre_quant_scale=true, which stores its scales"
 _DOUBT = 0.05  # by how much, as a logarithm, the other kind of norm may fit better
 
 
@@ -47,12 +49,13 @@ def plan_folds(
     (`lowbit.smoothing.choose`); groups that gain nothing, or cannot take one, are listed with the reason. Layers that
     the plan leaves unquantized follow their group. Reads each weight once.
 
-    Raises `PlanError` without statistics, where no model of the source is of a known type, and where no group is found.
+    Raises `PlanError` without statistics, where no model of the source is of a known type, where no group is found, and
+    where none of those found can take a scale. That none gains by one is a note.
     """
     if statistics is None:
         raise PlanError(
-            f"{source.place}: scales are chosen by the inputs of layers, and there are no statistics; calibrate "
-            "(lowbit calibrate) and give the file with --stats"
+            f"{source.place}: {OPTION}: scales are chosen by the inputs of layers, and there are no statistics; "
+            "calibrate (lowbit calibrate) and give the file with --stats"
         )
     trials: list[_Trial] = []
     refusals: list[str] = []
@@ -64,9 +67,15 @@ def plan_folds(
             refusals.append(f"{held.where}: {why or 'no block of linears is named as those of Llama'}")
         trials += [_Trial(held, part, group, kind if group.norm else ROWS, statistics) for group in groups]
     if not trials:
-        raise PlanError(f"{refusals[0]}, so no scale is folded; leave --fold-scales out, or choose a format with "
-                        "pre_quant_scale=true, which stores its scales")  # fmt: skip
+        raise PlanError(f"{source.place}: {OPTION}: nothing to fold: {refusals[0]}; {_REMEDY}")
     run_units([Unit(t.name, t.size, t.memory, t.run) for t in trials], jobs=jobs, progress=progress)
+    if not any(trial.tried for trial in trials):
+        why = Counter(trial.fold.why for trial in trials).most_common(1)[0][0]
+        first = next(trial.name for trial in trials if trial.fold.why == why)
+        raise PlanError(
+            f"{source.place}: {OPTION}: nothing to fold: none of {len(trials)} groups can take a scale; "
+            f"{first}: {why}; {_REMEDY}"
+        )
     components = tuple(
         replace(part, folds=tuple(trial.fold for trial in trials if trial.part is part)) for part in plan.components
     )
@@ -81,7 +90,8 @@ def _notes(components: tuple[ComponentPlan, ...]) -> Iterator[str]:
     active = [fold for fold in folds if fold.active]
     shares = [fold.error_after / fold.error_before for fold in active if fold.error_after and fold.error_before]
     gain = f", {-10 * sum(map(math.log10, shares)) / len(shares):.1f} dB less output error on average" if shares else ""
-    yield f"scales folded into {len(active)} of {len(folds)} norms and linears{gain}"
+    counted = f"scales folded into {len(active)} of {len(folds)} norms and linears{gain}"
+    yield counted if active else f"{counted}: {OPTION} changes nothing here"
     for why, count in Counter(fold.why for fold in folds if not fold.active).most_common():
         yield f"  {count} left alone: {why}"
 
@@ -98,6 +108,7 @@ class _Trial:
 
     def __post_init__(self) -> None:
         self.fold = Fold(self.group.before, self.group.linears, self.kind)
+        self.tried = False
         self.name = f"scale of {layer_name(self.held.component, self.group.before)}"
         tensors = {tensor.key: tensor for tensor in self.part.tensors}
         self._all = [tensors.get(key) for key in self.fold.keys]
@@ -121,6 +132,7 @@ class _Trial:
         component, source = self.held.component, self.held.source
         rows = [WeightRows.of(source.read(component, tensor.key), tensor.fmt.plain) for tensor in self._quantized]
         choice = choose(rows, known, held_by(source, component, self.fold), self.name)
+        self.tried = True
         self.fold = replace(self.fold, error_before=choice.error_before, error_after=choice.error_after)
         if choice.gains:
             self.fold = replace(self.fold, exponent=choice.exponent)
