@@ -29,7 +29,7 @@ from lowbit.formats import Parts, parse_spec
 from lowbit.layouts import coalesced_int4
 from lowbit.layouts.base import get_layout
 from tests.support.kernel_examples import META
-from tests.support.triton_launches import Noted
+from tests.support.triton_launches import variant_of
 
 Job = tuple[Launch, Config]
 
@@ -44,7 +44,7 @@ def jobs(target: Target, formats: Sequence[str], shapes: Sequence[tuple[int, int
                 with assume(target), record() as launches, contextlib.suppress(LowbitError, RuntimeError):
                     _run(spec, x, n, k)
                 for launch in launches:
-                    variant = Noted(launch, spec, spec, hot=True).variant
+                    variant = variant_of(launch)
                     for config in launch.configs:
                         found.setdefault((variant, config), (launch, config))
     return list(found.values())

@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--targets", default=",".join(TARGETS), help=f"of {', '.join(TARGETS)}; default: all")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="those whose name or entry contains one of these")
     parser.add_argument("--all-tokens", action="store_true", help="more numbers of tokens; Triton: float16, too")
-    parser.add_argument("--all-configs", action="store_true", help="Triton: not the first alone")
+    parser.add_argument("--all-configs", action="store_true", help="Triton: not those alone that come first")
     parser.add_argument(
         "--variants", type=int, help="of a kernel and target, spread over all; 0 for all. Default: CUDA all, Triton 4"
     )

@@ -1,9 +1,9 @@
 """The Triton part of scripts/compile_gpu: every kernel for GPUs that need not be there.
 
 A kernel is compiled for some (--variants 0: all) of the sets of dtypes and constants that the dispatch table calls it
-with, in its first config or in all. It fails if the compiler does, if nothing is left of a kernel, and if the first
-config spills registers or wants more shared memory than the target has; later configs that do are passed over when they
-are timed, and marked here.
+with, in the configs that come first for some number of tokens or in all that are left for any. It fails if the compiler
+does, if nothing is left of a kernel, and if a config that comes first spills registers or wants more shared memory than
+the target has; later configs that do are passed over when they are timed, and marked here.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def collect(given: argparse.Namespace, targets: Sequence[str]) -> list[str]:
             names = (qualified(one.kernel), one.by, one.what)
             if given.kernels and not any(wanted in name for wanted in given.kernels for name in names):
                 continue
-            configs = one.launch.configs if given.all_configs else one.launch.configs[:1]
+            configs = one.configs if given.all_configs else one.first
             JOBS.extend((one, config, target) for config in configs)
     return missing
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -25,7 +25,8 @@ from lowbit.dispatch import Kernel
 from tests.support.kernel_examples import COLD, Arguments, Sizes, examples, title
 
 SHAPE = (2048, 2048)  # N, K: large enough that K is not split for many tokens; packing a larger one takes seconds
-TOKENS = (1, 16, 64, 256, 16384)
+# Every bucket up to the last number of tokens at which anything changes, one number that fills none, and many.
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 200, 256, 512, 1024, 2048, 16384)
 FEW_TOKENS = (1, 200, 16384)
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -51,12 +52,34 @@ def entries() -> list[Kernel]:
 
 @dataclass(frozen=True)
 class Noted:
-    """A recorded launch, what launched it, and whether a forward runs it."""
+    """A recorded launch, what launched it, whether a forward runs it, and the tile shapes that it may run in.
+
+    `first` are those that come first for some number of tokens, and run where nothing can be timed: they have to be
+    good. `others` are those that no number of tokens puts first.
+    """
 
     launch: Launch
     by: str
     what: str
     hot: bool
+    first: tuple[Config, ...]
+    others: tuple[Config, ...]
+
+    @classmethod
+    def of(cls, launch: Launch, entry: Kernel, what: str) -> Noted:
+        """What an entry launched."""
+        return cls(launch, title(entry), what, entry.op not in COLD, launch.configs[:1], launch.configs[1:])
+
+    @property
+    def configs(self) -> tuple[Config, ...]:
+        """Every tile shape."""
+        return (*self.first, *self.others)
+
+    def with_shapes_of(self, other: Noted) -> Noted:
+        """One for two launches that the compiler cannot tell apart: hot if either is, with the tile shapes of both."""
+        first = tuple(dict.fromkeys((*self.first, *other.first)))
+        others = tuple(one for one in dict.fromkeys((*self.others, *other.others)) if one not in first)
+        return replace(other if other.hot and not self.hot else self, first=first, others=others)
 
     @property
     def kernel(self) -> TunedKernel:
@@ -65,17 +88,22 @@ class Noted:
 
     @property
     def variant(self) -> tuple[Any, ...]:
-        """What of the arguments the compiler sees: launches that are alike here are compiled once."""
-        found = []
-        for parameter in self.kernel.function.params:
-            value = self.launch.arguments.get(parameter.name)
-            if isinstance(value, Tensor):
-                value = value.dtype
-            elif not parameter.is_constexpr and isinstance(value, int):
-                wide = not -(1 << 31) <= value < 1 << 31
-                value = (wide, None if parameter.do_not_specialize else (value == 1, value % 16 == 0))
-            found.append((parameter.name, str(getattr(value, "value", value))))
-        return (id(self.kernel), *found)
+        """What the compiler sees of it."""
+        return variant_of(self.launch)
+
+
+def variant_of(launch: Launch) -> tuple[Any, ...]:
+    """What of the arguments the compiler sees: launches that are alike here are compiled once a tile shape."""
+    found = []
+    for parameter in launch.kernel.function.params:
+        value = launch.arguments.get(parameter.name)
+        if isinstance(value, Tensor):
+            value = value.dtype
+        elif not parameter.is_constexpr and isinstance(value, int):
+            wide = not -(1 << 31) <= value < 1 << 31
+            value = (wide, None if parameter.do_not_specialize else (value == 1, value % 16 == 0))
+        found.append((parameter.name, str(getattr(value, "value", value))))
+    return (id(launch.kernel), *found)
 
 
 class MissingExampleError(Exception):
@@ -84,7 +112,7 @@ class MissingExampleError(Exception):
 
 def noted(entry: Kernel, target: Target, *, tokens: Sequence[int] = TOKENS, dtypes=DTYPES) -> list[Noted]:
     """The launches of an entry on a target, each variant once. Raises `MissingExampleError` when there is none."""
-    found: dict[tuple[Any, ...], Noted] = {}
+    found: list[Noted] = []
     refusals: dict[str, str] = {}
     tried = False
     for dtype in dtypes:
@@ -97,14 +125,21 @@ def noted(entry: Kernel, target: Target, *, tokens: Sequence[int] = TOKENS, dtyp
                         _call(entry, arguments, launches)
                 if why is not None:
                     refusals[what] = why
-                for launch in launches:
-                    one = Noted(launch, title(entry), what, entry.op not in COLD)
-                    found.setdefault(one.variant, one)
+                found += [Noted.of(launch, entry, what) for launch in launches]
     if not found:
         said = "; ".join(f"{what}: {why}" for what, why in refusals.items()) or "it launches nothing"
         why = said if tried else "tests/support/kernel_examples.py has no example arguments for this op"
         raise MissingExampleError(f"{title(entry)} ({entry.name}) is not compiled: {why}")
-    return list(found.values())
+    return _once(found)
+
+
+def _once(found: Iterable[Noted]) -> list[Noted]:
+    """Each variant once, with the tile shapes of all that are alike."""
+    once: dict[tuple[Any, ...], Noted] = {}
+    for one in found:
+        known = once.get(variant := one.variant)
+        once[variant] = known.with_shapes_of(one) if known else one
+    return list(once.values())
 
 
 def _call(entry: Kernel, arguments: Arguments, launches: Sequence[Launch]) -> None:
@@ -140,12 +175,7 @@ def all_noted(target: str = "sm_90", few: bool = True) -> tuple[dict[str, list[N
 
 def distinct(found: Mapping[str, Sequence[Noted]]) -> list[Noted]:
     """Each variant of each kernel once, whatever launched it; hot if anything that launches it is."""
-    once: dict[tuple[Any, ...], Noted] = {}
-    for one in (one for many in found.values() for one in many):
-        known = once.setdefault(one.variant, one)
-        if one.hot and not known.hot:
-            once[one.variant] = one
-    return list(once.values())
+    return _once(one for many in found.values() for one in many)
 
 
 def qualified(kernel: TunedKernel) -> str:
@@ -169,8 +199,8 @@ class Verdict:
 
 
 def judge(one: Noted, config: Config, target: str) -> Verdict:
-    """Compile and judge. The first config has to be good: it runs where nothing can be timed."""
-    first = config == one.launch.configs[0]
+    """Compile and judge. Those that come first have to be good: they run where nothing can be timed."""
+    first = config in one.first
     try:
         made = compile_launch(one.launch, config, TARGETS[target])
     except Exception as error:  # noqa: BLE001  (Triton raises many kinds; the text tells)

@@ -38,8 +38,8 @@ def test_compiles(index):
     for target in TARGETS:
         mine = [one for one in distinct(all_noted(target)[0]) if one.kernel is kernel]
         assert mine, f"no entry of the dispatch table launches {qualified(kernel)} in the examples"
-        verdict = judge(mine[0], mine[0].launch.configs[0], target)
-        assert not verdict.fault, f"{mine[0].by}, {mine[0].launch.configs[0]}, {target}: {verdict.fault}"
+        verdict = judge(mine[0], mine[0].first[0], target)
+        assert not verdict.fault, f"{mine[0].by}, {mine[0].first[0]}, {target}: {verdict.fault}"
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_compiles(index):
 )
 def test_verdicts(monkeypatch, made, position, fault, note):
     """An empty kernel is a fault in any config; spills and too much memory are one in the first, else noted."""
-    one = next(one for one in distinct(all_noted()[0]) if len(one.launch.configs) > 1)
+    one = next(one for one in distinct(all_noted()[0]) if one.others)
     monkeypatch.setattr(triton_launches, "compile_launch", lambda *_: made)
-    verdict = judge(one, one.launch.configs[position], "sm_90")
+    verdict = judge(one, (one.others if position else one.first)[0], "sm_90")
     assert verdict.fault.startswith(fault)
     assert verdict.note.startswith(note)
     assert bool(verdict.fault) == bool(fault)
@@ -102,7 +102,7 @@ def test_what_the_compiler_raises_is_a_fault(monkeypatch):
 
     monkeypatch.setattr(triton_launches, "compile_launch", refuse)
     one = distinct(all_noted()[0])[0]
-    assert "ptxas says no" in judge(one, one.launch.configs[0], "sm_90").fault
+    assert "ptxas says no" in judge(one, one.first[0], "sm_90").fault
 
 
 def test_an_op_without_examples_is_named(monkeypatch):
