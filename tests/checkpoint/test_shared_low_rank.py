@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lowbit.checkpoint import convert_group
@@ -196,12 +196,59 @@ def test_an_edited_plan_that_cannot_share_is_refused(tmp_path, change, why):
         Plan.from_json(data)
 
 
-def test_layers_of_two_shards_share(tmp_path):
-    """A group over two files is written into that of its first layer, and the index says so."""
+OTHER = "blocks.0.attn.to_out.0"
+
+
+def edited(folder, shares=GROUP):
+    """A plan in which to_out, which reads another input, is in the group of query, key and value, or `shares`."""
+    with opened(folder, weights(*QKV, OTHER)) as source:
+        data = make_plan(source, SPEC, preset="none", share_low_rank=True, solver="rtn").to_json()
+    data["components"][""]["tensors"][f"{OTHER}.weight"]["shares"] = shares
+    return Plan.from_json(data)
+
+
+def test_an_edited_plan_cannot_share_across_inputs_that_statistics_know(tmp_path, known):
+    """Statistics by which a layer reads another input than the rest of its group end the conversion, naming both."""
+    plan, other = edited(tmp_path), replace(known, tokens=known.tokens + 1)
+    same, apart = InMemory(dict.fromkeys((*QKV, OTHER), known)), InMemory(dict.fromkeys(QKV, known) | {OTHER: other})
+    with open_source(tmp_path / "in.safetensors") as source:
+        with pytest.raises(PlanError, match=rf"{QKV[0]}.weight' and '{OTHER}.weight'.*read different inputs; take"):
+            convert(source, tmp_path / "out.safetensors", plan, statistics=apart, jobs=1)
+        assert not list(tmp_path.glob("out*"))
+        report = convert(source, tmp_path / "out.safetensors", plan, statistics=same, jobs=1)
+
+    assert {layer.shares for layer in report.layers} == {report.layers[0].shares} != {""}
+
+
+def test_a_group_that_only_an_edited_plan_knows_of_is_noted(tmp_path):
+    """Without statistics a group that names do not make is converted, and a note says that nobody knows."""
+    edited(tmp_path).save(tmp_path / "edited.json")
+    with opened(tmp_path, weights(*QKV, OTHER)) as source:
+        make_plan(source, SPEC, preset="none", share_low_rank=True, solver="rtn").save(tmp_path / "named.json")
+    said = {}
+    for name in ("edited", "named"):
+        how = [
+            "convert",
+            tmp_path / "in.safetensors",
+            "-o",
+            tmp_path / f"{name}.out",
+            "--plan",
+            f"{tmp_path / name}.json",
+        ]
+        done = CliRunner().invoke(app, [str(part) for part in how])
+        assert done.exit_code == 0, done.output
+        said[name] = "neither statistics nor names tell" in " ".join(done.output.split())
+    assert said == {"edited": True, "named": False}
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_layers_of_two_shards_share(tmp_path, last):
+    """A group over two files is in that of its first layer; the index and its size are those of the files there are."""
     (tmp_path / "in").mkdir()
-    tensors, files = weights(*QKV), ("a.safetensors", "b.safetensors")
-    places = {key: files[i // 2] for i, key in enumerate(tensors)}
-    for file in files:
+    names = ("a.safetensors", "b.safetensors")
+    tensors = weights(*QKV) | ({"blocks.1.norm.weight": torch.ones(K)} if last == 2 else {})
+    places = {key: names[index > 1] for index, key in enumerate(tensors)}
+    for file in names:
         save_file({key: tensors[key] for key in tensors if places[key] == file}, tmp_path / "in" / file)
     index = {"metadata": {}, "weight_map": places}
     (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -210,6 +257,12 @@ def test_layers_of_two_shards_share(tmp_path):
         convert(source, tmp_path / "out", plan, jobs=1)
     made = parts_of(tmp_path / "out")
     assert all(torch.equal(made[name]["proj_down"], made[QKV[0]]["proj_down"]) for name in QKV)
+    files = {path.name: load_file(path) for path in (tmp_path / "out").glob("*.safetensors")}
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert sorted(files) == list(names[:last])
+    assert index["weight_map"] == {key: name for name, found in files.items() for key in found}
+    sizes = [tensor.nbytes for found in files.values() for tensor in found.values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
 
 
 def test_a_resumed_run_takes_the_group_as_one_piece(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ from .pipeline import MEMORY_BUDGET, Progress
 from .plan_data import ComponentPlan, Plan
 from .quantized_source import QuantizedComponent, look_for_layers
 from .rewrite import Copy, Piece, Rewritten, Settings, batch_copies, rewrite
-from .shared_low_rank import groups_of
+from .shared_low_rank import check_inputs, groups_of
 from .source import Source
 
 _CALIBRATED_MEMORY = 2 << 30  # bytes in work at a time with second moments: two layers of 3072 x 3072 take 0.8 GiB
@@ -90,8 +90,9 @@ def _refuse_pointless(plan: Plan, where: str, seed: int | None) -> None:
 
 
 def _refuse_unknown(plan: Plan, statistics: LayerStatistics | None) -> None:
-    """Refuse solvers and formats that need what is not known, before anything is read."""
+    """Refuse solvers and formats that need what is not known, and groups with several inputs, before all reading."""
     for component in plan.components:
+        check_inputs(component.name, component.tensors, statistics)
         for tensor in component.tensors:
             if tensor.action != "quantize":
                 continue

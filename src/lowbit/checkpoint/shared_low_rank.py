@@ -86,6 +86,35 @@ def check_groups(tensors: Iterable[TensorPlan]) -> None:
                 )
 
 
+def check_inputs(component: str, tensors: Iterable[TensorPlan], statistics: LayerStatistics | None) -> list[str]:
+    """Notes on the groups of which nobody knows that their layers read the same input: no statistics, no such names.
+
+    Raises `PlanError` for a group of which statistics know that they do not, as an edited plan may have it: the file
+    would be valid, and every layer worse than with a low rank of its own.
+    """
+    found = []
+    for name, group in groups_of(tensors).items():
+        read: dict[str, TensorPlan] = {}
+        for tensor in group:
+            full = f"{component}/{tensor.layer}" if component else tensor.layer
+            known = statistics.input_of(full) if isinstance(statistics, KnowsInputs) else None
+            if known is not None:
+                read.setdefault(known, tensor)
+        if len(read) > 1:
+            first, other = list(read.values())[:2]
+            raise PlanError(
+                f"plan: tensors {first.key!r} and {other.key!r} are to share {name!r}, and by the statistics they read "
+                "different inputs; take 'shares' out of one, or plan anew"
+            )
+        by_name = {_input_by_name(tensor.layer) for tensor in group}
+        if not read and (len(by_name) > 1 or None in by_name):
+            found.append(
+                f"{name}: neither statistics nor names tell that these layers read the same input, and sharing costs "
+                "quality where they do not; give --stats to have it checked"
+            )
+    return found
+
+
 def notes(groups: dict[str, list[TensorPlan]]) -> list[str]:
     """What a plan says about its groups. Raises `PlanError` when there are none, for somebody wanted some."""
     if not groups:

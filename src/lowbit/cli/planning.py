@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lowbit.checkpoint.fold_plan import plan_folds
 from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.layer_statistics import LayerStatistics
 from lowbit.checkpoint.plan import Plan, TensorPlan, make_plan, with_shared_low_rank
+from lowbit.checkpoint.shared_low_rank import check_inputs
 from lowbit.checkpoint.source import Source
 from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.cli.output import asking, decibels, progress, say, show, size, split_rule, table
@@ -88,12 +89,13 @@ def plan_for(
     statistics: LayerStatistics | None = None,
     jobs: int | None = None,
 ) -> Plan:
-    """The plan in `file`, or the one that the options make."""
+    """The plan in `file`, with notes on what nobody knows of an edited one, or the one that the options make."""
     if file is None:
         return with_folds(source, wishes.plan(source, statistics), wishes, statistics, jobs)
     plan = Plan.load(file)
     plan.check_against(source)
-    return plan
+    doubts = [note for part in plan.components for note in check_inputs(part.name, part.tensors, statistics)]
+    return replace(plan, notes=(*plan.notes, *doubts))
 
 
 def with_folds(
