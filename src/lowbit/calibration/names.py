@@ -7,16 +7,20 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import Source
 
 
 def layer_shapes(source: Source) -> dict[str, tuple[int, int]]:
-    """The shapes [N, K] of a checkpoint's two-dimensional weights, by the layer's name."""
-    return {
+    """The shapes [N, K] of a checkpoint's two-dimensional weights, decoded where quantized, by the layer's name."""
+    plain = {
         name.removesuffix(".weight"): (info.shape[0], info.shape[1])
         for name, info in source.tensors.items()
         if name.endswith(".weight") and len(info.shape) == 2
     }
+    held = [look_for_layers(source, component, strict=False) for component in source.components]
+    stored = {one.full_name(name): layer.shape for one in held for name, layer in one.layers.items()}
+    return plain | {name: (shape[0], shape[1]) for name, shape in stored.items() if len(shape) == 2}
 
 
 def checkpoint_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str | None]:

@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from lowbit.errors import PlanError
 from lowbit.smoothing import ONE_PLUS, WEIGHT, FoldGroup, choose, find_groups, norm_gain
 from lowbit.solvers import Statistics
 from lowbit.solvers.awq import WeightRows
 
 from .dialects.base import join_key
+from .fold_check import mean_square
 from .fold_data import ROWS, Fold, cannot_fold
 from .fold_groups import norm_kind
 from .folding import held_by, known_of, layer_name
@@ -158,8 +157,8 @@ class _Trial:
         if not self.group.norm or known.diagonal is None:
             return ""
         weight = self.held.read(self.fold.keys[0])
-        mine = _mean_square(known, norm_gain(weight, self.kind))
-        other = _mean_square(known, norm_gain(weight, WEIGHT if self.kind == ONE_PLUS else ONE_PLUS))
+        mine = mean_square(known, norm_gain(weight, self.kind))
+        other = mean_square(known, norm_gain(weight, WEIGHT if self.kind == ONE_PLUS else ONE_PLUS))
         low, high = _MEAN_SQUARE
         if low < mine < high and abs(math.log(mine)) < abs(math.log(max(other, 1e-30))) + _DOUBT:
             return ""
@@ -169,10 +168,3 @@ class _Trial:
 def _scales_itself(tensor: TensorPlan) -> bool:
     """Whether the format stores a factor of its input's channels."""
     return any(part.name in ("pre_quant_scale", "smooth_factor") for part in tensor.fmt.rules)
-
-
-def _mean_square(known: Statistics, gain: Tensor) -> float:
-    """That of a norm's output before it is multiplied by `gain` [K]; without the channels where that is zero."""
-    assert known.diagonal is not None
-    live = gain != 0
-    return float((known.diagonal[live] / gain[live].square()).sum() / gain.numel())

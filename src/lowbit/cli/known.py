@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lowbit.calibration import StatisticsFile
 from lowbit.calibration.names import layer_shapes
+from lowbit.checkpoint.fold_check import check_norms
 from lowbit.checkpoint.layer_statistics import LayerStatistics
 from lowbit.checkpoint.source import Source
 
@@ -16,11 +17,12 @@ from lowbit.checkpoint.source import Source
 def statistics_of(source: Source, file: Path | None) -> Iterator[LayerStatistics | None]:
     """The statistics in `file`, open, once they are found to be of this source; None without a file.
 
-    Raises `StatisticsError` for those of another model.
+    Raises `StatisticsError` for those of another model, and of this one before scales were folded into it.
     """
     if file is None:
         yield None
         return
     with StatisticsFile(file) as found:
         found.check(layer_shapes(source))
+        check_norms(source, found, str(file))
         yield found
