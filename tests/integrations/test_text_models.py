@@ -119,6 +119,61 @@ def test_variants_are_in_the_half_of_their_sample(encoder):
     assert rows[16] == [2, *[4, 5, 6] * 4, 3]
 
 
+def test_samples_without_a_variant_come_once(encoder, caplog):
+    """What has no token replaced comes once, and moves no other sample out of the half of its variant."""
+    model = load_text_model(encoder)
+
+    found = text_batches(model, "one two three\n" * 21, vary=0.3)
+
+    rows = [row for batch in found for row in batch["input_ids"].tolist()]
+    plain = [index for index, row in enumerate(rows) if row == [2, 4, 5, 6, 3]]
+    assert len(plain) == 21
+    alone = next(index for index, row in enumerate(rows) if index not in plain) - 2
+    assert 2 < alone < 19
+    assert len(rows) == alone + 2 * (21 - alone)
+    changed = [index for index in range(len(rows)) if index not in plain]
+    assert all((index - alone) % 4 in (2, 3) for index in changed[: (21 - alone) // 2 * 2])
+    assert "nothing is varied" not in caplog.text
+
+
+def test_a_vocabulary_without_words_makes_no_variants(encoder, caplog):
+    """Where no token can be replaced every sample comes once, and a warning says so."""
+    model = load_text_model(encoder)
+    model.tokenizer = _NoWords(model.tokenizer)
+
+    found = text_batches(model, "one two three\n" * 5, vary=1.0)
+
+    assert sum(len(batch["input_ids"]) for batch in found) == 5
+    assert "nothing is varied" in caplog.text
+
+
+class _NoWords:
+    """A tokenizer whose vocabulary has nothing but signs and numbers."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.pad_token_id, self.all_special_ids = tokenizer, 0, []
+        self.model_max_length = 16
+
+    def __call__(self, *arguments, **options):
+        return self.tokenizer(*arguments, **options)
+
+    def get_vocab(self):
+        """Digits only."""
+        return {str(index): index for index in range(9)}
+
+
+def test_more_texts_than_samples_are_taken_at_even_distances(encoder, caplog):
+    """Short texts are not left out for being short: a warning counts those that are, and says how to take all."""
+    model = load_text_model(encoder)
+    texts = [f"{word}\n" * (9 - index) for index, word in enumerate(["one", "two", "three", "four", "five"])]
+
+    rows = [row for batch in text_batches(model, texts, samples=3) for row in batch["input_ids"].tolist()]
+
+    assert sorted(row[1] for row in rows) == [4, 5, 7]
+    assert "2 of 5 texts give no sample" in caplog.text
+    assert "--samples 5 takes one of each" in caplog.text
+
+
 def test_several_texts_count_the_same(encoder):
     """Of two texts as many samples are taken of each; what a short one lacks comes from the other."""
     model = load_text_model(encoder)

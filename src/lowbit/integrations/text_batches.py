@@ -62,7 +62,8 @@ def text_batches(
     text: one text, or several that count the same. A sample is a line of it, cut at `max_tokens`; for a causal model a
     window of `max_tokens` of all the text. Of more than `samples`, that many are taken at even distances. Samples of
     like length share a batch. With `vary`, each sample comes a second time with that share of its tokens replaced
-    (`varied_tokens`), in the same half of the statistics: samples go to the halves in turn.
+    (`varied_tokens`), in the same half of the statistics: samples go to the halves in turn. A sample of which nothing
+    was replaced comes once. Of more texts than `samples`, that many give one each, with a warning.
 
     Raises `StatisticsError` when no token comes of it.
     """
@@ -75,7 +76,10 @@ def text_batches(
     if not rows:
         raise StatisticsError(f"{text_model.folder}: its tokenizer makes no tokens of the text; give other text")
     if vary:
-        rows = _with_variants(rows, varied(rows, word_tokens(text_model.tokenizer), vary))
+        variants = varied(rows, word_tokens(text_model.tokenizer), vary)
+        if variants == rows:
+            _log.warning("%s: no token of the text can be replaced by a word: nothing is varied", text_model.folder)
+        rows = _with_variants(rows, variants)
     device = next(text_model.model.parameters()).device
     pad = text_model.tokenizer.pad_token_id or 0
     return [
@@ -111,10 +115,20 @@ def _windows(text_model: TextModel, text: str, limit: int) -> list[list[int]]:
 
 
 def _shares(parts: Sequence[Sequence[object]], count: int) -> list[int]:
-    """How many of `count` samples each part gives: the same of all, and more of the others where one has too few."""
+    """How many of `count` samples each part gives: the same of all, and more of the others where one has too few.
+
+    Of more parts than samples, those at even distances give one each.
+    """
+    filled = [index for index, part in enumerate(parts) if part]
     shares = [0] * len(parts)
-    for place, index in enumerate(sorted(range(len(parts)), key=lambda index: len(parts[index]))):
-        shares[index] = min(len(parts[index]), (count - sum(shares)) // (len(parts) - place))
+    if len(filled) > count:
+        _log.warning(
+            "%d of %d texts give no sample, for only %d are taken; --samples %d takes one of each",
+            len(filled) - count, len(filled), count, len(filled),
+        )  # fmt: skip
+        filled = [filled[index * len(filled) // count] for index in range(count)]
+    for place, index in enumerate(sorted(filled, key=lambda index: len(parts[index]))):
+        shares[index] = min(len(parts[index]), (count - sum(shares)) // (len(filled) - place))
     return shares
 
 
@@ -126,11 +140,15 @@ def _spread(rows: list[list[int]], count: int) -> list[list[int]]:
 
 
 def _with_variants(rows: Sequence[list[int]], variants: Sequence[list[int]]) -> list[list[int]]:
-    """Two rows, their variants, the next two, ...: in places of the same parity. One left over stays alone."""
-    found = []
-    for start in range(0, len(rows) - 1, 2):
-        found += [*rows[start : start + 2], *variants[start : start + 2]]
-    return found + list(rows[len(rows) // 2 * 2 :])
+    """Two rows, their variants, the next two, ...: in places of the same parity. One left over stays alone.
+
+    Rows that are their own variants come first, once: a second time they would only count double.
+    """
+    found = [row for row, variant in zip(rows, variants, strict=True) if row == variant]
+    pairs = [(row, variant) for row, variant in zip(rows, variants, strict=True) if row != variant]
+    for start in range(0, len(pairs) - 1, 2):
+        found += [row for kind in zip(*pairs[start : start + 2], strict=True) for row in kind]
+    return found + [row for row, _ in pairs[len(pairs) // 2 * 2 :]]
 
 
 def _padded(rows: Iterable[list[int]], pad: int) -> Mapping[str, Tensor]:
