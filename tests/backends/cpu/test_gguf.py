@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from lowbit.dispatch import select, use_backend
+from lowbit.errors import UnsupportedError
 from lowbit.formats import parse_spec
 from lowbit.numerics.gguf_blocks import READABLE
 from lowbit.tensor import QuantizedTensor
@@ -15,6 +18,8 @@ from tests.support.cpu_rows import check_embedding, check_plain_linear, decoded,
 from tests.support.specs import any_parts
 
 linear_gguf = pytest.importorskip("lowbit.backends.cpu.linear_gguf", reason="no compiled kernels", exc_type=ImportError)
+gguf_rows = importlib.import_module("lowbit.backends.cpu.gguf_rows")
+native = importlib.import_module("lowbit.backends.cpu.native")
 
 SPECS = (*(f"gguf(type={name})" for name in READABLE), "gguf(type=NVFP4,global_scale=True)")
 EVERY_TYPE = pytest.mark.parametrize("spec", SPECS)
@@ -120,6 +125,29 @@ def test_threads_change_no_value():
     finally:
         torch.set_num_threads(before)
     assert same_bits(decoded(one[9:30], torch.float32, "cpu"), whole[9:30])
+
+
+def test_every_type_that_is_read_has_a_kernel():
+    """The kernels know all types of the format."""
+    assert set(gguf_rows.TYPES) == set(READABLE)
+
+
+def test_a_type_without_a_kernel_is_refused_and_never_read_as_another(monkeypatch):
+    """Each kernel names the type and those that it takes; the compiled ones know no number but theirs."""
+    one = weight("gguf(type=Q8_0)", 8, 64)
+    monkeypatch.setattr(gguf_rows, "TYPES", ("Q4_0", "NVFP4"))
+    why = r"blocks of the type Q8_0; the kernels take Q4_0, NVFP4\n"
+    with use_backend("cpu"), torch.inference_mode():
+        for call in (
+            one.dequantize,
+            lambda: F.embedding(torch.tensor([3]), one),
+            lambda: F.linear(torch.ones(1, 64), one),
+        ):
+            with pytest.raises(UnsupportedError, match=why):
+                call()
+    for number in (-1, len(READABLE)):
+        with pytest.raises((ValueError, RuntimeError), match=f"no GGUF type has the number {number} here"):
+            native.module().dequantize_gguf(number, 0, 0, 0, 0, 0, False, 0, 0, 0, 0, 0, 0, 0, 1)
 
 
 def test_what_it_refuses():

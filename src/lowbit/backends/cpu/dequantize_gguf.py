@@ -13,7 +13,7 @@ from lowbit.formats.parts import Parts
 
 def refuses(fmt: GgufBlock, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
     """Why this call cannot run here, or None."""
-    return gguf_rows.refuses(dtype, shape[1])
+    return gguf_rows.refuses(fmt, dtype, shape[1])
 
 
 @kernel("dequantize", format="gguf", backend="cpu", refuses=refuses)

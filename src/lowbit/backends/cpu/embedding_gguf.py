@@ -15,7 +15,7 @@ def refuses(fmt: GgufBlock, indices: Tensor, parts: Parts, k: int, dtype: torch.
     """Why this call cannot run here, or None."""
     if indices.dtype not in {torch.int64, torch.int32}:
         return f"indices are {str(indices.dtype).removeprefix('torch.')}; the kernel takes int64 and int32"
-    return gguf_rows.refuses(dtype, k)
+    return gguf_rows.refuses(fmt, dtype, k)
 
 
 @kernel("embedding", format="gguf", backend="cpu", refuses=refuses)

@@ -11,7 +11,9 @@ from lowbit.backends.cpu import native
 from lowbit.backends.cpu.operands import DTYPES, address, check_found, dtype_code, refuses_result
 from lowbit.formats.gguf_block import GgufBlock
 from lowbit.formats.parts import Parts
-from lowbit.numerics.gguf_blocks import READABLE
+
+# The types with a kernel; the place of each is its number for `with_type` of native/gguf_blocks.h.
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "NVFP4")
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Blocks:
     """Blocks uint8 [N, row bytes], whose rows may have gaps between them, and the scale of all."""
 
     type: int
-    """The number of the type for `with_type` of native/gguf_blocks.h."""
+    """The number of the type: its place in `TYPES`."""
     codes: Tensor
     global_scale: Tensor | None
 
@@ -28,7 +30,7 @@ class Blocks:
         """The blocks of a weight in plain parts."""
         codes = parts["qdata"]
         return cls(
-            READABLE.index(fmt.type), codes if codes.stride(-1) == 1 else codes.contiguous(), parts.get("global_scale")
+            TYPES.index(fmt.type), codes if codes.stride(-1) == 1 else codes.contiguous(), parts.get("global_scale")
         )
 
     @property
@@ -37,9 +39,16 @@ class Blocks:
         return self.codes.shape[0]
 
 
-def refuses(dtype: torch.dtype, k: int) -> str | None:
+def refuses_type(fmt: GgufBlock) -> str | None:
+    """Why blocks of this type cannot be read here, or None."""
+    if fmt.type not in TYPES:
+        return f"blocks of the type {fmt.type}; the kernels take {', '.join(TYPES)}"
+    return None
+
+
+def refuses(fmt: GgufBlock, dtype: torch.dtype, k: int) -> str | None:
     """Why rows of k columns cannot be decoded here to a dtype, or None."""
-    return refuses_result(dtype) or (None if k else "no columns; the decoder takes whole blocks")
+    return refuses_type(fmt) or refuses_result(dtype) or (None if k else "no columns; the decoder takes whole blocks")
 
 
 def decode(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowbit.backends.cpu import native
 from lowbit.backends.cpu.e2m1_ways import integer_block
-from lowbit.backends.cpu.gguf_rows import Blocks
+from lowbit.backends.cpu.gguf_rows import Blocks, refuses_type
 from lowbit.backends.cpu.operands import address, dtype_code, output_of, refuses_input, rows_of
 from lowbit.dispatch import kernel
 from lowbit.formats.gguf_block import GgufBlock
@@ -18,7 +18,7 @@ def refuses(fmt: GgufBlock, x: Tensor, parts: Parts, bias: Tensor | None) -> str
     """Why this call cannot run here, or None."""
     if not x.shape[-1]:
         return "no columns; the kernel takes whole blocks"
-    return refuses_input(fmt, x, parts, bias)
+    return refuses_type(fmt) or refuses_input(fmt, x, parts, bias)
 
 
 @kernel("linear", format="gguf", backend="cpu", refuses=refuses, tolerance=6e-3)

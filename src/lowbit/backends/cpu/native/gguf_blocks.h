@@ -22,6 +22,8 @@
 
 #include <array>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "float_gemm.h"
 #include "transpose.h"
@@ -274,7 +276,7 @@ struct NVFP4 {
   }
 };
 
-// f(T{}) of the type with that number, which is its place in numerics.gguf_blocks.READABLE.
+// f(T{}) of the type with that number, which is its place in TYPES of gguf_rows.py. Another number throws.
 template <class F>
 void with_type(int type, const F& f) {
   switch (type) {
@@ -298,8 +300,11 @@ void with_type(int type, const F& f) {
       return f(Q6_K{});
     case 9:
       return f(MXFP4{});
-    default:
+    case 10:
       return f(NVFP4{});
+    default:
+      throw std::invalid_argument("no GGUF type has the number " + std::to_string(type) +
+                                  " here; TYPES of gguf_rows.py lists them");
   }
 }
 
