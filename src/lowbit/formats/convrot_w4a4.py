@@ -67,6 +67,7 @@ class ConvrotW4A4(Format):
         "convrot_w4a4(rotation=64,linear_dtype=int8)": 16.9,
     }
     data_free_solver: ClassVar[str] = "scale_search"
+    factors: ClassVar[tuple[float, ...]] = _FACTORS
 
     def __post_init__(self) -> None:
         one_of(self, "rotation", (0, *REGULAR_SIZES))
@@ -112,7 +113,7 @@ class ConvrotW4A4(Format):
 
     def candidates(self, rows: Tensor, params: Parts) -> Iterator[Candidate]:
         """Smaller scales: a clipped peak costs less than coarser steps for all the others."""
-        for factor in _FACTORS:
+        for factor in self.factors:
             yield Candidate({"scale": (params["scale"] * factor).clamp_min(MIN_SCALE)})
 
     def grid(self, rows: Tensor, params: Parts) -> Grid:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.cpu.operands import DTYPES
+from lowbit.errors import WeightError
 from lowbit.formats.base import Format, check_finite
 from lowbit.formats.parts import Parts
 
@@ -44,7 +45,8 @@ def begin(fmt: Format, w: Tensor, weights: Tensor | None, where: str) -> tuple[T
 
 
 def finished(parts: Parts, w: Tensor, where: str, *, finite: bool) -> Parts:
-    """The parts; `WeightError`, naming `where`, when the kernel met NaN or infinity."""
+    """The parts; `WeightError`, naming `where`, when the kernel met NaN or infinity, or made it by rotating."""
     if not finite:
         check_finite(w, where)
+        raise WeightError(f"{where}: its rotated values exceed float32; repair the source or keep this layer")
     return parts

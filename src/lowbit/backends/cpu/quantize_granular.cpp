@@ -1,7 +1,8 @@
-// quantize and scale_search for fp8_e4m3, fp8_e5m2 and int8: one byte a weight, a float32 scale of the weight, of a row
-// or of a tile. See native/encode.h.
+// quantize and scale_search for fp8_e4m3, fp8_e5m2, int8 and convrot_w4a4: a byte or half of one a weight, a float32
+// scale of the weight, of a row or of a tile; integers may be those of a rotated row. See native/encode.h.
 #include "native/bind.h"
 #include "native/encode.h"
+#include "native/rotation.h"
 
 namespace lowbit {
 namespace {
@@ -10,14 +11,26 @@ constexpr float kMinScale = 1e-8f;
 constexpr int kTogether = 4;      // candidates whose errors are summed in one pass over a row
 constexpr int64_t kSummed = 512;  // columns that are summed in float32, before float64 takes over
 
-struct Int8Grid {
-  static constexpr float kLargest = 127.0f;
+template <int kBits_>
+struct IntegerGrid {
+  static constexpr int kBits = kBits_;  // of a code
+  static constexpr float kLargest = (1 << (kBits - 1)) - 1;
 };
+template <class Grid>
+constexpr bool kIntegers = false;
+template <int kBits>
+constexpr bool kIntegers<IntegerGrid<kBits>> = true;
+template <class Grid>
+constexpr bool kNibbles = std::is_same_v<Grid, IntegerGrid<4>>;
+template <class Grid>
+constexpr int kByteCodes = kNibbles<Grid> ? 2 : 1;  // codes in a byte
 
 template <class Grid>
 simd::I32 codes_of(simd::F32 value) {
-  if constexpr (std::is_same_v<Grid, Int8Grid>) {
-    return integer_codes(value, -127.0f, 127.0f);
+  if constexpr (kNibbles<Grid>) {
+    return simd::bit_and(integer_codes(value, -Grid::kLargest, Grid::kLargest), simd::set1_i32(15));
+  } else if constexpr (kIntegers<Grid>) {
+    return integer_codes(value, -Grid::kLargest, Grid::kLargest);
   } else {
     return float8_codes<Grid>(value);
   }
@@ -25,8 +38,8 @@ simd::I32 codes_of(simd::F32 value) {
 
 template <class Grid>
 simd::F32 miss_of(simd::F32 value) {
-  if constexpr (std::is_same_v<Grid, Int8Grid>) {
-    return integer_miss(value, simd::set1_f32(-127.0f), simd::set1_f32(127.0f));
+  if constexpr (kIntegers<Grid>) {
+    return integer_miss(value, simd::set1_f32(-Grid::kLargest), simd::set1_f32(Grid::kLargest));
   } else {
     return float8_miss<Grid>(value);
   }
@@ -39,18 +52,29 @@ struct Granularity {
   const float* factors;   // [count], that a scale may be multiplied by
   int count;
   const float* weights;  // of columns, or null
+  int64_t rotation;      // columns that are rotated together, where a tile is a row; 0: none
 };
 
+// Codes of 4 bits are even in number; those of a row begin with a byte.
 template <class Grid>
 void encode_row(const float* x, int64_t count, float scale, uint8_t* to) {
   using namespace simd;
+  constexpr int kPer = kByteCodes<Grid>;
   const F32 divisor = set1_f32(scale);
+  const auto put = [&](uint8_t* at, int64_t c) {
+    const I32 codes = codes_of<Grid>(div(load_f32(x + c), divisor));
+    if constexpr (kNibbles<Grid>) {
+      store_nibbles(at, codes);
+    } else {
+      store_low_bytes(at, codes);
+    }
+  };
   int64_t c = 0;
-  for (; c + kLanes <= count; c += kLanes) store_low_bytes(to + c, codes_of<Grid>(div(load_f32(x + c), divisor)));
+  for (; c + kLanes <= count; c += kLanes) put(to + c / kPer, c);
   if (c < count) {
     alignas(64) uint8_t room[4 * kLanes];
-    store_low_bytes(room, codes_of<Grid>(div(load_f32(x + c), divisor)));
-    std::memcpy(to + c, room, static_cast<size_t>(count - c));
+    put(room, c);
+    std::memcpy(to + c / kPer, room, static_cast<size_t>((count - c) / kPer));
   }
 }
 
@@ -72,6 +96,26 @@ void add_errors(const float* x, int64_t padded, const float* weights, const floa
         }
       }
       for (int i = 0; i < kTogether && first + i < count; ++i) sums[first + i] += reduce_add(acc[i]);
+    }
+  }
+}
+
+// The same of a rotated row [k], whose columns' weights are those of the columns before the rotation; `room` is [k].
+template <class Grid>
+void add_rotated_errors(const float* x, int64_t k, int64_t rotation, const float* weights, const float* scales,
+                        int count, float* room, double* sums) {
+  using namespace simd;
+  for (int i = 0; i < count; ++i) {
+    const F32 inverse = set1_f32(1.0f / scales[i]);
+    for (int64_t c = 0; c < k; c += kLanes) store_f32(room + c, miss_of<Grid>(mul(load_f32(x + c), inverse)));
+    rotate_groups(room, k, rotation);  // its own inverse
+    for (int64_t c = 0; c < k;) {
+      F32 sum = zero_f32();
+      for (const int64_t end = std::min(k, c + kSummed); c < end; c += kLanes) {
+        const F32 miss = load_f32(room + c);
+        sum = fma(mul(miss, load_f32(weights + c)), miss, sum);
+      }
+      sums[i] += reduce_add(sum);
     }
   }
 }
@@ -120,6 +164,11 @@ class Granular {
 
   void add(const float* x, int64_t first, int64_t padded, const std::vector<float>& scales, double* sums) const {
     const int count = static_cast<int>(scales.size());
+    if (how_.weights && how_.rotation) {
+      const Room turned(padded);
+      return add_rotated_errors<Grid>(x, padded, how_.rotation, weights_.data(), scales.data(), count, turned.data(),
+                                      sums);
+    }
     if (!how_.weights) return add_errors<Grid, false>(x, padded, nullptr, scales.data(), count, sums);
     add_errors<Grid, true>(x, padded, weights_.data() + first, scales.data(), count, sums);
   }
@@ -165,11 +214,15 @@ class Granular {
     for (int64_t row = top; row < bottom; ++row)
       largest =
           std::max(largest, load_row<kDtype>(w_.values, row * w_.k + left, count, room + (row - top) * stride, padded));
+    if (how_.rotation && largest < kInfinityBits) {
+      rotate_groups(room, count, how_.rotation);
+      largest = largest_bits<kFloat32>(room, count);  // which may have become infinite
+    }
     if (largest >= kInfinityBits) return false;
     const float scale = shared ? *shared : chosen(largest, room, bottom - top, left, padded, stride);
     if (!shared) scales_[tile] = scale;
     for (int64_t row = top; row < bottom; ++row)
-      encode_row<Grid>(room + (row - top) * stride, count, scale, codes_ + row * w_.k + left);
+      encode_row<Grid>(room + (row - top) * stride, count, scale, codes_ + (row * w_.k + left) / kByteCodes<Grid>);
     return true;
   }
 
@@ -192,27 +245,29 @@ class Granular {
 
 }  // namespace
 
-// False: the weight holds NaN or infinity, and what was written means nothing.
+// False: the weight holds NaN or infinity, or does once it is rotated, and what was written means nothing.
 bool quantize_granular(Ptr<const void> w, int dtype, int64_t n, int64_t k, int grid, bool whole, int64_t tile_rows,
-                       int64_t tile_columns, Ptr<const float> factors, int count, Ptr<const float> weights,
-                       Ptr<uint8_t> codes, Ptr<float> scales, int threads) {
+                       int64_t tile_columns, int64_t rotation, Ptr<const float> factors, int count,
+                       Ptr<const float> weights, Ptr<uint8_t> codes, Ptr<float> scales, int threads) {
   const Matrix matrix{w, dtype, n, k};
-  const Granularity how{tile_rows, tile_columns, whole, factors, count, weights};
+  const Granularity how{tile_rows, tile_columns, whole, factors, count, weights, rotation};
   switch (grid) {
     case 0:
       return Granular<E4m3Grid>(matrix, how, codes, scales, threads).run();
     case 1:
       return Granular<E5m2Grid>(matrix, how, codes, scales, threads).run();
+    case 2:
+      return Granular<IntegerGrid<8>>(matrix, how, codes, scales, threads).run();
     default:
-      return Granular<Int8Grid>(matrix, how, codes, scales, threads).run();
+      return Granular<IntegerGrid<4>>(matrix, how, codes, scales, threads).run();
   }
 }
 
 void bind_quantize_granular(nb::module_& m) {
   m.def("quantize_granular", &quantize_granular, nb::call_guard<nb::gil_scoped_release>(), nb::arg("w"),
         nb::arg("dtype"), nb::arg("n"), nb::arg("k"), nb::arg("grid"), nb::arg("whole"), nb::arg("tile_rows"),
-        nb::arg("tile_columns"), nb::arg("factors"), nb::arg("count"), nb::arg("weights"), nb::arg("codes"),
-        nb::arg("scales"), nb::arg("threads"));
+        nb::arg("tile_columns"), nb::arg("rotation"), nb::arg("factors"), nb::arg("count"), nb::arg("weights"),
+        nb::arg("codes"), nb::arg("scales"), nb::arg("threads"));
 }
 
 }  // namespace lowbit
