@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lowbit.checkpoint.compare import compare
 from lowbit.checkpoint.convert import convert
@@ -247,6 +248,18 @@ def test_nothing_that_could_take_a_scale_is_an_error(llama, spec):
         planned(source, known, spec=spec)
     with open_source(folder) as source, pytest.raises(PlanError, match=r"input_layernorm: .* stores scales of its own"):
         planned(source, known, spec=spec)
+
+
+def test_a_weight_with_nan_is_named(llama, tmp_path):
+    """Choosing a scale reads the weights first: the error names the file and the group."""
+    folder, _, known = llama
+    shutil.copytree(folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{BLOCK}mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    words = r"model\.safetensors: a layer behind '.*post_attention_layernorm': holds NaN"
+    with open_source(tmp_path / "model") as source, pytest.raises(WeightError, match=words):
+        planned(source, known)
 
 
 def test_that_none_gains_is_said_and_not_an_error(llama):

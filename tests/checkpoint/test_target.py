@@ -121,3 +121,13 @@ def test_an_output_that_cannot_be_made_is_refused(single, tmp_path, monkeypatch)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(WriteError, match=r"nothing can be written in .*check its permissions"):
         check_target(single, tmp_path / "out.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes in folders")
+def test_what_is_no_regular_file_is_not_replaced(single, tmp_path):
+    """A pipe, which a renamed file would remove as it would a device, and a link to one are no outputs."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(WriteError, match=rf"{name}: is a device or a pipe"):
+            check_target(single, tmp_path / name)

@@ -263,3 +263,22 @@ def test_modulation_needs_no_data(lowbit, tmp_path):
     assert refused.code == 3
     assert "no time MLP that lowbit knows" in refused.err
     assert not (tmp_path / "t.safetensors").exists()
+
+
+def test_what_is_read_is_not_overwritten(lowbit, tmp_path):
+    """Statistics never take the place of the weights, the text or the statistics that they are made from."""
+    folder, text, stats = tmp_path / "model", tmp_path / "text.txt", tmp_path / "a.stats"
+    folder.mkdir()
+    for path in (folder / "model.safetensors", text, stats, tmp_path / "b.stats"):
+        path.write_text(path.name)
+    for output, read in [
+        (folder / "model.safetensors", [folder, "--text", text]),
+        (text, [folder, "--text", text]),
+        (stats, ["--merge", stats, tmp_path / "b.stats"]),
+        (folder / "model.safetensors", [folder / "model.safetensors", "--imatrix", stats]),
+        (stats, [folder / "model.safetensors", "--imatrix", stats]),
+    ]:
+        done = lowbit("calibrate", *read, "-o", output)
+        assert done.code == 4
+        assert "is the input" in done.err
+        assert output.read_text() == output.name

@@ -19,8 +19,7 @@ def layer_shapes(source: Source) -> dict[str, tuple[int, int]]:
         if name.endswith(".weight") and len(info.shape) == 2
     }
     held = [look_for_layers(source, component, strict=False) for component in source.components]
-    stored = {one.full_name(name): layer.shape for one in held for name, layer in one.layers.items()}
-    return plain | {name: (shape[0], shape[1]) for name, shape in stored.items() if len(shape) == 2}
+    return plain | {one.full_name(name): layer.shape for one in held for name, layer in one.layers.items()}
 
 
 def checkpoint_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str | None]:

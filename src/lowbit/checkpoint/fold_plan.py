@@ -129,8 +129,9 @@ class _Trial:
             self.fold = replace(self.fold, why=why)
             return
         component, source = self.held.component, self.held.source
+        where = f"{self.held.where}: a layer behind {self.group.before!r}"
         rows = [WeightRows.of(source.read(component, tensor.key), tensor.fmt.plain) for tensor in self._quantized]
-        choice = choose(rows, known, held_by(source, component, self.fold), self.name)
+        choice = choose(rows, known, held_by(source, component, self.fold), where)
         self.tried = True
         self.fold = replace(self.fold, error_before=choice.error_before, error_after=choice.error_after)
         if choice.gains:

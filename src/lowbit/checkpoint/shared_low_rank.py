@@ -93,11 +93,12 @@ def check_inputs(component: str, tensors: Iterable[TensorPlan], statistics: Laye
     would be valid, and every layer worse than with a low rank of its own.
     """
     found = []
+    inputs: object = statistics
     for name, group in groups_of(tensors).items():
         read: dict[str, TensorPlan] = {}
         for tensor in group:
             full = f"{component}/{tensor.layer}" if component else tensor.layer
-            known = statistics.input_of(full) if isinstance(statistics, KnowsInputs) else None
+            known = inputs.input_of(full) if isinstance(inputs, KnowsInputs) else None
             if known is not None:
                 read.setdefault(known, tensor)
         if len(read) > 1:

@@ -19,6 +19,7 @@ from lowbit.calibration.merge import Merged
 from lowbit.calibration.names import checkpoint_names, layer_shapes
 from lowbit.calibration.time_embedding import GUIDANCE, modulation_statistics
 from lowbit.checkpoint.source import open_source
+from lowbit.checkpoint.target import check_file_target, refuse_inputs
 from lowbit.cli import options
 from lowbit.cli.output import asking, command, epilog, print_json, say, show, size, stderr, table
 from lowbit.errors import PlanError
@@ -165,6 +166,7 @@ def calibrate(
         )
         given = _paths(paths or [], chosen)
         _refuse_idle(chosen, text=samples is not None or vary is not None, broad=broad)
+    _refuse_input(output, [*given, *(text or []), *([imatrix] if imatrix is not None else [])])
     wishes = _Wishes(output, samples, max_tokens, batch_size, vary, device, how)
     if chosen == "text":
         found: StatisticsCollection = _from_text(given[0], text or [], wishes, with_builtin=with_builtin or not text)
@@ -207,6 +209,12 @@ def _paths(paths: list[Path], chosen: str) -> list[Path]:
         option = "a text or none" if chosen == "text" else f"--{chosen}"
         raise PlanError(f"{option}: name {what} before the options; {len(paths)} paths were given")
     return paths
+
+
+def _refuse_input(output: Path, read: list[Path]) -> None:
+    """Refuse to write statistics over what they are taken from: a weight file, a text. Raises `WriteError`."""
+    check_file_target(output)
+    refuse_inputs([output], [file for path in read for file in (path.rglob("*") if path.is_dir() else [path])])
 
 
 def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin: bool) -> StatisticsFile:
