@@ -88,17 +88,6 @@ def test_properties(spec):
     check_properties(spec, 20, 128, layout="")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_columns(dtype):
-    """Without columns the product is the bias, for any number of tokens."""
-    spec = "gguf(type=Q8_0)"
-    fmt = parse_spec(spec)
-    parts, bias = in_layout(fmt, any_parts(fmt, (3, 0)), ""), torch.randn(3).to(dtype)
-    for m in (0, 2, linear_gguf.FEW + 1):
-        x = torch.zeros((m, 0), dtype=dtype, device=DEVICE)
-        assert torch.equal(run("linear", spec, "", fmt, x, parts, bias.to(DEVICE)), bias.expand(m, 3))
-
-
 def test_refusals(monkeypatch):
     """What cannot be multiplied is refused in words."""
     spec = "gguf(type=Q8_0)"

@@ -12,5 +12,8 @@ from lowbit.formats.parts import Parts
 @kernel("linear", backend="eager", layout=ANY_LAYOUT)
 @kernel("linear", backend="eager")
 def linear(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-    """x [..., K], bias [N] or None -> [..., N] in the dtype of x."""
+    """x [..., K], bias [N] or None -> [..., N] in the dtype of x. Without columns that is the bias, or zeros."""
+    if not x.shape[-1]:  # what no kernel takes: so no format has to decode nothing
+        out = x.new_zeros((*x.shape[:-1], fmt.rows_of(parts)))
+        return out if bias is None else out.copy_(bias)
     return fmt.linear(x, parts, bias)

@@ -53,6 +53,8 @@ def product(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None, layout: s
 def product_of(coded: Decodable, x: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], bias [N] or None -> [..., N] in the dtype of x, to which the weight is rounded once."""
     k = coded.k
+    if not x.numel():  # no tokens: for nothing would the weight be decoded
+        return x.new_empty((*x.shape[:-1], coded.n))
     bias = None if bias is None else bias.to(x.dtype)
     if coded.n * k <= ELEMENTS:
         return F.linear(x, _rows(coded, x, 0, coded.n), bias)

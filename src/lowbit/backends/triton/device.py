@@ -15,7 +15,7 @@ from torch import Tensor
 from lowbit.backends import gpu
 from lowbit.backends.gpu import Target, assume
 
-__all__ = ["DTYPES", "INTERPRETED", "Target", "assume", "on", "refuses", "target_of"]
+__all__ = ["DTYPES", "INTERPRETED", "Target", "assume", "on", "refuses", "refuses_product", "target_of"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,6 +42,14 @@ def refuses(x: Tensor, **others: Tensor | None) -> str | None:
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and (why := _refuses_dtype(target, name, tensor)):
             return why
     return None
+
+
+def refuses_product(x: Tensor, **others: Tensor | None) -> str | None:
+    """Why no product of x [..., K] runs here, or None: what `refuses` says, and no columns.
+
+    Of rows without elements no shape tells how many there are, and no tile holds any: eager gives the bias, or zeros.
+    """
+    return refuses(x, **others) or (None if x.shape[-1] else "no columns; there is nothing to multiply")
 
 
 def _refuses_dtype(target: Target, name: str, tensor: Tensor) -> str | None:

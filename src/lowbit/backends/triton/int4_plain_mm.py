@@ -186,7 +186,7 @@ def refuses(x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor, bias: Tensor 
             return f"{name} has gaps between its elements; the kernel reads contiguous tensors: call .contiguous() once"
     if group_size > _WIDEST:
         return f"groups of {group_size} columns; the kernel takes up to {_WIDEST}"
-    return device.refuses(x, qdata=qdata, scale=scale, zero=zero, bias=bias)
+    return device.refuses_product(x, qdata=qdata, scale=scale, zero=zero, bias=bias)
 
 
 @kernel("int4_plain_mm", backend="triton", refuses=refuses, tolerance=_TOLERANCE)

@@ -13,7 +13,7 @@ from lowbit.layouts import words128
 
 def refuses(fmt: AwqW4A16, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why this call cannot run here, or None."""
-    return linear_words.refuses_group(fmt.group_size) or device.refuses(x, bias=bias, **parts)
+    return linear_words.refuses_group(fmt.group_size) or device.refuses_product(x, bias=bias, **parts)
 
 
 @kernel("linear", format="awq_w4a16", backend="triton", layout=words128.NAME, refuses=refuses, tolerance=6e-3)

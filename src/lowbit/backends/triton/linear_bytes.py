@@ -190,14 +190,14 @@ def refuses(x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     for name, tensor in {**parts, "bias": bias}.items():
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} has gaps between its elements; the kernel reads contiguous tensors: call .contiguous() once"
-    return device.refuses(x, bias=bias, **parts)
+    return device.refuses_product(x, bias=bias, **parts)
 
 
 def _decodes_once(x: Tensor) -> bool:
     """Whether tokens are many, or float32 on a GPU whose tensor cores would round them: PyTorch multiplies better."""
     if x.dtype == torch.float32 and device.target_of(x.device).assembles:
         return x.numel() > 0
-    return x.numel() >= MANY * max(1, x.shape[-1])
+    return x.numel() >= MANY * x.shape[-1]
 
 
 def product(

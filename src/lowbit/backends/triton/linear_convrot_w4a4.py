@@ -215,7 +215,7 @@ def refuses(fmt: ConvrotW4A4, x: Tensor, parts: Parts, bias: Tensor | None) -> s
     """Why this call cannot run here, or None."""
     if x.shape[-1] > MOST_COLUMNS:
         return f"{x.shape[-1]} columns; sums of more than {MOST_COLUMNS} products could overflow an int32"
-    return device.refuses(x, bias=bias, **parts)
+    return device.refuses_product(x, bias=bias, **parts)
 
 
 @kernel("linear", format="convrot_w4a4", backend="triton", refuses=refuses, tolerance=3e-3)

@@ -21,7 +21,7 @@ def refuses(fmt: Fp8E4M3, x: Tensor, parts: Parts, bias: Tensor | None) -> str |
     """Why this call cannot run here, or None."""
     if not parts["qdata"].is_contiguous() or not parts["scale"].is_contiguous():
         return "parts with gaps between their elements; the kernel reads whole rows (.contiguous() closes them)"
-    return device.refuses(x, bias=bias, **parts)
+    return device.refuses_product(x, bias=bias, **parts)
 
 
 def linear(fmt: Fp8E4M3, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:

@@ -92,7 +92,7 @@ def _linear_blocks(
 
 def refuses(fmt: GgufBlock, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why this call cannot run here, or None."""
-    return device.refuses(x, bias=bias, **parts) or gguf_rows.refuses(fmt, parts, x.dtype)
+    return device.refuses_product(x, bias=bias, **parts) or gguf_rows.refuses(fmt, parts, x.dtype)
 
 
 @kernel("linear", format="gguf", backend="triton", refuses=refuses, tolerance=6e-3)
@@ -127,4 +127,4 @@ def _is_fused(x: Tensor) -> bool:
     target = device.target_of(x.device)
     if x.dtype == torch.float32 or (target.kind == "cuda" and not target.assembles):
         return False  # Triton multiplies these without tensor cores
-    return x.shape[-1] > 0 and x.numel() <= FEW * x.shape[-1]  # without columns there is nothing to read
+    return x.numel() <= FEW * x.shape[-1]

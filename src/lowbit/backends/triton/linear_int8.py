@@ -22,7 +22,11 @@ def refuses(fmt: Int8, x: Tensor, parts: Parts, bias: Tensor | None) -> str | No
         return linear_int8_weights.refuses(fmt, x, parts, bias)
     if fmt.granularity == "block" and (why := int8_gemm_blocks.refuses_block(fmt.block_size[1])):
         return why
-    return device.refuses(x, bias=bias, **parts) or int8_gemm.refuses(x, x.shape[-1]) or refuses_gaps(parts["qdata"])
+    return (
+        device.refuses_product(x, bias=bias, **parts)
+        or int8_gemm.refuses(x, x.shape[-1])
+        or refuses_gaps(parts["qdata"])
+    )
 
 
 def refuses_gaps(codes: Tensor) -> str | None:

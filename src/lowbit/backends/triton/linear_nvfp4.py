@@ -13,7 +13,7 @@ from lowbit.layouts import words128
 
 def refuses(fmt: Nvfp4, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why this call cannot run here, or None."""
-    return device.refuses(x, bias=bias, **parts)
+    return device.refuses_product(x, bias=bias, **parts)
 
 
 @kernel("linear", format="nvfp4", backend="triton", layout=words128.NAME, refuses=refuses, tolerance=6e-3)

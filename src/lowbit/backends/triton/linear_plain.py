@@ -20,7 +20,7 @@ _STORED = {torch.float8_e4m3fn: E4M3, torch.uint8: E8M0}
 
 def refuses(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why this call cannot run here, or None."""
-    return device.refuses(x, bias=bias, **parts) or decoded_linear.refuses(fmt, x, parts, bias, "")
+    return device.refuses_product(x, bias=bias, **parts) or decoded_linear.refuses(fmt, x, parts, bias, "")
 
 
 def linear_plain(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from lowbit.numerics.int4_matmul import GELU_SHIFT
 
 def refuses(fmt: SvdquantW4A4, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why this call cannot run here, or None."""
-    return device.refuses(x, bias=bias, **parts)
+    return device.refuses_product(x, bias=bias, **parts)
 
 
 @kernel("linear", format="svdquant_w4a4", backend="triton", refuses=refuses, tolerance=TOLERANCE)

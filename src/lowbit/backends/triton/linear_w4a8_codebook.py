@@ -89,7 +89,7 @@ def _linear_codes(
 
 def refuses(fmt: W4A8Codebook, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why this call cannot run here, or None."""
-    if why := device.refuses(x, bias=bias, **parts):
+    if why := device.refuses_product(x, bias=bias, **parts):
         return why
     if fmt.correction:
         return codebook_rows.refuses(fmt, parts, x.dtype)

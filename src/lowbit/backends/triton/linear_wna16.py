@@ -13,7 +13,7 @@ from lowbit.layouts import words128
 
 def refuses(fmt: WNA16, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why this call cannot run here, or None."""
-    return linear_words.refuses_group(_group(fmt, x.shape[-1])) or device.refuses(x, bias=bias, **parts)
+    return device.refuses_product(x, bias=bias, **parts) or linear_words.refuses_group(_group(fmt, x.shape[-1]))
 
 
 @kernel("linear", format="wna16", backend="triton", layout=words128.NAME, refuses=refuses, tolerance=6e-3)
