@@ -41,6 +41,8 @@ TARGETS = {
     for name in SHARED
 }
 _STORES = re.compile(r"\bst\.global|\bred\.|\batom\.|cp\.async\.bulk|(?:global|buffer|flat)_(?:store|atomic)")
+_SPREAD = re.compile(r"(%\w+) = tt\.splat %([mn]) : i32")
+_PRODUCT = re.compile(r"arith\.muli (%\w+), (%\w+) : tensor<\S*xi32>")
 
 
 def entries() -> list[Kernel]:
@@ -198,6 +200,17 @@ class Verdict:
     note: str = ""
 
 
+def narrow_products(source: str) -> list[str]:
+    """Which of m and n, in Triton's form of a kernel, multiply a tensor of 32-bit numbers.
+
+    A result [m, n] may have more elements than 32 bits count, and more than 2**23 columns: what is multiplied by
+    either is an address. Sums are not looked at, nor products by k, which integer products bound.
+    """
+    spread = dict(_SPREAD.findall(source))
+    pairs = _PRODUCT.findall(source)
+    return sorted({spread[one] for pair in pairs for one in pair if one in spread})
+
+
 def judge(one: Noted, config: Config, target: str) -> Verdict:
     """Compile and judge. Those that come first have to be good: they run where nothing can be timed."""
     first = config in one.first
@@ -208,6 +221,8 @@ def judge(one: Noted, config: Config, target: str) -> Verdict:
         return Verdict(None, fault=text)
     if not _STORES.search(made.assembly):
         return Verdict(made, fault="nothing is left of the kernel: it stores nothing (the compiler made it a trap)")
+    if wraps := narrow_products(made.source):
+        return Verdict(made, fault=f"multiplies places in a tile by {', '.join(wraps)} in 32 bits: addresses may wrap")
     if made.shared > SHARED[target]:
         text = f"needs {made.shared} bytes of shared memory, {target} has {SHARED[target]}"
         return Verdict(made, fault=text) if first else Verdict(made, note=f"passed over: {text}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,11 +17,16 @@ from lowbit.backends.triton.tuning import KERNELS, record
 from lowbit.formats import parse_spec
 from lowbit.layouts.base import get_layout
 from tests.support import triton_launches
-from tests.support.triton_launches import all_noted, distinct, entries, judge, qualified, title
+from tests.support.triton_launches import DTYPES, TOKENS, all_noted, distinct, entries, judge, noted, qualified, title
 
 TITLES = sorted({title(entry) for entry in entries()})
 TARGETS = ("sm_90", "sm_80")
 TARGET = triton_launches.TARGETS["sm_90"]
+# How far apart tokens are in a result, as Triton writes it.
+NARROW = """
+  %at_3 = tt.splat %n : i32 -> tensor<1x256xi32>
+  %at_4 = arith.muli %at_2, %at_3 : tensor<1x256xi32>
+"""
 
 
 @pytest.mark.parametrize("name", TITLES)
@@ -33,7 +39,10 @@ def test_every_entry_is_launched(name):
 
 @pytest.mark.parametrize("index", range(len(KERNELS)), ids=[qualified(kernel) for kernel in KERNELS])
 def test_compiles(index):
-    """Every kernel compiles in its first config for Hopper and Ampere, fits their memory and keeps its registers."""
+    """Every kernel compiles in its first config for Hopper and Ampere, fits their memory and keeps its registers.
+
+    Nor does it count the rows of a result in 32 bits (`narrow_products`): addresses hold for 2**31 elements and more.
+    """
     kernel = KERNELS[index]
     for target in TARGETS:
         mine = [one for one in distinct(all_noted(target)[0]) if one.kernel is kernel]
@@ -51,10 +60,12 @@ def test_compiles(index):
         (Compiled(255, 64, 1000, "st.global.v4"), 1, "", "spills 64 bytes"),
         (Compiled(90, 0, 1 << 20, "st.global.v4"), 0, "needs 1048576 bytes", ""),
         (Compiled(90, 0, 1 << 20, "st.global.v4"), 1, "", "passed over"),
+        (Compiled(90, 0, 1000, "st.global.v4", NARROW), 1, "multiplies places in a tile by n in 32 bits", ""),
+        (Compiled(90, 0, 1000, "st.global.v4", NARROW.replace("i32", "i64")), 1, "", ""),
     ],
 )
 def test_verdicts(monkeypatch, made, position, fault, note):
-    """An empty kernel is a fault in any config; spills and too much memory are one in the first, else noted."""
+    """An empty kernel and addresses of 32 bits are faults in any config, spills and too much memory in the first."""
     one = next(one for one in distinct(all_noted()[0]) if one.others)
     monkeypatch.setattr(triton_launches, "compile_launch", lambda *_: made)
     verdict = judge(one, (one.others if position else one.first)[0], "sm_90")
@@ -62,6 +73,41 @@ def test_verdicts(monkeypatch, made, position, fault, note):
     assert verdict.note.startswith(note)
     assert bool(verdict.fault) == bool(fault)
     assert bool(verdict.note) == bool(note)
+
+
+@pytest.mark.parametrize("name", ["_int8_gemm", "_int8_gemm_blocks"])
+def test_addresses_of_many_rows(name):
+    """The largest tile of int8's products counts 256 tokens of more than 2**23 rows in 64 bits, and spills nothing."""
+    many = [one for one in distinct(all_noted("sm_80")[0]) if one.kernel.name == name]
+    one = next(one for one in many if one.launch.arguments["splits"] == 1)
+    largest = max(one.configs, key=lambda config: (config.constants["BLOCK_M"], config.constants["BLOCK_N"]))
+    verdict = judge(one, largest, "sm_80")
+    assert not verdict.fault, verdict.fault
+    assert verdict.made.source.count("arith.muli")
+    assert not verdict.made.spills
+
+
+def test_tile_shapes_of_every_number_of_tokens_are_kept():
+    """A variant has the tile shapes of all launches that are alike, each once; what is first in one comes first."""
+    few = next(one for one in distinct(all_noted()[0]) if len(one.configs) > 2)
+    configs = few.configs
+    other = replace(few, hot=not few.hot, what="other", first=(configs[1],), others=(configs[0], configs[2]))
+    both = replace(few, first=(configs[0],), others=(configs[1],)).with_shapes_of(other)
+    assert both.first == configs[:2]
+    assert both.others == (configs[2],)
+    assert both.hot
+    assert len({both.variant, few.variant, other.variant}) == 1
+
+
+def test_more_tokens_reach_more_tile_shapes():
+    """What runs with 32 tokens is compiled, though neither 1 nor 16384 tokens run in it."""
+    (linear,) = [one for one in entries() if (one.op, one.format, one.layout) == ("linear", "mxfp8", "")]
+    few, all_tokens = (
+        {config for one in noted(linear, TARGET, tokens=tokens, dtypes=DTYPES[:1]) for config in one.configs}
+        for tokens in ((1, 16384), TOKENS)
+    )
+    assert {config.constants["BLOCK_M"] for config in few if "BLOCK_M" in config.constants} == {16}
+    assert {config.constants["BLOCK_M"] for config in all_tokens if "BLOCK_M" in config.constants} == {16, 32, 64, 128}
 
 
 @pytest.mark.parametrize("layout", ["", "words128"])

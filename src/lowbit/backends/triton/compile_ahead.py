@@ -36,12 +36,16 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of a launch: `registers` a thread, `spills` in bytes a thread, `shared` memory in bytes a program."""
+    """What became of a launch: `registers` a thread, `spills` in bytes a thread, `shared` memory in bytes a program.
+
+    `source` is Triton's own form of it (TTIR), in which arguments have their names.
+    """
 
     registers: int
     spills: int
     shared: int
     assembly: str
+    source: str = ""
 
 
 def compile_launch(launch: Launch, config: Config, target: Target) -> Compiled:
@@ -62,9 +66,9 @@ def compile_launch(launch: Launch, config: Config, target: Target) -> Compiled:
         gpu = GPUTarget("hip", "gfx942", 64)
     made = triton.compile(source, target=gpu, options=config.options)
     if target.kind != "cuda":
-        return Compiled(0, 0, made.metadata.shared, made.asm["amdgcn"])
+        return Compiled(0, 0, made.metadata.shared, made.asm["amdgcn"], made.asm["ttir"])
     registers, spills = _resources(made.asm["cubin"], made.metadata.name)
-    return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"])
+    return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttir"])
 
 
 def _kind(value: Any, parameter: Any) -> str:

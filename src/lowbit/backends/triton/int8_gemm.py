@@ -133,7 +133,8 @@ def _int8_gemm(
             part = tl.load(a_at + left, mask=(column < k - left)[:, None], other=0)
         sums = tl.dot(weight, part, sums, out_dtype=tl.int32)
     present = (along <= last_token)[None, :] & (down <= last_row)[:, None]
-    at = out + (split.to(tl.int64) * m + first_token) * n + first_row + (along[None, :] * n + down[:, None])
+    within = along.to(tl.int64)[None, :] * n + down[:, None]  # 256 tokens of 2**23 rows are more than 32 bits count
+    at = out + (split.to(tl.int64) * m + first_token) * n + first_row + within
     if splits == 1:
         factor = tl.load(row + first_token + token_read)[None, :]
         if ROW_SCALE:

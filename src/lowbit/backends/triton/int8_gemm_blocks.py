@@ -80,7 +80,8 @@ def _int8_gemm_blocks(
         factor = tl.load(row_at + m.to(tl.int64) * block)[None, :] * tl.load(scale_at + block)[:, None]
         total += sums.to(tl.float32) * factor
     present = (along <= last_token)[None, :] & (down <= last_row)[:, None]
-    at = out + (split.to(tl.int64) * m + first_token) * n + first_row + (along[None, :] * n + down[:, None])
+    within = along.to(tl.int64)[None, :] * n + down[:, None]  # 256 tokens of 2**23 rows are more than 32 bits count
+    at = out + (split.to(tl.int64) * m + first_token) * n + first_row + within
     if splits == 1:
         if bias is not None:
             total += tl.load(bias + first_row + row_read).to(tl.float32)[:, None]
