@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 
 import pytest
 import torch
 
 from lowbit.errors import CheckpointError, PlanError, StatisticsError
+from lowbit.integrations import text_batches as text_batches_module
 from lowbit.integrations.text_batches import builtin_text, read_text, text_batches
 from lowbit.integrations.text_models import load_text_model
 
@@ -269,3 +272,31 @@ def test_the_dtype_is_float32_on_a_cpu(encoder):
     """Weights are widened by default, since statistics of half precision on a CPU are slow; another can be chosen."""
     assert next(load_text_model(encoder).model.parameters()).dtype == torch.float32
     assert next(load_text_model(encoder, dtype=torch.bfloat16).model.parameters()).dtype == torch.bfloat16
+
+
+def test_a_truncated_weight_file_is_named(encoder, tmp_path):
+    """Whatever transformers says to a damaged file, the error names it and what is missing."""
+    shutil.copytree(encoder, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is truncated: 100 of \d+ bytes are missing"):
+        load_text_model(tmp_path / "model")
+
+
+def test_a_stream_without_an_end_is_not_read_to_its_end(tmp_path, monkeypatch):
+    """NUL bytes at the beginning are enough to know that something is no text."""
+    path = tmp_path / "device"
+    path.write_bytes(b"\0" * 4096)
+    monkeypatch.setattr(text_batches_module, "_FIRST", 16)
+    sizes = []
+
+    class Watched(io.FileIO):
+        def read(self, size=-1):
+            sizes.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr(text_batches_module.Path, "open", lambda path, mode: Watched(str(path), mode))
+    with pytest.raises(StatisticsError, match="device: is a binary file"):
+        read_text(path)
+    assert sizes == [16]

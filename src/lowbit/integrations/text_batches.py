@@ -21,6 +21,7 @@ SAMPLES = 256
 MAX_TOKENS = 512
 BATCH_SIZE = 16
 VARIED = 0.4  # of the tokens, in the copy of each sample that is run beside it
+_FIRST = 1 << 20  # bytes of a text that are looked at before the rest is read
 _BUILTIN = "calibration_text.txt"
 _HUGE = 10**6  # tokenizers without a limit say 10^30
 
@@ -34,7 +35,10 @@ def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file. Raises `StatisticsError` for a file that is missing, empty, or not text."""
     path = Path(path)
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(_FIRST)
+            if b"\0" not in raw:  # of a binary file, or a device without an end, this is enough
+                raw += file.read()
     except OSError as error:
         raise StatisticsError(f"{path}: cannot be read: {error.strerror}; name a text file") from error
     try:

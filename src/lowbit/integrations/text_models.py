@@ -55,7 +55,11 @@ def load_text_model(folder: str | Path, *, device: str = "cpu", dtype: torch.dty
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = maker.from_pretrained(folder, local_files_only=True, dtype=wanted).eval()
         model = model.to(device)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # of transformers, tokenizers and safetensors, each with kinds of its own
+        if any(folder.glob("*.safetensors")):
+            open_source(
+                folder
+            ).close()  # a weight file that is damaged, or a part that is missing, is named by this one
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"{folder}: transformers cannot load it as {architecture}: {said[0]}; see that the folder has config.json, "
