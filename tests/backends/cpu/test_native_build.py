@@ -53,7 +53,7 @@ def test_a_set_that_the_compiler_does_not_know_is_left_out(tmp_path):
 
     assert code == 0
     assert (tmp_path / "build/generated/sets").read_text(encoding="utf-8").split() == ["portable", "avx2"]
-    assert [line.split(" kernels:")[0] for line in said] == ["lowbit: no avx512"]
+    assert [line.split(" kernels:")[0] for line in said] == ["lowbit: no avx512", "lowbit: no amx"]
 
 
 def test_a_wheel_without_a_compiler_is_pure_python_and_says_so(tmp_path):

@@ -7,6 +7,7 @@
 
 #include "native/bind.h"
 #include "native/grouped_codes.h"
+#include "native/int4_tiles.h"
 #include "native/transpose.h"
 
 namespace lowbit {
@@ -218,7 +219,7 @@ void int4_plain_mm(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t
     if (m == 2) return multiply_few<2>(rows, tokens, to, threads);
     if (m == 3) return multiply_few<3>(rows, tokens, to, threads);
   }
-  int4_gemm_of<GroupedCodes<4>, false>(weight_of, tokens, m, n, to, threads);
+  int4_product_of<GroupedCodes<4>, false>(weight_of, tokens, n, to, threads);
 }
 
 void bind_int4_plain_mm(nb::module_& m) {

@@ -80,6 +80,38 @@ void product(const ConvrotWeight& w, const CodedTokens& x, const Output& out, in
       });
 }
 
+#if defined(LOWBIT_TILES)
+void product_of_tiles(const ConvrotWeight& w, const CodedTokens& x, const Output& out, int threads) {
+  amx::for_each_task(x.m, w.n, w.k, threads, [&](const amx::Task& task) {
+    std::vector<Int4Block> found(static_cast<size_t>(task.blocks()));
+    for (int64_t b = 0; b < task.blocks(); ++b)
+      found[b] = {w.words + (task.first_block + b) * w.stride, nullptr, nullptr};
+    const SignedBytes bytes(found.data(), task.blocks(), w.k);
+    const amx::Tiles tiles(w.k / 4);
+    task.each<2>([&](const auto& tokens, int64_t block, auto side_by_side) {
+      constexpr int kX = std::extent_v<std::remove_reference_t<decltype(tokens)>>;
+      constexpr int kW = decltype(side_by_side)::value;
+      const int8_t* codes[kX];
+      const uint32_t* words[kW];
+      F32 scales[kW][kBlockVectors];
+      for (int i = 0; i < kX; ++i) codes[i] = x.row(tokens[i]);
+      for (int j = 0; j < kW; ++j) {
+        words[j] = bytes.of(block + j - task.first_block);
+        for (int v = 0; v < kBlockVectors; ++v)
+          scales[j][v] = load_f32(w.scales + (block + j) * kBlockRows + v * kLanes);
+      }
+      amx::Sums<kX, kW> sums;
+      tiles.multiply(codes, x.row_bytes, words, w.k / 4, sums.found);
+      sums.each([&](int i, int j, int t, int v) {
+        const F32 scale = mul(set1_f32(CodedTokens::scale(codes[i] + t * x.row_bytes, w.k)), scales[j][v]);
+        store_f32(sums.total[i][j][t] + v * kLanes, mul(to_f32(load_i32(sums.found[i][j][t] + v * kLanes)), scale));
+      });
+      sums.store(tokens, block, w.n, out);
+    });
+  });
+}
+#endif
+
 }  // namespace
 
 void linear_convrot_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k, Ptr<const uint32_t> words,
@@ -99,6 +131,9 @@ void linear_convrot_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, i
   });
   const ConvrotWeight weight{words, stride, scales, n, k};
   const Output to{out, x_dtype, bias, bias_dtype};
+#if defined(LOWBIT_TILES)
+  if (amx::takes(m, k)) return product_of_tiles(weight, tokens, to, threads);
+#endif
   if (largest <= 15) return product<kDot4StepsInt4 / 2>(weight, tokens, to, threads);
   product<kDot4Steps / 2>(weight, tokens, to, threads);
 }

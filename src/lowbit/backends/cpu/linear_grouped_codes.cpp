@@ -4,6 +4,7 @@
 // for, they become int8 (W4A8). float32 activations stay what they are.
 #include "native/bind.h"
 #include "native/grouped_codes.h"
+#include "native/int4_tiles.h"
 
 namespace lowbit {
 
@@ -13,18 +14,16 @@ enum Way : int { kInt16 = 0, kRegisters = 1, kPanels = 2, kInt8 = 3 };
 template <int kBits>
 static void multiply(const GroupedCodes<kBits>& weight, const Activations& x, const Output& out, int64_t integer_block,
                      int way, int threads) {
-  constexpr int kColumns = GroupedCodes<kBits>::kWordCodes;
   if (way == kRegisters) return gemm_few(weight, x, out, threads);
   if (way == kPanels) return gemm_many(weight, x, out, threads);
   if constexpr (kBits == 4) {
-    if (way == kInt8)
-      return int4_gemm(weight, IntegerTokens<1>(x, integer_block, weight.group, threads), x.m, out, threads);
+    if (way == kInt8) return int4_product<1>(weight, x, integer_block, out, threads);
     if (x.m <= kTooFewForPairs)
       return int4_gemm(weight,
                        IntegerTokens<2, 8, false>(x, weight.group % 32 ? integer_block : 32, weight.group, threads),
                        x.m, out, threads);
   }
-  int4_gemm(weight, IntegerTokens<2, kColumns>(x, integer_block, weight.group, threads), x.m, out, threads);
+  int4_product<2>(weight, x, integer_block, out, threads);
 }
 
 void linear_grouped_codes(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k, Ptr<const uint32_t> words,

@@ -293,7 +293,93 @@ void product_of(const SvdquantWeight& w, const CodedTokens& x, const float* low,
       });
 }
 
+#if defined(LOWBIT_TILES)
+// The sums of a tile's groups, in the order of `multiply`.
+template <int kX, int kW>
+void add_groups(const amx::Tiles& tiles, const SvdquantWeight& w, const CodedTokens& x, const int64_t (&tokens)[kX],
+                const Int4Block* blocks, const uint32_t* const (&words)[kW], amx::Sums<kX, kW>& sums) {
+  constexpr int64_t kRecord = kGroup + CodedTokens::kTail;
+  sums.each([&](int i, int j, int t, int v) { store_f32(sums.total[i][j][t] + v * kLanes, zero_f32()); });
+  for (int64_t g = 0; g < w.groups(); ++g) {
+    const int8_t* codes[kX];
+    const uint32_t* from[kW];
+    F32 scales[kW][kBlockVectors];
+    for (int i = 0; i < kX; ++i) codes[i] = x.row(tokens[i]) + g * kRecord;
+    for (int j = 0; j < kW; ++j) {
+      from[j] = words[j] + g * kGroup / 4 * kBlockRows;
+      for (int v = 0; v < kBlockVectors; ++v)
+        scales[j][v] = load_as_f32(blocks[j].scales, g * kBlockRows + v * kLanes, w.tile_scale_dtype());
+    }
+    tiles.multiply(codes, x.row_bytes, from, kGroup / 4, sums.found);
+    sums.each([&](int i, int j, int t, int v) {
+      const F32 d = set1_f32(CodedTokens::scale(codes[i] + t * x.row_bytes, kGroup));
+      float* total = sums.total[i][j][t] + v * kLanes;
+      const F32 found = to_f32(load_i32(sums.found[i][j][t] + v * kLanes));
+      store_f32(total, fma(mul(found, d), scales[j][v], load_f32(total)));
+    });
+  }
+}
+
+// The low-rank branch, some tokens at a time in registers.
+template <int kX, int kW>
+void add_low_rank(const SvdquantWeight& w, const float* low, const int64_t (&tokens)[kX], const Int4Block* blocks,
+                  amx::Sums<kX, kW>& sums) {
+  constexpr int kTogether = 4;
+  for (int i = 0; i < kX; ++i)
+    for (int t = 0; t < amx::kTokens; t += kTogether)
+      for (int j = 0; j < kW; ++j) {
+        F32 rows[kTogether][kBlockVectors];
+        const auto each = [&](const auto& f) __attribute__((always_inline)) {
+          for (int s = 0; s < kTogether; ++s)
+            for (int v = 0; v < kBlockVectors; ++v) f(s, v, sums.total[i][j][t + s] + v * kLanes);
+        };
+        each([&](int s, int v, const float* total) { rows[s][v] = load_f32(total); });
+        for (int64_t r = 0; r < w.rank; ++r) {
+          F32 up[kBlockVectors];
+          for (int v = 0; v < kBlockVectors; ++v)
+            up[v] = load_as_f32(blocks[j].up, r * kBlockRows + v * kLanes, w.tile_up_dtype());
+          for (int s = 0; s < kTogether; ++s) {
+            const F32 factor = set1_f32(low[(tokens[i] + t + s) * w.rank + r]);
+            for (int v = 0; v < kBlockVectors; ++v) rows[s][v] = fma(up[v], factor, rows[s][v]);
+          }
+        }
+        each([&](int s, int v, float* total) { store_f32(total, rows[s][v]); });
+      }
+}
+
+void product_of_tiles(const SvdquantWeight& w, const CodedTokens& x, const float* low, const Output& out, int threads) {
+  amx::for_each_task(x.m, w.n, w.k, threads, [&](const amx::Task& task) {
+    w.blocks(task.first_block, task.blocks(), [&](const Int4Block* found) {
+      const SignedBytes bytes(found, task.blocks(), w.k);
+      const amx::Tiles tiles(kGroup / 4);
+      task.each<2>([&](const auto& tokens, int64_t block, auto side_by_side) {
+        constexpr int kX = std::extent_v<std::remove_reference_t<decltype(tokens)>>;
+        constexpr int kW = decltype(side_by_side)::value;
+        const int64_t at = block - task.first_block;
+        const uint32_t* words[kW];
+        for (int j = 0; j < kW; ++j) words[j] = bytes.of(at + j);
+        amx::Sums<kX, kW> sums;
+        add_groups(tiles, w, x, tokens, found + at, words, sums);
+        add_low_rank(w, low, tokens, found + at, sums);
+        sums.store(tokens, block, w.n, out);
+      });
+    });
+  });
+}
+#endif
+
+// Whether codes are arranged for bytes of two weights: where so many tokens are not multiplied by tiles.
+bool arranges_bytes([[maybe_unused]] int64_t m, bool is_unsigned) {
+#if defined(LOWBIT_TILES)
+  if (amx::takes(m, kGroup)) return false;
+#endif
+  return kTakesBytes && !is_unsigned;
+}
+
 void product(const SvdquantWeight& w, const CodedTokens& x, const float* low, const Output& out, int threads) {
+#if defined(LOWBIT_TILES)
+  if (amx::takes(x.m, kGroup)) return product_of_tiles(w, x, low, out, threads);
+#endif
   if constexpr (kTakesBytes)
     if (x.as_bytes) return product_of<true>(w, x, low, out, threads);
   product_of<false>(w, x, low, out, threads);
@@ -307,7 +393,7 @@ void linear_svdquant_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, 
                           Ptr<const void> scales, int scale_dtype, Ptr<const void> up, int up_dtype,
                           Ptr<const void> bias, int bias_dtype, Ptr<void> out, int threads) {
   const Activations from{x, x_dtype, m, k};
-  CodedTokens tokens(m, k, kGroup, kTakesBytes && !is_unsigned);
+  CodedTokens tokens(m, k, kGroup, arranges_bytes(m, is_unsigned));
   Room low(m * rank);
   const Smoothing smoothing{from, from, shift, smooth, smooth_dtype, down, down_dtype, rank, is_unsigned};
   const auto put = [&](int64_t token, int64_t first, const int8_t* codes, float scale) {

@@ -20,7 +20,7 @@ import torch
 from lowbit.errors import DependencyError
 
 SETS = ("amx", "avx512", "avx2", "neon", "portable")  # the preferred first
-EMULATED = "avx512_emulated"  # for tests: never chosen by itself
+EMULATED = ("avx512_emulated", "amx_emulated")  # for tests: never chosen by themselves
 GET = "`scripts/build_native` compiles them in a checkout, `pip install` anew where a C++17 compiler (g++, clang++) is"
 
 
@@ -30,7 +30,8 @@ def available() -> tuple[str, ...]:
     if _path("_machine") is None:
         return ()
     runnable = _load("_machine").runnable()
-    return tuple(name for name in (*SETS, EMULATED) if name in runnable and _path(f"_native_{name}"))
+    built = [name for name in (*SETS, *EMULATED) if name in runnable and _path(f"_native_{name}")]
+    return tuple(name for name in built if name != "amx" or not _load("_machine").why_no_tiles())
 
 
 @functools.cache
@@ -41,7 +42,7 @@ def isa() -> str:
         raise DependencyError(f"no compiled kernels in {_folder()}: {GET}")
     asked = os.environ.get("LOWBIT_CPU_ISA", "")
     if not asked:
-        return next((name for name in usable if name != EMULATED), usable[0])
+        return next((name for name in usable if name not in EMULATED), usable[0])
     if asked not in usable:
         raise DependencyError(f"LOWBIT_CPU_ISA={asked}: {_why_not(asked)}; usable here: {', '.join(usable)}")
     return asked
@@ -65,11 +66,14 @@ def pool() -> str:
 
 
 def _why_not(name: str) -> str:
-    if name not in (*SETS, EMULATED):
-        return f"unknown instruction set; the known ones are {', '.join((*SETS, EMULATED))}"
+    known = (*SETS, *EMULATED)
+    if name not in known:
+        return f"unknown instruction set; the known ones are {', '.join(known)}"
     if name not in _load("_machine").runnable():
         return "this machine cannot run it"
-    return "not part of this build"
+    if _path(f"_native_{name}") is None:
+        return "not part of this build"
+    return str(_load("_machine").why_no_tiles())
 
 
 def _folder() -> Path:

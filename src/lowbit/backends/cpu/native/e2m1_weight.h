@@ -6,7 +6,7 @@
 // activation of its column carries the 256^-j; what the 12 add is taken off once a group, by the sum of activations.
 #pragma once
 
-#include "int4_gemm.h"
+#include "int4_tiles.h"
 
 namespace lowbit {
 
@@ -134,7 +134,7 @@ void linear_e2m1(const E2m1Weight<Scales>& w, const Activations& x, const Output
                  int64_t integer_block, int threads) {
   if (way == E2m1Way::kRegisters) return gemm_few(w, x, out, threads);
   if (way == E2m1Way::kPanels) return gemm_many(w, x, out, threads);
-  int4_gemm(w, IntegerTokens<2>(x, integer_block, w.group, threads), x.m, out, threads);
+  int4_product<2>(w, x, integer_block, out, threads);
 }
 
 }  // namespace lowbit

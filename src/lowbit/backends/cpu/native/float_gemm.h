@@ -75,7 +75,7 @@ class FloatRows {
   Room room_;  // [m, k]
 };
 
-#if defined(LOWBIT_ISA_AVX512) || defined(LOWBIT_ISA_AMX)
+#if defined(LOWBIT_ISA_AVX512)
 constexpr int kTileTokens = 12;  // 24 sums, 2 weights and a token in 32 registers
 constexpr int kPanelBlocks = 2;
 #elif defined(LOWBIT_ISA_NEON)

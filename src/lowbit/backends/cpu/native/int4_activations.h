@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "amx.h"
 #include "float_gemm.h"
 
 namespace lowbit {
@@ -29,7 +30,7 @@ struct CodedTokens {
         group(group),
         row_bytes(k / group * (group + kTail)),
         as_bytes(as_bytes),
-        room(m * row_bytes / 4),
+        room(m * row_bytes / 4 + 16),  // as much as may be read behind the last record
         records(reinterpret_cast<int8_t*>(room.data())) {}
 
   const int8_t* row(int64_t token) const { return records + token * row_bytes; }
@@ -107,7 +108,7 @@ constexpr bool kTakesBytes = true;
 constexpr bool kTakesBytes = false;
 #endif
 
-#if defined(LOWBIT_ISA_AVX512) || defined(LOWBIT_ISA_AMX)
+#if defined(LOWBIT_ISA_AVX512)
 constexpr int kW4A4Blocks = 2;  // 24 sums in 32 registers
 constexpr int kW4A4Tokens = 12;
 #else
@@ -144,6 +145,31 @@ inline __attribute__((always_inline)) void add_products(simd::Dot4 (&dots)[kToke
     }
   }
 }
+
+#if defined(LOWBIT_TILES)
+// Blocks as they were found -> room for [count, k / 4, 16] words of signed bytes, as tiles of a weight have them: of
+// each eight columns 0 2 4 6 and then 1 3 5 7.
+class SignedBytes {
+ public:
+  SignedBytes(const Int4Block* blocks, int64_t count, int64_t k) : stride_(k / 4 * kBlockRows), room_(count * stride_) {
+    using namespace simd;
+    alignas(16) static constexpr int8_t kSigned[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+    for (int64_t b = 0; b < count; ++b)
+      for (int64_t word = 0; word < k / kWordColumns; ++word)
+        for (int v = 0; v < kBlockVectors; ++v) {
+          const Bytes both = load_bytes(blocks[b].words + word * kBlockRows + v * kLanes);
+          float* to = room_.data() + b * stride_ + 2 * word * kBlockRows + v * kLanes;
+          store_bytes(to, lookup_bytes(kSigned, low_nibbles(both)));
+          store_bytes(to + kBlockRows, lookup_bytes(kSigned, high_nibbles(both)));
+        }
+  }
+  const uint32_t* of(int64_t index) const { return reinterpret_cast<const uint32_t*>(room_.data()) + index * stride_; }
+
+ private:
+  int64_t stride_;
+  Room room_;
+};
+#endif
 
 // Where the sums of a token's group begin.
 template <bool kBytes>

@@ -29,7 +29,7 @@
 
 namespace lowbit {
 
-#if defined(LOWBIT_ISA_AVX512) || defined(LOWBIT_ISA_AMX)
+#if defined(LOWBIT_ISA_AVX512)
 constexpr int kInt4Blocks = 2;  // 24 sums in 32 registers
 constexpr bool kInt16Pairs = false;
 template <int kPieces>
@@ -49,23 +49,26 @@ constexpr int kInt4Tokens = 4;  // 8 sums in 16 registers
 // Tokens that are too few for int16 pairs: widening a code to 16 bits then costs more than the second product saves.
 constexpr int64_t kTooFewForPairs = 2;
 
-// Activations as integers, made once a call, in words of as many columns as the weight's have.
-template <int kPieces_, int kColumns_ = 8, bool kPaired_ = kInt16Pairs>
+// Activations as integers, made once a call, in words of as many columns as the weight's have. kPlanes, for tiles
+// (int4_tiles.h): the low bytes of all tokens, then the high ones.
+template <int kPieces_, int kColumns_ = 8, bool kPaired_ = kInt16Pairs, bool kPlanes_ = false>
 struct IntegerTokens {
   static_assert(kPieces_ == 1 || kPieces_ == 2, "int8 or int16");
   static_assert(kColumns_ == 8 || (kColumns_ == 4 && kPieces_ == 2), "codes of 4 bits, or of 8 beside int16");
   static constexpr int kPieces = kPieces_, kColumns = kColumns_;
-  static constexpr bool kPairs = kPieces == 2 && (kPaired_ || kColumns == 4);
+  static constexpr bool kPlanes = kPieces == 1 || kPlanes_;
+  static constexpr bool kPairs = !kPlanes && (kPaired_ || kColumns == 4);
   static constexpr int kWordBytes = kColumns * kPieces;
 
-  int64_t k, block, groups;
+  int64_t m, k, block, groups;
   Room bytes_room, d_room, sums_room;
-  int8_t* bytes;  // [m, k / kColumns, kWordBytes]
+  int8_t* bytes;  // [m, k / kColumns, kWordBytes]; kPlanes [kPieces, m, k]
   float* d;       // [m, k / block]
   float* sums;    // [m, groups]: d times the sum of the integers
 
   IntegerTokens(const Activations& x, int64_t columns_a_scale, int64_t group, int threads)
-      : k(x.k),
+      : m(x.m),
+        k(x.k),
         block(std::min(columns_a_scale, group)),
         groups(x.k / group),
         bytes_room(x.m * x.k * kPieces / 4 + 16),
@@ -75,12 +78,12 @@ struct IntegerTokens {
         d(d_room.data()),
         sums(sums_room.data()) {
     const int64_t quantized = columns_a_scale;  // several blocks where groups are shorter
-    parallel_for(x.m, x.m * k >= 32768 ? threads : 1, [&](int64_t m) {
+    parallel_for(m, m * k >= 32768 ? threads : 1, [&](int64_t token) {
       Room room(k + simd::kLanes);
       float* row = room.data();
-      row_to_f32(x, m, row);
-      float* scales = d + m * (k / block);
-      float* group_sums = sums + m * groups;
+      row_to_f32(x, token, row);
+      float* scales = d + token * (k / block);
+      float* group_sums = sums + token * groups;
       for (int64_t g = 0; g < groups; ++g) group_sums[g] = 0.0f;
       for (int64_t first = 0; first < k; first += quantized) {
         const float scale = round_block(row + first, quantized);
@@ -89,11 +92,12 @@ struct IntegerTokens {
           group_sums[c / group] += scale * static_cast<float>(sum_of(reinterpret_cast<const int32_t*>(row + c), block));
         }
       }
-      arrange(reinterpret_cast<const int32_t*>(row), bytes + m * k * kPieces);
+      arrange(reinterpret_cast<const int32_t*>(row), bytes + token * (kPlanes ? k : k * kPieces));
     });
   }
 
-  const int8_t* row(int64_t m) const { return bytes + m * k * kPieces; }
+  const int8_t* row(int64_t token) const { return bytes + token * k * kPieces; }
+  const int8_t* row(int64_t token, int piece) const { return bytes + (piece * m + token) * k; }  // kPlanes
 
  private:
   // Replaces a block by its integers, as int32, and returns their scale. What is not finite counts as 0, with a scale
@@ -139,6 +143,12 @@ struct IntegerTokens {
       for (; c + kLanes <= k; c += kLanes) store_low_bytes(bytes + c, load_i32(q + c));
       for (; c < k; ++c) bytes[c] = static_cast<uint8_t>(q[c]);
       for (c = 0; c < k; c += 8) evens_first(bytes + c);
+    } else if constexpr (kPlanes) {
+      for (int64_t c = 0; c < k; ++c) {
+        const int64_t at = kColumns == 8 ? c / 8 * 8 + c % 2 * 4 + c % 8 / 2 : c;
+        to[at] = static_cast<int8_t>(q[c]);
+        to[m * k + at] = static_cast<int8_t>((q[c] + 128) >> 8);
+      }
     } else if constexpr (kPairs) {
       constexpr int kHalf = kColumns / 2;
       for (int64_t c = 0; c < k; c += kColumns, to += kWordBytes) {

@@ -6,9 +6,10 @@
 //
 // in this order and without fused roundings, so that the result is the reference's, bit for bit.
 //
-// Two ways. Where four products to a lane are one instruction, or for few tokens, bytes are multiplied as they lie and
-// the sums of a tile stay in registers over all columns. Elsewhere, for many tokens, a panel of weights is widened to
-// int16 and multiplied in pairs: as many products a cycle as bytes have there, from fewer instructions.
+// Three ways. Where four products to a lane are one instruction, or for few tokens, bytes are multiplied as they lie
+// and the sums of a tile stay in registers over all columns. Elsewhere, for many tokens, a panel of weights is widened
+// to int16 and multiplied in pairs: as many products a cycle as bytes have there, from fewer instructions. A set that
+// has tiles (amx.h) multiplies many tokens by them, bytes as they lie as well.
 //
 // A Weight (in blocks of 16 rows) offers
 //
@@ -22,6 +23,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "amx.h"
 #include "float_gemm.h"
 #include "rotation.h"
 
@@ -106,7 +108,7 @@ struct Int8Tokens {
   }
 };
 
-#if defined(LOWBIT_ISA_AVX512) || defined(LOWBIT_ISA_AMX)
+#if defined(LOWBIT_ISA_AVX512)
 constexpr int kInt8Tokens = 12, kInt8Blocks = 2;  // 24 sums and 2 weights in 32 registers
 #elif defined(LOWBIT_ISA_NEON)
 constexpr int kInt8Tokens = 5, kInt8Blocks = 1;  // 20 sums, 4 weights and 5 tokens in 32 registers
@@ -330,9 +332,49 @@ void int8_gemm_pairs(const Weight& w, const Int8Tokens& x, const Output& out, in
   });
 }
 
+#if defined(LOWBIT_TILES)
+// ---- tiles ---------------------------------------------------------------------------------------------------------
+
+template <class Weight>
+void int8_gemm_tiles(const Weight& w, const Int8Tokens& x, const Output& out, int threads) {
+  using namespace simd;
+  amx::for_each_task(x.m, w.n, w.k, threads, [&](const amx::Task& task) {
+    const Room room(w.room(task.blocks()));
+    const Int8Blocks words = w.open(task.first_block, task.last_block, reinterpret_cast<uint32_t*>(room.data()));
+    const amx::Tiles tiles(std::min(x.tile, x.k) / 4);
+    task.each<2>([&](const auto& tokens, int64_t block, auto blocks) {
+      constexpr int kX = std::extent_v<std::remove_reference_t<decltype(tokens)>>, kW = decltype(blocks)::value;
+      amx::Sums<kX, kW> sums;
+      for (int64_t tile = 0; tile < x.tiles; ++tile) {
+        const int64_t first = tile * x.tile, columns = std::min(x.tile, x.k - first);
+        const int8_t* codes[kX];
+        const uint32_t* from[kW];
+        F32 scales[kW][kBlockVectors];
+        for (int i = 0; i < kX; ++i) codes[i] = x.codes + tokens[i] * x.k + first;
+        for (int j = 0; j < kW; ++j) {
+          from[j] = words.of(block + j) + first / 4 * kBlockRows;
+          for (int v = 0; v < kBlockVectors; ++v) scales[j][v] = w.scale(block + j, tile, v);
+        }
+        tiles.multiply(codes, x.k, from, columns / 4, sums.found);
+        sums.each([&](int i, int j, int t, int v) {
+          const F32 scale = mul(set1_f32(x.scales[(tokens[i] + t) * x.tiles + tile]), scales[j][v]);
+          const F32 product = mul(to_f32(load_i32(sums.found[i][j][t] + v * kLanes)), scale);
+          float* total = sums.total[i][j][t] + v * kLanes;
+          store_f32(total, tile ? add(load_f32(total), product) : product);
+        });
+      }
+      sums.store(tokens, block, w.n, out);
+    });
+  });
+}
+#endif
+
 // `few`: up to how many tokens bytes are faster, where four products are no instruction: measured.
 template <class Weight>
 void int8_gemm(const Weight& w, const Int8Tokens& x, const Output& out, int64_t few, int threads) {
+#if defined(LOWBIT_TILES)
+  if (amx::takes(x.m, std::min(x.tile, x.k))) return int8_gemm_tiles(w, x, out, threads);
+#endif
   if (simd::kDot8IsOneStep || x.m <= few) return int8_gemm_bytes(w, x, out, threads);
   if constexpr (!simd::kDot8IsOneStep) int8_gemm_pairs(w, x, out, threads);
 }

@@ -5,16 +5,14 @@
 #include <initializer_list>
 #include <vector>
 
+#include "tile_permission.h"
+
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <cpuid.h>
 #define LOWBIT_X86 1
 #endif
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#if defined(__aarch64__)
+#if defined(__linux__) && defined(__aarch64__)
 #include <sys/auxv.h>
-#endif
 #endif
 
 namespace lowbit {
@@ -38,16 +36,6 @@ uint64_t saved_state() {
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return static_cast<uint64_t>(high) << 32 | low;
 }
-
-// Linux gives a process the 8 KB of tile registers only on request.
-bool may_use_tiles() {
-#if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
 #endif
 
 // Names as in LOWBIT_CPU_ISA, from the plainest to the one with the most.
@@ -61,13 +49,14 @@ std::vector<const char*> runnable_sets() {
                     all(more.ebx, {3, 5, 8}) && all(extended.ecx, {5});          // BMI1, AVX2, BMI2; LZCNT
   if (!avx2) return sets;
   sets.push_back("avx2");
-  sets.push_back("avx512_emulated");                                                // compiled for AVX2
+  sets.push_back("avx512_emulated");  // compiled for AVX2
+  sets.push_back("amx_emulated");
   const bool avx512 = (saved & 0xe0) == 0xe0 && all(more.ebx, {16, 17, 30, 31}) &&  // F, DQ, BW, VL
                       all(more.ecx, {11});                                          // VNNI
   if (!avx512) return sets;
   sets.push_back("avx512");
-  const bool amx = (saved >> 17 & 3) == 3 && all(more.edx, {22, 24, 25}) && may_use_tiles();  // BF16, TILE, INT8
-  if (amx) sets.push_back("amx");
+  // TILE, INT8. Whether this process may use them is asked for separately.
+  if ((saved >> 17 & 3) == 3 && all(more.edx, {24, 25})) sets.push_back("amx");
 #elif defined(__aarch64__) && defined(__linux__)
   constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
   if (getauxval(AT_HWCAP) & kDotProduct) sets.push_back("neon");
@@ -87,4 +76,5 @@ NB_MODULE(_machine, m) {
     for (const char* name : lowbit::runnable_sets()) names.append(nb::str(name));
     return names;
   });
+  m.def("why_no_tiles", [] { return nb::str(lowbit::why_no_tiles().c_str()); });
 }

@@ -13,14 +13,14 @@
 
 #if defined(LOWBIT_ISA_AVX2)
 #include "simd_avx2.h"
-#elif defined(LOWBIT_ISA_AVX512) || defined(LOWBIT_ISA_AMX)
+#elif defined(LOWBIT_ISA_AVX512)
 #include "simd_avx512.h"
 #elif defined(LOWBIT_ISA_NEON)
 #include "simd_neon.h"
 #elif defined(LOWBIT_ISA_PORTABLE)
 #include "simd_portable.h"
 #else
-#error "no instruction set chosen: define one of LOWBIT_ISA_PORTABLE, _AVX2, _AVX512, _AMX, _NEON"
+#error "no instruction set chosen: define one of LOWBIT_ISA_PORTABLE, _AVX2, _AVX512, _NEON"
 #endif
 
 namespace lowbit {
