@@ -99,6 +99,27 @@ def test_tile_shapes_of_every_number_of_tokens_are_kept():
     assert len({both.variant, few.variant, other.variant}) == 1
 
 
+@pytest.mark.parametrize(
+    ("op", "format", "target", "spec", "tokens"),
+    [
+        ("int4_plain_mm", "*", "sm_100", "", {8: {16}, 16: {16}, 32: {16}, 64: {16}}),
+        ("int4_plain_mm", "*", "sm_90", "", {8: {32, 64}, 16: {32, 64}, 32: {32, 64}, 64: {32, 64}}),
+        ("linear", "awq_w4a16", "sm_80", "awq_w4a16", {64: {32, 64}}),
+        ("linear", "awq_w4a16", "sm_90", "awq_w4a16", {64: {64, 128}}),
+        ("linear", "nvfp4", "sm_80", "nvfp4", {16: {64, 128}}),
+    ],
+)
+def test_tiles_that_do_not_fit_are_not_tried(op, format, target, spec, tokens):
+    """For 256 tokens, by columns of a group: tiles that spill, or find no place in tensor memory, are left out."""
+    (entry,) = [one for one in entries() if (one.op, one.format, one.layout) == (op, format, "")]
+    found: dict[int, set[int]] = {}
+    for one in noted(entry, triton_launches.TARGETS[target], tokens=(256,), dtypes=DTYPES[:1]):
+        if one.kernel.name in ("_int4_mm", "_linear_nibbles") and spec in ("", one.what):
+            sizes = {config.constants["BLOCK_M"] for config in one.configs}
+            found.setdefault(one.launch.arguments["GROUP"], set()).update(sizes)
+    assert found == tokens
+
+
 def test_more_tokens_reach_more_tile_shapes():
     """What runs with 32 tokens is compiled, though neither 1 nor 16384 tokens run in it."""
     (linear,) = [one for one in entries() if (one.op, one.format, one.layout) == ("linear", "mxfp8", "")]

@@ -15,17 +15,25 @@ from torch import Tensor
 from lowbit.backends import gpu
 from lowbit.backends.gpu import Target, assume
 
-__all__ = ["DTYPES", "INTERPRETED", "Target", "assume", "on", "refuses", "refuses_product", "target_of"]
+__all__ = [
+    "DTYPES", "INTERPRETED", "Target", "assume", "on", "refuses", "refuses_product", "target_of", "tensor_memory",
+]  # fmt: skip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (7, 5)  # the first with integer tensor cores
 _FIRST_WITH_BFLOAT16 = (8, 0)
+_TENSOR_MEMORY = (10, 11)  # major compute capabilities
 
 
 def target_of(device: torch.device) -> Target:
     """The target of a device: in the interpreter that, whatever the device, unless one is assumed."""
     return Target("interpreter") if INTERPRETED and gpu.assumed() is None else gpu.target_of(device)
+
+
+def tensor_memory(target: Target) -> bool:
+    """Whether products of 64 rows and more go through tensor memory, whose 512 columns hold all sums of a program."""
+    return target.kind == "cuda" and target.capability[0] in _TENSOR_MEMORY
 
 
 def refuses(x: Tensor, **others: Tensor | None) -> str | None:

@@ -86,10 +86,15 @@ def _round_blocks(
 
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
-    """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller; on Turing the first."""
+    """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller; on Turing the first.
+
+    Each group of a turn has sums of its own. Of narrow ones those of 32 tokens and more have no place in tensor memory
+    (the compiler makes the kernel a trap), or spill.
+    """
     if arguments["HALVES"]:
         return configs[:1]
-    wanted = max(_FEW, min(arguments["m_bucket"], _WIDE))
+    narrow = arguments["GROUP"] < _STEP and device.tensor_memory(device.target_of(arguments["codes"].device))
+    wanted = max(_FEW, min(arguments["m_bucket"], _FEW if narrow else _WIDE))
     return [one for one in configs if wanted // 2 <= one.constants["BLOCK_M"] <= wanted] or list(configs[:1])
 
 

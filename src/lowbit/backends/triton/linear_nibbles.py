@@ -25,13 +25,20 @@ from lowbit.backends.triton.tuning import Arguments, Config, bucket, config, tun
 
 COLUMNS = 128  # of a block
 _WORD = 8  # columns
+_WGMMA = 9  # the major compute capability whose products take sums from where they are
 WHOLE_ROW = 1 << 30  # columns of a group that no row is longer than
 PLAIN, E4M3, E8M0 = (tl.constexpr(i) for i in range(3))  # what scales are stored as
 
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
-    """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller."""
-    wanted = max(16, min(arguments["m_bucket"], 128))
+    """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller.
+
+    Of integer codes the largest spills where the sums and the weight are both in registers (mma).
+    """
+    target = device.target_of(arguments["x"].device)
+    in_registers = target.kind == "cuda" and target.capability[0] != _WGMMA and not device.tensor_memory(target)
+    largest = 64 if in_registers and arguments["CODE"].value == words.INTEGERS.value else 128
+    wanted = max(16, min(arguments["m_bucket"], largest))
     return [one for one in configs if wanted // 2 <= one.constants["BLOCK_M"] <= wanted] or list(configs[:1])
 
 

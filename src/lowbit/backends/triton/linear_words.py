@@ -34,9 +34,8 @@ _STEP = 16  # columns of one product
 _SMALLEST = 8  # tokens of the smallest tile
 _FOLDED_ROWS = 128  # of a tile or two, for each processor
 _FEW = 16  # tokens up to which the smallest tile is the only sensible one
-# Compute capabilities whose products of 64 rows and more go through tensor memory. There Triton 3.6 makes the tiles of
-# more than 32 tokens a trap, which tuning passes over: one that works is always among those to try, and is the first.
-_TENSOR_MEMORY = (10, 11)
+# With tensor memory Triton 3.6 makes the tiles of more than 32 tokens a trap, which tuning passes over: one that works
+# is always among those to try, and is the first.
 _SAFE = 32
 # Tokens from which the weight is decoded once for all of them: from here on a tile of 128 tokens decodes each code four
 # times and more, and the decoded weight is read once a tile, too. Reasoned from that; not measured on a GPU yet.
@@ -49,7 +48,7 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
     smallest = 8 if arguments["ASSEMBLE"] else 16  # what NVIDIA's tensor cores take, and others'
     wanted = max(smallest, min(arguments["m_bucket"], 128))
     least = wanted // 2 if wanted > _FEW else wanted
-    if target.kind == "cuda" and target.capability[0] in _TENSOR_MEMORY:
+    if device.tensor_memory(target):
         least = min(least, _SAFE)
     tallest = 256 if target.kind == "cuda" and target.capability >= (9, 0) else 128  # others run out of registers
     fitting = [one for one in configs if one.constants["BLOCK_N"] <= tallest]
