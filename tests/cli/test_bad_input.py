@@ -150,3 +150,16 @@ def test_an_unknown_format_in_a_file_is_the_fault_of_the_file(lowbit, quantized,
     done = lowbit("dequantize", quantized, "-o", tmp_path / "out.safetensors")
 
     assert_one_line(done, 3, "float3", marker.removesuffix(".comfy_quant"))
+
+
+@pytest.mark.parametrize("how", [[], ["--json"]])
+def test_a_result_that_cannot_be_printed_ends_with_4(lowbit, model, monkeypatch, how):
+    """A full disk behind stdout is one line on stderr, never a traceback."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lowbit.cli.output.stdout", full)
+    monkeypatch.setattr("lowbit.cli.output.json.dumps", full)
+
+    assert_one_line(lowbit("inspect", model, *how), 4, "the result cannot be printed: no space left")

@@ -6,6 +6,7 @@ the one line of an error. Exit codes are those of `Exit`.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
@@ -79,6 +80,7 @@ def epilog(*examples: str) -> str:
 def print_json(data: Any) -> None:
     """The one JSON document on stdout."""
     sys.stdout.write(json.dumps(_storable(data), indent=2, default=str, allow_nan=False) + "\n")
+    sys.stdout.flush()
 
 
 def _storable(data: Any) -> Any:
@@ -150,6 +152,11 @@ def command(function: Command) -> Command:
             more = ". The work done so far is kept: run the same command again to go on" if keeps else ""
             stderr().print(Text(f"interrupted{more}"), soft_wrap=True)
             raise typer.Exit(Exit.INTERRUPTED) from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            stderr().print("error: the result cannot be printed: no space left; see where it is sent to")
+            raise typer.Exit(Exit.OUTPUT) from None
 
     return run  # type: ignore[return-value]
 
