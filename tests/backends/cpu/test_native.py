@@ -67,9 +67,9 @@ def test_the_set_with_the_most_instructions_is_chosen(monkeypatch):
 )
 def test_a_set_that_is_not_there_is_refused_with_those_that_are(monkeypatch, tmp_path, runnable, built, why):
     """Forcing never falls back: the error says whether machine, build or system lacks the set, and what can be used."""
-    machine, path = native._load("_machine"), native._path
-    there = {"_native_portable": tmp_path, "_native_amx": tmp_path if built else None}
-    monkeypatch.setattr(native, "_path", lambda name: there.get(name, path("_machine")))
+    machine = native._load("_machine")
+    there = {"_machine", "_native_portable", *(["_native_amx"] if built else [])}
+    monkeypatch.setattr(native, "_path", lambda name: tmp_path if name in there else None)
     monkeypatch.setattr(machine, "runnable", lambda: runnable)
     monkeypatch.setattr(machine, "why_no_tiles", lambda: "the system lets nobody")
     available = native.available.__wrapped__()
