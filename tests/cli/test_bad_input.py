@@ -163,3 +163,21 @@ def test_a_result_that_cannot_be_printed_ends_with_4(lowbit, model, monkeypatch,
     monkeypatch.setattr("lowbit.cli.output.json.dumps", full)
 
     assert_one_line(lowbit("inspect", model, *how), 4, "the result cannot be printed: no space left")
+
+
+@pytest.mark.parametrize("left", ["", ".partial", ".progress"])
+def test_an_interrupt_promises_only_what_is_there(lowbit, model, tmp_path, monkeypatch, left):
+    """Work is said to be kept where there is some to go on with, and not where the interrupt came before."""
+    output = tmp_path / "out.safetensors"
+
+    def interrupted(*_, **__):
+        if left:
+            (tmp_path / f"{output.name}{left}").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowbit.cli.convert.run", interrupted)
+    done = lowbit("convert", model, "-o", output, "--format", "int8")
+
+    assert done.code == 130
+    assert done.err.startswith("interrupted")
+    assert ("is kept" in done.err) == bool(left)

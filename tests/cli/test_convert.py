@@ -179,6 +179,7 @@ def test_an_interrupt_says_that_the_run_can_go_on(lowbit, model, tmp_path, monke
     """Ctrl-C ends with 130 and one line; with --no-resume nothing is promised."""
 
     def interrupted(*args, **kwargs):
+        (tmp_path / "out.safetensors.partial").touch()  # as a run that has begun to write leaves it
         raise KeyboardInterrupt
 
     monkeypatch.setattr(convert_command, "run", interrupted)

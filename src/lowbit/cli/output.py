@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -148,7 +149,7 @@ def command(function: Command) -> Command:
         except LowbitError as error:
             _fail(Exit.INPUT, error, as_json=kwargs.get("as_json", False))
         except KeyboardInterrupt:
-            keeps = kwargs.get("resume", False)
+            keeps = kwargs.get("resume", False) and _unfinished(kwargs.get("output"))
             more = ". The work done so far is kept: run the same command again to go on" if keeps else ""
             stderr().print(Text(f"interrupted{more}"), soft_wrap=True)
             raise typer.Exit(Exit.INTERRUPTED) from None
@@ -159,6 +160,11 @@ def command(function: Command) -> Command:
             raise typer.Exit(Exit.OUTPUT) from None
 
     return run  # type: ignore[return-value]
+
+
+def _unfinished(output: Path | None) -> bool:
+    """Whether an interrupted run has left work that the next one goes on with."""
+    return output is not None and any(output.with_name(output.name + end).exists() for end in (".partial", ".progress"))
 
 
 def _fail(code: Exit, error: LowbitError, *, as_json: bool) -> None:
