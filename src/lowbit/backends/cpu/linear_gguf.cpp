@@ -6,6 +6,7 @@
 #include "native/bind.h"
 #include "native/gguf_blocks.h"
 #include "native/int4_gemm.h"
+#include "native/not_finite.h"
 
 namespace lowbit {
 namespace {
@@ -171,8 +172,9 @@ void linear_gguf(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k
     using T = decltype(kind);
     const GgufWeight<T> weight{codes, stride, n, k, global ? *global : 1.0f};
     const Activations from{x, x_dtype, m, k};
-    if (integer_block) return multiply_integers(weight, Tokens(from, integer_block, T::kUnit, threads), m, to, threads);
-    gemm_many(weight, from, to, threads);
+    if (!integer_block) return gemm_many(weight, from, to, threads);
+    multiply_integers(weight, Tokens(from, integer_block, T::kUnit, threads), m, to, threads);
+    multiply_not_finite(weight, from, to, threads);
   });
 }
 

@@ -5,6 +5,7 @@
 #include "native/bind.h"
 #include "native/grouped_codes.h"
 #include "native/int4_tiles.h"
+#include "native/not_finite.h"
 
 namespace lowbit {
 
@@ -32,12 +33,12 @@ void linear_grouped_codes(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, 
                           Ptr<void> out, int way, int threads) {
   const Activations from{x, x_dtype, m, k};
   const Output to{out, x_dtype, bias, bias_dtype};
-  if (bits == 4)
-    multiply(GroupedCodes<4>{words, stride, scales, zeros, scale_dtype, zeros_kind, n, k, group}, from, to,
-             integer_block, way, threads);
-  else
-    multiply(GroupedCodes<8>{words, stride, scales, zeros, scale_dtype, zeros_kind, n, k, group}, from, to,
-             integer_block, way, threads);
+  const auto run = [&](const auto& weight) {
+    multiply(weight, from, to, integer_block, way, threads);
+    if (way != kPanels) multiply_not_finite(weight, from, to, threads);
+  };
+  if (bits == 4) return run(GroupedCodes<4>{words, stride, scales, zeros, scale_dtype, zeros_kind, n, k, group});
+  run(GroupedCodes<8>{words, stride, scales, zeros, scale_dtype, zeros_kind, n, k, group});
 }
 
 void bind_linear_grouped_codes(nb::module_& m) {

@@ -2,6 +2,7 @@
 #include "native/bind.h"
 #include "native/e2m1_weight.h"
 #include "native/e8m0.h"
+#include "native/not_finite.h"
 
 namespace lowbit {
 namespace {
@@ -23,8 +24,11 @@ void linear_mxfp4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t 
                   int64_t stride, Ptr<const uint8_t> scales, int64_t integer_block, Ptr<const void> bias,
                   int bias_dtype, Ptr<void> out, int way, int threads) {
   const Mxfp4Scales by{scales, k / Mxfp4Scales::kGroup};
-  linear_e2m1<Mxfp4Scales>({words, stride, by, n, k, Mxfp4Scales::kGroup}, {x, x_dtype, m, k},
-                           {out, x_dtype, bias, bias_dtype}, static_cast<E2m1Way>(way), integer_block, threads);
+  const E2m1Weight<Mxfp4Scales> weight{words, stride, by, n, k, Mxfp4Scales::kGroup};
+  const Activations from{x, x_dtype, m, k};
+  const Output to{out, x_dtype, bias, bias_dtype};
+  linear_e2m1(weight, from, to, static_cast<E2m1Way>(way), integer_block, threads);
+  if (static_cast<E2m1Way>(way) != E2m1Way::kPanels) multiply_not_finite(weight, from, to, threads);
 }
 
 void bind_linear_mxfp4(nb::module_& m) {

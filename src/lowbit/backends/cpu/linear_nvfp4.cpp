@@ -1,6 +1,7 @@
 // linear for nvfp4 in the layout rows16: w = value * (scale * global_scale), an e4m3 scale for every 16 columns.
 #include "native/bind.h"
 #include "native/e2m1_weight.h"
+#include "native/not_finite.h"
 
 namespace lowbit {
 namespace {
@@ -31,8 +32,11 @@ void linear_nvfp4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t 
   }
   if (by_row) std::fill(factors.data() + n, factors.data() + blocks * kBlockRows, 0.0f);
   const Nvfp4Scales by{scales, k / Nvfp4Scales::kGroup, factors.data(), by_row ? kBlockRows : 0};
-  linear_e2m1<Nvfp4Scales>({words, stride, by, n, k, Nvfp4Scales::kGroup}, {x, x_dtype, m, k},
-                           {out, x_dtype, bias, bias_dtype}, static_cast<E2m1Way>(way), integer_block, threads);
+  const E2m1Weight<Nvfp4Scales> weight{words, stride, by, n, k, Nvfp4Scales::kGroup};
+  const Activations from{x, x_dtype, m, k};
+  const Output to{out, x_dtype, bias, bias_dtype};
+  linear_e2m1(weight, from, to, static_cast<E2m1Way>(way), integer_block, threads);
+  if (static_cast<E2m1Way>(way) != E2m1Way::kPanels) multiply_not_finite(weight, from, to, threads);
 }
 
 void bind_linear_nvfp4(nb::module_& m) {
