@@ -68,19 +68,25 @@ def plan_folds(
     if not trials:
         raise PlanError(f"{source.place}: {OPTION}: nothing to fold: {refusals[0]}; {_REMEDY}")
     run_units([Unit(t.name, t.size, t.memory, t.run) for t in trials], jobs=jobs, progress=progress)
-    if not any(trial.tried for trial in trials):
-        why = Counter(trial.fold.why for trial in trials).most_common(1)[0][0]
-        first = next(trial.name for trial in trials if trial.fold.why == why)
-        raise PlanError(
-            f"{source.place}: {OPTION}: nothing to fold: none of {len(trials)} groups can take a scale; "
-            f"{first}: {why}; {_REMEDY}"
-        )
+    _refuse_untried(source, trials)
     components = tuple(
         replace(part, folds=tuple(trial.fold for trial in trials if trial.part is part)) for part in plan.components
     )
     made = replace(plan, components=components, notes=(*plan.notes, *refusals, *_notes(components)))
     made.validate()
     return made
+
+
+def _refuse_untried(source: Source, trials: list[_Trial]) -> None:
+    """Raise `PlanError` where no group could take a scale, whatever it would gain."""
+    if any(trial.tried for trial in trials):
+        return
+    why = Counter(trial.fold.why for trial in trials).most_common(1)[0][0]
+    first = next(trial.name for trial in trials if trial.fold.why == why)
+    raise PlanError(
+        f"{source.place}: {OPTION}: nothing to fold: none of {len(trials)} groups can take a scale; "
+        f"{first}: {why}; {_REMEDY}"
+    )
 
 
 def _notes(components: tuple[ComponentPlan, ...]) -> Iterator[str]:
