@@ -29,7 +29,7 @@ def refuses_linear(
     """Why this call cannot run here, or None."""
     return (
         _refuses_rotation(rotation)
-        or device.refuses_product(x, weight=weight, weight_scale=scale, bias=bias)
+        or device.refuses(x, weight=weight, weight_scale=scale, bias=bias)
         or refuses_result(x, out_dtype)
         or int8_gemm.refuses(x, weight.shape[1])
         or refuses_gaps(weight)
