@@ -50,6 +50,7 @@ from lowbit.checkpoint.load import load
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
 from lowbit.integrations.minilm_demo import model_folder
+from lowbit.integrations.text_objectives import text_objective
 
 RESULT = Path(__file__).parent / "results" / "minilm_quality.json"
 GENRES = ("everyday", "novel", "reference")
@@ -94,8 +95,8 @@ class Row:
 class Bench:
     """The model, the texts and what plain rounding loses on them."""
 
-    def __init__(self, vary: float | None = None) -> None:
-        self.vary = vary
+    def __init__(self, vary: float | None = None, *, gradients: bool = True) -> None:
+        self.vary, self.gradients = vary, gradients
         self.model, self.tokenizer = load_model()
         self.tests = {genre: unseen_batches(self.tokenizer, genre) for genre in GENRES}
         self.rest = {genre: unseen_batches(self.tokenizer, genre, skip=CALIBRATION_SENTENCES) for genre in GENRES}
@@ -135,7 +136,9 @@ class Bench:
         """Statistics of a genre's first sentences, and the seconds they took."""
         batches = lowbit_batches(self.model, self.tokenizer, genre, self.vary)
         began = time.perf_counter()
-        found = calibrate(self.model, batches, broad=genre == BUILTIN)
+        found = calibrate(
+            self.model, batches, broad=genre == BUILTIN, gradients=text_objective if self.gradients else False
+        )
         return found, time.perf_counter() - began, batches
 
     def rows(self, genre: str, names: list[str], *, steps: bool) -> Iterator[Row]:
@@ -169,17 +172,19 @@ def main() -> None:
     known = (BUILTIN, *GENRES)
     arguments.add_argument("--from", nargs="+", dest="genres", choices=known, default=list(known))
     arguments.add_argument("--vary", type=float, help="the share of tokens to replace in the copies")
+    arguments.add_argument("--no-gradients", action="store_true", help="calibrate without passes backward")
     arguments.add_argument("--steps", action="store_true", help="every pipeline, not only the one auto takes")
     arguments.add_argument("--json", type=Path, default=RESULT)
     given = arguments.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    bench = Bench(given.vary)
+    bench = Bench(given.vary, gradients=not given.no_gradients)
     rows = json.loads(given.json.read_text())["rows"] if given.json.exists() else []
     for genre in given.genres:
         for row in bench.rows(genre, given.formats, steps=given.steps):
             show(row)
             about = machine()
-            new = {**asdict(row), "varied": given.vary, "commit": about["commit"], "load": os.getloadavg()[0]}
+            known = {"varied": given.vary, "gradients": bench.gradients}
+            new = {**asdict(row), **known, "commit": about["commit"], "load": os.getloadavg()[0]}
             rows = [old for old in rows if not _same(old, new, steps=given.steps)] + [new]
             given.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
 

@@ -47,6 +47,7 @@ def same(one, other):
     if set(one) != set(other):
         return False
     names = ("hessian", "held_out", "absmax", "mean", "minimum", "maximum", "samples", "magnitudes")
+    names += ("output_hessian", "output_held_out")
     for layer in one:
         a, b = one[layer], other[layer]
         if (a.tokens, a.held_out_tokens) != (b.tokens, b.held_out_tokens):

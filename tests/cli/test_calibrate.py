@@ -77,6 +77,18 @@ def test_a_factory_is_run(lowbit, factory, tmp_path):
         assert file["0.attn.q"].total_tokens == 108
 
 
+def test_gradients_are_taken_when_asked_for(lowbit, factory, tmp_path):
+    """--gradients runs the module backward too, and the last lines say of how many layers there are some."""
+    out = tmp_path / "s.safetensors"
+
+    done = lowbit("calibrate", "--module", f"{factory}:make", "--gradients", "-o", out)
+
+    assert done.code == 0
+    assert "gradients at the outputs of 6 of 6 layers" in done.out
+    with StatisticsFile(out) as file:
+        assert file["0.mlp.up"].output_hessian.shape == (128, 128)
+
+
 def test_the_checkpoint_gives_the_names(lowbit, factory, model, tmp_path):
     """With a checkpoint, layers have its names; keyword inputs reach the model; uncalled linears are said."""
     out = tmp_path / "s.safetensors"
@@ -150,6 +162,7 @@ def test_bad_factories_are_one_error(lowbit, factory, tmp_path, name, code, said
         (("a", "--timesteps", "--vary", "0.2"), "are of a text"),
         (("a", "b", "--merge", "--samples", "8"), "are of a text"),
         (("a", "b", "--merge", "--broad"), "--broad is of samples that are run"),
+        (("a", "--timesteps", "--gradients"), "--gradients is of samples that are run"),
         (("--module", "a:b", "--memory", "lots"), "memory 'lots'"),
     ],
 )
@@ -235,9 +248,11 @@ def test_without_a_text_the_builtin_one_is_run(lowbit, tmp_path):
     short = ("--samples", "32", "--layers", r"layer\.0\.attention")
 
     plain = lowbit("calibrate", folder, *short, "-o", tmp_path / "a.safetensors", "--json")
-    done = lowbit("calibrate", folder, *short, "--vary", "0.2", "-o", tmp_path / "b.safetensors", "--json")
+    varied = (*short, "--vary", "0.2", "--no-gradients")
+    done = lowbit("calibrate", folder, *varied, "-o", tmp_path / "b.safetensors", "--json")
 
     assert (done.code, plain.code) == (0, 0)
+    assert (plain.json["gradients"], done.json["gradients"]) == (plain.json["layers"], 0)
     assert "the built-in one" in plain.err
     with StatisticsFile(tmp_path / "a.safetensors") as one, StatisticsFile(tmp_path / "b.safetensors") as other:
         assert one.contents.model == f"{folder.name} on the built-in text"

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.errors import LowbitError, PlanError, StatisticsError
 
 from .batches import Batch, TokenMask, as_batch
 from .collected import Collected
 from .collection import BROAD, Contents, InputFacts, LayerInput, StatisticsCollection, some
+from .gradients import GradientPass, Objective, whole_output
 from .linears import aliases, running, select_linears
 from .observe import Observer
 from .progress_file import ProgressFile, fingerprint
@@ -44,6 +45,7 @@ class Options:
     seed: int = 0
     snapshot_every: float = 30.0
     broad: bool = False
+    objective: Objective | None = None
 
 
 def calibrate(
@@ -63,6 +65,7 @@ def calibrate(
     snapshot_every: float = 30.0,
     seed: int = 0,
     broad: bool = False,
+    gradients: bool | Objective = False,
 ) -> StatisticsCollection:
     """Run `model` on `batches` and return the statistics of every linear's input, by the linear's name.
 
@@ -77,6 +80,10 @@ def calibrate(
     seconds back, when it is called again with the same arguments. Without `path` all is kept in memory.
     An input whose full H alone exceeds `memory`, or with more than `full_up_to` channels, keeps only its diagonal.
 
+    `gradients`: for half of the batches, run the model backward too and keep the second moments of the gradient at the
+    output of every linear, which tell solvers what of an error reaches the model's output. It takes another pass over
+    the batches, room for the activations of one, and `memory` once more. True: the first floating-point tensor that
+    the model returns is what counts; or a function of what it returns and the `Batch`.
     `broad`: the batches are of as many kinds as what the model will meet, so solvers may trust H further.
     `layers`: regular expressions, of which one must match a linear's name. `share`: linears with the same input share
     an entry. `names`: other names for linears, by their names, None to leave one out.
@@ -91,7 +98,10 @@ def calibrate(
     >>> statistics["2"].hessian.shape, statistics["2"].tokens, statistics["2"].held_out_tokens
     (torch.Size([32, 32]), 16, 16)
     """
-    options = Options(tuple(layers or ()), as_bytes(memory), full_up_to, token_mask, share, seed, snapshot_every, broad)
+    objective = whole_output if gradients is True else gradients or None
+    options = Options(
+        tuple(layers or ()), as_bytes(memory), full_up_to, token_mask, share, seed, snapshot_every, broad, objective
+    )
     what = description or type(model).__name__
 
     def run() -> Run:
@@ -144,6 +154,7 @@ class Run:
         self.batch_count = self.sample_count = 0  # of the first pass, when it is over
         self.samples = 0  # so far in this pass
         self.seen = hashlib.sha256()  # the batches so far in this pass
+        self.outputs: dict[str, str] = {}  # the key in the file of each linear's gradient
         self.observer = Observer(
             self.linears,
             memory=options.memory,
@@ -161,9 +172,10 @@ class Run:
                 f"their layers do not always have one input ({some(waiting)}); give a path, so that they are taken in "
                 "several passes, give more memory, or restrict full_up_to"
             )
-        contents = self.contents()
+        outputs = self.take_gradients()
         keys = self.keys()
-        return Collected(contents, {keys[name]: made.finish() for name, made in self.observer.finished()})
+        inputs = {keys[name]: made.finish() for name, made in self.observer.finished()}
+        return Collected(self.contents(), inputs, outputs)
 
     def to_file(self, path: Path, *, resume: bool) -> StatisticsFile:
         """Take as many inputs in a pass as memory has room for, write them, and go on with the rest."""
@@ -173,6 +185,7 @@ class Run:
         record = snapshots.restore(self._devices()) if resume else None
         if record is not None:
             self.number, self.batch_count, self.sample_count = record["pass"], record["batches"], record["samples"]
+            self.outputs = record["outputs"]
         try:
             if self.number:
                 target.begin(self.contents(), key, resume=resume)
@@ -181,7 +194,10 @@ class Run:
                 self.one_pass(record, snapshots)
                 record = None
                 if not target.is_open:
+                    outputs = self.take_gradients()
                     target.begin(self.contents(), key, resume=resume)
+                    for output in outputs.keys() - target.done:
+                        target.write_output(output, outputs[output])
                 for name, made in self.observer.finished():
                     target.write(self.keys()[name], made.finish())
                 self.next_pass()
@@ -200,7 +216,35 @@ class Run:
     def record(self, done: int) -> dict[str, Any]:
         """Where the run is, for a snapshot after `done` batches of this pass."""
         counts = {"batches": self.batch_count, "samples": self.sample_count}
-        return {"pass": self.number, **counts, "done": done, "seen": self.seen.hexdigest()}
+        return {
+            "pass": self.number,
+            **counts,
+            "done": done,
+            "seen": self.seen.hexdigest(),
+            "outputs": self.outputs,
+        }
+
+    def take_gradients(self) -> dict[str, dict[str, Tensor]]:
+        """After the first pass: the moments of the gradients by their keys in the file; none unless asked for."""
+        chosen = self.options
+        if chosen.objective is None:
+            return {}
+        if iter(self.batches) is self.batches:
+            raise StatisticsError(
+                f"{self.description}: gradients take another pass over the batches; pass a list or another re-iterable "
+                "instead of an iterator, or calibrate without gradients"
+            )
+        called = {name: self.linears[name] for name, seen in self.observer.watched.items() if seen.group}
+        work = GradientPass(self.model, called, chosen.objective, chosen.memory, chosen.seed)
+
+        def progress(done: int) -> None:
+            if self.progress is not None:
+                self.progress(done, self.total or self.batch_count, "gradients")
+
+        with running(self.model):
+            found = work.run(self._items(), progress)
+        self.outputs = {name: f"g{number}" for number, name in enumerate(found)}
+        return {self.outputs[name]: fields for name, fields in found.items()}
 
     def next_pass(self) -> None:
         """Prepare for another pass over the batches."""
@@ -304,7 +348,7 @@ class Run:
             kind = "full" if self.observer.is_full(seen.k) else "diagonal"
             inputs[key] = InputFacts(seen.k, seen.tokens[0], seen.tokens[1], kind)
         layers = {
-            alias: LayerInput(keys[seen.group], (seen.n, seen.k))
+            alias: LayerInput(keys[seen.group], (seen.n, seen.k), self.outputs.get(name, ""))
             for name, seen in watched.items()
             if seen.group
             for alias in self.aliases[name]
@@ -323,4 +367,5 @@ class Run:
             "share": chosen.share,
             "seed": chosen.seed,
             BROAD: chosen.broad,
+            "gradients": "" if chosen.objective is None else chosen.objective.__name__,
         }

@@ -23,10 +23,14 @@ FEW = 1.0  # T/N below which a full second moment is singular and warned about
 
 @dataclass(frozen=True)
 class LayerInput:
-    """Which input a layer has, by its key, and the shape [N, K] of the layer's weight."""
+    """Which input a layer has, by its key, and the shape [N, K] of the layer's weight.
+
+    `output`: the key of the gradient's moments at its output, "" where they are not known.
+    """
 
     input: str
     shape: tuple[int, int]
+    output: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,11 @@ class Contents:
     never_called: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def outputs(self) -> dict[str, int]:
+        """The channels N of the outputs with gradients, by key."""
+        return {layer.output: layer.shape[0] for layer in self.layers.values() if layer.output}
+
     def sharing(self, key: str) -> tuple[str, ...]:
         """The layers that have this input."""
         return tuple(name for name, layer in self.layers.items() if layer.input == key)
@@ -76,6 +85,10 @@ class StatisticsCollection(Mapping[str, Statistics]):
     def fields(self, key: str) -> dict[str, Field]:
         """The tensors of an input: dtype and shape by the field of `Statistics`."""
 
+    @abstractmethod
+    def load_output(self, key: str) -> dict[str, Tensor]:
+        """The moments of the gradient at an output, by the field of `Statistics`."""
+
     @property
     def layers(self) -> tuple[str, ...]:
         """The names of all layers that have statistics."""
@@ -93,8 +106,12 @@ class StatisticsCollection(Mapping[str, Statistics]):
         return self.contents.layers[layer].shape
 
     def __getitem__(self, layer: str) -> Statistics:
-        found = self.load_input(self.contents.layers[layer].input)
-        return replace(found, broad=True) if self.contents.options.get(BROAD) else found
+        place = self.contents.layers[layer]
+        more: dict[str, Any] = dict(self.load_output(place.output)) if place.output else {}
+        if self.contents.options.get(BROAD):
+            more["broad"] = True
+        found = self.load_input(place.input)
+        return replace(found, **more) if more else found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.contents.layers)
@@ -178,6 +195,7 @@ class StatisticsCollection(Mapping[str, Statistics]):
         return {
             "model": contents.model,
             "layers": len(contents.layers),
+            "gradients": sum(bool(layer.output) for layer in contents.layers.values()),
             "never_called": list(contents.never_called),
             "options": contents.options,
             "inputs": inputs,

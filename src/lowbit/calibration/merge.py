@@ -33,11 +33,15 @@ class Merged(StatisticsCollection):
         self._collections = list(collections)
         layers: dict[str, LayerInput] = {}
         keys: dict[tuple[str | None, ...], str] = {}
+        outputs: dict[tuple[str | None, ...], str] = {}
         for name in dict.fromkeys(name for collection in collections for name in collection.layers):
             parts = tuple(self._input_in(collection, name) for collection in collections)
             key = keys.setdefault(parts, str(len(keys)))
-            layers[name] = LayerInput(key, self._shape_in_all(name))
+            gradients = tuple(self._output_in(collection, name) for collection in collections)
+            output = outputs.setdefault(gradients, f"g{len(outputs)}") if any(gradients) else ""
+            layers[name] = LayerInput(key, self._shape_in_all(name), output)
         self._sources = {key: parts for parts, key in keys.items()}
+        self._outputs = {key: parts for parts, key in outputs.items()}
         first = self._collections[0].contents
         options = [collection.contents.options for collection in collections]
         never = [name for collection in collections for name in collection.never_called if name not in layers]
@@ -53,6 +57,11 @@ class Merged(StatisticsCollection):
     def _input_in(collection: StatisticsCollection, name: str) -> str | None:
         layer = collection.contents.layers.get(name)
         return None if layer is None else layer.input
+
+    @staticmethod
+    def _output_in(collection: StatisticsCollection, name: str) -> str | None:
+        layer = collection.contents.layers.get(name)
+        return None if layer is None else layer.output or None
 
     def _shape_in_all(self, name: str) -> tuple[int, int]:
         shapes = {other.shape(name): other.place for other in self._collections if name in other}
@@ -72,6 +81,19 @@ class Merged(StatisticsCollection):
         return InputFacts(
             facts[0].k, sum(fact.tokens for fact in facts), sum(fact.held_out_tokens for fact in facts), kind
         )
+
+    def load_output(self, key: str) -> dict[str, Tensor]:
+        """The moments of the gradient at an output: of those that have them, the mean by the tokens of the input."""
+        pairs = [
+            (collection, other)
+            for collection, other in zip(self._collections, self._outputs[key], strict=True)
+            if other is not None
+        ]
+        parts = [collection.load_output(other) for collection, other in pairs]
+        tokens = [_tokens_of(collection, other) for collection, other in pairs]
+        shares = torch.tensor(tokens, dtype=torch.float64)
+        shares = (shares / shares.sum()).float()
+        return {name: torch.einsum("i,ijk->jk", shares, _stacked_fields(parts, name)) for name in parts[0]}
 
     def fields(self, key: str) -> dict[str, Field]:
         """The tensors of an input: dtype and shape by field."""
@@ -95,6 +117,13 @@ class Merged(StatisticsCollection):
         parts = [collection.load_input(other) for collection, other in self._parts(key)]
         tensors: dict[str, Any] = {name: _JOIN[name](parts, name, facts) for name in names}
         return Statistics(tokens=facts.tokens, held_out_tokens=facts.held_out_tokens, **tensors)
+
+
+def _tokens_of(collection: StatisticsCollection, output: str) -> int:
+    """The tokens of the layer that has this output."""
+    contents = collection.contents
+    facts = next(contents.inputs[layer.input] for layer in contents.layers.values() if layer.output == output)
+    return facts.tokens + facts.held_out_tokens
 
 
 def _mostly_broad(collections: Sequence[StatisticsCollection]) -> bool:
@@ -161,6 +190,10 @@ def _joined_counts(parts: Sequence[Statistics], name: str, facts: InputFacts) ->
 
 def _stacked(parts: Sequence[Statistics], name: str) -> Tensor:
     return torch.stack([getattr(part, name) for part in parts])
+
+
+def _stacked_fields(parts: Sequence[dict[str, Tensor]], name: str) -> Tensor:
+    return torch.stack([part[name] for part in parts])
 
 
 _JOIN: dict[str, Callable[[Sequence[Statistics], str, InputFacts], Tensor]] = {

@@ -1,7 +1,7 @@
 """The statistics file: one safetensors file with the tensors of every input and, in its header, which layers have it.
 
-Tensors are named `<input>.<field>`, with the fields of `Statistics` and their dtypes. The header's `lowbit.statistics`
-is JSON: version, model, layers, inputs, never_called, options.
+Tensors are named `<input>.<field>`, and those of gradients `<output>.<field>`, with the fields of `Statistics` and
+their dtypes. The header's `lowbit.statistics` is JSON: version, model, layers, inputs, never_called, options.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ VERSION = 1
 _CACHED = 2  # inputs kept in memory: layers that share one are mostly asked for one after another
 _CHANNELS = ("absmax", "mean", "minimum", "maximum")
 FIELDS = ("hessian", "held_out", *_CHANNELS, "samples", "magnitudes")
+OUTPUT_FIELDS = ("output_hessian", "output_held_out")
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 
@@ -81,6 +82,10 @@ class StatisticsFile(StatisticsCollection):
         infos = {name: self._file.tensors.get(f"{key}.{name}") for name in FIELDS}
         return {name: (info.dtype, info.shape) for name, info in infos.items() if info is not None}
 
+    def load_output(self, key: str) -> dict[str, Tensor]:
+        """The moments of the gradient at an output, by the field of `Statistics`."""
+        return {name: self._file.read(f"{key}.{name}") for name in OUTPUT_FIELDS}
+
     def minimum(self, key: str) -> Tensor | None:
         """The smallest value of each channel of an input, [K]; reads nothing else."""
         return self._file.read(f"{key}.minimum") if "minimum" in self.fields(key) else None
@@ -116,10 +121,15 @@ def save_statistics(collection: StatisticsCollection, path: str | Path) -> Path:
     """
     fields = {key: collection.fields(key) for key in collection.contents.inputs}
     entries = [(f"{key}.{name}", *field) for key, found in fields.items() for name, field in found.items()]
+    outputs = collection.contents.outputs
+    entries += [entry for key, n in outputs.items() for entry in output_entries(key, n)]
     writer = CheckpointWriter(path, entries, header(collection.contents), fingerprint="statistics", resume=False)
     try:
         for key in fields:
             for name, tensor in stored_fields(collection.load_input(key)).items():
+                writer.write(f"{key}.{name}", tensor)
+        for key in outputs:
+            for name, tensor in collection.load_output(key).items():
                 writer.write(f"{key}.{name}", tensor)
         return writer.finish()
     except BaseException:
@@ -154,6 +164,11 @@ def _parse(file: SafetensorsFile) -> Contents:
                 raise StatisticsError(
                     f"{file.path}: {info.name} has shape {list(info.shape)}, expected {list(shape)}; calibrate again"
                 )
+    for key, n in contents.outputs.items():
+        for name, dtype, shape in output_entries(key, n):
+            info = file.tensors.get(name)
+            if info is None or (info.dtype, info.shape) != (dtype, shape):
+                raise StatisticsError(f"{file.path}: {name} of shape {list(shape)} is not there; calibrate again")
     return contents
 
 
@@ -167,7 +182,7 @@ def parse_contents(data: Mapping[str, Any]) -> Contents:
         n, k = layer["shape"]
         if inputs[layer["input"]].k != k:
             raise ValueError(f"{name}: K = {k}, its input has {inputs[layer['input']].k}")
-        layers[name] = LayerInput(layer["input"], (n, k))
+        layers[name] = LayerInput(layer["input"], (n, k), str(layer.get("output", "")))
     return Contents(data["model"], layers, inputs, tuple(data["never_called"]), dict(data["options"]))
 
 
@@ -186,3 +201,8 @@ def entries_of(key: str, facts: InputFacts) -> list[Entry]:
         for name, shape in shapes.items()
         if not absent.get(name)
     ]
+
+
+def output_entries(key: str, n: int) -> list[Entry]:
+    """The tensors of the gradient at an output of N channels."""
+    return [(f"{key}.{name}", torch.float32, (n, n)) for name in OUTPUT_FIELDS]

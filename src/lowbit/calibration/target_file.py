@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from lowbit.checkpoint.target import check_file_target
 from lowbit.checkpoint.writer import CheckpointWriter
@@ -10,7 +13,7 @@ from lowbit.errors import StatisticsError
 from lowbit.solvers.base import Statistics
 
 from .collection import Contents
-from .statistics_file import entries_of, header, stored_fields
+from .statistics_file import entries_of, header, output_entries, stored_fields
 
 
 class TargetFile:
@@ -35,12 +38,12 @@ class TargetFile:
     def begin(self, contents: Contents, fingerprint: str, *, resume: bool) -> None:
         """Take the disk space for these contents."""
         entries = [entry for key, facts in contents.inputs.items() for entry in entries_of(key, facts)]
+        entries += [entry for key, n in contents.outputs.items() for entry in output_entries(key, n)]
         self._contents = contents
         self._writer = CheckpointWriter(self.path, entries, header(contents), fingerprint=fingerprint, resume=resume)
 
     def write(self, key: str, statistics: Statistics) -> None:
         """Add an input. Raises `StatisticsError` when it has not the tokens that the first pass counted."""
-        assert self._writer is not None
         assert self._contents is not None
         facts = self._contents.inputs[key]
         if (statistics.tokens, statistics.held_out_tokens) != (facts.tokens, facts.held_out_tokens):
@@ -49,7 +52,14 @@ class TargetFile:
                 f"pass and {statistics.tokens} + {statistics.held_out_tokens} in this one; the iterable must give the "
                 "same batches every time, and the model must treat them alike"
             )
-        fields = stored_fields(statistics)
+        self._add(key, stored_fields(statistics))
+
+    def write_output(self, key: str, fields: Mapping[str, Tensor]) -> None:
+        """Add the moments of the gradient at an output."""
+        self._add(key, fields)
+
+    def _add(self, key: str, fields: Mapping[str, Tensor]) -> None:
+        assert self._writer is not None
         for name, tensor in fields.items():
             self._writer.write(f"{key}.{name}", tensor)
         self._writer.commit(key, {"tensors": [f"{key}.{name}" for name in fields]})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError, PlanError
 from lowbit.numerics.groups import row_chunks
-from lowbit.smoothing import ONE_PLUS, held_by_norm, held_by_rows, input_factor, norm_gain, rescaled
+from lowbit.smoothing import ONE_PLUS, held_by_norm, held_by_rows, input_factor, norm_gain, rescaled, rescaled_outputs
 from lowbit.smoothing.choice import Held
 from lowbit.solvers import Statistics
 
@@ -30,15 +30,24 @@ Rescalings = dict[tuple[str, str], Rescaling]
 
 
 class RescaledStatistics:
-    """Statistics of layers, some of whose inputs are multiplied by a scale [K]; a `LayerStatistics`."""
+    """Statistics of layers, some of whose inputs or last outputs are multiplied by a scale; a `LayerStatistics`.
 
-    def __init__(self, statistics: LayerStatistics, scales: Mapping[str, Tensor]) -> None:
-        self._statistics, self._scales = statistics, scales
+    `scales` [K] of inputs and `rows` [n] of outputs, by layer.
+    """
+
+    def __init__(
+        self, statistics: LayerStatistics, scales: Mapping[str, Tensor], rows: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self._statistics, self._scales, self._rows = statistics, scales, dict(rows or {})
 
     def get(self, layer: str, /) -> Statistics | None:
         """See `LayerStatistics`."""
-        known, scale = self._statistics.get(layer), self._scales.get(layer)
-        return known if known is None or scale is None else rescaled(known, scale)
+        known = self._statistics.get(layer)
+        if known is not None and layer in self._scales:
+            known = rescaled(known, self._scales[layer])
+        if known is not None and layer in self._rows:
+            known = rescaled_outputs(known, self._rows[layer])
+        return known
 
     def kind(self, layer: str, /) -> str:
         """See `LayerStatistics`."""
@@ -63,6 +72,7 @@ def folded(source: Source, plan: Plan, statistics: LayerStatistics | None) -> tu
     """
     changes: Rescalings = {}
     scales: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
     for part in plan.components:
         component = source.component(part.name)
         active = [fold for fold in part.folds if fold.active]
@@ -79,9 +89,11 @@ def folded(source: Source, plan: Plan, statistics: LayerStatistics | None) -> tu
             scale = input_factor(known, fold.exponent, held_by(source, component, fold))
             add_rescalings(changes, component, fold, scale)
             scales |= dict.fromkeys(names, scale)
+            if fold.kind == ROWS:
+                rows[layer_name(component, fold.before)] = scale
     if not changes or statistics is None:
         return source, statistics
-    return source.rescaled(changes), RescaledStatistics(statistics, scales)
+    return source.rescaled(changes), RescaledStatistics(statistics, scales, rows)
 
 
 def layer_name(component: Component, layer: str) -> str:

@@ -232,6 +232,8 @@ class _Layer:
         component = self.source.component(self.candidate.component)
         w = self._matrix(component)
         statistics = self.reader.get(self.candidate.name)
+        if statistics is not None:
+            statistics = statistics.without_outputs  # some rows stand for all
         formats = [plan.fmt for plan, _ in self.missing]
         some = sample_rows(w, self.rows, _step(formats, self.shape)) if self.rows else w
         where = name_place(str(component.tensors[self.plan.key].path), self.plan.layer)

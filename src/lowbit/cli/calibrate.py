@@ -34,6 +34,7 @@ from lowbit.integrations.text_batches import (
     text_batches,
 )
 from lowbit.integrations.text_models import load_text_model
+from lowbit.integrations.text_objectives import text_objective
 
 EPILOG = epilog(
     "lowbit calibrate llama/ -o stats.safetensors",
@@ -56,6 +57,7 @@ class _Wishes:
     max_tokens: int
     batch_size: int
     vary: float | None
+    gradients: bool | None
     device: str
     options: dict[str, Any]  # of lowbit.calibrate
 
@@ -133,6 +135,15 @@ def calibrate(
             help="The samples are of as many kinds as what the model will meet, as the built-in text is: trust them.",
         ),
     ] = False,
+    gradients: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradients/--no-gradients",
+            help="Run the model backward on half of the batches too: solvers then lower the error of the model's "
+            "output, not of each layer's. [default: for text encoders]",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Where the model folder runs.")] = "cpu",
     layers: Annotated[
         list[str] | None,
@@ -165,9 +176,9 @@ def calibrate(
             imatrix=imatrix is not None,
         )
         given = _paths(paths or [], chosen)
-        _refuse_idle(chosen, text=samples is not None or vary is not None, broad=broad)
+        _refuse_idle(chosen, text=samples is not None or vary is not None, broad=broad, gradients=bool(gradients))
     _refuse_input(output, [*given, *(text or []), *([imatrix] if imatrix is not None else [])])
-    wishes = _Wishes(output, samples, max_tokens, batch_size, vary, device, how)
+    wishes = _Wishes(output, samples, max_tokens, batch_size, vary, gradients, device, how)
     if chosen == "text":
         found: StatisticsCollection = _from_text(given[0], text or [], wishes, with_builtin=with_builtin or not text)
     elif module:
@@ -189,12 +200,13 @@ def _refuse_several(paths: bool, **given: bool) -> str:
     return chosen[0] if chosen else "text"
 
 
-def _refuse_idle(chosen: str, *, text: bool, broad: bool) -> None:
+def _refuse_idle(chosen: str, *, text: bool, broad: bool, gradients: bool) -> None:
     """Refuse options that say something about a text, or about samples, where there are none."""
     if text and chosen != "text":
         raise PlanError(f"--samples and --vary are of a text, and --{chosen} runs none; leave them out")
-    if broad and chosen not in ("text", "module"):
-        raise PlanError(f"--broad is of samples that are run, and --{chosen} runs none; leave it out")
+    for option, given in {"broad": broad, "gradients": gradients}.items():
+        if given and chosen not in ("text", "module"):
+            raise PlanError(f"--{option} is of samples that are run, and --{chosen} runs none; leave it out")
 
 
 def _paths(paths: list[Path], chosen: str) -> list[Path]:
@@ -235,6 +247,7 @@ def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin
         vary=vary,
     )
     names = [file.name for file in files] + ["the built-in text"] * with_builtin
+    backward = wishes.gradients if wishes.gradients is not None else not model.causal
     with _counting() as update:
         found = run(
             model.model,
@@ -243,6 +256,7 @@ def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin
             names=model.names(),
             description=f"{folder.resolve().name} on {', '.join(names)}" + (f", varied {vary:g}" if vary else ""),
             progress=update,
+            gradients=text_objective if backward else False,
             **{**wishes.options, "broad": wishes.options["broad"] or with_builtin},
         )
     assert isinstance(found, StatisticsFile)
@@ -257,7 +271,14 @@ def _from_factory(checkpoint: Path | None, spec: str, wishes: _Wishes) -> Statis
             names = checkpoint_names(model, layer_shapes(source))
     with _counting() as update:
         found = run(
-            model, batches, path=wishes.output, names=names, description=spec, progress=update, **wishes.options
+            model,
+            batches,
+            path=wishes.output,
+            names=names,
+            description=spec,
+            progress=update,
+            gradients=bool(wishes.gradients),
+            **wishes.options,
         )
     assert isinstance(found, StatisticsFile)
     return found
@@ -328,6 +349,8 @@ def _tell(found: StatisticsCollection, output: Path, *, as_json: bool) -> None:
     show(rows)
     if len(ranked) > _SHOWN:
         say(f"and {len(ranked) - _SHOWN} inputs more")
+    if with_gradients := sum(bool(layer.output) for layer in contents.layers.values()):
+        say(f"and the gradients at the outputs of {with_gradients} of {len(contents.layers)} layers")
     say(
         f"{output}: statistics of {len(contents.layers)} layers with {len(contents.inputs)} inputs, "
         f"{size(output.stat().st_size)}",

@@ -9,7 +9,7 @@ transposed, [K, n] for n rows of a weight, so that one column is contiguous.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,6 +85,18 @@ class Grid:
         """The levels of grid values [last - first, n] of some columns, float32."""
         shifted = values if self.zero is None else values - self.spread(self.zero, first, last)
         return self.levels.round_(shifted / self.spread(self._divisor, first, last))
+
+    def narrow(self, start: int, stop: int) -> Grid:
+        """The grid of some of the rows, copied."""
+        zero = None if self.zero is None else self.zero[:, start:stop]
+        return replace(self, target=self.target[:, start:stop].contiguous(), step=self.step[:, start:stop], zero=zero)
+
+    def put_back(self, piece: Grid, start: int, stop: int) -> None:
+        """Take the steps and zeros that some of the rows have now."""
+        self.step[:, start:stop] = piece.step
+        self._divisor[:, start:stop] = piece.divisor
+        if self.zero is not None and piece.zero is not None:
+            self.zero[:, start:stop] = piece.zero
 
     def replace_steps(self, units: slice, step: Tensor, zero: Tensor | None) -> None:
         """Take other steps and zeros for some units; they must be ones that can be stored."""

@@ -255,6 +255,14 @@ class _IntegerGrid(Grid):
         _, integers = self.codebook.round(x / self._divided[0], self.scales[column // self.group_size])
         return integers.mul_(self._steps[0])
 
+    def narrow(self, start: int, stop: int) -> Grid:
+        """See `Grid`."""
+        piece = super().narrow(start, stop)
+        assert isinstance(piece, _IntegerGrid)
+        piece.group_size, piece.codebook = self.group_size, self.codebook
+        piece.scales = tuple(scale[start:stop] for scale in self.scales)
+        return piece
+
 
 def _best_scales(target: Tensor, wanted: Tensor, codebook: IntegerCodebook) -> Tensor:
     """Of the e4m3 neighbours of `wanted` [n, G], the one with the least error on the target [n, G, g]."""

@@ -16,7 +16,7 @@ memory; `lowbit.checkpoint.fold_plan` does it to files, with the same groups and
 
 from __future__ import annotations
 
-from .choice import Choice, choose, held_by_norm, held_by_rows, input_factor, norm_gain, rescaled
+from .choice import Choice, choose, held_by_norm, held_by_rows, input_factor, norm_gain, rescaled, rescaled_outputs
 from .groups import FoldGroup, find_groups
 from .modules import Group, Smoothed, fold_scales_, llama_groups, smooth_
 from .norms import NORMS, ONE_PLUS, WEIGHT
@@ -38,5 +38,6 @@ __all__ = [
     "llama_groups",
     "norm_gain",
     "rescaled",
+    "rescaled_outputs",
     "smooth_",
 ]

@@ -133,3 +133,17 @@ def rescaled(statistics: Statistics, scale: Tensor) -> Statistics:
         mean=channels(known.mean), minimum=channels(known.minimum), maximum=channels(known.maximum),
         samples=samples, magnitudes=counts,
     )  # fmt: skip
+
+
+def rescaled_outputs(statistics: Statistics, scale: Tensor) -> Statistics:
+    """The statistics of a layer whose last rows are multiplied by `scale` [n]: their gradients are divided by it."""
+
+    def moments(g: Tensor | None) -> Tensor | None:
+        if g is None:
+            return None
+        s = torch.ones(g.shape[0], device=g.device)
+        s[g.shape[0] - scale.shape[0] :] = scale.to(g.device, torch.float32)
+        return g / s.unsqueeze(0) / s.unsqueeze(1)
+
+    known = statistics
+    return replace(known, output_hessian=moments(known.output_hessian), output_held_out=moments(known.output_held_out))

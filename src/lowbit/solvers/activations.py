@@ -8,13 +8,15 @@ from torch.nn import functional as F
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 
+from .curvature import energy
+
 _TOKENS = 128  # their rounding errors are independent: enough for a few percent
 
 
-def activation_loss(fmt: Format, parts: Parts, samples: Tensor | None) -> float:
-    """The mean over rows x of |linear(x) - x Wq^T|^2, by the format's own linear; 0 where it keeps its input.
+def activation_loss(fmt: Format, parts: Parts, samples: Tensor | None, outputs: Tensor | None = None) -> float:
+    """The mean over rows x of e^T G e, e = linear(x) - x Wq^T, by the format's own linear; 0 where it keeps its input.
 
-    samples: rows [S, K] of the layer's input, or None.
+    samples: rows [S, K] of the layer's input, or None. outputs: G [N, N], or None for the identity.
     """
     if samples is None or not fmt.rounds_input or not samples.shape[0]:
         return 0.0
@@ -25,4 +27,4 @@ def activation_loss(fmt: Format, parts: Parts, samples: Tensor | None) -> float:
     for start, stop in fmt.row_ranges(fmt.rows_of(parts), rows.shape[1]):
         weight = fmt.dequantize_rows(parts, rows.shape[1], start, stop, rows.dtype)
         rounded[:, start:stop] -= F.linear(rows, weight)
-    return float(rounded.double().square().sum()) / rows.shape[0]
+    return energy(rounded, outputs) / rows.shape[0]

@@ -2,6 +2,8 @@
 
 All solvers minimize the error of the layer's output, `tr(E H E^T)` with `E` the error of the weight and `H = E[x x^T]`
 the second moment of the input; without statistics `H` is the identity, and that is the squared error of the weight.
+Where the second moment G of the gradient at the output is known, it is the error of the model's output,
+`tr(G E H E^T)`: which outputs matter, and which of them make up for each other.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ class Statistics:
     By channel over all samples, float32 [K]: `absmax`, `mean`, `minimum`, `maximum`. `samples`: some rows of x itself,
     [S, K]. `magnitudes`: int64 [4096], how many |x| there were by the upper 12 of their 31 float32 bits. `broad`: the
     samples are of as many kinds as what the model will meet, so what they lack will be lacking there.
+
+    `output_hessian`, `output_held_out`: E[g g^T] of the gradient g at the layer's output, float32 [N, N], over samples
+    of the two halves.
     """
 
     hessian: Tensor | None = None
@@ -40,6 +45,8 @@ class Statistics:
     samples: Tensor | None = None
     magnitudes: Tensor | None = None
     broad: bool = False
+    output_hessian: Tensor | None = None
+    output_held_out: Tensor | None = None
 
     @property
     def total_tokens(self) -> int:
@@ -53,6 +60,18 @@ class Statistics:
             return self.hessian
         share = self.tokens / self.total_tokens
         return torch.lerp(self.held_out, self.hessian, share)
+
+    @property
+    def combined_output(self) -> Tensor | None:
+        """E[g g^T] over all samples [N, N]: the mean of both halves; None where the gradient is not known."""
+        if self.output_hessian is None or self.output_held_out is None:
+            return self.output_hessian
+        return torch.lerp(self.output_held_out, self.output_hessian, 0.5)
+
+    @property
+    def without_outputs(self) -> Statistics:
+        """The same without what is known of the gradient: for several layers that have this input."""
+        return replace(self, output_hessian=None, output_held_out=None)
 
     @property
     def diagonal(self) -> Tensor | None:
@@ -76,11 +95,12 @@ class Statistics:
             raise SolverError(f"{where}: the statistics hold negative or non-finite second moments; calibrate again")
         return weights
 
-    def check(self, k: int, where: str = "weight") -> None:
-        """Raise `SolverError`, naming `where`, unless all that is known is of an input with K channels and finite."""
+    def check(self, n: int, k: int, where: str = "weight") -> None:
+        """Raise `SolverError`, naming `where`, unless all that is known is of a layer [N, K], and finite."""
         self.column_weights(k, where)
         moments = (k,) if self.hessian is None or self.hessian.dim() == 1 else (k, k)
         shapes = {"hessian": moments, "held_out": moments, **dict.fromkeys(_BY_CHANNEL, (k,))}
+        shapes |= dict.fromkeys(_BY_OUTPUT, (n, n))
         for name, shape in shapes.items():
             tensor: Tensor | None = getattr(self, name)
             if tensor is None:
@@ -94,12 +114,13 @@ class Statistics:
 
     def on(self, device: torch.device) -> Statistics:
         """The same on a device, in float32."""
-        names = ("hessian", "held_out", "samples", *_BY_CHANNEL)
+        names = ("hessian", "held_out", "samples", *_BY_CHANNEL, *_BY_OUTPUT)
         known = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         return replace(self, **{name: tensor.to(device, torch.float32) for name, tensor in known.items()})
 
 
 _BY_CHANNEL = ("absmax", "mean", "minimum", "maximum")
+_BY_OUTPUT = ("output_hessian", "output_held_out")
 
 
 class Solver(Protocol):

@@ -1,5 +1,7 @@
 """How much an error of the weight costs at the output: tr(E H E^T) with H = E[x x^T] of the layer's input.
 
+At the output of the model it costs tr(G E H E^T), G = E[g g^T] of the gradient at the layer's output (`row_coupling`).
+
 H is measured from T tokens. With T not far above K its small eigenvalues are noise, and a solver that trusts them fits
 the noise; so H is shrunk toward its diagonal first, H <- (1 - a) H + a diag(H). For rounding that beats damping with a
 multiple of the identity at every T / K: the diagonal is known well from few tokens.
@@ -88,33 +90,43 @@ class Curvature:
         return order, lower.div_(lower.diagonal().clone()).float()
 
 
-def output_error(w: Tensor, fmt: Format, parts: Parts, hessian: Tensor | None) -> tuple[float, float]:
-    """tr(E H E^T) and tr(W H W^T): what the parts lose of a weight [N, K], and the output they lose it from.
+def output_error(
+    w: Tensor, fmt: Format, parts: Parts, hessian: Tensor | None, outputs: Tensor | None = None
+) -> tuple[float, float]:
+    """tr(G E H E^T) and tr(G W H W^T): what the parts lose of a weight [N, K], and the output they lose it from.
 
-    hessian: [K, K], its diagonal [K], or None for the identity. Sums are float64 over pieces of float32.
+    hessian: H [K, K], its diagonal [K], or None for the identity. outputs: G [N, N], or None for the identity. Sums are
+    float64 over pieces of float32.
     """
-    return output_loss(w, fmt, parts, hessian), output_signal(w, hessian)
+    return output_loss(w, fmt, parts, hessian, outputs), output_signal(w, hessian, outputs)
 
 
-def output_loss(w: Tensor, fmt: Format, parts: Parts, hessian: Tensor | None) -> float:
+def output_loss(w: Tensor, fmt: Format, parts: Parts, hessian: Tensor | None, outputs: Tensor | None = None) -> float:
     """The first of `output_error`."""
     lost = 0.0
+    whole = None if outputs is None else w.new_empty(w.shape, dtype=torch.float32)
     for start, stop in row_chunks(w.shape[0], w.shape[1], fmt.row_multiple, _PIECE):
-        error = fmt.dequantize_rows(parts, w.shape[1], start, stop, torch.float32)
-        lost += energy(error.sub_(w[start:stop].float()), hessian)
-    return lost
+        error = fmt.dequantize_rows(parts, w.shape[1], start, stop, torch.float32).sub_(w[start:stop].float())
+        if whole is None:
+            lost += energy(error, hessian)
+        else:
+            whole[start:stop] = error
+    return lost if whole is None else energy(whole, hessian, outputs)
 
 
-def output_signal(w: Tensor, hessian: Tensor | None) -> float:
+def output_signal(w: Tensor, hessian: Tensor | None, outputs: Tensor | None = None) -> float:
     """The second of `output_error`."""
+    if outputs is not None:
+        return energy(w.float(), hessian, outputs)
     pieces = row_chunks(w.shape[0], w.shape[1], elements=_PIECE)
     return sum(energy(w[start:stop].float(), hessian) for start, stop in pieces)
 
 
-def energy(rows: Tensor, hessian: Tensor | None) -> float:
-    """tr(X H X^T) of float32 rows [n, K]."""
-    if hessian is None:
+def energy(rows: Tensor, hessian: Tensor | None, outputs: Tensor | None = None) -> float:
+    """tr(G X H X^T) of float32 rows [n, K]; without `outputs`, G [n, n], tr(X H X^T)."""
+    if outputs is None and hessian is None:
         return float(torch.linalg.vector_norm(rows, dtype=torch.float64) ** 2)
-    if hessian.dim() == 1:
-        return float(rows.square().mul_(hessian).sum(dtype=torch.float64))
-    return float((rows @ hessian).mul_(rows).sum(dtype=torch.float64))
+    weighted = rows if hessian is None else rows * hessian if hessian.dim() == 1 else rows @ hessian
+    if outputs is not None:
+        return float((weighted @ rows.mT).mul_(outputs).sum(dtype=torch.float64))
+    return float((weighted * rows if weighted is rows else weighted.mul_(rows)).sum(dtype=torch.float64))

@@ -53,10 +53,11 @@ def _rounds(draft: Draft, *, codes: bool, scales: bool) -> None:
 
 
 def sweep(draft: Draft, *, codes: bool, scales: bool, last: bool = False) -> None:
-    """One pass over all columns: their codes, the scales of their units, or both.
+    """One pass over all columns: their codes, the scales of their units (where the draft has them), or both.
 
     last: the gradient is of no use afterwards; of columns done it is then not kept up to date.
     """
+    scales = scales and not draft.fixed_scales
     grid, values, gradient, hessian = draft.grid, draft.values, draft.gradient, draft.curvature.hessian
     k = values.shape[0]
     narrow = grid.columns <= WIDEST

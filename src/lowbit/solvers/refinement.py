@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from lowbit.errors import SolverError
 from lowbit.formats.base import Format
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Parts, narrow_rows
-from lowbit.numerics.groups import row_chunks
+from lowbit.numerics.groups import round_up, row_chunks
 
 from .curvature import Curvature, prepared_hessian, second_moments
 
@@ -20,10 +20,13 @@ DRAFT_ELEMENTS = 1 << 23  # of a piece of rows: 32 MiB a tensor, of which a draf
 
 
 class Draft:
-    """n rows on their way: the grid, the values chosen on it [K, n], and H in the grid's units."""
+    """n rows on their way: the grid, the values chosen on it [K, n], and H in the grid's units.
 
-    def __init__(self, grid: Grid, values: Tensor, curvature: Curvature) -> None:
-        self.grid, self.values, self.curvature = grid, values, curvature
+    `fixed_scales`: they are a part of the rows that share their scales, so only codes may change.
+    """
+
+    def __init__(self, grid: Grid, values: Tensor, curvature: Curvature, *, fixed_scales: bool = False) -> None:
+        self.grid, self.values, self.curvature, self.fixed_scales = grid, values, curvature, fixed_scales
         self._gradient: Tensor | None = None
 
     @property
@@ -46,12 +49,38 @@ class Draft:
             total += missed.mul_(gradient[start:stop]).sum(dtype=torch.float64)
         return float(total)
 
+    def rows_at_once(self, size: int) -> int:
+        """About `size` rows that have their scales to themselves; `size` where too many share one."""
+        return round_up(size, self.grid.rows) if self.grid.rows <= size else size
+
+    def narrow(self, start: int, stop: int) -> Draft:
+        """A draft of some of the rows, copied."""
+        fixed = self.fixed_scales or self.grid.rows > stop - start or bool(start % self.grid.rows)
+        return Draft(
+            self.grid.narrow(start, stop), self.values[:, start:stop].contiguous(), self.curvature, fixed_scales=fixed
+        )
+
+    def take(self, piece: Draft, start: int, stop: int) -> None:
+        """Put back what became of some of the rows."""
+        self.values[:, start:stop] = piece.values
+        if not piece.fixed_scales:
+            self.grid.put_back(piece.grid, start, stop)
+        self.forget_gradient()
+
 
 class Refinement(Protocol):
     """Improves a draft in place; registered under a name."""
 
     def __call__(self, draft: Draft) -> None:
         """Change `draft.values`, or the steps of `draft.grid` with them."""
+        ...
+
+
+class Coupling(Protocol):
+    """What makes rows make up for the errors of others; see `row_coupling`."""
+
+    def refine(self, draft: Draft, first: int, steps: Sequence[Refinement]) -> None:
+        """Refine the rows of a draft, of which the first is row `first` of the weight; all behind them are done."""
         ...
 
 
@@ -77,27 +106,39 @@ def refinements() -> dict[str, Refinement]:
 
 
 def refine(
-    w: Tensor, fmt: Format, parts: Parts, steps: list[Refinement], hessian: Tensor, amount: float, where: str
+    w: Tensor,
+    fmt: Format,
+    parts: Parts,
+    steps: Sequence[Refinement],
+    hessian: Tensor,
+    amount: float,
+    where: str,
+    coupling: Coupling | None = None,
 ) -> Parts:
     """The parts of a weight [N, K] after some refinements, a bounded piece of rows at a time.
 
-    hessian: H [K, K], shrunk here by `amount` toward its diagonal. Raises `SolverError`.
+    hessian: H [K, K], shrunk here by `amount` toward its diagonal. With a `coupling` the last piece comes first.
+    Raises `SolverError`.
     """
     if fmt.pre_quant_scale:
-        return _refine_scaled(w, fmt, parts, steps, hessian, amount, where)
+        return _refine_scaled(w, fmt, parts, steps, hessian, amount, where, coupling)
     out: Parts = {}
     curvature: Curvature | None = None
     hessian = prepared_hessian(hessian.to(w.device), fmt)
     shape = (w.shape[0], w.shape[1])
-    for start, stop in row_chunks(*shape, max(fmt.row_multiple, fmt.unit(shape)[0]), DRAFT_ELEMENTS):
+    pieces = list(row_chunks(*shape, max(fmt.row_multiple, fmt.unit(shape)[0]), DRAFT_ELEMENTS))
+    for start, stop in pieces if coupling is None else reversed(pieces):
         rows = fmt.prepared(w, start, stop, where)
         params = narrow_rows(fmt.param_rules, parts, start, stop)
         grid = fmt.grid(rows, params)
         if curvature is None:
             curvature = Curvature(second_moments(hessian, amount, grid.factor), where)
         draft = Draft(grid, _values(fmt, parts, start, stop, grid), curvature)
-        for step in steps:
-            step(draft)
+        if coupling is None:
+            for step in steps:
+                step(draft)
+        else:
+            coupling.refine(draft, start, steps)
         params = fmt.with_steps(params, grid)
         codes = fmt.encode(fmt.from_grid(draft.values, params), params)
         fmt.store_rows(out, {**params, "qdata": fmt.pack(codes)}, shape, start)
@@ -105,13 +146,20 @@ def refine(
 
 
 def _refine_scaled(
-    w: Tensor, fmt: Format, parts: Parts, steps: list[Refinement], hessian: Tensor, amount: float, where: str
+    w: Tensor,
+    fmt: Format,
+    parts: Parts,
+    steps: Sequence[Refinement],
+    hessian: Tensor,
+    amount: float,
+    where: str,
+    coupling: Coupling | None,
 ) -> Parts:
     """`refine` where the input is multiplied by a stored vector first: of w / scale, for the input x * scale."""
     scale = parts["pre_quant_scale"].float()
     scaled = hessian.to(w.device) * scale.unsqueeze(0) * scale.unsqueeze(1)
     plain = {name: value for name, value in parts.items() if name != "pre_quant_scale"}
-    refined = refine(w.float() / scale, fmt.plain, plain, steps, scaled, amount, where)
+    refined = refine(w.float() / scale, fmt.plain, plain, steps, scaled, amount, where, coupling)
     return {**refined, "pre_quant_scale": parts["pre_quant_scale"]}
 
 

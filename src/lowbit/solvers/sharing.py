@@ -66,8 +66,8 @@ def solve_shared(
         parts = shared_fit(weights, fmt, None, where=where, seed=seed, search=first.start != "rtn")
         made = [Solution(own, first.start, note=note) for own, note in zip(parts, notes, strict=True)]
         return SharedSolution(tuple(made), shared=True)
-    statistics.check(weights[0].shape[1], where)
-    known = statistics.on(weights[0].device)
+    known = statistics.without_outputs.on(weights[0].device)
+    known.check(weights[0].shape[0], weights[0].shape[1], where)
     problems = [
         Problem(one.w, fmt, pipeline, known, one.where, seed)
         for one, (pipeline, _) in zip(members, chosen, strict=True)

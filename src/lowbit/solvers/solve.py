@@ -28,10 +28,11 @@ from lowbit.numerics.groups import round_up
 
 from .activations import activation_loss
 from .base import Statistics, solver
-from .curvature import NotPositiveDefiniteError, output_loss, output_signal, shrinkage
+from .curvature import NotPositiveDefiniteError, energy, output_loss, output_signal, shrinkage
 from .input_scale import input_scale, transformed
 from .pipeline import AUTO, Pipeline, parse_pipeline, pick_solver, what_is_known
 from .refinement import refine
+from .row_coupling import refine_coupled
 
 _TRIAL_SHARE, _TRIAL_ROWS = 8, 64  # an eighth of the rows, but at least so many
 _LEAST = 0.01  # of the median second moment of a channel: the mean may be that of a few outliers
@@ -43,8 +44,9 @@ class Solution:
     """What a layer became.
 
     `bias`: float32 [N] to add to the layer's true bias, or None. `solver`: the pipeline that made the parts; less than
-    was asked for where that lost. `note`: why, in words. `error`, `rtn_error`: tr(E H E^T) / tr(W H W^T) on the samples
-    held out, of the parts and of rounding to nearest; None without statistics.
+    was asked for where that lost. `note`: why, in words. `error`, `rtn_error`: tr(G E H E^T) / tr(G W H W^T) on the
+    samples held out, of the parts and of rounding to nearest (G the identity where the gradient is not known); None
+    without statistics.
     """
 
     parts: Parts
@@ -80,7 +82,7 @@ def solve(
     chosen, note = chosen_pipeline(w, fmt, name, statistics, where, seed, has_bias=has_bias)
     if statistics is None or not what_is_known(statistics) or not w.numel():
         return Solution(solver(chosen.start)(w, fmt, statistics, where=where, seed=seed), chosen.start, note=note)
-    statistics.check(w.shape[1], where)
+    statistics.check(w.shape[0], w.shape[1], where)
     found = Problem(w, fmt, chosen, statistics.on(w.device), where, seed).best()
     return replace(found, note="; ".join(filter(None, (note, found.note))))
 
@@ -181,7 +183,11 @@ class Problem:
             try:
                 amount = self._amount(start, plain, notes)
                 if amount is not None:
-                    yield self.pipeline.name, self._refined(self.w, start, self.statistics.combined, amount)
+                    for outputs in (self.statistics.combined_output, None):
+                        yield (
+                            self.pipeline.name,
+                            self._refined(self.w, start, self.statistics.combined, amount, outputs=outputs),
+                        )
             except NotPositiveDefiniteError as error:
                 notes.append(f"only the diagonal was used: {error}")
         name = Pipeline(self.pipeline.start, bias=self.pipeline.bias).name
@@ -216,10 +222,19 @@ class Problem:
         return None
 
     def _refined(
-        self, w: Tensor, start: Parts, hessian: Tensor | None, amount: float, *, first_only: bool = False
+        self,
+        w: Tensor,
+        start: Parts,
+        hessian: Tensor | None,
+        amount: float,
+        *,
+        first_only: bool = False,
+        outputs: Tensor | None = None,
     ) -> Parts:
         assert hessian is not None
         steps = self.pipeline.refinements[: 1 if first_only else None]
+        if outputs is not None:
+            return refine_coupled(w, self.fmt, start, steps, hessian, amount, self.where, outputs)
         return refine(w, self.fmt, start, steps, hessian, amount, self.where)
 
     # ---- judging ----------------------------------------------------------------------------------------------------
@@ -231,6 +246,11 @@ class Problem:
     @property
     def _judge(self) -> Tensor | None:
         return self.statistics.held_out if self._held_out else self.statistics.hessian
+
+    @property
+    def _output_judge(self) -> Tensor | None:
+        known = self.statistics
+        return known.output_held_out if self._held_out and known.output_held_out is not None else known.output_hessian
 
     @cached_property
     def _mean(self) -> Tensor | None:
@@ -259,13 +279,14 @@ class Problem:
 
     @cached_property
     def _signal(self) -> float:
-        return output_signal(self.w, self._judge)
+        return output_signal(self.w, self._judge, self._output_judge)
 
     def _error(self, parts: Parts, bias: Tensor | None) -> float:
-        lost = self._loss(self.w, parts)
+        outputs = self._output_judge
+        lost = output_loss(self.w, self.fmt, parts, self._judge, outputs)
         if bias is not None:  # what is left around the mean; rounding may put it below zero
-            lost = max(lost - float(bias.double().square().sum()), 0.0)
-        return _ratio(lost + activation_loss(self.fmt, parts, self.statistics.samples), self._signal)
+            lost = max(lost - energy(bias.unsqueeze(0), outputs), 0.0)
+        return _ratio(lost + activation_loss(self.fmt, parts, self.statistics.samples, outputs), self._signal)
 
 
 def _ratio(lost: float, signal: float) -> float:

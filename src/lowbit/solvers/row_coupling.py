@@ -1,0 +1,97 @@
+"""Rows that make up for each other: rounding against the error of the model's output instead of the layer's.
+
+With G = E[g g^T], the second moment of the gradient at the layer's outputs, an error E of the weight costs
+tr(G E H E^T) at the output of the model. With G = L D L^T (L unit lower triangular) that is the sum over rows j of
+D_j |E_j + sum over i > j of L_ij E_i|^2, measured by H: what gptq does along the columns holds along the rows too. From
+the last row to the first, each is solved for its weight plus L_ij times the errors of the rows done (LDLQ on both
+sides: YAQA, arXiv 2505.22988). `ROWS` rows are solved at once, as if they had no part in each other.
+
+What it buys on MiniLM, calibrated on the built-in text, as a share of the error that H alone leaves on text of three
+kinds: int8 weights 0.78, fp8 0.84, 4 bits 0.86. Going over the rows again, with all others as they are, bought less
+than 0.5 % more; 64 rows at once cost 4 % and rows in the order of the file 6 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowbit.formats.base import Format
+from lowbit.formats.parts import Parts, gather_rows
+
+from .curvature import NotPositiveDefiniteError
+from .refinement import Draft, Refinement, refine
+
+ROWS = 32
+SHRUNK = 0.5  # toward the diagonal of G: 0.2 to 0.5 were alike, and gradients are noisier than inputs
+_LEAST = 1e-3  # of the mean of the diagonal: the least that a row counts
+
+
+def refine_coupled(
+    w: Tensor,
+    fmt: Format,
+    parts: Parts,
+    steps: Sequence[Refinement],
+    hessian: Tensor,
+    amount: float,
+    where: str,
+    outputs: Tensor,
+) -> Parts:
+    """`refine` against tr(G E H E^T). outputs: G [N, N], shrunk here toward its diagonal. Raises `SolverError`.
+
+    Rows are taken by rising weight, so that those that count most are free. Where blocks of rows have parts in common,
+    they keep their places.
+    """
+    outputs = shrunk_outputs(outputs.to(w.device))
+    if any(rule.rows_per_entry != 1 for rule in fmt.rules):
+        return refine(w, fmt, parts, steps, hessian, amount, where, RowCoupling(outputs, where))
+    order = outputs.diagonal().argsort()
+    coupling = RowCoupling(outputs[order][:, order], where)
+    ordered = gather_rows(fmt.rules, parts, order)
+    refined = refine(w[order], fmt, ordered, steps, hessian, amount, where, coupling)
+    return gather_rows(fmt.rules, refined, order.argsort())
+
+
+class RowCoupling:
+    """L [N, N] of a shrunk G, and the errors of the rows that are done [K, N], in the units of the grid.
+
+    Raises `NotPositiveDefiniteError`, naming `where`, when G is no second moment.
+    """
+
+    def __init__(self, outputs: Tensor, where: str) -> None:
+        lower, failed = torch.linalg.cholesky_ex(outputs)
+        if int(failed):
+            lower, failed = torch.linalg.cholesky_ex(outputs.double())
+        if int(failed):
+            raise NotPositiveDefiniteError(
+                f"{where}: the second moments of the gradient are no positive definite matrix; calibrate it again"
+            )
+        self._lower = lower.div_(lower.diagonal().clone()).float()
+        self._errors: Tensor | None = None
+
+    def refine(self, draft: Draft, first: int, steps: Sequence[Refinement]) -> None:
+        """Refine the rows of a draft, of which the first is row `first` of the weight; all behind them are done."""
+        columns, n = draft.values.shape
+        if self._errors is None:
+            self._errors = self._lower.new_zeros((columns, self._lower.shape[0]))
+        size = draft.rows_at_once(ROWS)
+        for start in range((n - 1) // size * size, -1, -size):
+            stop = min(start + size, n)
+            here, behind = slice(first + start, first + stop), slice(first + stop, None)
+            piece = draft.narrow(start, stop)
+            wanted = piece.grid.target
+            piece.grid.target = torch.addmm(wanted, self._errors[:, behind], self._lower[behind, here])
+            for step in steps:
+                step(piece)
+            draft.take(piece, start, stop)
+            torch.sub(wanted, piece.values, out=self._errors[:, here])
+
+
+def shrunk_outputs(outputs: Tensor) -> Tensor:
+    """G [N, N] shrunk toward its diagonal, with no row that does not count. A new tensor."""
+    shrunk = outputs * (1 - SHRUNK)
+    diagonal = outputs.diagonal()
+    shrunk.diagonal().copy_(diagonal.clamp(min=max(float(diagonal.mean()) * _LEAST, 2.0**-126)))
+    return shrunk

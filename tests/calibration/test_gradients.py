@@ -1,0 +1,199 @@
+"""What `calibrate(gradients=...)` takes from passes backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lowbit
+from lowbit.calibration import save_statistics
+from lowbit.calibration.merge import Merged
+from lowbit.errors import StatisticsError
+from tests.calibration.models import Attention, Chain, batches, same
+from tests.calibration.test_passes import dying
+
+
+class Line(nn.Module):
+    """Two linears in a row, so that the Jacobian at the first one's output is the second one's weight."""
+
+    def __init__(self, *, inplace=False, without=False):
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 16), nn.Linear(16, 24)
+        self.inplace, self.without = inplace, without
+
+    def forward(self, x, attention_mask=None):
+        """x [B, T, 24]."""
+        with torch.no_grad() if self.without else torch.enable_grad():
+            y = self.first(x)
+        if self.inplace:
+            y += 0.0
+        return {"tokens": torch.ones(3, dtype=torch.int64), "y": self.second(y)}
+
+
+def many(size=256):
+    """Enough random rows for moments that are right to a few percent."""
+    return batches(16, size=size, tokens=4)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_they_are_the_second_moments_of_the_jacobian(inplace):
+    """E[g g^T] is J^T J: of the output itself the identity, of the layer before it W^T W, in both halves."""
+    torch.manual_seed(0)
+    model = Line(inplace=inplace)
+
+    found = lowbit.calibrate(model, many(), gradients=True)
+
+    w = model.second.weight.detach()
+    for name, expected in (("second", torch.eye(24)), ("first", w.mT @ w)):
+        for moment in (found[name].output_hessian, found[name].output_held_out):
+            assert float((moment - expected).norm() / expected.norm()) < 0.15
+        assert not torch.equal(found[name].output_hessian, found[name].output_held_out)
+
+
+def test_what_counts_is_the_callers_choice():
+    """With an objective of one output, only what reaches it has a gradient."""
+    torch.manual_seed(0)
+    model = Line()
+
+    found = lowbit.calibrate(model, many(), gradients=lambda output, _: output["y"][..., :1])
+
+    second = found["second"].output_hessian
+    assert float(second[0, 0]) == pytest.approx(1.0, rel=0.15)
+    assert not second[1:].any()
+
+
+def test_padding_has_no_gradient():
+    """Rows that the mask marks by 0 do not count, in the output or in a layer."""
+    torch.manual_seed(0)
+    model, x = Line(), torch.randn(64, 5, 24)
+    mask = torch.ones(64, 5, dtype=torch.int64)
+    mask[:, 3:] = 0
+    x[:, 3:] = 1e6
+
+    padded = lowbit.calibrate(model, [{"x": x, "attention_mask": mask}] * 8, gradients=True)["second"]
+    alone = lowbit.calibrate(model, [x[:, :3]] * 8, gradients=True)["second"]
+
+    assert padded.total_tokens == alone.total_tokens
+    assert float(padded.output_hessian.trace()) == pytest.approx(float(alone.output_hessian.trace()), rel=0.1)
+
+
+def test_the_model_is_left_as_it_was():
+    """Parameters ask for gradients as before, none has one, and no hook stays."""
+    model = Attention()
+    model.q.requires_grad_(False)
+
+    lowbit.calibrate(model, batches(), gradients=True)
+
+    frozen = set(model.q.parameters())
+    assert all(p.requires_grad == (p not in frozen) for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_layers_that_no_gradient_reaches_have_none():
+    """A linear under no_grad has its input's statistics and no gradient's."""
+    found = lowbit.calibrate(Line(without=True), batches(), gradients=True)
+
+    assert found["first"].hessian is not None
+    assert found["first"].output_hessian is None
+    assert found["second"].output_hessian is not None
+    assert found.describe()["gradients"] == 1
+
+
+def test_without_room_the_largest_have_none(caplog):
+    """Gradients take no more than `memory`; who has none is said."""
+    model = Chain((24, 24, 24, 4096, 24))
+
+    found = lowbit.calibrate(model, batches(), gradients=True, memory="64MiB")
+
+    assert [found[f"steps.{i}"].output_hessian is None for i in range(4)] == [False, False, True, False]
+    assert "no room for the gradients of 1 linears (steps.2)" in caplog.text
+
+
+def test_files_hold_them(tmp_path):
+    """Written, read, saved again and merged with themselves they are the same."""
+    data = batches()
+    taken = lowbit.calibrate(Attention(), data, gradients=True)
+    model = Attention()
+    written = lowbit.calibrate(model, data, gradients=True, path=tmp_path / "s.safetensors")
+
+    assert same(written, lowbit.calibrate(model, data, gradients=True))
+    with lowbit.calibration.StatisticsFile(save_statistics(taken, tmp_path / "again.safetensors")) as again:
+        assert same(again, taken)
+        assert again["q"].output_hessian.shape == (24, 24)
+        assert not torch.equal(again["q"].output_hessian, again["k"].output_hessian)
+    twice = Merged([taken, taken])
+    for name in taken:
+        torch.testing.assert_close(twice[name].output_hessian, taken[name].output_hessian)
+
+
+def test_merged_with_statistics_without_them_they_stay():
+    """Of several collections those that have gradients give them, by their tokens."""
+    model, data = Attention(), batches(8)
+    first = lowbit.calibrate(model, data[:2], gradients=True)
+    second = lowbit.calibrate(model, data[2:], gradients=True)
+    none = lowbit.calibrate(model, data)
+
+    found = Merged([first, none, second])["o"].output_hessian
+
+    parts = (first["o"].output_hessian, second["o"].output_hessian)
+    torch.testing.assert_close(found, parts[0] * 0.25 + parts[1] * 0.75)
+
+
+@pytest.mark.parametrize("after", [4, 7, 9, 13])
+def test_an_interrupted_run_goes_on(tmp_path, after):
+    """Killed in the first pass, in the one backward or in a later one, the next run ends with the same bits."""
+    torch.manual_seed(1)
+    model, path = Chain((160, 160, 160, 160, 32)), tmp_path / "s.safetensors"
+    data = batches(6, width=160)
+    how = {"path": path, "gradients": True, "memory": 3 * 1024 * 1024, "snapshot_every": 0}
+    with pytest.raises(KeyboardInterrupt):
+        lowbit.calibrate(model, dying(data, after), **how)
+    assert not path.exists()
+
+    found = lowbit.calibrate(model, data, **how)
+
+    whole = lowbit.calibrate(model, data, **{**how, "path": tmp_path / "other.safetensors"})
+    assert found.contents == whole.contents
+    assert same(found, whole)
+    assert [file.name for file in tmp_path.iterdir() if "progress" in file.name or "partial" in file.name] == []
+
+
+class Cut(torch.autograd.Function):
+    """An operation without a backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        """x itself."""
+        return x.clone()
+
+
+@pytest.mark.parametrize(
+    ("tail", "said"),
+    [
+        (Cut.apply, "no gradient can be taken through the model"),
+        (lambda x: x.argmax(-1), "no floating-point tensor"),
+        (lambda x: torch.sqrt(x * 0), "NaN or infinite"),
+    ],
+)
+def test_a_model_without_gradients_is_one_error(tail, said, tmp_path):
+    """What cannot be differentiated is said, with what to do, and no file is left."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(24, 24)
+
+        def forward(self, x):
+            return tail(self.linear(x))
+
+    with pytest.raises(StatisticsError, match=said):
+        lowbit.calibrate(Model(), batches(), gradients=True, path=tmp_path / "s.safetensors")
+    assert not (tmp_path / "s.safetensors").exists()
+
+
+def test_an_iterator_is_refused():
+    """Batches that can be had only once give no second pass; that is said."""
+    with pytest.raises(StatisticsError, match="gradients take another pass"):
+        lowbit.calibrate(Attention(), iter(batches()), gradients=True)
