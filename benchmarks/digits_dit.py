@@ -23,6 +23,7 @@ import math
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class Configuration:
 
     `calibrated`: solvers know the statistics of the inputs. Without `inputs` the result is dequantized again before it
     runs: only the weights are rounded then. `shared`: query, key and value share smooth_factor and proj_down.
+    `gradients`: solvers know those at the outputs, too.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Configuration:
     inputs: bool = True
     calibrated: bool = False
     shared: bool = False
+    gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ ROWS = (
     Configuration(HEADLINE, "svdquant_w4a4", (_AWQ, _UNSIGNED)),
     Configuration(f"{HEADLINE}, weights", "svdquant_w4a4", (_AWQ, _UNSIGNED), inputs=False),
     *(
-        Configuration(f"{name}, calibrated", spec, rules, calibrated=True)
+        Configuration(f"{name}, {how}", spec, rules, calibrated=True, gradients=how == "gradients")
+        for how in ("calibrated", "gradients")
         for name, spec, rules in (
             ("int8 row", "int8", ()),
             ("fp8_e4m3 tensor", "fp8_e4m3", ()),
@@ -179,10 +183,10 @@ def draw(model: nn.Module, label: Tensor, steps: int) -> Tensor:
 
 
 def converted(
-    folder: Path, target: Path, row: Configuration, statistics: StatisticsCollection
+    folder: Path, target: Path, row: Configuration, statistics: Mapping[bool, StatisticsCollection]
 ) -> tuple[DigitsDiT, dict]:
-    """The model converted as the row says, and what that took."""
-    known = statistics if row.calibrated else None
+    """The model converted as the row says, and what that took. `statistics`: without and with gradients."""
+    known = statistics[row.gradients] if row.calibrated else None
     with open_source(folder) as source:
         plan = make_plan(
             source,
@@ -203,6 +207,7 @@ def converted(
         "spec": row.format,
         "rules": row.rules,
         "calibrated": row.calibrated,
+        "gradients": row.gradients,
         "solvers": sorted({layer.solver for layer in report.layers}),
         "layers": len(report.layers),
         "bits_per_weight": 8 * sum(layer.bytes_after for layer in report.layers) / weights,
@@ -215,9 +220,11 @@ def run(folder: Path, rows: tuple[Configuration | Plain, ...], count: int, steps
     """Measure every row; prints each as it is done."""
     model = load_model(folder)
     judge = Judge.of(model, count, steps)
-    began = time.perf_counter()
-    statistics = calibrate(model, calibration_inputs(model))
-    print(f"sampling and calibrating: {time.perf_counter() - began:.1f} s")
+    inputs, statistics = calibration_inputs(model), {}
+    for gradients in (False, True):
+        began = time.perf_counter()
+        statistics[gradients] = calibrate(model, inputs, gradients=gradients)
+        print(f"calibrating {'with' if gradients else 'without'} gradients: {time.perf_counter() - began:.1f} s")
     print(f"{'configuration':44} {'bits':>5} {'PSNR':>6} {'clip.':>6} {'mean':>6} {'t=.1':>6} {'t=.5':>6} {'t=.9':>6} "
           f"{'read':>6} {'s':>5}")  # fmt: skip
     found = []
@@ -248,7 +255,7 @@ def gains(rows: list[dict]) -> dict[str, float]:
     by_name = {row["name"]: row["psnr"] for row in rows}
     return {
         f"{name} over {plain}": by_name[name] - by_name[plain]
-        for name in (HEADLINE, f"{HEADLINE}, calibrated")
+        for name in (HEADLINE, f"{HEADLINE}, calibrated", f"{HEADLINE}, gradients")
         for plain in by_name
         if name in by_name and plain.startswith("plain W4A4")
     }
