@@ -63,7 +63,11 @@ def test_the_gain_is_the_theoretical_one(spec, alpha, least):
 
 
 @pytest.mark.parametrize(
-    "spec", [name for name, kind in formats().items() if kind().encodable and not kind().pre_quant_scale]
+    "spec",
+    [
+        *(name for name, kind in formats().items() if kind().encodable and not kind().pre_quant_scale),
+        "nvfp4(row_global_scale=True)",
+    ],
 )
 def test_every_format_gains(spec):
     """`solve` with gradients loses less of the model's output than without, whatever shares scales with what."""

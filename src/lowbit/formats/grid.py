@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,19 @@ from torch import Tensor
 from lowbit.numerics.levels import Levels
 
 Snap = Callable[[Tensor, "Tensor | None"], "tuple[Tensor, Tensor | None]"]
+
+
+@runtime_checkable
+class RowSnap(Protocol):
+    """A `Snap` that is another one for each row."""
+
+    def __call__(self, step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Snap`."""
+        ...
+
+    def narrow(self, start: int, stop: int) -> Snap:
+        """That of some of the rows."""
+        ...
 
 
 def keep_as_they_are(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -88,8 +102,10 @@ class Grid:
 
     def narrow(self, start: int, stop: int) -> Grid:
         """The grid of some of the rows, copied."""
+        target, step = self.target[:, start:stop].contiguous(), self.step[:, start:stop]
         zero = None if self.zero is None else self.zero[:, start:stop]
-        return replace(self, target=self.target[:, start:stop].contiguous(), step=self.step[:, start:stop], zero=zero)
+        snap = self.snap.narrow(start, stop) if isinstance(self.snap, RowSnap) else self.snap
+        return replace(self, target=target, step=step, zero=zero, snap=snap)
 
     def put_back(self, piece: Grid, start: int, stop: int) -> None:
         """Take the steps and zeros that some of the rows have now."""

@@ -51,6 +51,23 @@ _LOWEST_NORMALS = 15  # up to this code e4m3 values lie 2**-9 apart: half an odd
 _INF = float("inf")
 
 
+@dataclass(frozen=True)
+class _Snap:
+    """The nearest steps [G, n] under a global scale, which is one or, the last axis of steps, one a row."""
+
+    kind: GlobalScale
+    global_scale: Tensor
+
+    def __call__(self, step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Snap`."""
+        wanted = self.kind.over(step, self.global_scale).clamp_(SMALLEST_SCALE, E4M3_MAX)
+        return self.kind.times(from_fp8(to_fp8(wanted, torch.float8_e4m3fn)), self.global_scale), zero
+
+    def narrow(self, start: int, stop: int) -> _Snap:
+        """That of some of the rows."""
+        return replace(self, global_scale=self.global_scale[start:stop]) if self.global_scale.dim() else self
+
+
 @register
 @dataclass(frozen=True)
 class Nvfp4(Format):
@@ -193,12 +210,7 @@ class Nvfp4(Format):
 
     def grid(self, rows: Tensor, params: Parts) -> Grid:
         """A refitted scale is the nearest positive e4m3 value; the global scale stays."""
-        global_scale = params["global_scale"]  # one, or one a row: the last axis of steps
-
-        def snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            wanted = self._global.over(step, global_scale).clamp_(SMALLEST_SCALE, E4M3_MAX)
-            return self._global.times(from_fp8(to_fp8(wanted, torch.float8_e4m3fn)), global_scale), zero
-
+        snap = _Snap(self._global, params["global_scale"])
         return Grid(rows.t().contiguous(), self._steps(params).t().contiguous(), E2M1, columns=GROUP, snap=snap)
 
     def with_steps(self, params: Parts, grid: Grid) -> Parts:
