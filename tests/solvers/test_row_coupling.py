@@ -15,6 +15,7 @@ from lowbit.solvers import Statistics, refinements, solve, solver
 from lowbit.solvers.curvature import output_loss
 from lowbit.solvers.refinement import refine
 from lowbit.solvers.row_coupling import ROWS, refine_coupled, shrunk_outputs
+from lowbit.solvers.solve import Problem
 from tests.support.layers import Layer, power_law
 
 
@@ -167,10 +168,29 @@ def test_unusable_gradients_are_one_error(wrong, said):
 
 
 def test_what_is_no_second_moment_is_said():
-    """A G that is not positive definite is not used, and the note names it."""
+    """A G that is not positive definite is not used, and the note names it; H still is."""
     layer = Layer.make(64, 64)
     wrong = torch.eye(64) - 2 * torch.ones(64, 64)
 
     found = solve(layer.weight, parse_spec("int8"), "gptq", known_of(layer, wrong), where="block.3")
 
-    assert "block.3: the second moments of the gradient are no positive definite matrix" in found.note
+    assert found.solver == "scale_search+gptq"
+    assert found.note == (
+        "rows were solved one by one: block.3: the second moments of the gradient are no positive definite matrix; "
+        "calibrate it again"
+    )
+
+
+def test_without_gradients_nothing_is_tried_twice(monkeypatch):
+    """A pipeline that loses on the samples held out is run once for each thing it can be run against."""
+    layer, fmt, runs = Layer.make(64, 64), parse_spec("int8"), []
+    nothing = fmt.quantize(torch.zeros(64, 64))
+    monkeypatch.setattr(Problem, "_amount", lambda *_: 0.0)
+    monkeypatch.setattr(Problem, "_refined", lambda *_, outputs=None: runs.append(outputs) or nothing)
+
+    for outputs in (None, torch.eye(64)):
+        found = solve(layer.weight, fmt, "scale_search+gptq", known_of(layer, outputs))
+
+        assert "gptq" not in found.solver
+
+    assert [outputs is None for outputs in runs] == [True, False, True]

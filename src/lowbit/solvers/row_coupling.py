@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowbit.errors import SolverError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, gather_rows
 
-from .curvature import NotPositiveDefiniteError
 from .refinement import Draft, Refinement, refine
 
 ROWS = 32
@@ -54,10 +54,14 @@ def refine_coupled(
     return gather_rows(fmt.rules, refined, order.argsort())
 
 
+class GradientsError(SolverError):
+    """G has no triangular factor: it is not a second moment."""
+
+
 class RowCoupling:
     """L [N, N] of a shrunk G, and the errors of the rows that are done [K, N], in the units of the grid.
 
-    Raises `NotPositiveDefiniteError`, naming `where`, when G is no second moment.
+    Raises `GradientsError`, naming `where`, when G is no second moment.
     """
 
     def __init__(self, outputs: Tensor, where: str) -> None:
@@ -65,7 +69,7 @@ class RowCoupling:
         if int(failed):
             lower, failed = torch.linalg.cholesky_ex(outputs.double())
         if int(failed):
-            raise NotPositiveDefiniteError(
+            raise GradientsError(
                 f"{where}: the second moments of the gradient are no positive definite matrix; calibrate it again"
             )
         self._lower = lower.div_(lower.diagonal().clone()).float()

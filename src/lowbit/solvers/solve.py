@@ -32,7 +32,7 @@ from .curvature import NotPositiveDefiniteError, energy, output_loss, output_sig
 from .input_scale import input_scale, transformed
 from .pipeline import AUTO, Pipeline, parse_pipeline, pick_solver, what_is_known
 from .refinement import refine
-from .row_coupling import refine_coupled
+from .row_coupling import GradientsError, refine_coupled
 
 _TRIAL_SHARE, _TRIAL_ROWS = 8, 64  # an eighth of the rows, but at least so many
 _LEAST = 0.01  # of the median second moment of a channel: the mean may be that of a few outliers
@@ -183,15 +183,21 @@ class Problem:
             try:
                 amount = self._amount(start, plain, notes)
                 if amount is not None:
-                    for outputs in (self.statistics.combined_output, None):
-                        yield (
-                            self.pipeline.name,
-                            self._refined(self.w, start, self.statistics.combined, amount, outputs=outputs),
-                        )
+                    yield from self._all_refined(start, amount, notes)
             except NotPositiveDefiniteError as error:
                 notes.append(f"only the diagonal was used: {error}")
         name = Pipeline(self.pipeline.start, bias=self.pipeline.bias).name
         yield name, start
+
+    def _all_refined(self, start: Parts, amount: float, notes: list[str]) -> Iterator[tuple[str, Parts]]:
+        """Against the error of the model's output, where that is known, and against that of the layer's."""
+        hessian, outputs = self.statistics.combined, self.statistics.combined_output
+        if outputs is not None:
+            try:
+                yield self.pipeline.name, self._refined(self.w, start, hessian, amount, outputs=outputs)
+            except GradientsError as error:
+                notes.append(f"rows were solved one by one: {error}")
+        yield self.pipeline.name, self._refined(self.w, start, hessian, amount)
 
     @cached_property
     def for_start(self) -> Statistics:
