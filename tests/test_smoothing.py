@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowbit.calibration import calibrate
 from lowbit.errors import SolverError, UnsupportedError
 from lowbit.nn import quantize_
 from lowbit.smoothing import fold_scales_, llama_groups, rescaled, smooth_
@@ -126,6 +127,19 @@ def test_statistics_follow_the_input(block):
 
     for name, seen in observed(folded, x).items():
         torch.testing.assert_close(done.statistics[name].hessian, seen.hessian, rtol=1e-3, atol=1e-4)
+
+
+def test_statistics_follow_the_gradient(block):
+    """Those of linears whose rows took a scale have the gradients that calibrating the folded block would give."""
+    x, folded = [gaussian(64, K)], copy.deepcopy(block)
+    known = calibrate(block, x, gradients=True)
+    done = smooth_(folded, known, "nvfp4")
+
+    assert {"self_attn.v_proj", "mlp.up_proj"} <= set(done.scales)
+    for name, seen in calibrate(folded, x, gradients=True).items():
+        found = done.statistics[name]
+        for a, b in ((found.hessian, seen.hessian), (found.output_hessian, seen.output_hessian)):
+            assert float((a - b).norm()) < 1e-4 * float(b.norm())
 
 
 def test_rescaled_statistics_are_those_of_the_scaled_input():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from lowbit.errors import CheckpointError, DependencyError, PlanError, WeightErr
 from lowbit.solvers.base import Statistics
 from tests.checkpoint.gguf_files import blocks, gguf, read_file, write_file
 from tests.support import outlier_weight
+from tests.support.layers import Layer, power_law
 
 MODEL = {
     "a.weight": outlier_weight(48, 128),
@@ -186,6 +188,28 @@ def test_names_of_llama_cpp(tmp_path):
     save_file({"strange.weight": q.contiguous()}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="have no name in the architecture 'qwen2'"):
         export(tmp_path, tmp_path.parent / "no.gguf", "F32", architecture="qwen2")
+
+
+def test_reordered_rows_are_solved_in_the_order_of_their_gradients(tmp_path):
+    """A llama query solved with gradients has the blocks that it has under another name, in the rotary's order."""
+    layer, root = Layer.make(128, 64), power_law(128, 2.0, seed=4)
+    known = replace(layer.exact(), output_hessian=(root @ root.t()).float())
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2, "num_key_value_heads": 1}))
+    name = "model.layers.1.self_attn.q_proj"
+    save_file({f"{name}.weight": layer.weight}, tmp_path / "model.safetensors")
+
+    found = {}
+    with open_source(tmp_path) as source:
+        plan = make_plan(
+            source, "gguf(type=Q4_0)", preset="none", solver="rtn+gptq", statistics=InMemory({name: known})
+        )
+        for kind in ("llama", "qwen2"):
+            target = tmp_path.parent / f"{kind}.gguf"
+            export_gguf(source, target, plan, statistics=InMemory({name: known}), architecture=kind)
+            found[kind] = read_file(target)["blk.1.attn_q.weight"][1]
+
+    order = torch.arange(128).reshape(2, 2, 32).transpose(1, 2).flatten()
+    assert np.array_equal(found["llama"], found["qwen2"][order])
 
 
 def test_nothing_is_left_behind(tmp_path):

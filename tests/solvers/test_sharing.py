@@ -90,8 +90,12 @@ def test_an_input_of_nothing_but_zeros_shares_the_data_free_fit(known):
         assert all(torch.equal(parts[name], solution.parts[name]) for name in parts)
 
 
-def test_a_group_falls_back_together(known, monkeypatch):
-    """Where one layer is worse than rounding to nearest with the shared factors, none shares, and all notes say why."""
+@pytest.mark.parametrize("of", [None, 0])
+def test_a_group_falls_back_together(known, monkeypatch, of):
+    """Where one layer is worse than rounding to nearest with the shared factors, none shares, and all notes say why.
+
+    The gradient at the output of one of them, as its statistics have it, is not taken for that of the others.
+    """
     group = members("svdquant")
 
     def spoiled(weights, *arguments, **options):
@@ -101,7 +105,8 @@ def test_a_group_falls_back_together(known, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(sharing, "svdquant_shared", spoiled)
-        done = solve_shared(group, FMT, known)
+        seen_of_one = known if of is None else replace(known, output_hessian=torch.eye(len(group[of].w)))
+        done = solve_shared(group, FMT, seen_of_one)
     assert not done.shared
     for one, found in zip(group, done.solutions, strict=True):
         alone = solve(one.w, FMT, "svdquant", known)

@@ -145,7 +145,7 @@ class _Export:
 
     def _plain(self, key: str, spec: TensorSpec) -> Entry:
         planned = self._planned.get(key)
-        read = partial(self._read, key)
+        read = partial(self._held.read, key)
         if planned is not None and planned.action == "quantize":
             return self._solved(key, spec.shape, _blocks_of(planned), planned.solver, read)
         if spec.dtype not in PLAIN:
@@ -205,7 +205,8 @@ class _Export:
         if wanted is None:
             raise PlanError(f"{stored.place}: a GGUF file cannot keep {fmt}; choose gguf(type=...) for this layer")
         solver = planned.solver if planned is not None else "rtn"
-        return [self._solved(key, stored.shape, wanted, solver, partial(self._decoded, stored, torch.float32))]
+        read = partial(self._decoded, stored, torch.float32)
+        return [self._solved(key, stored.shape, wanted, solver, read)]
 
     def _copied(self, stored: StoredLayer, fmt: GgufBlock, loaded: Callable[[], Parts]) -> list[Entry]:
         """Blocks with the codes that there are, and the scales beside them."""
@@ -221,13 +222,13 @@ class _Export:
         self, key: str, shape: tuple[int, ...], fmt: GgufBlock, solver: str, read: Callable[[], Tensor]
     ) -> Entry:
         layer = layer_of(key) or key
-        known = None if self._statistics is None else self._statistics.get(self._held.full_name(layer))
 
         def make() -> Tensor:
             w = read().reshape(-1, shape[-1])
             where = f"{self._held.where}: layer {layer!r}"
+            known = None if self._statistics is None else self._statistics.get(self._held.full_name(layer))
             qdata = solve(w, fmt, solver or "rtn", known, where=where).parts["qdata"]
-            return qdata.reshape(*shape[:-1], qdata.shape[-1])
+            return self._ordered(key, qdata.reshape(*shape[:-1], qdata.shape[-1]))  # rows as statistics know them first
 
         return Entry(self._naming.of(key), fmt.type, shape, make)
 
@@ -246,10 +247,10 @@ class _Export:
 
     def _decoded(self, stored: StoredLayer, dtype: torch.dtype) -> Tensor:
         w, _ = self._held.dequantized(stored, dtype)
-        return self._ordered(join_key(stored.layer, "weight"), w)
+        return w
 
     def _decoded_bytes(self, stored: StoredLayer, dtype: torch.dtype) -> Tensor:
-        return as_bytes(self._decoded(stored, dtype))
+        return as_bytes(self._ordered(join_key(stored.layer, "weight"), self._decoded(stored, dtype)))
 
     def _bytes_of(self, key: str, kind: str) -> Tensor:
         tensor = self._read(key)

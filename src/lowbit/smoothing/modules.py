@@ -14,7 +14,7 @@ from lowbit.formats.registry import as_format
 from lowbit.solvers.awq import WeightRows
 from lowbit.solvers.base import Statistics
 
-from .choice import Choice, choose, held_by_norm, held_by_rows, rescaled
+from .choice import Choice, choose, held_by_norm, held_by_rows, rescaled, rescaled_outputs
 from .groups import find_groups
 from .norms import WEIGHT
 
@@ -97,7 +97,9 @@ def smooth_(
             continue
         fold_scales_(modules[before], linears, choice.scale)
         scales[before] = choice.scale
-        after |= {name: rescaled(statistics[name], choice.scale) for name in names if name in statistics}
+        after |= {name: rescaled(after[name], choice.scale) for name in names if name in after}
+        if isinstance(modules[before], nn.Linear) and before in after:
+            after[before] = rescaled_outputs(after[before], choice.scale)
     return Smoothed(scales, after)
 
 

@@ -56,9 +56,12 @@ def solve_shared(
 ) -> SharedSolution:
     """Quantize weights [N_i, K] with the same input. `where` names all of them in errors; others are as in `solve`.
 
+    Of the statistics only what is known of the input is used: the gradient at the output is that of one layer.
+
     Raises `SolverError` also for a format without a low-rank branch, for weights that differ in K or dtype, and for
     pipelines that start or refine differently.
     """
+    statistics = None if statistics is None else statistics.without_outputs
     chosen = _pipelines(members, fmt, statistics, where, seed)
     first = chosen[0][0]
     weights, notes = [one.w for one in members], [note for _, note in chosen]
@@ -66,7 +69,7 @@ def solve_shared(
         parts = shared_fit(weights, fmt, None, where=where, seed=seed, search=first.start != "rtn")
         made = [Solution(own, first.start, note=note) for own, note in zip(parts, notes, strict=True)]
         return SharedSolution(tuple(made), shared=True)
-    known = statistics.without_outputs.on(weights[0].device)
+    known = statistics.on(weights[0].device)
     known.check(weights[0].shape[0], weights[0].shape[1], where)
     problems = [
         Problem(one.w, fmt, pipeline, known, one.where, seed)
