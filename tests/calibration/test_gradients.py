@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import re
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import lowbit
-from lowbit.calibration import save_statistics
+from lowbit.calibration import StatisticsFile, save_statistics
 from lowbit.calibration.merge import Merged
 from lowbit.errors import StatisticsError
 from tests.calibration.models import Attention, Chain, batches, same
@@ -119,13 +125,35 @@ def test_files_hold_them(tmp_path):
     written = lowbit.calibrate(model, data, gradients=True, path=tmp_path / "s.safetensors")
 
     assert same(written, lowbit.calibrate(model, data, gradients=True))
-    with lowbit.calibration.StatisticsFile(save_statistics(taken, tmp_path / "again.safetensors")) as again:
+    with StatisticsFile(save_statistics(taken, tmp_path / "again.safetensors")) as again:
         assert same(again, taken)
         assert again["q"].output_hessian.shape == (24, 24)
         assert not torch.equal(again["q"].output_hessian, again["k"].output_hessian)
     twice = Merged([taken, taken])
     for name in taken:
         torch.testing.assert_close(twice[name].output_hessian, taken[name].output_hessian)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda facts: facts["layers"]["second"].update(output="g1"), "second: N = 24, its output has 16"),
+        (lambda facts: facts["layers"]["second"].update(output="g7"), "g7.output_hessian of shape [24, 24] is not"),
+        (lambda facts: facts["layers"]["first"].update(output="g0"), "second: N = 24, its output has 16"),
+    ],
+)
+def test_a_damaged_directory_is_refused(tmp_path, change, said):
+    """An output that is not there, or of which layers differ in N, is said by its name."""
+    path = tmp_path / "s.safetensors"
+    save_statistics(lowbit.calibrate(Line(), batches(), gradients=True), path)
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["lowbit.statistics"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    change(facts)
+    save_file(tensors, path, {"lowbit.statistics": json.dumps(facts)})
+
+    with pytest.raises(StatisticsError, match=re.escape(said)):
+        StatisticsFile(path)
 
 
 def test_merged_with_statistics_without_them_they_stay():
@@ -195,5 +223,49 @@ def test_a_model_without_gradients_is_one_error(tail, said, tmp_path):
 
 def test_an_iterator_is_refused():
     """Batches that can be had only once give no second pass; that is said."""
+    once = iter(batches())
+
     with pytest.raises(StatisticsError, match="gradients take another pass"):
-        lowbit.calibrate(Attention(), iter(batches()), gradients=True)
+        lowbit.calibrate(Attention(), once, gradients=True)
+    assert len(list(once)) == len(batches())
+
+
+def test_a_lost_file_is_begun_again(tmp_path):
+    """Where the progress of an interrupted run is left but not its unfinished file, gradients are taken again."""
+    torch.manual_seed(1)
+    model, path = Chain((160, 160, 160, 160, 32)), tmp_path / "s.safetensors"
+    data = batches(6, width=160)
+    how = {"gradients": True, "memory": 3 * 1024 * 1024, "snapshot_every": 0}
+    with pytest.raises(KeyboardInterrupt):
+        lowbit.calibrate(model, dying(data, 13), path=path, **how)
+    for file in tmp_path.glob("*.partial*"):
+        file.unlink()
+
+    found = lowbit.calibrate(model, data, path=path, **how)
+
+    assert same(found, lowbit.calibrate(model, data, path=tmp_path / "other.safetensors", **how))
+
+
+def test_an_objective_needs_no_name():
+    """Any callable may say what counts; the file has the name of its class where it has none of its own."""
+    found = lowbit.calibrate(Line(), batches(), gradients=functools.partial(lambda key, out, _: out[key], "y"))
+
+    assert found["first"].output_hessian is not None
+    assert found.contents.options["gradients"] == "partial"
+
+
+def test_a_gradient_of_zeros_is_none():
+    """A layer that reaches the output only through a zero, which nothing could be judged by, has no gradient."""
+    found = lowbit.calibrate(Line(), batches(), gradients=lambda output, _: output["y"] * 0)
+
+    assert found["first"].hessian is not None
+    assert found["first"].output_hessian is None
+
+
+def test_parameters_of_inference_mode_are_one_error():
+    """A model made in inference mode, through which there is no gradient, is said to have none."""
+    with torch.inference_mode():
+        model = Chain((24, 24, 24))
+
+    with pytest.raises(StatisticsError, match="calibrate without gradients"):
+        lowbit.calibrate(model, batches(), gradients=True)

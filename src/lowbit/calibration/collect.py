@@ -190,14 +190,15 @@ class Run:
             if self.number:
                 target.begin(self.contents(), key, resume=resume)
                 self.observer.done &= {name for name, number in self.keys().items() if number in target.done}
+                if not target.done.issuperset(self.outputs.values()):  # it is not the file that the run had begun
+                    target.write_outputs(self.take_gradients())
             while self.observer.surveying or self.observer.waiting():
                 self.one_pass(record, snapshots)
                 record = None
                 if not target.is_open:
                     outputs = self.take_gradients()
                     target.begin(self.contents(), key, resume=resume)
-                    for output in outputs.keys() - target.done:
-                        target.write_output(output, outputs[output])
+                    target.write_outputs(outputs)
                 for name, made in self.observer.finished():
                     target.write(self.keys()[name], made.finish())
                 self.next_pass()
@@ -229,11 +230,6 @@ class Run:
         chosen = self.options
         if chosen.objective is None:
             return {}
-        if iter(self.batches) is self.batches:
-            raise StatisticsError(
-                f"{self.description}: gradients take another pass over the batches; pass a list or another re-iterable "
-                "instead of an iterator, or calibrate without gradients"
-            )
         called = {name: self.linears[name] for name, seen in self.observer.watched.items() if seen.group}
         work = GradientPass(self.model, called, chosen.objective, chosen.memory, chosen.seed)
 
@@ -259,6 +255,11 @@ class Run:
             raise StatisticsError(
                 f"{self.description}: another pass over the batches is needed, for {len(self.observer.waiting())} "
                 "inputs; pass a list or another re-iterable instead of an iterator, or give more memory"
+            )
+        if self.options.objective is not None and isinstance(self.batches, Iterator):
+            raise StatisticsError(
+                f"{self.description}: gradients take another pass over the batches; pass a list or another re-iterable "
+                "instead of an iterator, or calibrate without gradients"
             )
         skip = record["done"] if record else 0
         count = 0
@@ -367,5 +368,10 @@ class Run:
             "share": chosen.share,
             "seed": chosen.seed,
             BROAD: chosen.broad,
-            "gradients": "" if chosen.objective is None else chosen.objective.__name__,
+            "gradients": "" if chosen.objective is None else _name_of(chosen.objective),
         }
+
+
+def _name_of(objective: Objective) -> str:
+    """What a file calls it: a function by its name, any other callable by its class."""
+    return str(getattr(objective, "__name__", type(objective).__name__))

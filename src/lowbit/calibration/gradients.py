@@ -73,10 +73,14 @@ class OutputMoments:
             self._pending[half].clear()
 
     def finish(self) -> dict[str, Tensor]:
-        """By the field of `Statistics`: float32 [N, N] on the CPU. A half that saw nothing has the other's."""
+        """By the field of `Statistics`: float32 [N, N] on the CPU. A half that saw nothing, or zeros, has the other's.
+
+        Nothing where both did: against zeros nothing can be judged.
+        """
         for half in range(2):
             self._flush(half)
-        found = [half.mean() for half in self._halves]
+        means = [half.mean() for half in self._halves]
+        found = [mean if mean is not None and bool(mean.any()) else None for mean in means]
         first, second = (one if one is not None else other for one, other in zip(found, found[::-1], strict=True))
         return {} if first is None or second is None else {"output_hessian": first, "output_held_out": second}
 
@@ -111,7 +115,7 @@ class GradientPass:
         finally:
             for handle in handles:
                 handle.remove()
-        found = {name: moments.finish() for name, moments in self._moments.items()}
+        found = {name: self._moments.pop(name).finish() for name in list(self._moments)}  # one by one: they are large
         return {name: fields for name, fields in found.items() if fields}
 
     def _backward(self, batch: Batch) -> None:
@@ -171,11 +175,12 @@ def _fitting(linears: Mapping[str, nn.Linear], memory: int | None) -> dict[str, 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient; each one's wish comes back at the end."""
-    wishes = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)
+    """No parameter asks for a gradient; those that did ask again at the end. Of tensors of inference mode none can."""
+    asking = [one for one in model.parameters() if one.requires_grad and not one.is_inference()]
+    for parameter in asking:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter, wish in wishes.items():
-            parameter.requires_grad_(wish)
+        for parameter in asking:
+            parameter.requires_grad_()

@@ -177,12 +177,15 @@ def parse_contents(data: Mapping[str, Any]) -> Contents:
     if data["version"] != VERSION:
         raise ValueError(f"version {data['version']!r}, this lowbit reads {VERSION}")
     inputs = {str(key): InputFacts(**facts) for key, facts in data["inputs"].items()}
-    layers = {}
+    layers, outputs = {}, dict[str, int]()
     for name, layer in data["layers"].items():
         n, k = layer["shape"]
         if inputs[layer["input"]].k != k:
             raise ValueError(f"{name}: K = {k}, its input has {inputs[layer['input']].k}")
         layers[name] = LayerInput(layer["input"], (n, k), str(layer.get("output", "")))
+        first = outputs.setdefault(layers[name].output, n)
+        if layers[name].output and first != n:
+            raise ValueError(f"{name}: N = {n}, its output has {first}")
     return Contents(data["model"], layers, inputs, tuple(data["never_called"]), dict(data["options"]))
 
 

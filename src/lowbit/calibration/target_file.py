@@ -54,9 +54,10 @@ class TargetFile:
             )
         self._add(key, stored_fields(statistics))
 
-    def write_output(self, key: str, fields: Mapping[str, Tensor]) -> None:
-        """Add the moments of the gradient at an output."""
-        self._add(key, fields)
+    def write_outputs(self, outputs: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Add the moments of the gradients at outputs by their keys; those that are there already stay."""
+        for key in outputs.keys() - self.done:
+            self._add(key, outputs[key])
 
     def _add(self, key: str, fields: Mapping[str, Tensor]) -> None:
         assert self._writer is not None
