@@ -330,3 +330,88 @@ def test_a_damaged_file_is_refused(tmp_path, text, message):
     with pytest.raises(PlanError, match=message) as caught:
         Sensitivities.load(tmp_path / "s.json")
     assert "s.json" in str(caught.value)
+
+
+def with_gradients(source, scales):
+    """Statistics of every layer of two dimensions; those whose name starts so have gradients of that strength."""
+    known = {}
+    for name, info in source.components[0].tensors.items():
+        if len(info.shape) == 2:
+            n, k = info.shape
+            layer = name.removesuffix(".weight")
+            strength = next((scale for start, scale in scales.items() if layer.startswith(start)), 1.0)
+            moments = dict.fromkeys(("output_hessian", "output_held_out"), torch.eye(n) * strength)
+            known[layer] = dataclasses.replace(statistics_of(k), **moments)
+    return InMemory(known)
+
+
+def test_with_gradients_a_layer_counts_by_what_it_does_to_the_models_output(source):
+    """The weight of a layer is tr(G W H W^T), by all rows, and its error that of the model's output."""
+    known = with_gradients(source, {"blocks.0": 9.0})
+
+    found = find_choices(source, SPECS, preset="none", statistics=known)
+    errors = measure(source, found.candidates, known, measure_with="scale_search", rows=16)
+    selection = found.with_errors(errors, "scale_search")
+
+    assert selection.by_gradients
+    w = source.read("", "blocks.0.up.weight").float()
+    h = known.get("blocks.0.up").held_out
+    assert errors.weights["blocks.0.up"] == pytest.approx(9 * float(((w @ h) * w).sum()), rel=1e-4)
+    weights = {layer.name: layer.weight for layer in selection.layers}
+    assert sum(weights.values()) == pytest.approx(len(weights))
+    assert weights["blocks.0.up"] / weights["blocks.1.up"] == pytest.approx(
+        errors.weights["blocks.0.up"] / errors.weights["blocks.1.up"]
+    )
+    fmt = parse_spec("nvfp4")
+    solution = solve(w, fmt, "scale_search", known.get("blocks.0.up"))
+    assert errors_of(selection, "blocks.0.up")["nvfp4"] == pytest.approx(solution.error, rel=1e-4)
+
+
+def test_layers_that_matter_more_to_the_model_get_more_bits(source):
+    """Of equal layers those with the stronger gradients are the better ones in a plan of the same size."""
+    sizes = []
+    for strength in (1e-3, 1e3):
+        known = with_gradients(source, {"blocks.0": strength})
+        found = find_choices(source, SPECS, preset="none", statistics=known)
+        errors = measure(source, found.candidates, known, measure_with="rtn", rows=0)
+        selection = found.with_errors(errors, "rtn")
+        mixed = for_size(selection, int(selection.base.bytes_before * 0.4))
+        sizes.append(sum(choice.nbytes for layer, choice in mixed.picked if layer.name.startswith("blocks.0")))
+
+    assert sizes[0] < sizes[1]
+
+
+def test_without_the_gradients_of_some_layers_all_count_the_same(source):
+    """Weights of some layers alone cannot be compared with the others, so they are left out."""
+    whole = with_gradients(source, {})
+    some = InMemory(
+        {
+            name: whole.get(name).without_outputs if name == "blocks.0.up" else whole.get(name)
+            for name in ("blocks.0.up", "blocks.1.up")
+        }
+    )
+    found = find_choices(source, SPECS, preset="none", statistics=some)
+
+    selection = found.with_errors(measure(source, found.candidates, some, measure_with="rtn", rows=0), "rtn")
+
+    assert not selection.by_gradients
+    assert {layer.weight for layer in selection.layers} == {1.0}
+
+
+def test_weights_are_saved_with_the_errors(source, tmp_path):
+    """A file of sensitivities holds the weights; a damaged one is refused."""
+    known = with_gradients(source, {})
+    candidates = find_choices(source, SPECS, preset="none", statistics=known).candidates
+    errors = measure(source, candidates, known, measure_with="rtn", rows=0)
+    errors.save(tmp_path / "s.json")
+
+    again = measure(
+        source, candidates, known, measure_with="rtn", rows=0, known=Sensitivities.load(tmp_path / "s.json")
+    )
+
+    assert again.weights == errors.weights
+    assert len(again.weights) == len(candidates)
+    text = (tmp_path / "s.json").read_text()
+    (tmp_path / "s.json").write_text(text.replace('"weights": {', '"weights": {"a": -1.0, '))
+    with pytest.raises(PlanError, match="the weight of a"):
+        Sensitivities.load(tmp_path / "s.json")

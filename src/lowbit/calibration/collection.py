@@ -134,6 +134,11 @@ class StatisticsCollection(Mapping[str, Statistics]):
             return ""
         return self.contents.inputs[found.input].kind
 
+    def has_gradients(self, layer: str) -> bool:
+        """Whether the gradient at a layer's output is known; reads no tensor."""
+        found = self.contents.layers.get(layer)
+        return found is not None and bool(found.output)
+
     def smallest(self, layer: str) -> float | None:
         """The smallest input of a layer; None where that is not known."""
         found = self.contents.layers.get(layer)

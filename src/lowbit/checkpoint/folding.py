@@ -53,6 +53,10 @@ class RescaledStatistics:
         """See `LayerStatistics`."""
         return self._statistics.kind(layer)
 
+    def has_gradients(self, layer: str, /) -> bool:
+        """See `LayerStatistics`."""
+        return self._statistics.has_gradients(layer)
+
     def smallest(self, layer: str, /) -> float | None:
         """See `LayerStatistics`."""
         if layer not in self._scales:

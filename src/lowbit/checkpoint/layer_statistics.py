@@ -24,6 +24,10 @@ class LayerStatistics(Protocol):
         """What is known of a layer: "full", "diagonal" or "" for one without second moments; cheap."""
         ...
 
+    def has_gradients(self, layer: str, /) -> bool:
+        """Whether the gradient at a layer's output is known; cheap."""
+        ...
+
     def smallest(self, layer: str, /) -> float | None:
         """The smallest input of a layer; None where that is not known."""
         ...
@@ -46,6 +50,11 @@ class InMemory:
     def kind(self, layer: str, /) -> str:
         """See `LayerStatistics`."""
         return what_is_known(self._by_layer.get(layer))
+
+    def has_gradients(self, layer: str, /) -> bool:
+        """See `LayerStatistics`."""
+        known = self._by_layer.get(layer)
+        return known is not None and known.output_hessian is not None
 
     def smallest(self, layer: str, /) -> float | None:
         """See `LayerStatistics`."""

@@ -4,6 +4,9 @@ Every rule of `make_plan` holds: presets, `keep`, `only`, layer rules. What they
 given and staying as it is. A layer's loss is its relative output error, tr(E H E^T) / tr(W H W^T); the loss of the
 checkpoint is the mean of them over all layers that could be quantized, so that a layer counts by what it does to its
 own output and not by how large that is, unless it is given a weight. Its SQNR is that mean in dB.
+
+Where the gradients at the outputs of all of these layers are known, each counts by what its output does to the model's:
+the mean is weighted by tr(G W H W^T), and is the error of the model's output as far as errors of layers just add up.
 """
 
 from __future__ import annotations
@@ -70,11 +73,16 @@ class LayerChoices:
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers of a source that have a choice, and the plan of everything else."""
+    """The layers of a source that have a choice, and the plan of everything else.
+
+    `measured_with`: what their errors were measured with, "" before. `by_gradients`: layers count by those.
+    """
 
     base: Plan
     layers: tuple[LayerChoices, ...]
     fixed_bytes: int
+    measured_with: str = ""
+    by_gradients: bool = False
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -103,7 +111,9 @@ class Selection:
         return dataclasses.replace(self, layers=tuple(layers))
 
     def with_errors(self, found: Sensitivities, measure_with: str) -> Selection:
-        """The same with measured errors."""
+        """The same with measured errors, and with weights by gradients where all layers have them."""
+        weights = [found.weights.get(layer.name, 0.0) for layer in self.layers]
+        mean = sum(weights) / len(weights) if all(weights) else 0.0
 
         def measured(layer: LayerChoices, choice: Choice) -> Choice:
             if choice.plan.action != "quantize":
@@ -114,10 +124,14 @@ class Selection:
             return dataclasses.replace(choice, error=error)
 
         layers = tuple(
-            dataclasses.replace(layer, choices=tuple(measured(layer, choice) for choice in layer.choices))
-            for layer in self.layers
+            dataclasses.replace(
+                layer,
+                choices=tuple(measured(layer, choice) for choice in layer.choices),
+                weight=layer.weight * (weight / mean if mean else 1.0),
+            )
+            for layer, weight in zip(self.layers, weights, strict=True)
         )
-        return dataclasses.replace(self, layers=layers)
+        return dataclasses.replace(self, layers=layers, measured_with=measure_with, by_gradients=bool(mean))
 
 
 def find_choices(

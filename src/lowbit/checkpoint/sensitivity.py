@@ -4,6 +4,9 @@ H is the second moment of the layer's input on the samples held out, or on all t
 identity, and the ratio is that of the weight. The codes come from a solver, by default the start of the pipeline that
 will convert the layer. Rows of a weight are alike, so by default some of them, spread evenly, stand for all; formats
 whose low-rank part depends on all rows get all of them. Of a bank of experts the one in the middle stands for all.
+
+Where the gradient at the outputs is known, the error is that of the model's output, tr(G E H E^T) / tr(G W H W^T), of
+all rows, and what a layer is divided by, its weight, is kept too: times that, errors of different layers can be added.
 """
 
 from __future__ import annotations
@@ -64,12 +67,16 @@ class Candidate:
 
 @dataclass
 class Sensitivities:
-    """Measured errors by layer and format spec, with what they hold for: source, statistics (fingerprints), rows."""
+    """Measured errors by layer and format spec, with what they hold for: source, statistics (fingerprints), rows.
+
+    `weights`: tr(G W H W^T) of the layers whose gradients are known.
+    """
 
     source: str
     statistics: str = ""
     rows: int = ROWS
     layers: dict[str, dict[str, Measured]] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
 
     def get(self, layer: str, spec: str, solver: str) -> float | None:
         """The relative error of a layer in a format by a solver, if it was measured."""
@@ -83,7 +90,7 @@ class Sensitivities:
             for name, found in self.layers.items()
         )
         head = {"lowbit_sensitivities": _VERSION, "source": self.source, "statistics": self.statistics}
-        text = json.dumps({**head, "rows": self.rows}, indent=2).removesuffix("\n}")
+        text = json.dumps({**head, "rows": self.rows, "weights": self.weights}, indent=2).removesuffix("\n}")
         try:
             Path(path).write_text(f'{text},\n  "layers": {{\n{rows}\n  }}\n}}\n', encoding="utf-8")
         except OSError as error:
@@ -101,7 +108,8 @@ class Sensitivities:
         if data.get("lowbit_sensitivities") != _VERSION:
             raise PlanError(f"{path}: holds no sensitivities of version {_VERSION}; give another file or none")
         try:
-            return cls(str(data["source"]), str(data["statistics"]), int(data["rows"]), _layers(data["layers"]))
+            layers, weights = _layers(data["layers"]), _weights(data.get("weights", {}))
+            return cls(str(data["source"]), str(data["statistics"]), int(data["rows"]), layers, weights)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"{path}: is damaged ({error!r}); delete it to measure anew") from error
 
@@ -113,6 +121,13 @@ def _layers(data: Mapping[str, Any]) -> dict[str, dict[str, Measured]]:
         if bad := [spec for spec, m in layers[name].items() if not (math.isfinite(m.error) and m.error >= 0)]:
             raise ValueError(f"the error of {name} as {bad[0]}")
     return layers
+
+
+def _weights(data: Mapping[str, Any]) -> dict[str, float]:
+    weights = {name: float(weight) for name, weight in data.items()}
+    if bad := [name for name, weight in weights.items() if not (math.isfinite(weight) and weight >= 0)]:
+        raise ValueError(f"the weight of {bad[0]}")
+    return weights
 
 
 def measure(
@@ -140,6 +155,7 @@ def measure(
     if known is not None:
         _refuse_other(known, found)
         found.layers.update({name: dict(errors) for name, errors in known.layers.items()})
+        found.weights.update(known.weights)
     reader = _Reader(statistics)
     units = []
     for candidate in candidates:
@@ -185,6 +201,9 @@ class _Reader:
         with self._lock:
             return self._statistics.get(name)
 
+    def has_gradients(self, name: str) -> bool:
+        return self._statistics is not None and self._statistics.has_gradients(name)
+
     def full(self, name: str) -> bool:
         return self._statistics is not None and self._statistics.kind(name) == "full"
 
@@ -212,11 +231,13 @@ class _Layer:
 
     def _memory(self) -> int:
         n, k = self.shape
-        whole = not self.rows or any(_needs_all_rows(plan.fmt) for plan, _ in self.missing)
+        gradients = self.reader.has_gradients(self.candidate.name)
+        whole = gradients or not self.rows or any(_needs_all_rows(plan.fmt) for plan, _ in self.missing)
         looked_at = n if whole else min(n, self.rows + 2 * _step([plan.fmt for plan, _ in self.missing], self.shape))
         square = 2 * k * k if self.reader.full(self.candidate.name) else 0
         if any(parse_pipeline(solver).steps for _, solver in self.missing):
             square = 6 * k * k + 5 * min(looked_at * k, DRAFT_ELEMENTS)
+        square += 4 * n * n if gradients else 0
         one = self.plan.spec.nbytes // self.plan.weight.count
         return one + 3 * looked_at * k * self.plan.spec.dtype.itemsize + 4 * square + _WORKSPACE
 
@@ -232,16 +253,17 @@ class _Layer:
         component = self.source.component(self.candidate.component)
         w = self._matrix(component)
         statistics = self.reader.get(self.candidate.name)
-        if statistics is not None:
-            statistics = statistics.without_outputs  # some rows stand for all
+        gradients = self.reader.has_gradients(self.candidate.name)
         formats = [plan.fmt for plan, _ in self.missing]
-        some = sample_rows(w, self.rows, _step(formats, self.shape)) if self.rows else w
+        some = sample_rows(w, self.rows, _step(formats, self.shape)) if self.rows and not gradients else w
         where = name_place(str(component.tensors[self.plan.key].path), self.plan.layer)
         errors = self.found.layers[self.candidate.name]
         for plan, solver in self.missing:
             looked_at = w if _needs_all_rows(plan.fmt) else some
             solution = solve(looked_at, plan.fmt, solver, statistics, where=where, has_bias=self.candidate.has_bias)
             errors[plan.format] = Measured(solver, _error(looked_at, plan.fmt, solution))
+            if gradients and solution.signal is not None:
+                self.found.weights[self.candidate.name] = solution.signal
 
 
 def _error(w: Tensor, fmt: Format, solution: Solution) -> float:

@@ -22,7 +22,7 @@ from lowbit.checkpoint.mixed_precision import (
     for_sqnr,
 )
 from lowbit.checkpoint.plan import Plan
-from lowbit.checkpoint.sensitivity import PLANNED, START, Sensitivities, measure
+from lowbit.checkpoint.sensitivity import PLANNED, START, Candidate, Sensitivities, measure
 from lowbit.checkpoint.source import Source
 from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.cli.output import asking, decibels, progress, say, show, size, split_rule, table
@@ -41,7 +41,7 @@ class Target:
     sqnr: float | None
     formats: Sequence[str]
     weights: Sequence[str]
-    measure_with: str
+    measure_with: str | None
     rows: int
     sensitivities: Path | None
     jobs: int | None
@@ -79,7 +79,7 @@ class Target:
             if self.sqnr is not None and not 0 <= self.sqnr < math.inf:
                 raise PlanError(f"--target-sqnr {self.sqnr}: write a positive number of dB, such as 30")
             _ = self.weight_rules
-            if self.measure_with not in (START, PLANNED):
+            if self.measure_with not in (None, START, PLANNED):
                 parse_pipeline(self.measure_with)
 
     def reach(self, source: Source, wishes: Wishes, statistics: LayerStatistics | None) -> MixedPlan:
@@ -97,6 +97,7 @@ class Target:
             convolutions=wishes.convolutions,
             bank_transposed=wishes.bank_transposed,
         ).weighted(self.weight_rules)
+        how = self.how(selection.candidates, statistics)
         file = self.sensitivities
         known = Sensitivities.load(file) if file is not None and file.exists() else None
         with progress("measuring") as update:
@@ -104,7 +105,7 @@ class Target:
                 source,
                 selection.candidates,
                 statistics,
-                measure_with=self.measure_with,
+                measure_with=how,
                 rows=self.rows,
                 known=known,
                 jobs=self.jobs,
@@ -112,20 +113,29 @@ class Target:
             )
         if file is not None:
             found.save(file)
-        selection = selection.with_errors(found, self.measure_with)
+        selection = selection.with_errors(found, how)
         if self.sqnr is not None:
             return for_sqnr(selection, self.sqnr)
         assert self.size is not None
         return for_size(selection, parse_size(self.size, selection.base.bytes_before))
 
+    def how(self, candidates: Sequence[Candidate], statistics: LayerStatistics | None) -> str:
+        """What to measure with: gradients tell layers apart well enough to be worth the whole pipeline."""
+        if self.measure_with is not None:
+            return self.measure_with
+        known = statistics is not None and all(statistics.has_gradients(one.name) for one in candidates)
+        return PLANNED if known else START
+
     def note(self, mixed: MixedPlan) -> str:
         """What the plan was made for, for its readers."""
         wanted = f"--target-size {self.size}" if self.sqnr is None else f"--target-sqnr {self.sqnr:g}"
-        rows = f"{self.rows} rows" if self.rows else "all rows"
+        selection = mixed.selection
+        rows = f"{self.rows} rows" if self.rows and not selection.by_gradients else "all rows"
         weights = "".join(f", --weight {text}" for text in self.weights)
+        of = "output SQNR" if not selection.by_gradients else "SQNR of the model's output, by gradients,"
         return (
             f"mixed precision: {wanted} among {'; '.join(self.specs)}{weights}, measured with "
-            f"{self.measure_with} on {rows} a layer: output SQNR {decibels(mixed.sqnr)} in {size(mixed.nbytes)}"
+            f"{selection.measured_with} on {rows} a layer: {of} {decibels(mixed.sqnr)} in {size(mixed.nbytes)}"
         )
 
 

@@ -59,13 +59,14 @@ def plan(
     fold_scales: options.FoldScales = False,
     share_low_rank: options.ShareLowRank = False,
     measure_with: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
             help=f"Measure layers with a solver, with the {START} of the pipeline that will convert them, or with all "
-            f"of it ({PLANNED}: slow).",
+            f"of it ({PLANNED}: slow). [default: {START}; {PLANNED} with gradients]",
+            show_default=False,
         ),
-    ] = START,
+    ] = None,
     rows: Annotated[
         int, typer.Option(min=0, metavar="N", help="Measure so many rows of each weight, spread evenly; 0 for all.")
     ] = ROWS,
@@ -127,7 +128,7 @@ def _refuse_targets_options(target: Target) -> None:
         "--formats": bool(target.formats),
         "--weight": bool(target.weights),
         "--sensitivities": target.sensitivities is not None,
-        "--measure-with": target.measure_with != START,
+        "--measure-with": target.measure_with is not None,
         "--rows": target.rows != ROWS,
     }
     if names := [name for name, wrong in given.items() if wrong]:

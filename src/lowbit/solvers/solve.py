@@ -46,7 +46,7 @@ class Solution:
     `bias`: float32 [N] to add to the layer's true bias, or None. `solver`: the pipeline that made the parts; less than
     was asked for where that lost. `note`: why, in words. `error`, `rtn_error`: tr(G E H E^T) / tr(G W H W^T) on the
     samples held out, of the parts and of rounding to nearest (G the identity where the gradient is not known); None
-    without statistics.
+    without statistics. `signal`: tr(G W H W^T) itself; layers with G known can be compared by it.
     """
 
     parts: Parts
@@ -55,6 +55,7 @@ class Solution:
     note: str = ""
     error: float | None = None
     rtn_error: float | None = None
+    signal: float | None = None
 
 
 def solve(
@@ -160,14 +161,14 @@ class Problem:
         notes = [] if self._held_out else ["judged on the samples it was made from: there are no others"]
         if self.pipeline.name == "rtn":
             error = rtn_error if self.start is None else self._error(self.start, None)
-            return Solution(self.start or plain, "rtn", None, "", error, rtn_error)
+            return Solution(self.start or plain, "rtn", None, "", error, rtn_error, self._signal)
         for name, parts in self._attempts(plain, notes):
             bias = self._bias(parts) if self.pipeline.bias else None
             error = self._error(parts, bias)
             if error <= rtn_error:
-                return Solution(parts, name, bias, "; ".join(notes), error, rtn_error)
+                return Solution(parts, name, bias, "; ".join(notes), error, rtn_error, self._signal)
             notes.append(f"{name} was worse than rounding to nearest on the samples held out")
-        return Solution(plain, "rtn", None, "; ".join(notes), rtn_error, rtn_error)
+        return Solution(plain, "rtn", None, "; ".join(notes), rtn_error, rtn_error, self._signal)
 
     # ---- attempts ---------------------------------------------------------------------------------------------------
 
