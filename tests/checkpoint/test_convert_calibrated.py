@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -99,6 +100,25 @@ def test_the_report_says_what_was_run_and_gained(source, tmp_path):
     assert (layers["unknown"].error, layers["unknown"].rtn_error) == (None, None)
     entry = next(layer for layer in report.to_json()["layers"] if layer["layer"] == "up")
     assert {"solver", "note", "error", "rtn_error"} <= entry.keys()
+
+
+def test_gradients_have_room(source, tmp_path, monkeypatch):
+    """A layer whose gradients are known counts as what they take more, so that no more are solved at a time."""
+    counted = []
+
+    def look(_, __, pieces, *more, **options):
+        counted.append({piece.name: piece.memory for piece in pieces})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules[convert.__module__], "rewrite", look)
+    for outputs in (None, torch.eye(96)):
+        statistics = InMemory({**known(), "up": replace(known()["up"], output_hessian=outputs)})
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "out.safetensors", planned(source, "int8", statistics), statistics=statistics)
+
+    without, given = counted
+    assert given["up.weight"] - without["up.weight"] == 4 * (6 * 96 * 96 + 4 * 96 * 64)
+    assert given["down.weight"] == without["down.weight"]
 
 
 def test_a_layer_that_lost_says_so(source, tmp_path):

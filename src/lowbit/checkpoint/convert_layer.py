@@ -68,6 +68,9 @@ class LayerWork:
         self.solving_memory = _WORKSPACE
         if plan.pipeline.steps:  # H of both halves and of one basis, its factor; the pieces of a draft
             self.solving_memory += 4 * (6 * self.shape[1] ** 2 + 5 * min(self.shape[0] * self.shape[1], DRAFT_ELEMENTS))
+        if statistics is not None and statistics.has_gradients(self.known_as):
+            n, k = self.shape  # G of both halves and together, shrunk, in order, its factor; errors, and judging them
+            self.solving_memory += 4 * (6 * n * n + 4 * n * k)
         self.memory = self.own_memory + self.solving_memory
 
     def _stored_before(self) -> StoredLayer | None:
@@ -103,10 +106,14 @@ class LayerWork:
             made[self.bias_key] = self._bias(solution, share_before)
         return made
 
+    @property
+    def known_as(self) -> str:
+        """Its name in statistics."""
+        return f"{self.component}/{self.layer}" if self.component else self.layer
+
     def known(self) -> Statistics | None:
         """What calibration saw of its input."""
-        name = f"{self.component}/{self.layer}" if self.component else self.layer
-        return None if self.statistics is None else self.statistics.get(name)
+        return None if self.statistics is None else self.statistics.get(self.known_as)
 
     def _bias(self, solution: Solution, share_before: Tensor | None) -> Tensor:
         """The bias to store, [N]: the true one and the solver's correction, without the share that the format adds."""
