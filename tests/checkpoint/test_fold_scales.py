@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowbit.calibration import calibrate
 from lowbit.checkpoint.compare import compare
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.fold_plan import plan_folds
@@ -21,9 +22,10 @@ from lowbit.checkpoint.rescaling import Rescaling
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.verify import verify
 from lowbit.errors import PlanError, WeightError
+from lowbit.integrations.text_objectives import text_objective
 from lowbit.lora import LoraDelta, bake_checkpoint
 from tests.support import gaussian
-from tests.support.tiny_decoders import decoder, distance, logits, seen, written
+from tests.support.tiny_decoders import decoder, distance, logits, seen, tokens, written
 
 pytest.importorskip("transformers")
 SPEC = "awq_w4a16(group_size=32)"
@@ -126,6 +128,25 @@ def test_static_scales_of_inputs_are_those_of_the_folded_ones(llama, tmp_path):
 
     assert not torch.equal(rescaled.get(name).samples, known[name].samples)
     assert 0.3 * largest < found <= largest
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_gradients_are_those_of_the_folded_model(tmp_path, model_type):
+    """Of linears whose rows (of a joined gate and up the last ones) take a scale, gradients are divided by it."""
+    model, inputs = decoder(model_type, layers=1), [{"input_ids": batch} for batch in tokens(8).split(4)]
+    known = calibrate(model, inputs, gradients=text_objective)
+    with open_source(written(model, tmp_path / "model")) as source:
+        plan = planned(source, known)
+        rescaled, statistics = folded(source, plan, known)
+        component = rescaled.components[0]
+        model.load_state_dict({key: rescaled.read(component, key) for key in component.tensors}, strict=False)
+        rows = [fold.before for part in plan.components for fold in part.folds if fold.kind == "rows" and fold.active]
+
+    assert rows
+    for name, seen_folded in calibrate(model, inputs, gradients=text_objective).items():
+        found = statistics.get(name).output_hessian
+        assert distance(found, seen_folded.output_hessian) < 1e-3
+        assert (name in rows) == (not torch.equal(found, known[name].output_hessian))
 
 
 def test_what_is_made_of_a_folded_output_is_verified_too(llama, tmp_path):
