@@ -30,7 +30,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     __m512i f(__m512i a) { return _mm512_dpbusd_epi32(a, a, a); }")
   set(LOWBIT_BASE_amx avx512)
   lowbit_set(amx "${avx512} -mamx-tile -mamx-int8" "#include <immintrin.h>
-    void f(const void* p) { _mm512_dpbusd_epi32(__m512i(), __m512i(), __m512i()), _tile_loadd(0, p, 64), _tile_dpbssd(1, 0, 2); }")
+    __m512i f(__m512i a, const void* p) { _tile_loadd(0, p, 64); _tile_dpbssd(1, 0, 2); return _mm512_dpbusd_epi32(a, a, a); }")
   if(LOWBIT_EMULATE)
     # Tiles in plain C++ beside the vectors of AVX2: compiled in a fraction of the time that SIMDe's take.
     set(LOWBIT_BASE_amx_emulated avx2)
