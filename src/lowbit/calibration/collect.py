@@ -199,6 +199,7 @@ class Run:
                     outputs = self.take_gradients()
                     target.begin(self.contents(), key, resume=resume)
                     target.write_outputs(outputs)
+                    del outputs  # further passes need the room
                 for name, made in self.observer.finished():
                     target.write(self.keys()[name], made.finish())
                 self.next_pass()
