@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from lowbit.calibration import calibrate
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.layer_statistics import InMemory
 from lowbit.checkpoint.mixed_precision import FORMATS, find_choices, for_size, for_sqnr
@@ -346,7 +349,7 @@ def with_gradients(source, scales):
 
 
 def test_with_gradients_a_layer_counts_by_what_it_does_to_the_models_output(source):
-    """The weight of a layer is tr(G W H W^T), by all rows, and its error that of the model's output."""
+    """The weight of a layer is tr(G W H W^T) of its tokens, by all rows, and its error that of the model's output."""
     known = with_gradients(source, {"blocks.0": 9.0})
 
     found = find_choices(source, SPECS, preset="none", statistics=known)
@@ -356,7 +359,8 @@ def test_with_gradients_a_layer_counts_by_what_it_does_to_the_models_output(sour
     assert selection.by_gradients
     w = source.read("", "blocks.0.up.weight").float()
     h = known.get("blocks.0.up").held_out
-    assert errors.weights["blocks.0.up"] == pytest.approx(9 * float(((w @ h) * w).sum()), rel=1e-4)
+    tokens = known.get("blocks.0.up").total_tokens
+    assert errors.weights["blocks.0.up"] == pytest.approx(tokens * 9 * float(((w @ h) * w).sum()), rel=1e-4)
     weights = {layer.name: layer.weight for layer in selection.layers}
     assert sum(weights.values()) == pytest.approx(len(weights))
     assert weights["blocks.0.up"] / weights["blocks.1.up"] == pytest.approx(
@@ -365,6 +369,34 @@ def test_with_gradients_a_layer_counts_by_what_it_does_to_the_models_output(sour
     fmt = parse_spec("nvfp4")
     solution = solve(w, fmt, "scale_search", known.get("blocks.0.up"))
     assert errors_of(selection, "blocks.0.up")["nvfp4"] == pytest.approx(solution.error, rel=1e-4)
+
+
+def test_errors_of_layers_are_comparable(tmp_path):
+    """Error times weight is the change of the model's output, for a layer of one token a sample as for one of fifty."""
+
+    class Modulated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.inner, self.outer = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x, c):
+            return self.outer(torch.tanh(self.inner(x)) * (1 + torch.tanh(self.scale(c))).unsqueeze(1))
+
+    torch.manual_seed(0)
+    model, data = Modulated(), [(torch.randn(8, 50, 64), torch.randn(8, 64)) for _ in range(24)]
+    known = calibrate(model, data, gradients=True)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    spec = "awq_w4a16(group_size=32)"
+    with open_source(tmp_path / "model.safetensors") as opened, torch.no_grad():
+        found = find_choices(opened, [spec], preset="none", statistics=known)
+        errors = measure(opened, found.candidates, known, measure_with="rtn", rows=0)
+        for name in ("scale", "inner", "outer"):
+            changed = copy.deepcopy(model)
+            fmt, weight = parse_spec(spec), changed.get_submodule(name).weight
+            weight.copy_(fmt.dequantize(fmt.quantize(weight), tuple(weight.shape), torch.float32))
+            cost = sum(float((changed(*batch) - model(*batch)).square().sum()) for batch in data)
+            predicted = errors.get(name, spec, "rtn") * errors.weights[name]
+            assert predicted == pytest.approx(cost, rel=0.25)
 
 
 def test_layers_that_matter_more_to_the_model_get_more_bits(source):

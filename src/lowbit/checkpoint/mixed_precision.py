@@ -6,7 +6,8 @@ checkpoint is the mean of them over all layers that could be quantized, so that 
 own output and not by how large that is, unless it is given a weight. Its SQNR is that mean in dB.
 
 Where the gradients at the outputs of all of these layers are known, each counts by what its output does to the model's:
-the mean is weighted by tr(G W H W^T), and is the error of the model's output as far as errors of layers just add up.
+the mean is weighted by tr(G W H W^T) of all tokens, and is the error of the model's output as far as those of layers
+just add up.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ will convert the layer. Rows of a weight are alike, so by default some of them, 
 whose low-rank part depends on all rows get all of them. Of a bank of experts the one in the middle stands for all.
 
 Where the gradient at the outputs is known, the error is that of the model's output, tr(G E H E^T) / tr(G W H W^T), of
-all rows, and what a layer is divided by, its weight, is kept too: times that, errors of different layers can be added.
+all rows, and what a layer is divided by, times the tokens that it saw, is kept as its weight: times that, errors of
+different layers can be added (a modulation sees one token where others see all of a sample's).
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Candidate:
 class Sensitivities:
     """Measured errors by layer and format spec, with what they hold for: source, statistics (fingerprints), rows.
 
-    `weights`: tr(G W H W^T) of the layers whose gradients are known.
+    `weights`: of the layers whose gradients are known, tr(G W H W^T) times the tokens that they saw.
     """
 
     source: str
@@ -237,7 +238,7 @@ class _Layer:
         square = 2 * k * k if self.reader.full(self.candidate.name) else 0
         if any(parse_pipeline(solver).steps for _, solver in self.missing):
             square = 6 * k * k + 5 * min(looked_at * k, DRAFT_ELEMENTS)
-        square += 4 * n * n if gradients else 0
+        square += 6 * n * n + 4 * n * k if gradients else 0  # as in a conversion
         one = self.plan.spec.nbytes // self.plan.weight.count
         return one + 3 * looked_at * k * self.plan.spec.dtype.itemsize + 4 * square + _WORKSPACE
 
@@ -262,8 +263,8 @@ class _Layer:
             looked_at = w if _needs_all_rows(plan.fmt) else some
             solution = solve(looked_at, plan.fmt, solver, statistics, where=where, has_bias=self.candidate.has_bias)
             errors[plan.format] = Measured(solver, _error(looked_at, plan.fmt, solution))
-            if gradients and solution.signal is not None:
-                self.found.weights[self.candidate.name] = solution.signal
+            if gradients and statistics is not None and solution.signal is not None:
+                self.found.weights[self.candidate.name] = solution.signal * statistics.total_tokens
 
 
 def _error(w: Tensor, fmt: Format, solution: Solution) -> float:
