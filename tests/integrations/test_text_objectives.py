@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from lowbit.calibration.batches import Batch
+from lowbit.calibration.gradients import whole_output
 from lowbit.errors import StatisticsError
-from lowbit.integrations.text_objectives import text_objective
+from lowbit.integrations.text_models import TextModel
+from lowbit.integrations.text_objectives import objective_of, text_objective
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
 BATCH = Batch((), {"attention_mask": MASK}, 2, (MASK.bool(),))
@@ -57,3 +61,14 @@ def test_other_outputs_are_one_error():
     """A model that returns neither logits nor hidden states is refused, with what to do."""
     with pytest.raises(StatisticsError, match="neither logits nor last_hidden_state; calibrate without gradients"):
         text_objective(SimpleNamespace(loss=torch.zeros(())), BATCH)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [("BertModel", text_objective), ("T5EncoderModel", whole_output), ("CLIPTextModelWithProjection", whole_output)],
+)
+def test_encoders_of_diffusion_models_are_read_token_by_token(architecture, expected):
+    """Of T5 and CLIP every token's hidden state counts, of sentence models the embedding."""
+    model = type(architecture, (nn.Module,), {})()
+
+    assert objective_of(TextModel(Path(), model, None, causal=False)) is expected

@@ -34,7 +34,7 @@ from lowbit.integrations.text_batches import (
     text_batches,
 )
 from lowbit.integrations.text_models import load_text_model
-from lowbit.integrations.text_objectives import text_objective
+from lowbit.integrations.text_objectives import objective_of
 
 EPILOG = epilog(
     "lowbit calibrate llama/ -o stats.safetensors",
@@ -256,7 +256,7 @@ def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin
             names=model.names(),
             description=f"{folder.resolve().name} on {', '.join(names)}" + (f", varied {vary:g}" if vary else ""),
             progress=update,
-            gradients=text_objective if backward else False,
+            gradients=objective_of(model) if backward else False,
             **{**wishes.options, "broad": wishes.options["broad"] or with_builtin},
         )
     assert isinstance(found, StatisticsFile)

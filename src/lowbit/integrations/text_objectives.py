@@ -1,4 +1,4 @@
-"""What counts in the output of a text model, for gradients: its embedding, or the distribution of its tokens."""
+"""What counts in the output of a text model, for gradients: its embedding, its tokens, or their distribution."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowbit.calibration.batches import Batch
+from lowbit.calibration.gradients import Objective, whole_output
 from lowbit.errors import StatisticsError
+
+from .text_models import TextModel
+
+_EVERY_TOKEN = ("T5", "UMT5", "CLIPText")
+"""Encoders whose hidden states are read token by token, by diffusion models."""
+
+
+def objective_of(text_model: TextModel) -> Objective:
+    """What counts of a model's output: every token's hidden state where those are read, else `text_objective`."""
+    architecture = type(text_model.model).__name__
+    return whole_output if architecture.startswith(_EVERY_TOKEN) and not text_model.causal else text_objective
 
 
 def text_objective(output: Any, batch: Batch) -> Tensor:
