@@ -45,6 +45,7 @@ from benchmarks.minilm_model import (
     with_weights,
 )
 from lowbit import QuantizedTensor, calibrate, parse_spec, quantize_
+from lowbit.integrations.text_objectives import text_objective
 
 RESULT = Path(__file__).parent / "results" / "minilm_peers.json"
 NEEDS = "python3.11 -m venv peers && peers/bin/pip install -e '.[peers]' 'torch==2.13.0'"
@@ -171,7 +172,7 @@ def lowbit_calibrated(spec: str) -> Method:
 
     def run(model: nn.Module, tokenizer: Any, genre: str) -> nn.Module:
         batches = lowbit_batches(model, tokenizer, genre)
-        known = calibrate(model, batches, layers=[ENCODER], broad=genre == BUILTIN)
+        known = calibrate(model, batches, layers=[ENCODER], broad=genre == BUILTIN, gradients=text_objective)
         quantize_(model, {ENCODER: spec}, statistics=known)
         return model
 
