@@ -27,7 +27,7 @@ class Batch:
     def digest(self) -> str:
         """A hex digest of all tensors in it."""
         found = hashlib.sha256()
-        for tensor in _tensors((self.args, self.kwargs)):
+        for tensor in tensors_in((self.args, self.kwargs)):
             found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
             found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
@@ -47,7 +47,7 @@ def as_batch(item: Any, index: int, token_mask: TokenMask | None) -> Batch:
         masks = [] if given is None else [given] if isinstance(given, Tensor) else list(given)
     if any(mask.dim() != 2 for mask in masks):
         raise StatisticsError(f"batch {index}: a token mask must have the shape [samples, tokens]; correct token_mask")
-    sizes = (tensor.shape[0] for tensor in _tensors((args, kwargs)) if tensor.dim())
+    sizes = (tensor.shape[0] for tensor in tensors_in((args, kwargs)) if tensor.dim())
     samples = masks[0].shape[0] if masks else next(sizes, 1)
     return Batch(args, kwargs, samples, tuple(mask.bool() for mask in masks))
 
@@ -75,15 +75,16 @@ def _as_mask(name: str, value: Any) -> Tensor | None:
     return value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested mappings, tuples and lists, in their order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for inner in value.values():
-            yield from _tensors(inner)
+            yield from tensors_in(inner)
     elif isinstance(value, tuple | list):
         for inner in value:
-            yield from _tensors(inner)
+            yield from tensors_in(inner)
 
 
 def rows_of(x: Tensor, batch: Batch, first_sample: int) -> tuple[Tensor | None, Tensor]:

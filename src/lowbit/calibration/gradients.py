@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lowbit.errors import StatisticsError
 
 from .accumulate import FLUSH, Moment
-from .batches import Batch, rows_of
+from .batches import Batch, rows_of, tensors_in
 from .collection import some
 
 _log = logging.getLogger("lowbit")
@@ -33,24 +33,12 @@ def whole_output(output: Any, batch: Batch) -> Tensor:
 
     Raises `StatisticsError` when there is none.
     """
-    for tensor in _floating(output):
+    for tensor in filter(Tensor.is_floating_point, tensors_in(output)):
         for mask in batch.masks:
             if tensor.shape[:2] == mask.shape:
                 return tensor * mask.to(tensor.device).reshape(*mask.shape, *[1] * (tensor.dim() - 2))
         return tensor
     raise StatisticsError(f"the model returned {type(output).__name__}, with no floating-point tensor in it")
-
-
-def _floating(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _floating(inner)
-    elif isinstance(value, tuple | list):
-        for inner in value:
-            yield from _floating(inner)
 
 
 class OutputMoments:

@@ -80,14 +80,23 @@ class Curvature:
         """
         order = self.hessian.diagonal().argsort()
         arranged = self.hessian[order][:, order]
-        lower, failed = torch.linalg.cholesky_ex(arranged)
-        if int(failed):
-            lower, failed = torch.linalg.cholesky_ex(arranged.double())
-        if int(failed):
+        lower = unit_lower(arranged)
+        if lower is None:
             raise NotPositiveDefiniteError(
                 f"{self._where}: the second moments of its input are no positive definite matrix; calibrate it again"
             )
-        return order, lower.div_(lower.diagonal().clone()).float()
+        return order, lower
+
+
+def unit_lower(matrix: Tensor) -> Tensor | None:
+    """The unit lower triangular L of a symmetric float32 matrix L D L^T; None for one that is not positive definite.
+
+    What float32 cannot factor is tried in float64.
+    """
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        lower, failed = torch.linalg.cholesky_ex(matrix.double())
+    return None if int(failed) else lower.div_(lower.diagonal().clone()).float()
 
 
 def output_error(

@@ -22,6 +22,7 @@ from lowbit.errors import SolverError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, gather_rows
 
+from .curvature import unit_lower
 from .refinement import Draft, Refinement, refine
 
 ROWS = 32
@@ -65,14 +66,12 @@ class RowCoupling:
     """
 
     def __init__(self, outputs: Tensor, where: str) -> None:
-        lower, failed = torch.linalg.cholesky_ex(outputs)
-        if int(failed):
-            lower, failed = torch.linalg.cholesky_ex(outputs.double())
-        if int(failed):
+        lower = unit_lower(outputs)
+        if lower is None:
             raise GradientsError(
                 f"{where}: the second moments of the gradient are no positive definite matrix; calibrate it again"
             )
-        self._lower = lower.div_(lower.diagonal().clone()).float()
+        self._lower = lower
         self._errors: Tensor | None = None
 
     def refine(self, draft: Draft, first: int, steps: Sequence[Refinement]) -> None:
