@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowbit import memory
 from lowbit.errors import PlanError
 
 Progress = Callable[[int, int, str], None]
@@ -61,11 +62,13 @@ class _Run:
         self._done = done
         self._total = done + sum(unit.size for unit in units)
         self._in_work = 0  # bytes
+        self._workers = 1
         self._changed = threading.Condition()
         self._next: Unit | None = None
         self._error: BaseException | None = None
 
     def work(self, workers: int) -> None:
+        self._workers = max(1, workers)
         threads = [threading.Thread(target=self._worker, name=f"lowbit-{i}", daemon=True) for i in range(workers)]
         with _own_thread_count():
             try:
@@ -83,10 +86,11 @@ class _Run:
 
     def _worker(self) -> None:
         try:
-            while (unit := self._take()) is not None:
-                torch.set_num_threads(self._cores if unit.memory > self._budget else 1)
-                unit.run()
-                self._finish(unit)
+            with memory.recycling(self._budget // self._workers):
+                while (unit := self._take()) is not None:
+                    torch.set_num_threads(self._cores if unit.memory > self._budget else 1)
+                    unit.run()
+                    self._finish(unit)
         except BaseException as error:  # noqa: BLE001  (raised again in the calling thread)
             self._stop(error)
 

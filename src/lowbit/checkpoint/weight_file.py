@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from lowbit import memory
 from lowbit.errors import CheckpointError
 
 from .positioned_io import byte_view, read_into
@@ -81,7 +82,7 @@ class WeightFile(ABC):
 
     def _read_tensor(self, info: TensorInfo, start: int, shape: tuple[int, ...]) -> torch.Tensor:
         dtype = info.dtype
-        buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        buffer = memory.empty((math.prod(shape) * dtype.itemsize,), torch.uint8)
         self._fill(byte_view(buffer), start, f"tensor {info.name!r}")
         return buffer.view(dtype).reshape(shape)
 

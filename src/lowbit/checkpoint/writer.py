@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lowbit import memory
 from lowbit.errors import CheckpointError, WriteError
 
 from .journal import Journal, JournalHead, load_journal
@@ -228,7 +229,7 @@ class CheckpointWriter:
         )
 
     def _read_from_partial(self, name: str, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        buffer = memory.empty((math.prod(shape) * dtype.itemsize,), torch.uint8)
         with self._errors(f"read back tensor {name!r}"):
             count = read_into(self._fd, byte_view(buffer), offset)
         if count < buffer.numel():

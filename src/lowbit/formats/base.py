@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowbit import memory
 from lowbit.errors import FormatError, WeightError
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import FLOATS, HALVES, K, Part, Parts, check_parts, gather_rows, narrow_rows
@@ -326,6 +327,8 @@ class Format(ABC):
     def empty_parts(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Parts:
         """Uninitialised parts for a weight [N, K]."""
         shapes, dtypes = self.part_shapes(*shape), self.part_dtypes(dtype)
+        if device.type == "cpu":
+            return {name: memory.empty(shapes[name], dtypes[name]) for name in self.part_names}
         return {name: torch.empty(shapes[name], dtype=dtypes[name], device=device) for name in self.part_names}
 
     def store_rows(self, out: Parts, piece: Parts, shape: tuple[int, ...], start: int) -> None:

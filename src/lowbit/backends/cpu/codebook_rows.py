@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit import memory
 from lowbit.backends.cpu import native
 from lowbit.backends.cpu.operands import DTYPES, address, check_found, dtype_code, refuses_result
 from lowbit.formats.parts import Parts
@@ -53,7 +54,7 @@ def decode(
     fmt: W4A8Codebook, parts: Parts, k: int, dtype: torch.dtype, indices: Tensor | None, shape: tuple[int, ...]
 ) -> Tensor:
     """The rows that indices name, or all of them -> `shape` in `dtype`. Raises `IndexError` for one that is none."""
-    weight, out = Coded.of(fmt, parts), torch.empty(shape, dtype=dtype)
+    weight, out = Coded.of(fmt, parts), memory.empty(shape, dtype)
     indices = None if indices is None else indices.contiguous()
     correction = parts["correction"].contiguous() if fmt.correction else None
     columns = parts["pre_quant_scale"].contiguous() if fmt.pre_quant_scale else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit import memory
 from lowbit.backends.cpu import coded_rows, native
 from lowbit.backends.cpu.operands import DTYPES
 from lowbit.dispatch import kernel
@@ -33,7 +34,7 @@ def dequantize_rows16(fmt: Format, parts: Parts, shape: tuple[int, int], dtype: 
 
 def _decoded(fmt: Format, parts: Parts, shape: tuple[int, int], dtype: torch.dtype, *, packed: bool) -> Tensor:
     weight = coded_rows.describe(fmt, parts, shape[1], packed=packed)
-    out = torch.empty(shape, dtype=dtype)
+    out = memory.empty(shape, dtype)
     native.module().dequantize(weight.address, 0, shape[0], out.data_ptr(), DTYPES[dtype], native.threads())
     return out
 

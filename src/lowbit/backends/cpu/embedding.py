@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit import memory
 from lowbit.backends.cpu import coded_rows, native
 from lowbit.backends.cpu.operands import DTYPES, check_found
 from lowbit.dispatch import kernel
@@ -35,7 +36,7 @@ def embedding_rows16(fmt: Format, indices: Tensor, parts: Parts, k: int, dtype: 
 def _looked_up(fmt: Format, indices: Tensor, parts: Parts, k: int, dtype: torch.dtype, *, packed: bool) -> Tensor:
     weight = coded_rows.describe(fmt, parts, k, packed=packed)
     indices = indices.contiguous()
-    out = torch.empty((*indices.shape, k), dtype=dtype)
+    out = memory.empty((*indices.shape, k), dtype)
     wrong = native.module().embedding(
         weight.address, indices.data_ptr(), indices.numel(), indices.dtype == torch.int64, out.data_ptr(),
         DTYPES[dtype], native.threads(),

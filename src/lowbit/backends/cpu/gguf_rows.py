@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit import memory
 from lowbit.backends.cpu import native
 from lowbit.backends.cpu.operands import DTYPES, address, check_found, dtype_code, refuses_result
 from lowbit.formats.gguf_block import GgufBlock
@@ -55,7 +56,7 @@ def decode(
     fmt: GgufBlock, parts: Parts, k: int, dtype: torch.dtype, indices: Tensor | None, shape: tuple[int, ...]
 ) -> Tensor:
     """The rows that indices name, or all of them -> `shape` in `dtype`. Raises `IndexError` for one that is none."""
-    blocks, out = Blocks.of(fmt, parts), torch.empty(shape, dtype=dtype)
+    blocks, out = Blocks.of(fmt, parts), memory.empty(shape, dtype)
     indices = None if indices is None else indices.contiguous()
     columns = parts["pre_quant_scale"].contiguous() if fmt.pre_quant_scale else None
     wrong = native.module().dequantize_gguf(

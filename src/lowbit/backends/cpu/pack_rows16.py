@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lowbit import memory
 from lowbit.backends.cpu import native
 from lowbit.dispatch import kernel
 from lowbit.formats.base import Format
@@ -37,7 +38,7 @@ def unpack_rows16(fmt: Format, parts: Mapping[str, Tensor], layout: str) -> Part
 def _interleave(codes: Tensor, unit: int) -> Tensor:
     codes = codes.contiguous()
     n, size = codes.shape
-    made = torch.empty(rows16.packed_shape(n, size), dtype=torch.int32)
+    made = memory.empty(rows16.packed_shape(n, size), torch.int32)
     to, stride = made.data_ptr(), made.shape[1]
     native.module().interleave_rows16(codes.data_ptr(), n, size, unit, to, stride, _threads())
     return made
@@ -45,7 +46,7 @@ def _interleave(codes: Tensor, unit: int) -> Tensor:
 
 def _separate(packed: Tensor, n: int, unit: int) -> Tensor:
     size = packed.shape[1] // rows16.ROWS * rows16.WORD
-    made = torch.empty((n, size), dtype=torch.uint8)
+    made = memory.empty((n, size), torch.uint8)
     source, stride = packed.contiguous(), packed.shape[1]
     native.module().separate_rows16(source.data_ptr(), n, size, unit, made.data_ptr(), stride, _threads())
     return made
