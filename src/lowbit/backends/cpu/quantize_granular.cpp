@@ -9,6 +9,7 @@ namespace {
 
 constexpr float kMinScale = 1e-8f;
 constexpr int kTogether = 4;      // candidates whose errors are summed in one pass over a row
+constexpr int64_t kAhead = 1024;  // values
 constexpr int64_t kSummed = 512;  // columns that are summed in float32, before float64 takes over
 
 template <int kBits_>
@@ -26,13 +27,11 @@ template <class Grid>
 constexpr int kByteCodes = kNibbles<Grid> ? 2 : 1;  // codes in a byte
 
 template <class Grid>
-simd::I32 codes_of(simd::F32 value) {
-  if constexpr (kNibbles<Grid>) {
-    return simd::bit_and(integer_codes(value, -Grid::kLargest, Grid::kLargest), simd::set1_i32(15));
-  } else if constexpr (kIntegers<Grid>) {
+simd::I32 codes_of(simd::F32 value, simd::F32 sign) {
+  if constexpr (kIntegers<Grid>) {
     return integer_codes(value, -Grid::kLargest, Grid::kLargest);
   } else {
-    return float8_codes<Grid>(value);
+    return float8_codes<Grid>(value, sign);
   }
 }
 
@@ -55,14 +54,15 @@ struct Granularity {
   int64_t rotation;      // columns that are rotated together, where a tile is a row; 0: none
 };
 
-// Codes of 4 bits are even in number; those of a row begin with a byte.
-template <class Grid>
-void encode_row(const float* x, int64_t count, float scale, uint8_t* to) {
+// x[at .. at + count) of a dtype; what lies `ahead` values behind is asked for meanwhile. Codes of 4 bits are even in
+// number; those of a row begin with a byte.
+template <class Grid, int kDtype>
+void encode_row(const void* x, int64_t at, int64_t count, float scale, uint8_t* to, int64_t ahead = 0) {
   using namespace simd;
   constexpr int kPer = kByteCodes<Grid>;
-  const F32 divisor = set1_f32(scale);
-  const auto put = [&](uint8_t* at, int64_t c) {
-    const I32 codes = codes_of<Grid>(div(load_f32(x + c), divisor));
+  const Divisor by(set1_f32(scale));
+  const auto put = [&](uint8_t* at, F32 value) {
+    const I32 codes = codes_of<Grid>(by(value), value);
     if constexpr (kNibbles<Grid>) {
       store_nibbles(at, codes);
     } else {
@@ -70,10 +70,14 @@ void encode_row(const float* x, int64_t count, float scale, uint8_t* to) {
     }
   };
   int64_t c = 0;
-  for (; c + kLanes <= count; c += kLanes) put(to + c / kPer, c);
+  const auto* from = static_cast<const unsigned char*>(x) + (at + ahead) * element_size(kDtype);
+  for (; c + kLanes <= count; c += kLanes) {
+    if (ahead) __builtin_prefetch(from + c * element_size(kDtype));
+    put(to + c / kPer, load_as_f32(x, at + c, kDtype));
+  }
   if (c < count) {
     alignas(64) uint8_t room[4 * kLanes];
-    put(room, c);
+    put(room, load_first(x, at + c, static_cast<int>(count - c), kDtype));
     std::memcpy(to + c / kPer, room, static_cast<size_t>((count - c) / kPer));
   }
 }
@@ -189,15 +193,17 @@ class Granular {
     return best(scales, sums);
   }
 
-  // With the scale of the whole weight, or that of each tile.
+  // With the scale of the whole weight, or that of each tile. From the last one: what was read last is in the cache.
   bool encode(const float* scale) const {
     const int64_t tall = std::min(how_.rows, w_.n), stride = round_up(std::min(how_.columns, w_.k), 16);
     const int64_t down = (w_.n + how_.rows - 1) / how_.rows, tiles = down * across_;
     const int64_t run = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, tall * stride));
     std::atomic<bool> finite{true};
     with_dtype(w_.dtype, [&](auto dtype) {
-      parallel_for((tiles + run - 1) / run, threads_, [&](int64_t task) {
-        const Room room(tall * stride);
+      const int64_t tasks = (tiles + run - 1) / run;
+      parallel_for(tasks, threads_, [&](int64_t index) {
+        const int64_t task = tasks - 1 - index;
+        const Room room(buffered(scale) ? tall * stride : 0);
         for (int64_t tile = task * run; tile < std::min(tiles, (task + 1) * run); ++tile)
           if (!encode_tile<dtype.value>(tile, room.data(), stride, scale)) finite = false;
       });
@@ -205,10 +211,14 @@ class Granular {
     return finite;
   }
 
+  // Whether a tile is made float32 for more than its codes: to be rotated, or to be searched.
+  bool buffered(const float* shared) const { return how_.rotation || (how_.count && !shared); }
+
   template <int kDtype>
   bool encode_tile(int64_t tile, float* room, int64_t stride, const float* shared) const {
     const int64_t top = tile / across_ * how_.rows, bottom = std::min(w_.n, top + how_.rows);
     const int64_t left = tile % across_ * how_.columns, count = std::min(w_.k, left + how_.columns) - left;
+    if (!buffered(shared)) return encode_directly<kDtype>(tile, top, bottom, left, count, shared);
     const int64_t padded = round_up(count, 16);
     int32_t largest = 0;
     for (int64_t row = top; row < bottom; ++row)
@@ -218,13 +228,34 @@ class Granular {
       rotate_groups(room, count, how_.rotation);
       largest = largest_bits<kFloat32>(room, count);  // which may have become infinite
     }
-    if (largest >= kInfinityBits) return false;
+    if (largest >= kInfinityBits) return false;  // also where a scale is shared: rotated values, which nobody has seen
     const float scale = shared ? *shared : chosen(largest, room, bottom - top, left, padded, stride);
     if (!shared) scales_[tile] = scale;
     for (int64_t row = top; row < bottom; ++row)
-      encode_row<Grid>(room + (row - top) * stride, count, scale, codes_ + (row * w_.k + left) / kByteCodes<Grid>);
+      encode_row<Grid, kFloat32>(room, (row - top) * stride, count, scale, place(row, left));
     return true;
   }
+
+  // A tile whose values need not be kept: it is read twice, the second time from the cache.
+  template <int kDtype>
+  bool encode_directly(int64_t tile, int64_t top, int64_t bottom, int64_t left, int64_t count,
+                       const float* shared) const {
+    float scale = shared ? *shared : 0.0f;
+    if (!shared) {
+      int32_t largest = 0;
+      for (int64_t row = top; row < bottom; ++row) {
+        const int64_t begin = (row * w_.k + left) * element_size(kDtype);
+        largest = std::max(largest, largest_bits<kDtype>(static_cast<const unsigned char*>(w_.values) + begin, count));
+      }
+      if (largest >= kInfinityBits) return false;
+      scales_[tile] = scale = fitted(largest);
+    }
+    for (int64_t row = top; row < bottom; ++row)
+      encode_row<Grid, kDtype>(w_.values, row * w_.k + left, count, scale, place(row, left), shared ? kAhead : w_.k);
+    return true;
+  }
+
+  uint8_t* place(int64_t row, int64_t column) const { return codes_ + (row * w_.k + column) / kByteCodes<Grid>; }
 
   float chosen(int32_t largest, const float* room, int64_t rows, int64_t left, int64_t padded, int64_t stride) const {
     if (!how_.count) return fitted(largest);

@@ -27,10 +27,7 @@ Bounds bounds_of(const float* x, int64_t padded) {
     low = min(low, value);
     high = max(high, value);
   }
-  alignas(64) float lanes[2][kLanes];
-  store_f32(lanes[0], low);
-  store_f32(lanes[1], high);
-  return {*std::min_element(lanes[0], lanes[0] + kLanes), *std::max_element(lanes[1], lanes[1] + kLanes)};
+  return {-reduce_max(sub(zero_f32(), low)), reduce_max(high)};
 }
 
 // What a format makes of the bounds of a group. `tried` are pairs, or single numbers, that narrow them.
@@ -144,10 +141,11 @@ Grid chosen(const Job<Format>& job, const float* x, int64_t first, int64_t padde
 template <class Format, class Codes>
 void encode_group(const Format& format, const float* x, int64_t padded, const Grid& grid, const Codes& store) {
   using namespace simd;
-  const F32 offset = set1_f32(grid.offset.value), scale = set1_f32(grid.scale.value);
+  const F32 offset = set1_f32(grid.offset.value);
+  const Divisor by(set1_f32(grid.scale.value));
   // Where there is a middle it is added before the rounding in one format, after it in the other: to the even code.
   for (int64_t c = 0; c < padded; c += kLanes) {
-    const F32 value = div(sub(load_f32(x + c), offset), scale);
+    const F32 value = by(sub(load_f32(x + c), offset));
     if constexpr (std::is_same_v<Format, AwqFormat>) {
       store(c, integer_codes(add(value, set1_f32(8.0f)), 0.0f, 15.0f));
     } else {
@@ -174,6 +172,7 @@ bool quantize(const Job<Format>& job, int threads) {
       auto* packed = reinterpret_cast<uint8_t*>(room + padded);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = g * group, last = std::min(first + group, padded);
+        prefetch(w, (row + 1) * w.k + first, last - first);
         const Grid grid = chosen(job, room, first, last - first, weights);
         const int64_t at = row * job.row_step + g * job.group_step;
         grid.scale.put(job.scales, at, job.format.stored);

@@ -14,7 +14,7 @@ struct Mxfp8Codes {
   static constexpr int64_t kBytes = 32;
   static simd::F32 miss(simd::F32 value) { return float8_miss<E4m3Grid>(value); }
   static void store(uint8_t* to, int v, simd::F32 value) {
-    simd::store_low_bytes(to + v * simd::kLanes, float8_codes<E4m3Grid>(value));
+    simd::store_low_bytes(to + v * simd::kLanes, float8_codes<E4m3Grid>(value, value));
   }
 };
 
@@ -23,7 +23,7 @@ struct Mxfp4Codes {
   static constexpr int64_t kBytes = 16;
   static simd::F32 miss(simd::F32 value) { return e2m1_miss(simd::abs(value)); }
   static void store(uint8_t* to, int v, simd::F32 value) {
-    store_nibbles(to + v * (simd::kLanes / 2), e2m1_codes(value));
+    simd::store_nibbles(to + v * (simd::kLanes / 2), e2m1_codes(value, value));
   }
 };
 
@@ -59,13 +59,14 @@ bool quantize(const Matrix& w, bool search, const float* weights, uint8_t* codes
         return;
       }
       for (int64_t g = 0; g < groups; ++g) {
+        prefetch(w, (row + 1) * w.k + g * kGroup, kGroup);
         F32 x[kVectors];
         I32 largest = zero_i32();
         for (int v = 0; v < kVectors; ++v) {
           x[v] = load_f32(room + g * kGroup + v * kLanes);
           largest = max(largest, as_i32(abs(x[v])));
         }
-        int32_t code = code_for(largest_of(largest), Codes::kExponent);
+        int32_t code = code_for(reduce_max(largest), Codes::kExponent);
         if (search && code > 0) {
           const float* at = weights ? columns.data() + g * kGroup : nullptr;
           const float fitted = weights ? error<Codes, true>(x, code, at) : error<Codes, false>(x, code, at);

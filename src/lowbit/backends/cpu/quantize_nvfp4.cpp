@@ -90,7 +90,8 @@ class Nvfp4Encoder {
     for (int c = 0; c < kGroup; ++c) sizes[c] = abs(x[c]);
     F32 amax = sizes[0];
     for (int c = 1; c < kGroup; ++c) amax = max(amax, sizes[c]);
-    const I32 nearest = float8_codes<E4m3Grid>(over(div(amax, set1_f32(6.0f)), global));
+    const F32 wanted = over(div(amax, set1_f32(6.0f)), global);
+    const I32 nearest = float8_codes<E4m3Grid>(wanted, wanted);
     if (!search_) return nearest;
     return weights ? searched<true>(sizes, amax, nearest, global, weights)
                    : searched<false>(sizes, amax, nearest, global, weights);
@@ -165,13 +166,14 @@ class Nvfp4Encoder {
   static void store(const Columns& x, F32 step, uint8_t* to, int count) {
     using namespace simd;
     const Mask dead = equal(as_i32(step), zero_i32());
-    const F32 divisor = select(dead, infinity(), step);
+    const Divisor by(select(dead, infinity(), step));
     alignas(64) uint32_t words[2][kLanes];
     for_each_place<2>([&](auto half) {
       I32 word = zero_i32();
       for_each_place<8>([&](auto place) {
         constexpr int c = decltype(place)::value;
-        const I32 code = e2m1_codes(div(x[8 * decltype(half)::value + c], divisor));
+        const F32 value = x[8 * decltype(half)::value + c];
+        const I32 code = e2m1_codes(by(value), value);
         word = bit_or(word, shift_left<4 * c>(code));
       });
       store_i32(words[decltype(half)::value], select(dead, zero_i32(), word));

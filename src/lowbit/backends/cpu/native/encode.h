@@ -22,6 +22,12 @@ struct Matrix {
   int64_t n, k;
 };
 
+// Asks for values that are wanted soon: a row is read twice, and while codes are made of it the next one can come.
+inline void prefetch(const Matrix& w, int64_t at, int64_t count) {
+  const auto* from = static_cast<const unsigned char*>(w.values) + at * element_size(w.dtype);
+  for (int64_t byte = 0; byte < count * element_size(w.dtype); byte += 64) __builtin_prefetch(from + byte);
+}
+
 // f(a constant that is the dtype), for code that is compiled once a dtype.
 template <class F>
 inline void with_dtype(int dtype, const F& f) {
@@ -47,12 +53,6 @@ inline void for_rows(int64_t n, int64_t k, int64_t room, int threads, const F& f
 
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-inline int32_t largest_of(simd::I32 a) {
-  alignas(64) int32_t lanes[simd::kLanes];
-  simd::store_i32(lanes, a);
-  return *std::max_element(lanes, lanes + simd::kLanes);
-}
-
 inline float float_of(int32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -77,7 +77,7 @@ inline int32_t load_row(const void* from, int64_t at, int64_t count, float* to, 
     c += kLanes;
   }
   for (; c < padded; c += kLanes) store_f32(to + c, zero_f32());
-  return largest_of(largest);
+  return reduce_max(largest);
 }
 
 // The bits, as float32, of the largest magnitude among count values: 16-bit ones are compared two to a lane.
@@ -99,14 +99,14 @@ inline int32_t largest_bits(const void* from, int64_t count) {
     }
     largest = max(largest, other);
   }
-  int32_t bits = largest_of(largest);
+  int32_t bits = reduce_max(largest);
   if constexpr (kDtype == kFloat16) {
     alignas(64) uint16_t half[kLanes] = {static_cast<uint16_t>(bits >> 16)};
-    bits = largest_of(as_i32(load_f16(half)));  // of a NaN, too, a NaN
+    bits = reduce_max(as_i32(load_f16(half)));  // of a NaN, too, a NaN
   }
   for (; c < count; c += kLanes) {
     const int left = static_cast<int>(std::min<int64_t>(kLanes, count - c));
-    bits = std::max(bits, largest_of(as_i32(abs(load_first(from, c, left, kDtype)))));
+    bits = std::max(bits, reduce_max(as_i32(abs(load_first(from, c, left, kDtype)))));
   }
   return bits;
 }
@@ -131,6 +131,41 @@ inline std::vector<float> padded_weights(const float* weights, int64_t k, int64_
   return made;
 }
 
+// ---- division ------------------------------------------------------------------------------------------------------
+
+// Quotients by a number that many are divided by, as a division rounds them, at a third of its price.
+//
+// The product with the reciprocal, whose own rounding is known, is less than a step off, so what it leaves of the
+// dividend is exact, and that times the reciprocal corrects it to the nearest (Markstein). That needs a product and a
+// sum rounded once, and no underflow on the way: in the range below that happens only to quotients that are far smaller
+// than any code. A zero may lose its sign.
+class Divisor {
+ public:
+#if defined(LOWBIT_ISA_PORTABLE) && !defined(__FP_FAST_FMAF)
+  static constexpr bool kFused = false;
+#else
+  static constexpr bool kFused = true;
+#endif
+
+  explicit Divisor(simd::F32 by) : by_(by), minus_(simd::sub(simd::zero_f32(), by)) {
+    using namespace simd;
+    inverse_ = div(set1_f32(1.0f), by);
+    rest_ = mul(fma(minus_, inverse_, set1_f32(1.0f)), inverse_);
+    fast_ = kFused && !any(less(by, set1_f32(0x1p-40f))) && !any(less(set1_f32(0x1p100f), by));
+  }
+
+  simd::F32 operator()(simd::F32 x) const {
+    using namespace simd;
+    if (!fast_) return div(x, by_);
+    const F32 near = fma(x, inverse_, mul(x, rest_));
+    return fma(fma(minus_, near, x), inverse_, near);
+  }
+
+ private:
+  simd::F32 by_, minus_, inverse_, rest_;
+  bool fast_;
+};
+
 // ---- rounding ------------------------------------------------------------------------------------------------------
 // A grid gives the code of a quotient, and for a search the value of the nearest code of a magnitude (ties either way):
 // p - (p - c) with p = max(c, 2^e) * (2^s + 1) leaves of c the bits that p has no room for.
@@ -139,29 +174,30 @@ struct E4m3Grid {
   static constexpr int kShift = 20;  // mantissa bits of a float32 that a code lacks
   static constexpr float kLargest = 448.0f, kSmallestNormal = 0x1p-6f, kSplit = 0x1p20f + 1.0f;
   static constexpr int32_t kBias = (127 - 7) << 3;
-  static constexpr float kMagic = 0x1p14f;  // its last bit is worth a subnormal step
 };
 
 struct E5m2Grid {
   static constexpr int kShift = 21;
   static constexpr float kLargest = 57344.0f, kSmallestNormal = 0x1p-14f, kSplit = 0x1p21f + 1.0f;
   static constexpr int32_t kBias = (127 - 15) << 2;
-  static constexpr float kMagic = 0x1p7f;
 };
 
-// float8 codes of finite values in the low byte of every lane: half to even, saturating.
+// float8 codes of finite values in every lane: half to even, saturating.
+//
+// To a magnitude a power of two is added in whose binade the last bit is worth the step of the codes near that
+// magnitude, so that the addition rounds and the low byte of the sum counts steps; it begins where, with the exponent
+// shifted in beside it, the codes do. `sign` is the value, or what it is a quotient of: zeros keep their sign.
 template <class Grid>
-inline simd::I32 float8_codes(simd::F32 value) {
+inline simd::I32 float8_codes(simd::F32 value, simd::F32 sign) {
   using namespace simd;
+  constexpr int kMantissa = 23 - Grid::kShift;
+  constexpr int32_t kBegin = -(Grid::kBias + (1 << kMantissa)) & 0xff;
+  static_assert(kBegin % 2 == 0, "half to even");
   const F32 size = min(abs(value), set1_f32(Grid::kLargest));
-  const I32 bits = as_i32(size);
-  const I32 odd = bit_and(shift_right<Grid::kShift>(bits), set1_i32(1));
-  const I32 half = set1_i32((1 << (Grid::kShift - 1)) - 1);
-  const I32 normal = sub(shift_right<Grid::kShift>(add(add(bits, half), odd)), set1_i32(Grid::kBias));
-  const I32 magic = as_i32(set1_f32(Grid::kMagic));
-  const I32 subnormal = sub(as_i32(add(size, set1_f32(Grid::kMagic))), magic);
-  const I32 code = select(less(size, set1_f32(Grid::kSmallestNormal)), subnormal, normal);
-  return bit_or(code, bit_and(shift_right<24>(as_i32(value)), set1_i32(0x80)));
+  const I32 power = max(bit_and(as_i32(size), set1_i32(0x7f800000)), as_i32(set1_f32(Grid::kSmallestNormal)));
+  const F32 magic = as_f32(add(power, set1_i32((Grid::kShift << 23) + (1 << 22) + kBegin)));
+  const I32 code = add(as_i32(add(size, magic)), shift_right<Grid::kShift>(power));
+  return bit_or(bit_and(code, set1_i32(0x7f)), bit_and(shift_right<24>(as_i32(sign)), set1_i32(0x80)));
 }
 
 // What rounding to the nearest value changes in a quotient (its sign does not matter).
@@ -173,19 +209,17 @@ inline simd::F32 float8_miss(simd::F32 value) {
   return sub(size, sub(p, sub(p, kept)));
 }
 
-// e2m1 codes 0..15 of finite values: half to even, saturating at 6; zeros keep their sign.
-inline simd::I32 e2m1_codes(simd::F32 value) {
+// e2m1 codes 0..15 of finite values, in the same way.
+inline simd::I32 e2m1_codes(simd::F32 value, simd::F32 sign) {
   using namespace simd;
   const F32 size = min(abs(value), set1_f32(6.0f));
-  // The power of two below, from 1 on; 1.5 * 2^22 of it has a last bit that is worth the step of the codes there.
   const I32 power = max(bit_and(as_i32(size), set1_i32(0x7f800000)), set1_i32(127 << 23));
-  const I32 magic = add(power, set1_i32((22 << 23) + (1 << 22)));
-  const I32 steps = sub(as_i32(add(size, as_f32(magic))), magic);
-  const I32 code = add(steps, sub(shift_right<22>(power), set1_i32(2 * 127)));  // two codes lie below each octave
-  return bit_or(code, bit_and(shift_right<28>(as_i32(value)), set1_i32(8)));
+  const F32 magic = as_f32(add(power, set1_i32((22 << 23) + (1 << 22) + 2)));  // two codes lie below each octave
+  const I32 code = add(as_i32(add(size, magic)), shift_right<22>(power));
+  return bit_or(bit_and(code, set1_i32(7)), bit_and(shift_right<28>(as_i32(sign)), set1_i32(8)));
 }
 
-// The same for a magnitude: what rounding changes.
+// For a magnitude: what rounding to the nearest e2m1 value changes.
 inline simd::F32 e2m1_miss(simd::F32 size) {
   using namespace simd;
   const F32 kept = min(size, set1_f32(6.0f));
@@ -239,21 +273,5 @@ struct Stored {
     std::memcpy(static_cast<unsigned char*>(to) + static_cast<size_t>(at) * size, &bits, size);
   }
 };
-
-// ---- packing -------------------------------------------------------------------------------------------------------
-
-// kLanes codes 0..15 -> kLanes / 2 bytes, the first in the low nibble.
-inline void store_nibbles(uint8_t* to, simd::I32 codes) {
-  alignas(64) uint8_t bytes[std::max(simd::kLanes, 8)] = {};
-  simd::store_low_bytes(bytes, codes);
-  for (int i = 0; i < simd::kLanes; i += 8) {
-    uint64_t word;
-    std::memcpy(&word, bytes + i, 8);
-    word = (word | word >> 4) & 0x00ff00ff00ff00ff;
-    word = (word | word >> 8) & 0x0000ffff0000ffff;
-    word |= word >> 16;
-    std::memcpy(to + i / 2, &word, std::min(simd::kLanes, 8) / 2);
-  }
-}
 
 }  // namespace lowbit

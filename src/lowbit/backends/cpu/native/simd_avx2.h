@@ -96,6 +96,11 @@ inline int32_t reduce_add(I32 a) {
   half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
 }
+inline int32_t reduce_max(I32 a) {
+  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
 
 inline F32 to_f32(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline I32 to_i32(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }  // half to even; INT32_MIN for NaN and what is too large
@@ -110,13 +115,21 @@ inline I32 widen_s8(const int8_t* from) {
 inline I32 widen_u16(const uint16_t* from) {
   return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
 }
-// The low byte of every lane, kLanes bytes.
-inline void store_low_bytes(uint8_t* to, I32 a) {
+// The low byte of every lane.
+inline __m128i low_bytes(I32 a) {
   const __m256i order = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
                                          0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
   const __m256i found = _mm256_shuffle_epi8(a.v, order);
-  const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), both);
+  return _mm_unpacklo_epi32(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
+}
+// The same, to kLanes bytes.
+inline void store_low_bytes(uint8_t* to, I32 a) { _mm_storel_epi64(reinterpret_cast<__m128i*>(to), low_bytes(a)); }
+// The low nibble of every lane, kLanes / 2 bytes, the first in a byte's low half.
+inline void store_nibbles(uint8_t* to, I32 a) {
+  const __m128i codes = _mm_and_si128(low_bytes(a), _mm_set1_epi8(15));
+  const __m128i pairs = _mm_maddubs_epi16(codes, _mm_set1_epi16(0x1001));  // the first plus 16 times the second
+  const int four = _mm_cvtsi128_si32(_mm_packus_epi16(pairs, pairs));
+  __builtin_memcpy(to, &four, 4);
 }
 
 // ---- masks ---------------------------------------------------------------------------------------------------------

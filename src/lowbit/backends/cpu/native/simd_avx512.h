@@ -113,6 +113,12 @@ inline int32_t reduce_add(I32 a) {
   half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
 }
+inline int32_t reduce_max(I32 a) {
+  const __m256i both = _mm256_max_epi32(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1));
+  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
 
 inline F32 to_f32(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline I32 to_i32(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }  // half to even; INT32_MIN for NaN and what is too large
@@ -130,6 +136,12 @@ inline I32 widen_u16(const uint16_t* from) {
 // The low byte of every lane, kLanes bytes.
 inline void store_low_bytes(uint8_t* to, I32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a.v));
+}
+// The low nibble of every lane, kLanes / 2 bytes, the first in a byte's low half.
+inline void store_nibbles(uint8_t* to, I32 a) {
+  const __m128i codes = _mm_and_si128(_mm512_cvtepi32_epi8(a.v), _mm_set1_epi8(15));
+  const __m128i pairs = _mm_maddubs_epi16(codes, _mm_set1_epi16(0x1001));  // the first plus 16 times the second
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(pairs, pairs));
 }
 
 // ---- masks ---------------------------------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ inline I32 shift_right_signed(I32 a) {
     return {vshrq_n_s32(a.v, kBits)};
 }
 inline int32_t reduce_add(I32 a) { return vaddvq_s32(a.v); }
+inline int32_t reduce_max(I32 a) { return vmaxvq_s32(a.v); }
 
 inline F32 to_f32(I32 a) { return {vcvtq_f32_s32(a.v)}; }
 inline I32 to_i32(F32 a) {  // half to even; INT32_MIN for NaN and what is too large, where ARM gives 0 and the nearest
@@ -112,6 +113,12 @@ inline void store_low_bytes(uint8_t* to, I32 a) {
   const uint16x4_t halves = vmovn_u32(vreinterpretq_u32_s32(a.v));
   const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);
   std::memcpy(to, &four, 4);
+}
+// The low nibble of every lane, kLanes / 2 bytes, the first in a byte's low half.
+inline void store_nibbles(uint8_t* to, I32 a) {
+  uint8_t codes[kLanes];
+  store_low_bytes(codes, a);
+  for (int i = 0; i < kLanes / 2; ++i) to[i] = static_cast<uint8_t>((codes[2 * i] & 15) | codes[2 * i + 1] << 4);
 }
 
 // ---- masks ---------------------------------------------------------------------------------------------------------

@@ -118,6 +118,10 @@ inline int32_t reduce_add(I32 a) {
   const plain::Words w = plain::words(a.v);
   return static_cast<int32_t>((w[0] + w[2]) + (w[1] + w[3]));
 }
+inline int32_t reduce_max(I32 a) {
+  const int32_t even = a.v[0] > a.v[2] ? a.v[0] : a.v[2], odd = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
+  return even > odd ? even : odd;
+}
 
 inline F32 to_f32(I32 a) { return {__builtin_convertvector(a.v, plain::Floats)}; }
 inline I32 to_i32(F32 a) {  // half to even; INT32_MIN for NaN and what is too large
@@ -139,6 +143,12 @@ inline I32 widen_u16(const uint16_t* from) { return {plain::Ints{from[0], from[1
 // The low byte of every lane, kLanes bytes.
 inline void store_low_bytes(uint8_t* to, I32 a) {
   for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint8_t>(a.v[i]);
+}
+// The low nibble of every lane, kLanes / 2 bytes, the first in a byte's low half.
+inline void store_nibbles(uint8_t* to, I32 a) {
+  uint8_t codes[kLanes];
+  store_low_bytes(codes, a);
+  for (int i = 0; i < kLanes / 2; ++i) to[i] = static_cast<uint8_t>((codes[2 * i] & 15) | codes[2 * i + 1] << 4);
 }
 
 // ---- masks ---------------------------------------------------------------------------------------------------------
