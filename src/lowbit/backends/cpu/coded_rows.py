@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowbit.backends.cpu.operands import DTYPES, address, refuses_result
 from lowbit.formats.base import Format
+from lowbit.formats.convrot_w4a4 import ConvrotW4A4
 from lowbit.formats.fp8 import Fp8E4M3, Fp8E5M2
 from lowbit.formats.int8 import Int8
 from lowbit.formats.nvfp4 import Nvfp4
@@ -18,7 +19,9 @@ from lowbit.formats.wna16 import WNA16
 from lowbit.layouts import rows16
 
 FORMATS = ("fp8_e4m3", "fp8_e5m2", "int8", "nvfp4", "mxfp4", "mxfp8", "awq_w4a16", "wna16")
-_E4M3, _E5M2, _INT8, _E2M1, _UINT4, _UINT8 = range(6)  # enum Codec
+DECODED = (*FORMATS, "convrot_w4a4")  # whose linear is more than a product with what the rows decode to
+ROTATED = ("int8", "convrot_w4a4")  # or not: as a weight's format says
+_E4M3, _E5M2, _INT8, _E2M1, _UINT4, _UINT8, _INT4 = range(7)  # enum Codec
 _CODECS = {
     "fp8_e4m3": _E4M3,
     "fp8_e5m2": _E5M2,
@@ -27,6 +30,7 @@ _CODECS = {
     "mxfp4": _E2M1,
     "mxfp8": _E4M3,
     "awq_w4a16": _UINT4,
+    "convrot_w4a4": _INT4,
 }
 _SCALE_KINDS = {**DTYPES, torch.float8_e4m3fn: 3, torch.uint8: 4}  # enum ScaleKind
 _PLAIN, _WORDS, _BYTES = range(3)  # enum Arrangement
@@ -63,6 +67,8 @@ def describe(fmt: Format, parts: Parts, k: int, *, packed: bool) -> Coded:
     """The description of a weight with k columns: the struct CodedWeight of native/coded_rows.h."""
     rules = {rule.name: rule for rule in fmt.rules}
     qdata, scale = parts["qdata"], parts["scale"]
+    if scale.dim() == 1:
+        scale = scale.unsqueeze(1)
     if qdata.stride(-1) != 1 or (packed and not qdata.is_contiguous()):
         qdata = qdata.contiguous()
     zeros = parts.get("zero_point")
@@ -86,7 +92,7 @@ def describe(fmt: Format, parts: Parts, k: int, *, packed: bool) -> Coded:
         "q",
         (
             codec, arrangement, qdata.data_ptr(), row_bytes, qdata.stride(0) * qdata.element_size(), n, k, group,
-            fmt.rotation if isinstance(fmt, Int8) else 0, scale.data_ptr(), _SCALE_KINDS[scale.dtype], tile_rows,
+            fmt.rotation if isinstance(fmt, Int8 | ConvrotW4A4) else 0, scale.data_ptr(), _SCALE_KINDS[scale.dtype], tile_rows,
             *steps, unsigned, address(zeros), address(offsets), 0 if offsets is None else DTYPES[offsets.dtype],
             address(total), use, by_row, address(columns), 0 if columns is None else DTYPES[columns.dtype],
         ),
@@ -98,8 +104,8 @@ def _steps(rule: Part, scale: Tensor, k: int, *, packed: bool) -> tuple[int, int
     """Rows and columns that share a scale, and the steps for 16 rows (of tiles), for one and for a group of columns."""
     if rule.row_axis is None:
         return 1, k, (0, 0, 0)
-    tall, groups = rule.rows_per_entry, rule.dims[1 - rule.row_axis]
-    group = groups.per if isinstance(groups, Dim) else k
+    groups = rule.dims[1 - rule.row_axis] if len(rule.dims) > 1 else 1
+    tall, group = rule.rows_per_entry, groups.per if isinstance(groups, Dim) else k
     if packed and tall == 1:
         return 1, group, (scale.shape[1] * rows16.ROWS, 1, rows16.ROWS)
     row_step = scale.stride(rule.row_axis)

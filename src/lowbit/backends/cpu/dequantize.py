@@ -39,7 +39,7 @@ def _decoded(fmt: Format, parts: Parts, shape: tuple[int, int], dtype: torch.dty
     return out
 
 
-for _name in coded_rows.FORMATS:
-    _tolerance = _ROTATED if _name == "int8" else 0.0
+for _name in coded_rows.DECODED:
+    _tolerance = _ROTATED if _name in coded_rows.ROTATED else 0.0
     for _layout, _run in (("", dequantize), (rows16.NAME, dequantize_rows16)):
         kernel("dequantize", format=_name, backend="cpu", layout=_layout, refuses=refuses, tolerance=_tolerance)(_run)

@@ -45,7 +45,7 @@ def _looked_up(fmt: Format, indices: Tensor, parts: Parts, k: int, dtype: torch.
     return out
 
 
-for _name in coded_rows.FORMATS:
-    _tolerance = _ROTATED if _name == "int8" else 0.0
+for _name in coded_rows.DECODED:
+    _tolerance = _ROTATED if _name in coded_rows.ROTATED else 0.0
     for _layout, _run in (("", embedding), (rows16.NAME, embedding_rows16)):
         kernel("embedding", format=_name, backend="cpu", layout=_layout, refuses=refuses, tolerance=_tolerance)(_run)

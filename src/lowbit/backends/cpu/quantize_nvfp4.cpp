@@ -65,11 +65,13 @@ class Nvfp4Encoder {
     return std::max(amax / kLargestGroup, kMinGlobal);
   }
 
-  // x: a row with zeros up to `padded()`.
-  void encode_row(const float* x, float global, uint8_t* codes, uint8_t* scales) const {
+  // x: a row with zeros up to `padded()`. at(first) is called before the work on each piece of it.
+  template <class At>
+  void encode_row(const float* x, float global, uint8_t* codes, uint8_t* scales, const At& at) const {
     const F32 factor = simd::set1_f32(global);
     alignas(64) uint8_t room[4 * kLanes];
     for (int64_t g = 0; g < groups_; g += kLanes) {
+      at(g * kGroup);
       Columns columns;
       turn(x + g * kGroup, columns);
       const auto count = static_cast<int>(std::min<int64_t>(kLanes, groups_ - g));
@@ -216,7 +218,9 @@ bool quantize_nvfp4(Ptr<const void> w, int dtype, int64_t n, int64_t k, bool div
       }
       if (by_row) globals[row] = encoder.fitted(bits);
       const int64_t at = row * encoder.groups();
-      encoder.encode_row(room, globals[by_row ? row : 0], codes + at * (kGroup / 2), scales + at);
+      encoder.encode_row(room, globals[by_row ? row : 0], codes + at * (kGroup / 2), scales + at, [&](int64_t first) {
+        prefetch(matrix, (row + 1) * k + first, kLanes * kGroup);
+      });
     });
   });
   return finite;

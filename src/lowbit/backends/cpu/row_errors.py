@@ -9,6 +9,7 @@ from lowbit.backends.cpu import coded_rows, native
 from lowbit.backends.cpu.operands import DTYPES
 from lowbit.dispatch import kernel
 from lowbit.formats.base import Format
+from lowbit.formats.convrot_w4a4 import ConvrotW4A4
 from lowbit.formats.int8 import Int8
 from lowbit.formats.parts import Parts
 
@@ -17,7 +18,7 @@ def refuses(fmt: Format, parts: Parts, w: Tensor) -> str | None:
     """Why this call cannot run here, or None."""
     if w.dtype not in DTYPES:
         return f"the weight is {str(w.dtype).removeprefix('torch.')}; the kernel takes float32, bfloat16 and float16"
-    if isinstance(fmt, Int8) and fmt.rotation:
+    if isinstance(fmt, Int8 | ConvrotW4A4) and fmt.rotation:
         return "its rotation would be undone in another order of sums than the reference's"
     return coded_rows.refuses(fmt, torch.float32)
 
@@ -33,5 +34,5 @@ def row_errors(fmt: Format, parts: Parts, w: Tensor) -> Tensor:
     return sums
 
 
-for _name in coded_rows.FORMATS:
+for _name in coded_rows.DECODED:
     kernel("row_errors", format=_name, backend="cpu", refuses=refuses, tolerance=1e-5)(row_errors)

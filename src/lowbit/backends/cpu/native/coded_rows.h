@@ -19,7 +19,7 @@
 
 namespace lowbit {
 
-enum class Codec : int64_t { kE4m3, kE5m2, kInt8, kE2m1, kUint4, kUint8 };
+enum class Codec : int64_t { kE4m3, kE5m2, kInt8, kE2m1, kUint4, kUint8, kInt4 };
 enum class Arrangement : int64_t { kPlain, kWords, kBytes };  // of rows16: interleaved by words of 4 bytes, or by bytes
 enum class ScaleKind : int64_t { kFloat32, kBfloat16, kFloat16, kE4m3, kE8m0 };  // the first three number as Dtype does
 enum class GlobalScale : int64_t { kNone, kTimes, kOver };
@@ -74,12 +74,15 @@ inline void load_codes(const uint8_t* from, Row16& to) {
   }
   static const float kE2m1Values[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                         -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+  static const float kInt4Values[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
   for (int v = 0; v < kBlockVectors; ++v) {
     if constexpr (kCodec == Codec::kE4m3) to[v] = mul(load_e4m3(from + v * kLanes), set1_f32(256.0f));
     if constexpr (kCodec == Codec::kInt8) to[v] = to_f32(widen_s8(reinterpret_cast<const int8_t*>(from) + v * kLanes));
     if constexpr (kCodec == Codec::kUint8) to[v] = to_f32(widen_u8(from + v * kLanes));
     if constexpr (kCodec == Codec::kUint4)
       to[v] = to_f32(bit_and(spread_nibbles(from + v * (kLanes / 2)), set1_i32(15)));
+    if constexpr (kCodec == Codec::kInt4)
+      to[v] = lookup(make_table(kInt4Values), spread_nibbles(from + v * (kLanes / 2)));
     if constexpr (kCodec == Codec::kE2m1)
       to[v] = lookup(make_table(kE2m1Values), spread_nibbles(from + v * (kLanes / 2)));
   }
@@ -87,7 +90,7 @@ inline void load_codes(const uint8_t* from, Row16& to) {
 
 constexpr bool is_unsigned(Codec codec) { return codec == Codec::kUint4 || codec == Codec::kUint8; }
 constexpr int64_t code_bytes(Codec codec, int64_t codes) {
-  return codec == Codec::kUint4 || codec == Codec::kE2m1 ? (codes + 1) / 2 : codes;
+  return codec == Codec::kUint4 || codec == Codec::kE2m1 || codec == Codec::kInt4 ? (codes + 1) / 2 : codes;
 }
 
 inline float e4m3_value(int code) {
@@ -209,6 +212,8 @@ class RowDecoder {
         return decode_groups<Codec::kUint4, kDtype>(codes, to, at);
       case Codec::kUint8:
         return decode_groups<Codec::kUint8, kDtype>(codes, to, at);
+      case Codec::kInt4:
+        return decode_groups<Codec::kInt4, kDtype>(codes, to, at);
     }
   }
 

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "transpose.h"
+
 namespace lowbit::simd {
 
 constexpr int kLanes = 4;
@@ -75,11 +77,10 @@ inline F32 abs(F32 a) { return {plain::floats(plain::bits(a.v) & plain::all(INT3
 
 // Lane i of vector j <-> lane j of vector i.
 inline void transpose(F32 (&rows)[kLanes]) {
-  float from[kLanes][kLanes], to[kLanes][kLanes];
-  for (int i = 0; i < kLanes; ++i) store_f32(from[i], rows[i]);
-  for (int i = 0; i < kLanes; ++i)
-    for (int j = 0; j < kLanes; ++j) to[i][j] = from[j][i];
-  for (int i = 0; i < kLanes; ++i) rows[i] = load_f32(to[i]);
+  Quad<float> quads[kLanes];
+  for (int i = 0; i < kLanes; ++i) quads[i] = rows[i].v;
+  transpose_quads(quads);
+  for (int i = 0; i < kLanes; ++i) rows[i].v = quads[i];
 }
 
 inline float reduce_add(F32 a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
