@@ -162,14 +162,29 @@ def show_group(console: Console, group: dict[str, Any]) -> None:
 def show_codecs(console: Console, codecs: dict[str, Any]) -> None:
     """The table of encoders and decoders."""
     n, k = codecs["shape"]
-    table = Table(title=f"{n} x {k} bfloat16; copying {codecs['copy_gb_s']:.1f} GB/s, read and written")
-    for head in ("format", "what", "kernel", "rows", "M weights/s", "GB/s", "of copying"):
+    copied = f"copying {codecs['copy_gb_s']:.1f}, cloning into fresh memory {codecs['clone_gb_s']:.1f} GB/s"
+    table = Table(title=f"{n} x {k} bfloat16; {copied}, read and written")
+    heads = (
+        "format",
+        "what",
+        "kernel",
+        "rows",
+        "M weights/s",
+        "GB/s",
+        "of copying",
+        "fresh: M weights/s",
+        "of cloning",
+    )
+    for head in heads:
         table.add_column(head, justify="left" if head in {"format", "what", "kernel"} else "right")
     for row in codecs["rows"]:
         table.add_row(
             row["format"], row["what"], row["kernel"], str(row["rows"]), f"{row['weights_s'] / 1e6:.0f}",
-            f"{row['gb_s']:.1f}", f"{row['share']:.0%}",
+            f"{row['gb_s']:.1f}", f"{row['share']:.0%}", f"{row['fresh']['weights_s'] / 1e6:.0f}",
+            f"{row['fresh']['share']:.0%}",
         )  # fmt: skip
+    if not codecs["reused"]:
+        console.print("this system's allocator cannot be told to reuse memory: the first figures may be of fresh pages")
     console.print(table)
 
 

@@ -1,4 +1,9 @@
-"""Encoders and decoders: weights a second, and the memory they read and write against copying."""
+"""Encoders and decoders: weights a second, and the memory they read and write against copying.
+
+Two things are measured. Into memory that is there, against copying into memory that is there: what the kernels do. And
+as one call in a program gets it, into fresh pages, against a `clone()` into fresh pages: most of either is then spent
+by the system, which makes and clears these pages.
+"""
 
 from __future__ import annotations
 
@@ -24,27 +29,37 @@ LEAST_ROWS = 256
 
 
 def measure(specs: tuple[str, ...], shape: tuple[int, int], budget: float, rounds: int) -> dict[str, Any]:
-    """Every encoder and decoder in turn with a copy of as many bytes as the bfloat16 weight has."""
+    """Every encoder and decoder in turn with a copy of as many bytes as the bfloat16 weight has; then with a clone."""
     n, k = shape
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     copying = [Contender(name, run) for name, run in cpu_machine.copiers(w).items()]
     found = [one for spec in specs for one in _codecs(parse_spec(spec), w)]
-    contenders = [contender for contender, _ in found]
+    into_fresh = [Contender(one.name, one.call) for one, _ in found]
+    cloning = Contender("clone", lambda _: w.clone())
     with torch.inference_mode():
-        alternate([*copying, *contenders], rounds, budget)
+        with cpu_machine.reused_memory(reused=True) as reused:
+            alternate([*copying, *(contender for contender, _ in found)], rounds, budget)
+        with cpu_machine.reused_memory(reused=False):
+            alternate([cloning, *into_fresh], rounds, budget)
     copied = max(2 * w.nbytes / one.median / 1e9 for one in copying)
+    cloned = 2 * w.nbytes / cloning.median / 1e9
     rows = []
-    for contender, known in found:
-        seconds, weights, nbytes = contender.median, known["rows"] * k, known.pop("bytes")
-        speed = {
-            "seconds": seconds,
-            "quartiles": quartiles(contender.times),
-            "weights_s": weights / seconds,
-            "gb_s": nbytes / seconds / 1e9,
-            "share": nbytes / seconds / 1e9 / copied,
-        }
-        rows.append({**known, **speed})
-    return {"shape": [n, k], "copy_gb_s": copied, "rows": rows}
+    for (contender, known), fresh in zip(found, into_fresh, strict=True):
+        weights, nbytes = known["rows"] * k, known.pop("bytes")
+        speeds = _speeds(contender, weights, nbytes, copied)
+        rows.append({**known, **speeds, "fresh": _speeds(fresh, weights, nbytes, cloned)})
+    return {"shape": [n, k], "copy_gb_s": copied, "clone_gb_s": cloned, "reused": reused, "rows": rows}
+
+
+def _speeds(contender: Contender, weights: int, nbytes: int, copied: float) -> dict[str, Any]:
+    seconds = contender.median
+    return {
+        "seconds": seconds,
+        "quartiles": quartiles(contender.times),
+        "weights_s": weights / seconds,
+        "gb_s": nbytes / seconds / 1e9,
+        "share": nbytes / seconds / 1e9 / copied,
+    }
 
 
 def _codecs(fmt: Format, w: Tensor) -> Iterator[tuple[Contender, dict[str, Any]]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowbit import QuantizedTensor, dispatch, ops
+from lowbit import QuantizedTensor, dispatch, memory, ops
 from lowbit.dispatch import Kernel
 from lowbit.formats import Format, parse_spec
 from lowbit.formats.parts import Parts, gather_rows
@@ -193,7 +193,7 @@ def ours(spec: str, n: int, k: int, cache: int) -> tuple[Entry, Drawn]:
     entry = Entry(
         spec,
         F.linear,
-        [weight, *(weight.map_parts(torch.clone) for _ in range(count - 1))],
+        [weight, *(weight.map_parts(memory.clone) for _ in range(count - 1))],
         weight.nbytes_stored(),
         check,
         chosen,
@@ -216,7 +216,7 @@ def _w4a8(n: int, k: int, cache: int) -> tuple[Entry, Drawn]:
     def check(x: Tensor, y: Tensor) -> float:
         return check_ours(W4A8, x, y, chosen(x).tolerance, drawn, drawn.rounded_blocks)
 
-    clones = [tuple(part.clone() for part in operands) for _ in range(copies_for(nbytes, cache) - 1)]
+    clones = [tuple(memory.clone(part) for part in operands) for _ in range(copies_for(nbytes, cache) - 1)]
     return Entry(W4A8, run, [operands, *clones], nbytes, check, chosen, coalesced_int4.TAG), drawn
 
 

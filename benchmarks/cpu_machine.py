@@ -6,10 +6,12 @@ reaches in each dtype; where a processor has no instructions for a dtype, that l
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ PEAK_SIZE = 2048
 PACKAGES = ("comfy-kitchen", "torchao", "numpy")
 _DEFAULT_CACHE = 32 << 20
 _RUNS = 5
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt
 
 
 def about() -> dict[str, Any]:
@@ -111,6 +114,27 @@ def copiers(source: Tensor) -> dict[str, Callable[[int], object]]:
 
         found["copy_bandwidth"] = lambda _: copy_bandwidth(target, source)
     return found
+
+
+@contextmanager
+def reused_memory(reused: bool) -> Iterator[bool]:
+    """Within it, large tensors lie where freed ones lay, or else on pages that are fresh every time.
+
+    Gives whether that is so: only of glibc can it be asked.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        yield False
+        return
+    settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1} if reused else {_MMAP_THRESHOLD: 128 << 10}
+    usual = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 128 << 10, _MMAP_THRESHOLD: 128 << 10}
+    done = [mallopt(option, value) for option, value in settings.items()]
+    try:
+        yield all(done)
+    finally:
+        for option, value in usual.items():
+            mallopt(option, value)
 
 
 def peaks(size: int = PEAK_SIZE) -> dict[str, float]:

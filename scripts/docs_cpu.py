@@ -83,6 +83,9 @@ def cpu_peers() -> str:
 def cpu_codecs() -> str:
     """Encoders and decoders: millions of weights a second and the share of copying."""
     codecs = _read("cpu.json")["codecs"]
+    heads: tuple[str, ...] = ("format", "what", "kernel", "million weights a second", "of copying")
+    if "clone_gb_s" in codecs:
+        heads = (*heads, "into fresh memory", "of cloning")
     lines = [
         (
             f"`{row['format']}`",
@@ -90,10 +93,11 @@ def cpu_codecs() -> str:
             f"`{row['kernel']}`",
             f"{row['weights_s'] / 1e6:.0f}",
             f"{row['share']:.0%}",
+            *((f"{row['fresh']['weights_s'] / 1e6:.0f}", f"{row['fresh']['share']:.0%}") if "fresh" in row else ()),
         )
         for row in codecs["rows"]
     ]
-    return table(("format", "what", "kernel", "million weights a second", "of copying"), lines)
+    return table(heads, lines)
 
 
 def cpu_models() -> str:

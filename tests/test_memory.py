@@ -1,85 +1,116 @@
-"""The eager backend never builds a temporary that grows with the weight."""
+"""Room for large tensors: huge pages are asked for, and what a pool lends comes back."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-import lowbit
-from lowbit import QuantizedTensor
-from lowbit.ops import generic
+from lowbit import memory
 
-N, K = 12288, 3072  # Qwen-Image's widest linear: 72 MiB in bfloat16, 18 MiB in 4 bits
-LARGEST = 1 << 24
-SPECS = [
-    "fp8_e4m3(granularity=row)",
-    "fp8_e4m3(granularity=block)",
-    "int8",
-    "int8(granularity=block)",
-    "int8(rotation=256)",
-    "mxfp8",
-    "nvfp4",
-    "awq_w4a16",
-    "svdquant_w4a4",
-]
+LARGE = (3000, 1500)  # bfloat16: 9 MB
+POOL = 64 << 20
 
 
-class _Largest(TorchDispatchMode):
-    """Records the largest memory that an operation allocated."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes, self.where = 0, ""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {id_of(t) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for made in tree_iter(result):
-            if isinstance(made, torch.Tensor) and id_of(made) not in given:
-                size = made.untyped_storage().nbytes()
-                if size > self.bytes:
-                    self.bytes, self.where = size, f"{func} {tuple(made.shape)} {made.dtype}"
-        return result
-
-
-def id_of(tensor):
-    """What tells one storage from another."""
-    return tensor.untyped_storage()._cdata
+def advised(tensor: torch.Tensor) -> bool | None:
+    """Whether the middle of a tensor lies where huge pages were asked for, by the kernel's books; None without any."""
+    middle = tensor.data_ptr() + tensor.nbytes // 2
+    within = False
+    try:
+        lines = Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        first = line.split(" ", 1)[0]
+        if "-" in first and not first.endswith(":"):
+            start, stop = (int(end, 16) for end in first.split("-"))
+            within = start <= middle < stop
+        elif within and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    return None
 
 
-@pytest.mark.slow
-@pytest.mark.real_empty
-@pytest.mark.parametrize("spec", SPECS)
-def test_no_temporary_grows_with_the_weight(spec):
-    """linear, its input gradient and embedding of a 12288 x 3072 weight allocate at most 16 MiB at once.
-
-    That is below the weight's own 4-bit codes, so no copy of the whole weight in any form would pass.
-    """
-    fmt = lowbit.parse_spec(spec)
-    dtypes = fmt.part_dtypes(torch.bfloat16)
-    parts = {
-        name: torch.full(shape, 0x38, dtype=torch.uint8).view(dtypes[name])
-        if dtypes[name].itemsize == 1
-        else torch.full(shape, 0.01, dtype=dtypes[name])
-        for name, shape in fmt.part_shapes(N, K).items()
-    }
-    w = QuantizedTensor(parts, fmt, (N, K), torch.bfloat16)
-
-    # The implementations, not the ops: a dispatch mode does not see what happens inside an op.
-    with torch.no_grad(), _Largest() as trace:
-        generic.run_linear(torch.ones(1, K).bfloat16(), w.part_list, torch.zeros(N).bfloat16(), w.spec)
-        generic._input_gradient(torch.ones(1, N), w.part_list, K, w.spec)
-        if fmt.supports_embedding:
-            generic._embedding(torch.arange(0, N, 100), w.part_list, K, w.spec, torch.bfloat16)
-
-    assert 0 < trace.bytes <= LARGEST, trace.where
+def test_a_large_tensor_asks_for_huge_pages():
+    """By the kernel's books."""
+    if memory._request() is None:
+        pytest.skip("this system has no transparent huge pages")
+    found = advised(memory.empty(LARGE, torch.bfloat16))
+    if found is None:
+        pytest.skip("this system does not tell")
+    assert found
+    assert advised(memory.clone(torch.zeros(LARGE))) is True
 
 
-def test_the_trace_sees_a_whole_weight():
-    """A dequantized weight shows up in the trace: the test above can fail."""
-    w = QuantizedTensor.quantize(torch.ones(64, 64), "fp8_e4m3")
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (3, 5), LARGE])
+def test_it_is_a_usual_tensor(shape):
+    """Of any size, inside a pool and outside of it."""
+    outside = memory.empty(shape, torch.float32)
+    with memory.recycling(POOL):
+        inside = memory.empty(list(shape), torch.float32)
+    for tensor in (outside, inside):
+        assert tensor.shape == shape
+        assert tensor.dtype == torch.float32
+        assert tensor.is_contiguous()
+        assert tensor.fill_(2.0).sum() == 2 * tensor.numel()
 
-    with _Largest() as trace:
-        generic._dequantize(w.part_list, w.spec, [64, 64], torch.float32)
 
-    assert trace.bytes == 64 * 64 * 4
+def test_a_clone_is_a_copy():
+    """Without gaps, in memory of its own."""
+    source = torch.arange(12.0).view(3, 4).t()
+    made = memory.clone(source)
+    assert made.is_contiguous()
+    assert torch.equal(made, source)
+    assert made.data_ptr() != source.data_ptr()
+
+
+def test_memory_comes_back_when_its_last_tensor_is_gone():
+    """A view keeps it as well as the tensor itself does."""
+    with memory.recycling(POOL):
+        first = memory.empty(LARGE, torch.bfloat16).fill_(1.0)
+        at, view = first.data_ptr(), first.view(torch.int16)[1:]
+        del first
+        other = memory.empty(LARGE, torch.bfloat16)
+        assert other.data_ptr() != at
+        assert (view == 0x3F80).all()
+        del view
+        gc.collect()
+        assert memory.empty(LARGE, torch.bfloat16).data_ptr() == at
+
+
+def test_a_tensor_outlives_its_pool():
+    """Nobody is lent what it still lies in."""
+    with memory.recycling(POOL):
+        kept = memory.empty(LARGE, torch.bfloat16).fill_(1.0)
+    memory.empty(LARGE, torch.bfloat16).fill_(2.0)
+    assert (kept == 1.0).all()
+
+
+def test_idle_memory_is_bounded():
+    """What is larger than the limit is not lent, and what is idle stays below it."""
+    with memory.recycling(20 << 20):
+        pool = memory._own.pool
+        tensors = [memory.empty(LARGE, torch.bfloat16) for _ in range(4)]
+        tensors.append(memory.empty((30 << 20,), torch.uint8))
+        del tensors
+        gc.collect()
+        assert 0 < sum(block.nbytes for block in pool._idle) <= 20 << 20
+        large = memory.empty((19 << 20,), torch.uint8)  # takes the place of one that is too small
+        assert len(pool._idle) == 1
+        del large
+
+
+def test_threads_have_pools_of_their_own():
+    """One that has asked for none has none."""
+    found = []
+
+    def work() -> None:
+        found.append(getattr(memory._own, "pool", None))
+
+    with memory.recycling(POOL):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found == [None]

@@ -20,11 +20,14 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-LEAST = 4 << 20  # bytes from which on a tensor holds a whole huge page wherever it lies, and a request is worth its time
+LEAST = (
+    4 << 20
+)  # bytes from which on a tensor holds a whole huge page wherever it lies, and a request is worth its time
 _PAGE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _own = threading.local()
 
@@ -100,7 +103,8 @@ class _Pool:
                 self._remove(block)
         if block is None:
             block = advise(torch.empty(size, dtype=torch.uint8))
-        lease = memoryview(block.numpy())[:size]
+        array: Any = block.numpy()  # Any: its stub lacks the buffer protocol
+        lease = memoryview(array)[:size]
         weakref.finalize(lease, self._back, block).atexit = False
         return lease
 

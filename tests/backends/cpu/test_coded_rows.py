@@ -39,6 +39,7 @@ SPECS = {
     "wna16(group_size=0)": (37, 48),
     "wna16(bits=8,group_size=20)": (37, 40),
     "wna16(bits=8,group_size=32,zero_point=True)": (37, 64),
+    "convrot_w4a4(rotation=0)": (38, 40),
     "fp8_e4m3(pre_quant_scale=True)": (37, 36),
     "awq_w4a16(pre_quant_scale=True)": (64, 64),
 }
@@ -94,15 +95,17 @@ def test_every_scale_of_a_byte(spec):
 
 
 @pytest.mark.parametrize("rotation", [16, 64, 256, 1024])
-def test_a_rotated_weight_is_turned_back(rotation):
+@pytest.mark.parametrize("name", ["int8", "convrot_w4a4"])
+def test_a_rotated_weight_is_turned_back(name, rotation):
     """The values are those of a rotation in float64, to float32's rounding."""
-    weight = table(f"int8(rotation={rotation})", 20, 1024)
-    codes = weight.parts["qdata"].double() * weight.parts["scale"].double()
+    weight = table(f"{name}(rotation={rotation})", 20, 1024)
+    fmt = weight.format
+    codes = fmt.unpack(weight.parts["qdata"], 1024).double() * weight.parts["scale"].double().view(20, 1)
     exact = (codes.view(-1, rotation) @ rotate_groups(torch.eye(rotation), rotation).double()).view(20, 1024)
     for one in (weight, weight.in_layout("rows16")):
         found = decoded(one, torch.float32, "cpu")
         assert (found.double() - exact).norm() / exact.norm() < 3e-7
-    entry = select("dequantize", "int8", "", "cpu", (weight.format, weight.parts, (20, 1024), torch.float32))
+    entry = select("dequantize", name, "", "cpu", (fmt, weight.parts, (20, 1024), torch.float32))
     assert entry.tolerance >= 3e-7
 
 

@@ -92,7 +92,8 @@ def describe(fmt: Format, parts: Parts, k: int, *, packed: bool) -> Coded:
         "q",
         (
             codec, arrangement, qdata.data_ptr(), row_bytes, qdata.stride(0) * qdata.element_size(), n, k, group,
-            fmt.rotation if isinstance(fmt, Int8 | ConvrotW4A4) else 0, scale.data_ptr(), _SCALE_KINDS[scale.dtype], tile_rows,
+            fmt.rotation if isinstance(fmt, Int8 | ConvrotW4A4) else 0, scale.data_ptr(), _SCALE_KINDS[scale.dtype],
+            tile_rows,
             *steps, unsigned, address(zeros), address(offsets), 0 if offsets is None else DTYPES[offsets.dtype],
             address(total), use, by_row, address(columns), 0 if columns is None else DTYPES[columns.dtype],
         ),

@@ -60,25 +60,27 @@ template <class Grid, int kDtype>
 void encode_row(const void* x, int64_t at, int64_t count, float scale, uint8_t* to, int64_t ahead = 0) {
   using namespace simd;
   constexpr int kPer = kByteCodes<Grid>;
+  constexpr int64_t kPiece = 2048;
+  alignas(64) uint8_t made[kPiece / kPer + 4 * kLanes];
   const Divisor by(set1_f32(scale));
-  const auto put = [&](uint8_t* at, F32 value) {
+  const auto put = [&](int64_t c, F32 value) {
     const I32 codes = codes_of<Grid>(by(value), value);
     if constexpr (kNibbles<Grid>) {
-      store_nibbles(at, codes);
+      store_nibbles(made + c / kPer, codes);
     } else {
-      store_low_bytes(at, codes);
+      store_low_bytes(made + c, codes);
     }
   };
-  int64_t c = 0;
-  const auto* from = static_cast<const unsigned char*>(x) + (at + ahead) * element_size(kDtype);
-  for (; c + kLanes <= count; c += kLanes) {
-    if (ahead) __builtin_prefetch(from + c * element_size(kDtype));
-    put(to + c / kPer, load_as_f32(x, at + c, kDtype));
-  }
-  if (c < count) {
-    alignas(64) uint8_t room[4 * kLanes];
-    put(room, load_first(x, at + c, static_cast<int>(count - c), kDtype));
-    std::memcpy(to + c / kPer, room, static_cast<size_t>((count - c) / kPer));
+  const auto* from = static_cast<const unsigned char*>(x) + ahead * element_size(kDtype);
+  for (int64_t first = 0; first < count; first += kPiece) {
+    const int64_t size = std::min(kPiece, count - first), begin = at + first;
+    int64_t c = 0;
+    for (; c + kLanes <= size; c += kLanes) {
+      if (ahead) __builtin_prefetch(from + (begin + c) * element_size(kDtype));
+      put(c, load_as_f32(x, begin + c, kDtype));
+    }
+    if (c < size) put(c, load_first(x, begin + c, static_cast<int>(size - c), kDtype));
+    stream_bytes(to + first / kPer, made, size / kPer);
   }
 }
 
@@ -206,6 +208,7 @@ class Granular {
         const Room room(buffered(scale) ? tall * stride : 0);
         for (int64_t tile = task * run; tile < std::min(tiles, (task + 1) * run); ++tile)
           if (!encode_tile<dtype.value>(tile, room.data(), stride, scale)) finite = false;
+        streamed();
       });
     });
     return finite;

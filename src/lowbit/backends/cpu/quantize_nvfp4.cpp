@@ -218,9 +218,8 @@ bool quantize_nvfp4(Ptr<const void> w, int dtype, int64_t n, int64_t k, bool div
       }
       if (by_row) globals[row] = encoder.fitted(bits);
       const int64_t at = row * encoder.groups();
-      encoder.encode_row(room, globals[by_row ? row : 0], codes + at * (kGroup / 2), scales + at, [&](int64_t first) {
-        prefetch(matrix, (row + 1) * k + first, kLanes * kGroup);
-      });
+      encoder.encode_row(room, globals[by_row ? row : 0], codes + at * (kGroup / 2), scales + at,
+                         [&](int64_t first) { prefetch(matrix, (row + 1) * k + first, kLanes * kGroup); });
     });
   });
   return finite;

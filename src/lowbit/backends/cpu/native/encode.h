@@ -28,6 +28,28 @@ inline void prefetch(const Matrix& w, int64_t at, int64_t count) {
   for (int64_t byte = 0; byte < count * element_size(w.dtype); byte += 64) __builtin_prefetch(from + byte);
 }
 
+// Bytes to where they are not read again soon: past the caches, which then need not fetch what is overwritten. Only
+// after `streamed` do other threads see them for sure. `from` is aligned to 64 bytes.
+inline void stream_bytes(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  int64_t at = 0;
+#if defined(LOWBIT_ISA_AVX512) && !defined(LOWBIT_EMULATE)
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
+    for (; at + 64 <= bytes; at += 64)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), _mm512_load_si512(from + at));
+#elif defined(LOWBIT_ISA_AVX2)
+  if (reinterpret_cast<uintptr_t>(to) % 32 == 0)
+    for (; at + 32 <= bytes; at += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + at),
+                          _mm256_load_si256(reinterpret_cast<const __m256i*>(from + at)));
+#endif
+  std::memcpy(to + at, from + at, static_cast<size_t>(bytes - at));
+}
+inline void streamed() {
+#if defined(LOWBIT_ISA_AVX2) || (defined(LOWBIT_ISA_AVX512) && !defined(LOWBIT_EMULATE))
+  _mm_sfence();
+#endif
+}
+
 // f(a constant that is the dtype), for code that is compiled once a dtype.
 template <class F>
 inline void with_dtype(int dtype, const F& f) {
