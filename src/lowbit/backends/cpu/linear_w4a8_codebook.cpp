@@ -49,8 +49,7 @@ void linear_w4a8_codebook(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, 
                           Ptr<const void> bias, int bias_dtype, Ptr<void> out, int64_t few, int threads) {
   const CodebookRows rows({codes, stride, n, k, group, scales, scale_stride, wide_scales, levels, bits, row_scales});
   const ExpandedWeight weight{rows, n, k, k};
-  const Int8Tokens tokens({x, x_dtype, m, k}, k, rotation, threads);
-  if (m) int8_gemm(weight, tokens, {out, x_dtype, bias, bias_dtype}, few, threads);
+  if (m) int8_gemm(weight, {x, x_dtype, m, k}, rotation, {out, x_dtype, bias, bias_dtype}, few, threads);
 }
 
 void bind_linear_w4a8_codebook(nb::module_& m) {
