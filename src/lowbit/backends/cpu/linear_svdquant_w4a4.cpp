@@ -230,44 +230,61 @@ struct SvdquantWeight {
 
 // ---- product --------------------------------------------------------------------------------------------------------
 
+// sums[token][row] += the scaled products of a group, whose codes, starts and scales are at `record`. A function of its
+// own: the compiler would keep sums in registers that the products need.
+template <int kTokens, int kBlocks, bool kBytes>
+__attribute__((noinline)) void add_group(const uint32_t* const (&words)[kBlocks * kBlockVectors],
+                                         const int8_t* record, const F32 (&scales)[kBlocks * kBlockVectors],
+                                         float* sums) {
+  constexpr int kVectors = kBlocks * kBlockVectors;
+  const auto* codes = reinterpret_cast<const uint32_t*>(record);
+  const auto* starts = reinterpret_cast<const int32_t*>(record + kGroup * kTokens);
+  const auto* factors = reinterpret_cast<const float*>(starts + kTokens);
+  Dot4 dots[kTokens][kVectors];
+  for (int t = 0; t < kTokens; ++t) {
+    const Dot4 start = start_products<kBytes>(starts[t]);
+    for (int v = 0; v < kVectors; ++v) dots[t][v] = start;
+  }
+  add_products<kGroupWords, kBytes>(dots, words, codes);
+  for (int t = 0; t < kTokens; ++t) {
+    const F32 d = set1_f32(factors[t]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* sum = sums + (t * kVectors + v) * kLanes;
+      store_f32(sum, fma(mul(to_f32(total(dots[t][v])), d), scales[v], load_f32(sum)));
+    }
+  }
+}
+
+// low: of the tile [rank, kTokens].
 template <int kTokens, int kBlocks, bool kBytes>
 __attribute__((noinline)) void multiply(const SvdquantWeight& w, const CodedTokens& x, const float* low, int64_t token,
                                         int64_t block, const Int4Block* blocks, const Output& out) {
   constexpr int kVectors = kBlocks * kBlockVectors;
-  constexpr int64_t kRecord = kGroup + CodedTokens::kTail;
+  constexpr int64_t kRecord = (kGroup + CodedTokens::kTail) * kTokens;
   const int scale_dtype = w.tile_scale_dtype(), up_dtype = w.tile_up_dtype();
-  F32 sums[kTokens][kVectors];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = zero_f32();
-  const int8_t* codes[kTokens];
-  for (int t = 0; t < kTokens; ++t) codes[t] = x.row(token + t);
+  const auto load = [](const void* from, int64_t row, int v, int dtype) {
+    return load_as_f32(from, row * kBlockRows + v % kBlockVectors * kLanes, dtype);
+  };
+  alignas(64) float found[kTokens * kVectors * kLanes];
+  for (int i = 0; i < kTokens * kVectors; ++i) store_f32(found + i * kLanes, zero_f32());
+  const int8_t* record = x.row(token);
   const uint32_t* words[kVectors];
   for (int v = 0; v < kVectors; ++v) words[v] = blocks[v / kBlockVectors].words + v % kBlockVectors * kLanes;
   for (int64_t g = 0; g < w.groups(); ++g) {
-    Dot4 dots[kTokens][kVectors];
-    for (int t = 0; t < kTokens; ++t) {
-      const Dot4 start = start_products<kBytes>(CodedTokens::start(codes[t], kGroup));
-      for (int v = 0; v < kVectors; ++v) dots[t][v] = start;
-    }
-    add_products<kGroupWords, kBytes>(dots, words, codes);
     F32 scales[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = g * kBlockRows + v % kBlockVectors * kLanes;
-      scales[v] = load_as_f32(blocks[v / kBlockVectors].scales, at, scale_dtype);
-    }
-    for (int t = 0; t < kTokens; ++t) {
-      const F32 d = set1_f32(CodedTokens::scale(codes[t], kGroup));
-      for (int v = 0; v < kVectors; ++v) sums[t][v] = fma(mul(to_f32(total(dots[t][v])), d), scales[v], sums[t][v]);
-      codes[t] += kRecord;
-    }
+    for (int v = 0; v < kVectors; ++v) scales[v] = load(blocks[v / kBlockVectors].scales, g, v, scale_dtype);
+    add_group<kTokens, kBlocks, kBytes>(words, record, scales, found);
+    record += kRecord;
     for (int v = 0; v < kVectors; ++v) words[v] += kGroupWords * kBlockRows;
   }
+  F32 sums[kTokens][kVectors];
+  for (int t = 0; t < kTokens; ++t)
+    for (int v = 0; v < kVectors; ++v) sums[t][v] = load_f32(found + (t * kVectors + v) * kLanes);
   for (int64_t r = 0; r < w.rank; ++r) {
     F32 up[kVectors];
-    for (int v = 0; v < kVectors; ++v)
-      up[v] = load_as_f32(blocks[v / kBlockVectors].up, r * kBlockRows + v % kBlockVectors * kLanes, up_dtype);
+    for (int v = 0; v < kVectors; ++v) up[v] = load(blocks[v / kBlockVectors].up, r, v, up_dtype);
     for (int t = 0; t < kTokens; ++t) {
-      const F32 factor = set1_f32(low[(token + t) * w.rank + r]);
+      const F32 factor = set1_f32(low[r * kTokens + t]);
       for (int v = 0; v < kVectors; ++v) sums[t][v] = fma(up[v], factor, sums[t][v]);
     }
   }
@@ -279,15 +296,26 @@ __attribute__((noinline)) void multiply(const SvdquantWeight& w, const CodedToke
     }
 }
 
+// [m, rank] -> of every tile of tokens [rank, tokens].
+void arrange_low(const CodedTokens& x, int64_t rank, const float* low, float* to) {
+  for (int64_t first = 0; first < x.m; first += x.together) {
+    const int64_t tokens = std::min(x.together, x.m - first);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t r = 0; r < rank; ++r) to[first * rank + r * tokens + t] = low[(first + t) * rank + r];
+  }
+}
+
 template <bool kBytes>
 void product_of(const SvdquantWeight& w, const CodedTokens& x, const float* low, const Output& out, int threads) {
+  Room arranged(x.m * w.rank);
+  arrange_low(x, w.rank, low, arranged.data());
   for_each_w4a4_tile(
-      x.m, w.n, w.k, threads, [&](int64_t first, int64_t count, const auto& f) { w.blocks(first, count, f); },
+      x, w.n, threads, [&](int64_t first, int64_t count, const auto& f) { w.blocks(first, count, f); },
       [&](int64_t token, int tokens, int64_t block, int together, const Int4Block* blocks) {
         with_count<kW4A4Tokens>(tokens, [&](auto count) {
           with_count<kW4A4Blocks>(together, [&](auto side_by_side) {
             constexpr int kTokens = decltype(count)::value, kBlocks = decltype(side_by_side)::value;
-            multiply<kTokens, kBlocks, kBytes>(w, x, low, token, block, blocks, out);
+            multiply<kTokens, kBlocks, kBytes>(w, x, arranged.data() + token * w.rank, token, block, blocks, out);
           });
         });
       });
@@ -368,17 +396,24 @@ void product_of_tiles(const SvdquantWeight& w, const CodedTokens& x, const float
 }
 #endif
 
-// Whether codes are arranged for bytes of two weights: where so many tokens are not multiplied by tiles.
-bool arranges_bytes([[maybe_unused]] int64_t m, bool is_unsigned) {
+// Whether so many tokens are multiplied by tiles.
+bool takes_tiles([[maybe_unused]] int64_t m) {
 #if defined(LOWBIT_TILES)
-  if (amx::takes(m, kGroup)) return false;
+  return amx::takes(m, kGroup);
+#else
+  return false;
 #endif
-  return kTakesBytes && !is_unsigned;
+}
+
+// Tokens as they are multiplied.
+CodedTokens tokens_for(int64_t m, int64_t k, bool is_unsigned) {
+  const bool in_rows = takes_tiles(m);
+  return {m, k, kGroup, kTakesBytes && !is_unsigned && !in_rows, in_rows};
 }
 
 void product(const SvdquantWeight& w, const CodedTokens& x, const float* low, const Output& out, int threads) {
 #if defined(LOWBIT_TILES)
-  if (amx::takes(x.m, kGroup)) return product_of_tiles(w, x, low, out, threads);
+  if (takes_tiles(x.m)) return product_of_tiles(w, x, low, out, threads);
 #endif
   if constexpr (kTakesBytes)
     if (x.as_bytes) return product_of<true>(w, x, low, out, threads);
@@ -393,7 +428,7 @@ void linear_svdquant_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, 
                           Ptr<const void> scales, int scale_dtype, Ptr<const void> up, int up_dtype,
                           Ptr<const void> bias, int bias_dtype, Ptr<void> out, int threads) {
   const Activations from{x, x_dtype, m, k};
-  CodedTokens tokens(m, k, kGroup, arranges_bytes(m, is_unsigned));
+  CodedTokens tokens = tokens_for(m, k, is_unsigned);
   Room low(m * rank);
   const Smoothing smoothing{from, from, shift, smooth, smooth_dtype, down, down_dtype, rank, is_unsigned};
   const auto put = [&](int64_t token, int64_t first, const int8_t* codes, float scale) {
@@ -426,7 +461,7 @@ void scaled_mm_svdquant_w4a4(Ptr<const uint8_t> codes, int64_t m, int64_t n, int
                              Ptr<const uint32_t> words, Ptr<const void> scales, int scale_dtype, Ptr<const void> up,
                              int up_dtype, Ptr<const void> bias, int bias_dtype, Ptr<void> out, int out_dtype,
                              int threads) {
-  CodedTokens tokens(m, k, kGroup);
+  CodedTokens tokens = tokens_for(m, k, is_unsigned);
   const uint8_t* from = codes;
   const float* from_scales = x_scales;
   parallel_for(m, m >= 8 ? threads : 1, [&](int64_t token) {
