@@ -180,33 +180,47 @@ struct Int8Tokens {
   }
 };
 
+// What a product asks for while it has time: words that come next, from memory to the second-level cache.
+struct Ahead {
+  const uint32_t* at;
+  int64_t step;  // words, for every word of the product
+};
+
 // sums[token][row] = start of the token + the products of `words` words. A function of its own, or what its callers
 // hold would leave too few registers.
 template <int kTokens, int kBlocks>
 __attribute__((noinline)) void int8_dots(const uint32_t* const (&from)[kBlocks], const uint32_t* codes, int64_t words,
-                                         const int32_t (&starts)[kTokens], int32_t* sums) {
+                                         const int32_t (&starts)[kTokens], Ahead& ahead, int32_t* sums) {
   using namespace simd;
   constexpr int kVectors = kBlocks * kBlockVectors;
   // Few tokens wait for memory, many for the second-level cache, which is asked too late without it as well.
-  constexpr int64_t kAhead = (kTokens <= 4 ? kAheadBytes : 1024) / 4;
+  constexpr bool kFew = kTokens <= 4;
+  constexpr int64_t kNear = (kFew ? kAheadBytes : 1024) / 4;
   I32 dots[kTokens][kVectors];
   for (int t = 0; t < kTokens; ++t)
     for (int v = 0; v < kVectors; ++v) dots[t][v] = set1_i32(starts[t]);
-  const uint32_t* at[kBlocks];
+  const uint32_t *at[kBlocks], *next = ahead.at;
   for (int b = 0; b < kBlocks; ++b) at[b] = from[b];
+  const int64_t step = ahead.step;
   for (const uint32_t* const end = codes + words * kTokens; codes != end; codes += kTokens) {
     Weights8 weights[kVectors];
     for (int v = 0; v < kVectors; ++v)
       weights[v] = prepare8(load_bytes(at[v / kBlockVectors] + v % kBlockVectors * kLanes));
     for (int b = 0; b < kBlocks; ++b) {
-      __builtin_prefetch(at[b] + kAhead);
+      __builtin_prefetch(at[b] + kNear);
       at[b] += kBlockRows;
+    }
+    if constexpr (!kFew) {
+      __builtin_prefetch(codes + kNear);
+      __builtin_prefetch(next, 0, 2);
+      next += step;
     }
     for (int t = 0; t < kTokens; ++t) {
       const Bytes q = set4_bytes(codes + t);
       for (int v = 0; v < kVectors; ++v) dots[t][v] = dot8(dots[t][v], weights[v], q);
     }
   }
+  ahead.at = next;
   for (int t = 0; t < kTokens; ++t)
     for (int v = 0; v < kVectors; ++v) store_i32(sums + (t * kVectors + v) * kLanes, dots[t][v]);
 }
@@ -214,7 +228,8 @@ __attribute__((noinline)) void int8_dots(const uint32_t* const (&from)[kBlocks],
 // The whole product of kTokens tokens with kBlocks blocks of rows.
 template <class Weight, int kTokens, int kBlocks>
 inline void int8_tile(const Weight& w, const Int8Blocks& words, const Int8Tokens& x, const uint32_t* codes,
-                      int64_t block, int64_t token, simd::F32 (&sums)[kTokens][kBlocks * kBlockVectors]) {
+                      int64_t block, int64_t token, Ahead ahead,
+                      simd::F32 (&sums)[kTokens][kBlocks * kBlockVectors]) {
   using namespace simd;
   constexpr int kVectors = kBlocks * kBlockVectors;
   alignas(64) int32_t dots[kTokens * kBlocks * kBlockRows];
@@ -224,7 +239,7 @@ inline void int8_tile(const Weight& w, const Int8Blocks& words, const Int8Tokens
     for (int b = 0; b < kBlocks; ++b) from[b] = words.of(block + b) + first * kBlockRows;
     int32_t starts[kTokens];
     for (int t = 0; t < kTokens; ++t) starts[t] = -kDot8Offset * x.sums[(token + t) * x.tiles + tile];
-    int8_dots<kTokens, kBlocks>(from, codes + first * kTokens, end - first, starts, dots);
+    int8_dots<kTokens, kBlocks>(from, codes + first * kTokens, end - first, starts, ahead, dots);
     for (int v = 0; v < kVectors; ++v) {
       const F32 scale = w.scale(block + v / kBlockVectors, tile, v % kBlockVectors);
       for (int t = 0; t < kTokens; ++t) {
@@ -238,9 +253,11 @@ inline void int8_tile(const Weight& w, const Int8Blocks& words, const Int8Tokens
 
 template <class Weight, int kTokens, int kBlocks>
 __attribute__((noinline)) void int8_store(const Weight& w, const Int8Blocks& words, const Int8Tokens& x,
-                                          const uint32_t* codes, int64_t block, int64_t token, const Output& out) {
+                                          const uint32_t* codes, int64_t block, int64_t token, const Ahead& ahead, const Output& out) {
+  for (int t = 0; t < kTokens; ++t)
+    for (int b = 0; b < kBlocks; ++b) expect_block(block + b, w.n, out.data, token + t, out.dtype);
   simd::F32 sums[kTokens][kBlocks * kBlockVectors];
-  int8_tile<Weight, kTokens, kBlocks>(w, words, x, codes, block, token, sums);
+  int8_tile<Weight, kTokens, kBlocks>(w, words, x, codes, block, token, ahead, sums);
   for (int t = 0; t < kTokens; ++t)
     for (int b = 0; b < kBlocks; ++b) {
       simd::F32 row[kBlockVectors];
@@ -251,20 +268,29 @@ __attribute__((noinline)) void int8_store(const Weight& w, const Int8Blocks& wor
 
 template <class Weight, int kBlocks, int kMost>
 inline void int8_store_of(int tokens, const Weight& w, const Int8Blocks& words, const Int8Tokens& x,
-                          const uint32_t* codes, int64_t block, int64_t token, const Output& out) {
+                          const uint32_t* codes, int64_t block, int64_t token, const Ahead& ahead, const Output& out) {
   if constexpr (kMost > 0) {
-    if (tokens == kMost) return int8_store<Weight, kMost, kBlocks>(w, words, x, codes, block, token, out);
-    int8_store_of<Weight, kBlocks, kMost - 1>(tokens, w, words, x, codes, block, token, out);
+    if (tokens == kMost) return int8_store<Weight, kMost, kBlocks>(w, words, x, codes, block, token, ahead, out);
+    int8_store_of<Weight, kBlocks, kMost - 1>(tokens, w, words, x, codes, block, token, ahead, out);
   }
 }
 
-constexpr int64_t kInt8ChunkTokens = 96;        // their integers lie in the second-level cache beside the words
 constexpr int64_t kInt8TaskBytes = 192 * 1024;  // words of a task, which every tile of tokens reads again
+
+// Tokens that pass while the words of a task stay in the second-level cache, themselves beside them.
+inline int64_t int8_chunk_tokens([[maybe_unused]] int64_t k) {
+  constexpr int64_t kLeast = 96;
+#if defined(LOWBIT_ISA_AVX512)
+  return std::max<int64_t>(kLeast, 640 * 1024 / k);  // these processors have 1 MiB or more
+#else
+  return kLeast;
+#endif
+}
 
 template <class Weight>
 void int8_gemm_bytes(const Weight& w, const Int8Tokens& x, const Output& out, int threads) {
   const int64_t blocks = (w.n + kBlockRows - 1) / kBlockRows, tiles = x.tile_count();
-  const int64_t chunk_tiles = std::max<int64_t>(1, kInt8ChunkTokens / x.together);
+  const int64_t chunk_tiles = std::max<int64_t>(1, int8_chunk_tokens(x.k) / x.together);
   const int64_t chunks = (tiles + chunk_tiles - 1) / chunk_tiles;
   int64_t run = std::max<int64_t>(1, kInt8TaskBytes / (w.k * kBlockRows));
   run = std::max<int64_t>(1, std::min(run, blocks * chunks / (8 * std::max(threads, 1))));
@@ -272,18 +298,25 @@ void int8_gemm_bytes(const Weight& w, const Int8Tokens& x, const Output& out, in
   const int64_t runs = (blocks + run - 1) / run;
   parallel_for(runs * chunks, threads, [&](int64_t task) {
     const int64_t first_block = task % runs * run, last_block = std::min(first_block + run, blocks);
-    const int64_t chunk = task / runs;
+    const int64_t chunk = task / runs, first_tile = tiles * chunk / chunks, last_tile = tiles * (chunk + 1) / chunks;
     const Room room(w.room(last_block - first_block));
     const Int8Blocks words = w.open(first_block, last_block, reinterpret_cast<uint32_t*>(room.data()));
-    for (int64_t tile = tiles * chunk / chunks; tile < tiles * (chunk + 1) / chunks; ++tile) {
-      const int64_t token = tile * x.together;
-      const int tokens = static_cast<int>(std::min(x.together, x.m - token));
-      int64_t block = first_block;
-      for (; block + kInt8Blocks <= last_block; block += kInt8Blocks)
-        int8_store_of<Weight, kInt8Blocks, kInt8Tokens>(tokens, w, words, x, x.of_tile(tile), block, token, out);
-      if constexpr (kInt8Blocks > 1)
-        for (; block < last_block; ++block)
-          int8_store_of<Weight, 1, kInt8Tokens>(tokens, w, words, x, x.of_tile(tile), block, token, out);
+    for (int64_t block = first_block; block < last_block;) {
+      const int64_t together = block + kInt8Blocks <= last_block ? kInt8Blocks : 1;
+      // While the tiles pass, the words of the next blocks come; behind the last ones, of what the next task may take.
+      const int64_t step = together * kBlockRows / (last_tile - first_tile);
+      for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+        const int64_t token = tile * x.together;
+        const int tokens = static_cast<int>(std::min(x.together, x.m - token));
+        const Ahead ahead{words.of(block + together) + (tile - first_tile) * step * (x.k / 4), step};
+        if (together == kInt8Blocks) {
+          int8_store_of<Weight, kInt8Blocks, kInt8Tokens>(tokens, w, words, x, x.of_tile(tile), block, token, ahead,
+                                                          out);
+        } else if constexpr (kInt8Blocks > 1) {
+          int8_store_of<Weight, 1, kInt8Tokens>(tokens, w, words, x, x.of_tile(tile), block, token, ahead, out);
+        }
+      }
+      block += together;
     }
   });
 }

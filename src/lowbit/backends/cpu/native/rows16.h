@@ -33,4 +33,11 @@ inline void store_block(const simd::F32 (&sums)[kBlockVectors], int64_t block, i
   }
 }
 
+// Where `store_block` will write: asked for before a product begins, the lines are there when it ends. Every row of
+// the result lies on another page, and a store alone would wait for the page and for the line.
+inline void expect_block(int64_t block, int64_t n, const void* out, int64_t m, int out_dtype) {
+  const int64_t at = m * n + block * kBlockRows;
+  __builtin_prefetch(static_cast<const unsigned char*>(out) + at * element_size(out_dtype), 1);
+}
+
 }  // namespace lowbit
