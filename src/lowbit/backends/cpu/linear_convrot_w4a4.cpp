@@ -20,7 +20,7 @@ struct ConvrotWeight {
 // sums[token][row] += the products of `count` words (of which one step takes kTogether), from `codes` and `words` on.
 template <int kTogether, bool kBytes, int kTokens, int kBlocks>
 __attribute__((noinline)) void add_words(const uint32_t* const (&from)[kBlocks * kBlockVectors], const uint32_t* codes,
-                                         int64_t count, int32_t* sums) {
+                                         int64_t count, Ahead& ahead, int32_t* sums) {
   constexpr int kVectors = kBlocks * kBlockVectors;
   Dot4 dots[kTokens][kVectors];
   for (auto& row : dots)
@@ -28,7 +28,7 @@ __attribute__((noinline)) void add_words(const uint32_t* const (&from)[kBlocks *
   const uint32_t* words[kVectors];
   for (int v = 0; v < kVectors; ++v) words[v] = from[v];
   for (const uint32_t* const end = codes + 2 * count * kTokens; codes != end; codes += 2 * kTogether * kTokens) {
-    add_products<kTogether, kBytes>(dots, words, codes);
+    add_products<kTogether, kBytes>(dots, words, codes, ahead);
     for (auto& at : words) at += kTogether * kBlockRows;
   }
   for (int t = 0; t < kTokens; ++t)
@@ -41,7 +41,9 @@ __attribute__((noinline)) void add_words(const uint32_t* const (&from)[kBlocks *
 // kUnit: words between two totals. kBytes: all sums are 16 times as large.
 template <int kTokens, int kBlocks, int kUnit, bool kBytes>
 __attribute__((noinline)) void multiply(const ConvrotWeight& w, const CodedTokens& x, int64_t token, int64_t block,
-                                        const Int4Block* blocks, const Output& out) {
+                                        const Int4Block* blocks, Ahead ahead, const Output& out) {
+  for (int t = 0; t < kTokens; ++t)
+    for (int b = 0; b < kBlocks; ++b) expect_block(block + b, w.n, out.data, token + t, out.dtype);
   constexpr int kVectors = kBlocks * kBlockVectors, kTogether = 4;
   static_assert(kUnit % kTogether == 0, "a total is taken between them");
   const auto* codes = reinterpret_cast<const uint32_t*>(x.row(token));
@@ -58,10 +60,10 @@ __attribute__((noinline)) void multiply(const ConvrotWeight& w, const CodedToken
     const uint32_t* at = codes + 2 * first * kTokens;
     const int64_t left = all - first, count = std::min<int64_t>(left, kUnit) / kTogether * kTogether;
     if (count) {
-      add_words<kTogether, kBytes, kTokens, kBlocks>(words, at, count, sums);
+      add_words<kTogether, kBytes, kTokens, kBlocks>(words, at, count, ahead, sums);
       first += count;
     } else {
-      add_words<1, kBytes, kTokens, kBlocks>(words, at, left, sums);
+      add_words<1, kBytes, kTokens, kBlocks>(words, at, left, ahead, sums);
       first = all;
     }
   }
@@ -86,11 +88,11 @@ void product(const ConvrotWeight& w, const CodedTokens& x, const Output& out, in
         for (int64_t b = 0; b < count; ++b) found[b] = {w.words + (first + b) * w.stride, nullptr, nullptr};
         f(found.data());
       },
-      [&](int64_t token, int tokens, int64_t block, int together, const Int4Block* blocks) {
+      [&](int64_t token, int tokens, int64_t block, int together, const Int4Block* blocks, const Ahead& ahead) {
         with_count<kW4A4Tokens>(tokens, [&](auto count) {
           with_count<kW4A4Blocks>(together, [&](auto side_by_side) {
             constexpr int kTokens = decltype(count)::value, kBlocks = decltype(side_by_side)::value;
-            multiply<kTokens, kBlocks, kUnit, kBytes>(w, x, token, block, blocks, out);
+            multiply<kTokens, kBlocks, kUnit, kBytes>(w, x, token, block, blocks, ahead, out);
           });
         });
       });

@@ -66,38 +66,76 @@ inline float quantize_group(const Smoothing& s, int64_t token, int64_t first, in
   return scale;
 }
 
+#if defined(LOWBIT_ISA_AVX512)
+constexpr int kDownChains = 2;  // sums side by side, where a row of `down` gives too few to keep the multipliers busy
+#else
+constexpr int kDownChains = 1;
+#endif
+
+// kVectors vectors of raw[t][columns] @ down[columns]; load(column, vector) gives those of `down`, store takes the
+// sums.
+template <int kTokens, int kVectors, class Load, class Store>
+inline __attribute__((always_inline)) void project_columns(const float* raw, int64_t columns, const Load& load,
+                                                           const Store& store) {
+  F32 sums[kDownChains][kTokens][kVectors];
+  for (auto& chain : sums)
+    for (auto& row : chain)
+      for (auto& sum : row) sum = zero_f32();
+  for (int64_t c = 0; c < columns; c += kDownChains)  // their number is a multiple of a group
+    for (int i = 0; i < kDownChains; ++i) {
+      F32 down[kVectors];
+      for (int v = 0; v < kVectors; ++v) down[v] = load(c + i, v);
+      for (int t = 0; t < kTokens; ++t) {
+        const F32 x = set1_f32(raw[t * kPiece + c + i]);
+        for (int v = 0; v < kVectors; ++v) sums[i][t][v] = fma(x, down[v], sums[i][t][v]);
+      }
+    }
+  for (int t = 0; t < kTokens; ++t)
+    for (int v = 0; v < kVectors; ++v) {
+      F32 sum = sums[0][t][v];
+      for (int i = 1; i < kDownChains; ++i) sum = add(sum, sums[i][t][v]);
+      store(t, v, sum);
+    }
+}
+
+// Whole vectors of `down`, which is bfloat16 or any dtype.
+template <int kTokens, int kVectors, bool kHalf>
+__attribute__((noinline)) void project_vectors(const Smoothing& s, const float* raw, int64_t first, int64_t columns,
+                                               int64_t r, float* const (&partial)[kTokens]) {
+  const int dtype = s.down_dtype;
+  const int64_t rank = s.rank, at = first * rank + r;
+  const void* down = s.down;
+  project_columns<kTokens, kVectors>(
+      raw, columns,
+      [=](int64_t c, int v) {
+        const int64_t index = at + c * rank + v * kLanes;
+        return kHalf ? load_bf16(static_cast<const uint16_t*>(down) + index) : load_as_f32(down, index, dtype);
+      },
+      [&](int t, int v, F32 sum) { store_f32(partial[t] + r + v * kLanes, sum); });
+}
+
 // partial[t][..] = raw[t][columns] @ down[columns], for kTokens tokens; raw is float32 [kTokens, kPiece].
 template <int kTokens>
 inline void project_down(const Smoothing& s, const float* raw, int64_t first, int64_t columns,
                          float* const (&partial)[kTokens]) {
-  constexpr int kDownVectors = kTokens <= 2 ? 4 : 2;  // enough sums side by side, and not too many
-  for (int64_t r = 0; r < s.rank; r += kDownVectors * kLanes) {
-    F32 sums[kTokens][kDownVectors];
-    for (auto& row : sums)
-      for (auto& sum : row) sum = zero_f32();
-    const bool whole = r + kDownVectors * kLanes <= s.rank;
-    int counts[kDownVectors];
-    for (int v = 0; v < kDownVectors; ++v)
-      counts[v] = static_cast<int>(std::clamp<int64_t>(s.rank - r - v * kLanes, 0, kLanes));
-    const auto add_columns = [&](const auto& load) __attribute__((always_inline)) {
-      for (int64_t c = 0; c < columns; ++c) {
-        F32 down[kDownVectors];
-        for (int v = 0; v < kDownVectors; ++v) down[v] = load((first + c) * s.rank + r + v * kLanes, v);
-        for (int t = 0; t < kTokens; ++t) {
-          const F32 x = set1_f32(raw[t * kPiece + c]);
-          for (int v = 0; v < kDownVectors; ++v) sums[t][v] = fma(x, down[v], sums[t][v]);
-        }
+  constexpr int kDownVectors = kTokens * kDownChains <= 2 ? 4 : 2;  // enough sums side by side, and not too many
+  int64_t r = 0;
+  const auto project = [&](auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    for (; r + kVectors * kLanes <= s.rank; r += kVectors * kLanes) {
+      if (s.down_dtype == kBfloat16) {
+        project_vectors<kTokens, kVectors, true>(s, raw, first, columns, r, partial);
+      } else {
+        project_vectors<kTokens, kVectors, false>(s, raw, first, columns, r, partial);
       }
-    };
-    if (!whole)
-      add_columns([&](int64_t at, int v) { return load_first(s.down, at, counts[v], s.down_dtype); });
-    else if (s.down_dtype == kBfloat16)
-      add_columns([&](int64_t at, int) { return load_bf16(static_cast<const uint16_t*>(s.down) + at); });
-    else
-      add_columns([&](int64_t at, int) { return load_as_f32(s.down, at, s.down_dtype); });
-    for (int t = 0; t < kTokens; ++t)
-      for (int v = 0; v < kDownVectors; ++v) store_first(partial[t], r + v * kLanes, counts[v], sums[t][v], kFloat32);
-  }
+    }
+  };
+  project(std::integral_constant<int, kDownVectors>{});
+  project(std::integral_constant<int, 1>{});
+  if (const int left = static_cast<int>(s.rank - r); left)
+    project_columns<kTokens, 1>(
+        raw, columns, [&](int64_t c, int) { return load_first(s.down, (first + c) * s.rank + r, left, s.down_dtype); },
+        [&](int t, int, F32 sum) { store_first(partial[t], r, left, sum, kFloat32); });
 }
 
 // put(token, first column, codes of a group, scale) for all groups, and low [m, rank] = raw @ down.
@@ -233,9 +271,8 @@ struct SvdquantWeight {
 // sums[token][row] += the scaled products of a group, whose codes, starts and scales are at `record`. A function of its
 // own: the compiler would keep sums in registers that the products need.
 template <int kTokens, int kBlocks, bool kBytes>
-__attribute__((noinline)) void add_group(const uint32_t* const (&words)[kBlocks * kBlockVectors],
-                                         const int8_t* record, const F32 (&scales)[kBlocks * kBlockVectors],
-                                         float* sums) {
+__attribute__((noinline)) void add_group(const uint32_t* const (&words)[kBlocks * kBlockVectors], const int8_t* record,
+                                         const F32 (&scales)[kBlocks * kBlockVectors], Ahead& ahead, float* sums) {
   constexpr int kVectors = kBlocks * kBlockVectors;
   const auto* codes = reinterpret_cast<const uint32_t*>(record);
   const auto* starts = reinterpret_cast<const int32_t*>(record + kGroup * kTokens);
@@ -245,7 +282,7 @@ __attribute__((noinline)) void add_group(const uint32_t* const (&words)[kBlocks 
     const Dot4 start = start_products<kBytes>(starts[t]);
     for (int v = 0; v < kVectors; ++v) dots[t][v] = start;
   }
-  add_products<kGroupWords, kBytes>(dots, words, codes);
+  add_products<kGroupWords, kBytes>(dots, words, codes, ahead);
   for (int t = 0; t < kTokens; ++t) {
     const F32 d = set1_f32(factors[t]);
     for (int v = 0; v < kVectors; ++v) {
@@ -258,7 +295,9 @@ __attribute__((noinline)) void add_group(const uint32_t* const (&words)[kBlocks 
 // low: of the tile [rank, kTokens].
 template <int kTokens, int kBlocks, bool kBytes>
 __attribute__((noinline)) void multiply(const SvdquantWeight& w, const CodedTokens& x, const float* low, int64_t token,
-                                        int64_t block, const Int4Block* blocks, const Output& out) {
+                                        int64_t block, const Int4Block* blocks, Ahead ahead, const Output& out) {
+  for (int t = 0; t < kTokens; ++t)
+    for (int b = 0; b < kBlocks; ++b) expect_block(block + b, w.n, out.data, token + t, out.dtype);
   constexpr int kVectors = kBlocks * kBlockVectors;
   constexpr int64_t kRecord = (kGroup + CodedTokens::kTail) * kTokens;
   const int scale_dtype = w.tile_scale_dtype(), up_dtype = w.tile_up_dtype();
@@ -273,7 +312,7 @@ __attribute__((noinline)) void multiply(const SvdquantWeight& w, const CodedToke
   for (int64_t g = 0; g < w.groups(); ++g) {
     F32 scales[kVectors];
     for (int v = 0; v < kVectors; ++v) scales[v] = load(blocks[v / kBlockVectors].scales, g, v, scale_dtype);
-    add_group<kTokens, kBlocks, kBytes>(words, record, scales, found);
+    add_group<kTokens, kBlocks, kBytes>(words, record, scales, ahead, found);
     record += kRecord;
     for (int v = 0; v < kVectors; ++v) words[v] += kGroupWords * kBlockRows;
   }
@@ -311,11 +350,12 @@ void product_of(const SvdquantWeight& w, const CodedTokens& x, const float* low,
   arrange_low(x, w.rank, low, arranged.data());
   for_each_w4a4_tile(
       x, w.n, threads, [&](int64_t first, int64_t count, const auto& f) { w.blocks(first, count, f); },
-      [&](int64_t token, int tokens, int64_t block, int together, const Int4Block* blocks) {
+      [&](int64_t token, int tokens, int64_t block, int together, const Int4Block* blocks, const Ahead& ahead) {
         with_count<kW4A4Tokens>(tokens, [&](auto count) {
           with_count<kW4A4Blocks>(together, [&](auto side_by_side) {
             constexpr int kTokens = decltype(count)::value, kBlocks = decltype(side_by_side)::value;
-            multiply<kTokens, kBlocks, kBytes>(w, x, arranged.data() + token * w.rank, token, block, blocks, out);
+            multiply<kTokens, kBlocks, kBytes>(w, x, arranged.data() + token * w.rank, token, block, blocks, ahead,
+                                               out);
           });
         });
       });

@@ -60,7 +60,8 @@ struct ExpandedWeight {
       const int64_t end = std::min(c + piece, k);
       for (int r = 0; r < kBlockRows; ++r)
         rows.expand(row_of(block, r), c, end, codes, reinterpret_cast<int8_t*>(codes + (r + 1) * width));
-      for (int64_t byte = 0; byte < end - c; byte += 16) interleave_words(at, byte, words + (c + byte) / 4 * kBlockRows);
+      for (int64_t byte = 0; byte < end - c; byte += 16)
+        interleave_words(at, byte, words + (c + byte) / 4 * kBlockRows);
     }
   }
 
@@ -71,7 +72,8 @@ struct ExpandedWeight {
   }
 };
 
-// ---- few tokens: rows as they lie ------------------------------------------------------------------------------------
+// ---- few tokens: rows as they lie
+// ------------------------------------------------------------------------------------
 
 // A row's products are added up along its columns, so that nothing has to change places.
 #if defined(LOWBIT_ISA_AVX512)
@@ -147,7 +149,8 @@ void product_of_rows(const ExpandedWeight& w, const Int8Tokens& tokens, const Ou
   parallel_for((blocks + run - 1) / run, threads, [&](int64_t task) {
     for (int64_t block = task * run; block < std::min((task + 1) * run, blocks); ++block) {
       alignas(64) int32_t dots[kTokens * kBlockRows];
-      for (int row = 0; row < kBlockRows; row += kTogether<kTokens>) dot_rows_of<kTokens>(w, block, row, x, width, tokens, dots);
+      for (int row = 0; row < kBlockRows; row += kTogether<kTokens>)
+        dot_rows_of<kTokens>(w, block, row, x, width, tokens, dots);
       for (int t = 0; t < kTokens; ++t) {
         F32 sums[kBlockVectors];
         for (int v = 0; v < kBlockVectors; ++v)

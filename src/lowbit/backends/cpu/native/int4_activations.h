@@ -17,8 +17,8 @@ constexpr int64_t kWordColumns = 8;  // of 4 bits in a word of 32
 // Where a byte of two codes may be multiplied as it is, once its nibbles are code + 8. With columns c (the low nibble)
 // and c + 1 of activations within -7..7:
 //   byte * x[c + 1] + low nibble * (16 x[c] - x[c + 1]) = 16 * (sum of the two products)
-// It saves a shift and a mask for every word. Where sums are int16, 16 times a sum of 64 columns just fits, half of them
-// in each.
+// It saves a shift and a mask for every word. Where sums are int16, 16 times a sum of 64 columns just fits, half of
+// them in each.
 #if defined(LOWBIT_ISA_AVX2)
 constexpr bool kTakesBytes = true, kStartsInPairs = true;
 #elif defined(LOWBIT_ISA_AVX512)
@@ -36,8 +36,8 @@ constexpr int kW4A4Tokens = 4;  // 8 sums in 16 registers (16 in 32 where a bloc
 #endif
 
 // Activations as integers, in tiles of tokens that are multiplied together. For every tile and every group of columns
-// that share a scale a record: [group / 4, tokens] words of codes, of each eight columns 0 2 4 6 and then 1 3 5 7; where
-// the tokens' sums begin, int32; and their scales, float32. One address leads to all of it.
+// that share a scale a record: [group / 4, tokens] words of codes, of each eight columns 0 2 4 6 and then 1 3 5 7;
+// where the tokens' sums begin, int32; and their scales, float32. One address leads to all of it.
 struct CodedTokens {
   static constexpr int64_t kTail = 8;  // bytes of a record behind the codes, for each token
 
@@ -73,7 +73,8 @@ struct CodedTokens {
     } else {
       int32_t sum = 0;
       for (int64_t c = 0; c < group; ++c) sum += codes[c];
-      for (int64_t c = 0; c < group; c += kWordColumns) put_eight(to + c / 4 * step, step, evens_first(eight_at(codes + c)));
+      for (int64_t c = 0; c < group; c += kWordColumns)
+        put_eight(to + c / 4 * step, step, evens_first(eight_at(codes + c)));
       start = -8 * sum;
     }
     std::memcpy(to + group / 4 * step, &start, 4);
@@ -106,17 +107,19 @@ struct CodedTokens {
 
   // Of each eight columns x1 x3 x5 x7, then 16 x0 - x1 and so on; returns where sums begin: one, or two int16.
   int32_t put_for_bytes(int8_t* to, int64_t step, const int8_t* codes) const {
-    int32_t sums[2] = {0, 0};  // of columns 0 to 3 and 4 to 7 of each eight
     for (int64_t c = 0; c < group; c += kWordColumns) {
-      alignas(8) int8_t made[8];
-      for (int j = 0; j < 4; ++j) {
-        const int even = codes[c + 2 * j], odd = codes[c + 2 * j + 1];
-        made[j] = static_cast<int8_t>(odd);
-        made[4 + j] = static_cast<int8_t>(16 * even - odd);
-        sums[j / 2] += even + odd;
-      }
-      put_eight(to + c / 4 * step, step, eight_at(made));
+      const uint64_t eight = evens_first(eight_at(codes + c));
+      const uint32_t even = static_cast<uint32_t>(eight) << 4 & 0xf0f0f0f0u, odd = static_cast<uint32_t>(eight >> 32);
+      // Byte by byte: no borrow passes the highest bit, which is put right afterwards.
+      const uint32_t less = ((even | 0x80808080u) - (odd & 0x7f7f7f7fu)) ^ ((even ^ ~odd) & 0x80808080u);
+      put_eight(to + c / 4 * step, step, odd | static_cast<uint64_t>(less) << 32);
     }
+    int32_t sums[2] = {0, 0};  // of columns 0 to 3 and 4 to 7 of each eight
+    for (int64_t c = 0; c < group; c += kWordColumns)
+      for (int j = 0; j < 4; ++j) {
+        sums[0] += codes[c + j];
+        sums[1] += codes[c + 4 + j];
+      }
     if (!kStartsInPairs) return -8 * 16 * (sums[0] + sums[1]);
     const int16_t starts[2] = {static_cast<int16_t>(-8 * 16 * sums[0]), static_cast<int16_t>(-8 * 16 * sums[1])};
     int32_t both;
@@ -142,23 +145,25 @@ struct Int4Block {
   const void* up;         // [rank, 16], the low-rank branch's
 };
 
-// dots += the products of kWords words of every vector of rows with the codes of every token: [2 kWords, kTokens] words.
-// kBytes: the codes are arranged for bytes of two weights.
+// dots += the products of kWords words of every vector of rows with the codes of every token: [2 kWords, kTokens]
+// words. kBytes: the codes are arranged for bytes of two weights.
 template <int kWords, bool kBytes = false, int kTokens, int kVectors>
 inline __attribute__((always_inline)) void add_products(simd::Dot4 (&dots)[kTokens][kVectors],
-                                                        const uint32_t* const (&words)[kVectors],
-                                                        const uint32_t* codes) {
+                                                        const uint32_t* const (&words)[kVectors], const uint32_t* codes,
+                                                        Ahead& ahead) {
   using namespace simd;
   // Few tokens wait for memory, many for the second-level cache, which is asked too late without it as well.
-  constexpr int64_t kAhead = (kTokens <= 4 ? kAheadBytes : 1024) / 4;
+  constexpr bool kFew = kTokens <= 4;
+  constexpr int64_t kNear = (kFew ? kAheadBytes : 1024) / 4;
 #pragma GCC unroll 8
   for (int word = 0; word < kWords; ++word) {
     I32 read[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       const uint32_t* at = words[v] + word * kBlockRows;
-      if (v % kBlockVectors == 0) __builtin_prefetch(at + kAhead);
+      if (v % kBlockVectors == 0) __builtin_prefetch(at + kNear);
       read[v] = bit_xor(load_i32(at), set1_i32(static_cast<int32_t>(0x88888888)));
     }
+    if constexpr (!kFew) ahead.ask();
     for (int half = 0; half < 2; ++half) {
       Bytes w[kVectors];
       for (int v = 0; v < kVectors; ++v) {
@@ -212,8 +217,8 @@ inline simd::Dot4 start_products(int32_t start) {
 }
 
 // Runs tile(first token, number of tokens, first block, number of blocks) over all of a product: runs of blocks that
-// stay in the second-level cache while some hundred tokens pass. blocks_of(first block, count, f) calls f with the count
-// blocks' Int4Block.
+// stay in the second-level cache while some hundred tokens pass. blocks_of(first block, count, f) calls f with the
+// count blocks' Int4Block.
 template <class BlocksOf, class Tile>
 void for_each_w4a4_tile(const CodedTokens& x, int64_t n, int threads, const BlocksOf& blocks_of, const Tile& tile) {
   constexpr int64_t kChunkTokens = 192, kTaskBytes = 192 * 1024;
@@ -228,12 +233,17 @@ void for_each_w4a4_tile(const CodedTokens& x, int64_t n, int threads, const Bloc
     const int64_t first_block = task % runs * run, last_block = std::min(first_block + run, blocks);
     const int64_t chunk = task / runs;
     blocks_of(first_block, last_block - first_block, [&](const Int4Block* found) {
-      for (int64_t t = tiles * chunk / chunks; t < tiles * (chunk + 1) / chunks; ++t) {
-        const int64_t token = t * x.together;
-        const int tokens = static_cast<int>(std::min(x.together, x.m - token));
-        for (int64_t block = first_block; block < last_block; block += kW4A4Blocks) {
-          const int together = static_cast<int>(std::min<int64_t>(kW4A4Blocks, last_block - block));
-          tile(token, tokens, block, together, found + (block - first_block));
+      const int64_t first_tile = tiles * chunk / chunks, last_tile = tiles * (chunk + 1) / chunks;
+      for (int64_t block = first_block; block < last_block; block += kW4A4Blocks) {
+        const int together = static_cast<int>(std::min<int64_t>(kW4A4Blocks, last_block - block));
+        const Int4Block* at = found + (block - first_block);
+        // While the tiles pass, the words of the next blocks come; behind the last, of what the next task may take.
+        const uint32_t* next =
+            block + together < last_block ? at[together].words : at[together - 1].words + x.k / 8 * kBlockRows;
+        for (int64_t t = first_tile; t < last_tile; ++t) {
+          const int64_t token = t * x.together;
+          const Ahead ahead = Ahead::share(next, together, x.k / kWordColumns, t - first_tile, last_tile - first_tile);
+          tile(token, static_cast<int>(std::min(x.together, x.m - token)), block, together, at, ahead);
         }
       }
     });

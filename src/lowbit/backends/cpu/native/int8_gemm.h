@@ -117,7 +117,9 @@ struct Int8Tokens {
   }
 
   int64_t tile_count() const { return (m + together - 1) / together; }
-  const uint32_t* of_tile(int64_t index) const { return reinterpret_cast<const uint32_t*>(codes + index * together * k); }
+  const uint32_t* of_tile(int64_t index) const {
+    return reinterpret_cast<const uint32_t*>(codes + index * together * k);
+  }
 
  private:
   static int64_t evenly(int64_t m) {
@@ -180,12 +182,6 @@ struct Int8Tokens {
   }
 };
 
-// What a product asks for while it has time: words that come next, from memory to the second-level cache.
-struct Ahead {
-  const uint32_t* at;
-  int64_t step;  // words, for every word of the product
-};
-
 // sums[token][row] = start of the token + the products of `words` words. A function of its own, or what its callers
 // hold would leave too few registers.
 template <int kTokens, int kBlocks>
@@ -199,9 +195,9 @@ __attribute__((noinline)) void int8_dots(const uint32_t* const (&from)[kBlocks],
   I32 dots[kTokens][kVectors];
   for (int t = 0; t < kTokens; ++t)
     for (int v = 0; v < kVectors; ++v) dots[t][v] = set1_i32(starts[t]);
-  const uint32_t *at[kBlocks], *next = ahead.at;
+  const uint32_t* at[kBlocks];
+  Ahead next = ahead;
   for (int b = 0; b < kBlocks; ++b) at[b] = from[b];
-  const int64_t step = ahead.step;
   for (const uint32_t* const end = codes + words * kTokens; codes != end; codes += kTokens) {
     Weights8 weights[kVectors];
     for (int v = 0; v < kVectors; ++v)
@@ -212,15 +208,14 @@ __attribute__((noinline)) void int8_dots(const uint32_t* const (&from)[kBlocks],
     }
     if constexpr (!kFew) {
       __builtin_prefetch(codes + kNear);
-      __builtin_prefetch(next, 0, 2);
-      next += step;
+      next.ask();
     }
     for (int t = 0; t < kTokens; ++t) {
       const Bytes q = set4_bytes(codes + t);
       for (int v = 0; v < kVectors; ++v) dots[t][v] = dot8(dots[t][v], weights[v], q);
     }
   }
-  ahead.at = next;
+  ahead = next;
   for (int t = 0; t < kTokens; ++t)
     for (int v = 0; v < kVectors; ++v) store_i32(sums + (t * kVectors + v) * kLanes, dots[t][v]);
 }
@@ -228,8 +223,7 @@ __attribute__((noinline)) void int8_dots(const uint32_t* const (&from)[kBlocks],
 // The whole product of kTokens tokens with kBlocks blocks of rows.
 template <class Weight, int kTokens, int kBlocks>
 inline void int8_tile(const Weight& w, const Int8Blocks& words, const Int8Tokens& x, const uint32_t* codes,
-                      int64_t block, int64_t token, Ahead ahead,
-                      simd::F32 (&sums)[kTokens][kBlocks * kBlockVectors]) {
+                      int64_t block, int64_t token, Ahead ahead, simd::F32 (&sums)[kTokens][kBlocks * kBlockVectors]) {
   using namespace simd;
   constexpr int kVectors = kBlocks * kBlockVectors;
   alignas(64) int32_t dots[kTokens * kBlocks * kBlockRows];
@@ -253,7 +247,8 @@ inline void int8_tile(const Weight& w, const Int8Blocks& words, const Int8Tokens
 
 template <class Weight, int kTokens, int kBlocks>
 __attribute__((noinline)) void int8_store(const Weight& w, const Int8Blocks& words, const Int8Tokens& x,
-                                          const uint32_t* codes, int64_t block, int64_t token, const Ahead& ahead, const Output& out) {
+                                          const uint32_t* codes, int64_t block, int64_t token, const Ahead& ahead,
+                                          const Output& out) {
   for (int t = 0; t < kTokens; ++t)
     for (int b = 0; b < kBlocks; ++b) expect_block(block + b, w.n, out.data, token + t, out.dtype);
   simd::F32 sums[kTokens][kBlocks * kBlockVectors];
@@ -304,11 +299,11 @@ void int8_gemm_bytes(const Weight& w, const Int8Tokens& x, const Output& out, in
     for (int64_t block = first_block; block < last_block;) {
       const int64_t together = block + kInt8Blocks <= last_block ? kInt8Blocks : 1;
       // While the tiles pass, the words of the next blocks come; behind the last ones, of what the next task may take.
-      const int64_t step = together * kBlockRows / (last_tile - first_tile);
       for (int64_t tile = first_tile; tile < last_tile; ++tile) {
         const int64_t token = tile * x.together;
         const int tokens = static_cast<int>(std::min(x.together, x.m - token));
-        const Ahead ahead{words.of(block + together) + (tile - first_tile) * step * (x.k / 4), step};
+        const Ahead ahead =
+            Ahead::share(words.of(block + together), together, x.k / 4, tile - first_tile, last_tile - first_tile);
         if (together == kInt8Blocks) {
           int8_store_of<Weight, kInt8Blocks, kInt8Tokens>(tokens, w, words, x, x.of_tile(tile), block, token, ahead,
                                                           out);
@@ -484,8 +479,8 @@ void int8_gemm_tiles(const Weight& w, const Int8Tokens& x, const Output& out, in
 }
 #endif
 
-// The product of x, quantized with a scale for every `tile` columns of w. `few`: up to how many tokens bytes are faster,
-// where four products are no instruction: measured.
+// The product of x, quantized with a scale for every `tile` columns of w. `few`: up to how many tokens bytes are
+// faster, where four products are no instruction: measured.
 template <class Weight>
 void int8_gemm(const Weight& w, const Activations& x, int64_t rotation, const Output& out, int64_t few, int threads) {
   const bool bytes = simd::kDot8IsOneStep || x.m <= few;

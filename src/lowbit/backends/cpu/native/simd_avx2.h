@@ -233,7 +233,9 @@ inline Bytes nibbles_in_order(const void* from) {
 }
 // kLanes / 4 of many tables of 16 bytes, beside each other: a byte each says which.
 inline Bytes choose_tables(const uint8_t* tables, const uint8_t* which) {
-  const auto at = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tables + static_cast<uint64_t>(which[i]) * 16)); };
+  const auto at = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tables + static_cast<uint64_t>(which[i]) * 16));
+  };
   return {_mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1)};
 }
 // A byte for each code, every 16 of them from their own table.

@@ -224,7 +224,9 @@ inline Bytes nibbles_in_order(const void* from) {
 }
 // kLanes / 4 of many tables of 16 bytes, beside each other: a byte each says which.
 inline Bytes choose_tables(const uint8_t* tables, const uint8_t* which) {
-  const auto at = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tables + static_cast<uint64_t>(which[i]) * 16)); };
+  const auto at = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tables + static_cast<uint64_t>(which[i]) * 16));
+  };
   __m512i found = _mm512_castsi128_si512(at(0));
   found = _mm512_mask_broadcast_i32x4(found, 0x00f0, at(1));
   found = _mm512_mask_broadcast_i32x4(found, 0x0f00, at(2));

@@ -222,7 +222,9 @@ inline Bytes nibbles_in_order(const void* from) {
   return {vcombine_u8(both.val[0], both.val[1])};
 }
 // kLanes / 4 of many tables of 16 bytes, beside each other: a byte each says which.
-inline Bytes choose_tables(const uint8_t* tables, const uint8_t* which) { return {vld1q_u8(tables + static_cast<uint64_t>(which[0]) * 16)}; }
+inline Bytes choose_tables(const uint8_t* tables, const uint8_t* which) {
+  return {vld1q_u8(tables + static_cast<uint64_t>(which[0]) * 16)};
+}
 // A byte for each code, every 16 of them from their own table.
 inline Bytes lookup_bytes(Bytes tables, Bytes codes) { return {vqtbl1q_u8(tables.v, codes.v)}; }
 

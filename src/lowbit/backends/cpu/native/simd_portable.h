@@ -275,7 +275,9 @@ inline Bytes nibbles_in_order(const void* from) {
   return found;
 }
 // kLanes / 4 of many tables of 16 bytes, beside each other: a byte each says which.
-inline Bytes choose_tables(const uint8_t* tables, const uint8_t* which) { return load_bytes(tables + static_cast<uint64_t>(which[0]) * 16); }
+inline Bytes choose_tables(const uint8_t* tables, const uint8_t* which) {
+  return load_bytes(tables + static_cast<uint64_t>(which[0]) * 16);
+}
 // A byte for each code, every 16 of them from their own table.
 inline Bytes lookup_bytes(Bytes tables, Bytes codes) {
   Bytes found;
