@@ -17,25 +17,29 @@ struct ConvrotWeight {
   int64_t n, k;
 };
 
-// sums[token][row] += the products of `count` words (of which one step takes kTogether), from `codes` and `words` on.
-template <int kTogether, bool kBytes, int kTokens, int kBlocks>
+// sums[token][row] += the products of `count` words, kTogether of them in a step, from `codes` and `words` on. kUnit:
+// words between two totals.
+template <int kTogether, int kUnit, bool kBytes, int kTokens, int kBlocks>
 __attribute__((noinline)) void add_words(const uint32_t* const (&from)[kBlocks * kBlockVectors], const uint32_t* codes,
                                          int64_t count, Ahead& ahead, int32_t* sums) {
   constexpr int kVectors = kBlocks * kBlockVectors;
-  Dot4 dots[kTokens][kVectors];
-  for (auto& row : dots)
-    for (auto& dot : row) dot = zero_dot4();
   const uint32_t* words[kVectors];
   for (int v = 0; v < kVectors; ++v) words[v] = from[v];
-  for (const uint32_t* const end = codes + 2 * count * kTokens; codes != end; codes += 2 * kTogether * kTokens) {
-    add_products<kTogether, kBytes>(dots, words, codes, ahead);
-    for (auto& at : words) at += kTogether * kBlockRows;
-  }
-  for (int t = 0; t < kTokens; ++t)
-    for (int v = 0; v < kVectors; ++v) {
-      int32_t* sum = sums + (t * kVectors + v) * kLanes;
-      store_i32(sum, add(load_i32(sum), total(dots[t][v])));
+  for (int64_t left = count; left > 0; left -= kUnit) {
+    Dot4 dots[kTokens][kVectors];
+    for (auto& row : dots)
+      for (auto& dot : row) dot = zero_dot4();
+    const uint32_t* const end = codes + 2 * std::min<int64_t>(left, kUnit) * kTokens;
+    for (; codes != end; codes += 2 * kTogether * kTokens) {
+      add_products<kTogether, kBytes>(dots, words, codes, ahead);
+      for (auto& at : words) at += kTogether * kBlockRows;
     }
+    for (int t = 0; t < kTokens; ++t)
+      for (int v = 0; v < kVectors; ++v) {
+        int32_t* sum = sums + (t * kVectors + v) * kLanes;
+        store_i32(sum, add(load_i32(sum), total(dots[t][v])));
+      }
+  }
 }
 
 // kUnit: words between two totals. kBytes: all sums are 16 times as large.
@@ -52,21 +56,13 @@ __attribute__((noinline)) void multiply(const ConvrotWeight& w, const CodedToken
   alignas(64) int32_t sums[kTokens * kVectors * kLanes];
   for (int t = 0; t < kTokens; ++t)
     for (int v = 0; v < kVectors; ++v) store_i32(sums + (t * kVectors + v) * kLanes, set1_i32(starts[t]));
-  const int64_t all = w.k / kWordColumns;
-  for (int64_t first = 0; first < all;) {
-    const uint32_t* words[kVectors];
-    for (int v = 0; v < kVectors; ++v)
-      words[v] = blocks[v / kBlockVectors].words + first * kBlockRows + v % kBlockVectors * kLanes;
-    const uint32_t* at = codes + 2 * first * kTokens;
-    const int64_t left = all - first, count = std::min<int64_t>(left, kUnit) / kTogether * kTogether;
-    if (count) {
-      add_words<kTogether, kBytes, kTokens, kBlocks>(words, at, count, ahead, sums);
-      first += count;
-    } else {
-      add_words<1, kBytes, kTokens, kBlocks>(words, at, left, ahead, sums);
-      first = all;
-    }
-  }
+  const int64_t all = w.k / kWordColumns, whole = all / kTogether * kTogether;
+  const uint32_t* words[kVectors];
+  for (int v = 0; v < kVectors; ++v) words[v] = blocks[v / kBlockVectors].words + v % kBlockVectors * kLanes;
+  add_words<kTogether, kUnit, kBytes, kTokens, kBlocks>(words, codes, whole, ahead, sums);
+  for (auto& at : words) at += whole * kBlockRows;
+  if (whole < all)
+    add_words<1, kUnit, kBytes, kTokens, kBlocks>(words, codes + 2 * whole * kTokens, all - whole, ahead, sums);
   for (int t = 0; t < kTokens; ++t)
     for (int b = 0; b < kBlocks; ++b) {
       F32 row[kBlockVectors];

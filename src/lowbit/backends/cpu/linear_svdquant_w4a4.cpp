@@ -268,11 +268,17 @@ struct SvdquantWeight {
 
 // ---- product --------------------------------------------------------------------------------------------------------
 
-// sums[token][row] += the scaled products of a group, whose codes, starts and scales are at `record`. A function of its
-// own: the compiler would keep sums in registers that the products need.
+#if defined(LOWBIT_ISA_AVX512)
+#define LOWBIT_OF_ITS_OWN __attribute__((noinline))
+#else
+#define LOWBIT_OF_ITS_OWN inline __attribute__((always_inline))
+#endif
+
+// sums[token][row] += the scaled products of a group, whose codes, starts and scales are at `record`. With tiles of
+// many tokens a function of its own: the compiler would keep sums in registers that the products need.
 template <int kTokens, int kBlocks, bool kBytes>
-__attribute__((noinline)) void add_group(const uint32_t* const (&words)[kBlocks * kBlockVectors], const int8_t* record,
-                                         const F32 (&scales)[kBlocks * kBlockVectors], Ahead& ahead, float* sums) {
+LOWBIT_OF_ITS_OWN void add_group(const uint32_t* const (&words)[kBlocks * kBlockVectors], const int8_t* record,
+                                 const F32 (&scales)[kBlocks * kBlockVectors], Ahead& ahead, float* sums) {
   constexpr int kVectors = kBlocks * kBlockVectors;
   const auto* codes = reinterpret_cast<const uint32_t*>(record);
   const auto* starts = reinterpret_cast<const int32_t*>(record + kGroup * kTokens);

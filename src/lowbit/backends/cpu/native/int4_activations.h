@@ -30,7 +30,9 @@ constexpr bool kTakesBytes = false, kStartsInPairs = false;
 #if defined(LOWBIT_ISA_AVX512)
 constexpr int kW4A4Blocks = 2;  // 24 sums in 32 registers
 constexpr int kW4A4Tokens = 12;
+constexpr bool kAsksAhead = true;  // elsewhere a word takes so long that it comes by itself
 #else
+constexpr bool kAsksAhead = false;
 constexpr int kW4A4Blocks = 1;
 constexpr int kW4A4Tokens = 4;  // 8 sums in 16 registers (16 in 32 where a block is 4 vectors)
 #endif
@@ -160,10 +162,11 @@ inline __attribute__((always_inline)) void add_products(simd::Dot4 (&dots)[kToke
     I32 read[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       const uint32_t* at = words[v] + word * kBlockRows;
-      if (v % kBlockVectors == 0) __builtin_prefetch(at + kNear);
+      if constexpr (kAsksAhead)
+        if (v % kBlockVectors == 0) __builtin_prefetch(at + kNear);
       read[v] = bit_xor(load_i32(at), set1_i32(static_cast<int32_t>(0x88888888)));
     }
-    if constexpr (!kFew) ahead.ask();
+    if constexpr (kAsksAhead && !kFew) ahead.ask();
     for (int half = 0; half < 2; ++half) {
       Bytes w[kVectors];
       for (int v = 0; v < kVectors; ++v) {
