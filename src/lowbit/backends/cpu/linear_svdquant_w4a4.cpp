@@ -451,10 +451,10 @@ bool takes_tiles([[maybe_unused]] int64_t m) {
 #endif
 }
 
-// Tokens as they are multiplied.
-CodedTokens tokens_for(int64_t m, int64_t k, bool is_unsigned) {
+// Tokens as they are multiplied. `small`: all of their codes are within -7..7.
+CodedTokens tokens_for(int64_t m, int64_t k, bool small) {
   const bool in_rows = takes_tiles(m);
-  return {m, k, kGroup, kTakesBytes && !is_unsigned && !in_rows, in_rows};
+  return {m, k, kGroup, kTakesBytes && small && !in_rows, in_rows};
 }
 
 void product(const SvdquantWeight& w, const CodedTokens& x, const float* low, const Output& out, int threads) {
@@ -474,7 +474,7 @@ void linear_svdquant_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, 
                           Ptr<const void> scales, int scale_dtype, Ptr<const void> up, int up_dtype,
                           Ptr<const void> bias, int bias_dtype, Ptr<void> out, int threads) {
   const Activations from{x, x_dtype, m, k};
-  CodedTokens tokens = tokens_for(m, k, is_unsigned);
+  CodedTokens tokens = tokens_for(m, k, !is_unsigned);
   Room low(m * rank);
   const Smoothing smoothing{from, from, shift, smooth, smooth_dtype, down, down_dtype, rank, is_unsigned};
   const auto put = [&](int64_t token, int64_t first, const int8_t* codes, float scale) {
@@ -507,7 +507,7 @@ void scaled_mm_svdquant_w4a4(Ptr<const uint8_t> codes, int64_t m, int64_t n, int
                              Ptr<const uint32_t> words, Ptr<const void> scales, int scale_dtype, Ptr<const void> up,
                              int up_dtype, Ptr<const void> bias, int bias_dtype, Ptr<void> out, int out_dtype,
                              int threads) {
-  CodedTokens tokens = tokens_for(m, k, is_unsigned);
+  CodedTokens tokens = tokens_for(m, k, false);  // others may have made codes of -8
   const uint8_t* from = codes;
   const float* from_scales = x_scales;
   parallel_for(m, m >= 8 ? threads : 1, [&](int64_t token) {
