@@ -17,64 +17,78 @@ struct ConvrotWeight {
   int64_t n, k;
 };
 
-// kUnit: words between two totals.
-template <int kTokens, int kBlocks, int kUnit>
-__attribute__((noinline)) void multiply(const ConvrotWeight& w, const CodedTokens& x, int64_t token, int64_t block,
-                                        const Int4Block* blocks, const Output& out) {
+// sums[token][row] += the products of `count` words, kTogether of them in a step, from `codes` and `words` on. kUnit:
+// words between two totals.
+template <int kTogether, int kUnit, bool kBytes, int kTokens, int kBlocks>
+__attribute__((noinline)) void add_words(const uint32_t* const (&from)[kBlocks * kBlockVectors], const uint32_t* codes,
+                                         int64_t count, Ahead& ahead, int32_t* sums) {
   constexpr int kVectors = kBlocks * kBlockVectors;
-  const int8_t *begin[kTokens], *codes[kTokens];
-  for (int t = 0; t < kTokens; ++t) begin[t] = codes[t] = x.row(token + t);
   const uint32_t* words[kVectors];
-  for (int v = 0; v < kVectors; ++v) words[v] = blocks[v / kBlockVectors].words + v % kBlockVectors * kLanes;
-  I32 sums[kTokens][kVectors];
-  for (int t = 0; t < kTokens; ++t)
-    for (auto& sum : sums[t]) sum = set1_i32(CodedTokens::start(begin[t], w.k));
-  const auto add_some = [&](auto count, int64_t times) __attribute__((always_inline)) {
+  for (int v = 0; v < kVectors; ++v) words[v] = from[v];
+  for (int64_t left = count; left > 0; left -= kUnit) {
     Dot4 dots[kTokens][kVectors];
     for (auto& row : dots)
       for (auto& dot : row) dot = zero_dot4();
-    for (int64_t i = 0; i < times; ++i) {
-      add_products<decltype(count)::value>(dots, words, codes);
-      for (auto& at : codes) at += count * kWordColumns;
-      for (auto& at : words) at += count * kBlockRows;
+    const uint32_t* const end = codes + 2 * std::min<int64_t>(left, kUnit) * kTokens;
+    for (; codes != end; codes += 2 * kTogether * kTokens) {
+      add_products<kTogether, kBytes>(dots, words, codes, ahead);
+      for (auto& at : words) at += kTogether * kBlockRows;
     }
     for (int t = 0; t < kTokens; ++t)
-      for (int v = 0; v < kVectors; ++v) sums[t][v] = add(sums[t][v], total(dots[t][v]));
-  };
-  constexpr int kTogether = 4;
-  static_assert(kUnit % kTogether == 0, "a total is taken between them");
-  int64_t left = w.k / kWordColumns;
-  while (left >= kTogether) {
-    const int64_t times = std::min<int64_t>(left, kUnit) / kTogether;
-    add_some(std::integral_constant<int, kTogether>{}, times);
-    left -= times * kTogether;
+      for (int v = 0; v < kVectors; ++v) {
+        int32_t* sum = sums + (t * kVectors + v) * kLanes;
+        store_i32(sum, add(load_i32(sum), total(dots[t][v])));
+      }
   }
-  if (left) add_some(std::integral_constant<int, 1>{}, left);
+}
+
+// kUnit: words between two totals. kBytes: all sums are 16 times as large.
+template <int kTokens, int kBlocks, int kUnit, bool kBytes>
+__attribute__((noinline)) void multiply(const ConvrotWeight& w, const CodedTokens& x, int64_t token, int64_t block,
+                                        const Int4Block* blocks, Ahead ahead, const Output& out) {
+  for (int t = 0; t < kTokens; ++t)
+    for (int b = 0; b < kBlocks; ++b) expect_block(block + b, w.n, out.data, token + t, out.dtype);
+  constexpr int kVectors = kBlocks * kBlockVectors, kTogether = 4;
+  static_assert(kUnit % kTogether == 0, "a total is taken between them");
+  const auto* codes = reinterpret_cast<const uint32_t*>(x.row(token));
+  const auto* starts = reinterpret_cast<const int32_t*>(codes + w.k / 4 * kTokens);
+  const auto* factors = reinterpret_cast<const float*>(starts + kTokens);
+  alignas(64) int32_t sums[kTokens * kVectors * kLanes];
+  for (int t = 0; t < kTokens; ++t)
+    for (int v = 0; v < kVectors; ++v) store_i32(sums + (t * kVectors + v) * kLanes, set1_i32(starts[t]));
+  const int64_t all = w.k / kWordColumns, whole = all / kTogether * kTogether;
+  const uint32_t* words[kVectors];
+  for (int v = 0; v < kVectors; ++v) words[v] = blocks[v / kBlockVectors].words + v % kBlockVectors * kLanes;
+  add_words<kTogether, kUnit, kBytes, kTokens, kBlocks>(words, codes, whole, ahead, sums);
+  for (auto& at : words) at += whole * kBlockRows;
+  if (whole < all)
+    add_words<1, kUnit, kBytes, kTokens, kBlocks>(words, codes + 2 * whole * kTokens, all - whole, ahead, sums);
   for (int t = 0; t < kTokens; ++t)
     for (int b = 0; b < kBlocks; ++b) {
       F32 row[kBlockVectors];
       for (int v = 0; v < kBlockVectors; ++v) {
         const F32 of_row = load_f32(w.scales + (block + b) * kBlockRows + v * kLanes);
-        const F32 scale = mul(set1_f32(CodedTokens::scale(begin[t], w.k)), of_row);
-        row[v] = mul(to_f32(sums[t][b * kBlockVectors + v]), scale);
+        const I32 found = load_i32(sums + (t * kVectors + b * kBlockVectors + v) * kLanes);
+        row[v] = mul(to_f32(kBytes ? shift_right_signed<4>(found) : found), mul(set1_f32(factors[t]), of_row));
       }
       store_block(row, block + b, w.n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
     }
 }
 
-template <int kUnit>
+template <int kUnit, bool kBytes>
 void product(const ConvrotWeight& w, const CodedTokens& x, const Output& out, int threads) {
   for_each_w4a4_tile(
-      x.m, w.n, w.k, threads,
+      x, w.n, threads,
       [&](int64_t first, int64_t count, const auto& f) {
         std::vector<Int4Block> found(static_cast<size_t>(count));
         for (int64_t b = 0; b < count; ++b) found[b] = {w.words + (first + b) * w.stride, nullptr, nullptr};
         f(found.data());
       },
-      [&](int64_t token, int tokens, int64_t block, int together, const Int4Block* blocks) {
+      [&](int64_t token, int tokens, int64_t block, int together, const Int4Block* blocks, const Ahead& ahead) {
         with_count<kW4A4Tokens>(tokens, [&](auto count) {
           with_count<kW4A4Blocks>(together, [&](auto side_by_side) {
-            multiply<decltype(count)::value, decltype(side_by_side)::value, kUnit>(w, x, token, block, blocks, out);
+            constexpr int kTokens = decltype(count)::value, kBlocks = decltype(side_by_side)::value;
+            multiply<kTokens, kBlocks, kUnit, kBytes>(w, x, token, block, blocks, ahead, out);
           });
         });
       });
@@ -118,7 +132,12 @@ void linear_convrot_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, i
                          int64_t stride, Ptr<const float> scales, int64_t rotation, int largest, Ptr<const void> bias,
                          int bias_dtype, Ptr<void> out, int threads) {
   const Activations from{x, x_dtype, m, k};
-  CodedTokens tokens(m, k, k);
+#if defined(LOWBIT_TILES)
+  const bool in_rows = amx::takes(m, k);
+#else
+  const bool in_rows = false;
+#endif
+  CodedTokens tokens(m, k, k, false, in_rows);
   parallel_for(m, m * k >= 32768 ? threads : 1, [&](int64_t token) {
     Room row(k), codes(k / 4 + 1);
     row_to_f32(from, token, row.data());
@@ -132,10 +151,10 @@ void linear_convrot_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, i
   const ConvrotWeight weight{words, stride, scales, n, k};
   const Output to{out, x_dtype, bias, bias_dtype};
 #if defined(LOWBIT_TILES)
-  if (amx::takes(m, k)) return product_of_tiles(weight, tokens, to, threads);
+  if (in_rows) return product_of_tiles(weight, tokens, to, threads);
 #endif
-  if (largest <= 15) return product<kDot4StepsInt4 / 2>(weight, tokens, to, threads);
-  product<kDot4Steps / 2>(weight, tokens, to, threads);
+  if (largest <= 15) return product<kDot4StepsInt4 / 2, false>(weight, tokens, to, threads);
+  product<kDot4Steps / 2, false>(weight, tokens, to, threads);
 }
 
 void bind_linear_convrot_w4a4(nb::module_& m) {

@@ -133,8 +133,7 @@ void linear_int8(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k
   const Int8Weight weight{words, stride, plain, scales, granularity, n, k, tile_rows, tile};
   const Activations from{x, x_dtype, m, k};
   const Output to{out, out_dtype, bias, bias_dtype};
-  if (way == kBytes || way == kPairs)
-    return int8_gemm(weight, Int8Tokens(from, tile, rotation, threads), to, way == kBytes ? m : 0, threads);
+  if (way == kBytes || way == kPairs) return int8_gemm(weight, from, rotation, to, way == kBytes ? m : 0, threads);
   auto multiply = [&](const Activations& rows) {
     way == kRegisters ? gemm_few(weight, rows, to, threads) : gemm_many(weight, rows, to, threads);
   };

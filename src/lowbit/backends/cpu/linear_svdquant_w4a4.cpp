@@ -66,38 +66,76 @@ inline float quantize_group(const Smoothing& s, int64_t token, int64_t first, in
   return scale;
 }
 
+#if defined(LOWBIT_ISA_AVX512)
+constexpr int kDownChains = 2;  // sums side by side, where a row of `down` gives too few to keep the multipliers busy
+#else
+constexpr int kDownChains = 1;
+#endif
+
+// kVectors vectors of raw[t][columns] @ down[columns]; load(column, vector) gives those of `down`, store takes the
+// sums.
+template <int kTokens, int kVectors, class Load, class Store>
+inline __attribute__((always_inline)) void project_columns(const float* raw, int64_t columns, const Load& load,
+                                                           const Store& store) {
+  F32 sums[kDownChains][kTokens][kVectors];
+  for (auto& chain : sums)
+    for (auto& row : chain)
+      for (auto& sum : row) sum = zero_f32();
+  for (int64_t c = 0; c < columns; c += kDownChains)  // their number is a multiple of a group
+    for (int i = 0; i < kDownChains; ++i) {
+      F32 down[kVectors];
+      for (int v = 0; v < kVectors; ++v) down[v] = load(c + i, v);
+      for (int t = 0; t < kTokens; ++t) {
+        const F32 x = set1_f32(raw[t * kPiece + c + i]);
+        for (int v = 0; v < kVectors; ++v) sums[i][t][v] = fma(x, down[v], sums[i][t][v]);
+      }
+    }
+  for (int t = 0; t < kTokens; ++t)
+    for (int v = 0; v < kVectors; ++v) {
+      F32 sum = sums[0][t][v];
+      for (int i = 1; i < kDownChains; ++i) sum = add(sum, sums[i][t][v]);
+      store(t, v, sum);
+    }
+}
+
+// Whole vectors of `down`, which is bfloat16 or any dtype.
+template <int kTokens, int kVectors, bool kHalf>
+__attribute__((noinline)) void project_vectors(const Smoothing& s, const float* raw, int64_t first, int64_t columns,
+                                               int64_t r, float* const (&partial)[kTokens]) {
+  const int dtype = s.down_dtype;
+  const int64_t rank = s.rank, at = first * rank + r;
+  const void* down = s.down;
+  project_columns<kTokens, kVectors>(
+      raw, columns,
+      [=](int64_t c, int v) {
+        const int64_t index = at + c * rank + v * kLanes;
+        return kHalf ? load_bf16(static_cast<const uint16_t*>(down) + index) : load_as_f32(down, index, dtype);
+      },
+      [&](int t, int v, F32 sum) { store_f32(partial[t] + r + v * kLanes, sum); });
+}
+
 // partial[t][..] = raw[t][columns] @ down[columns], for kTokens tokens; raw is float32 [kTokens, kPiece].
 template <int kTokens>
 inline void project_down(const Smoothing& s, const float* raw, int64_t first, int64_t columns,
                          float* const (&partial)[kTokens]) {
-  constexpr int kDownVectors = kTokens <= 2 ? 4 : 2;  // enough sums side by side, and not too many
-  for (int64_t r = 0; r < s.rank; r += kDownVectors * kLanes) {
-    F32 sums[kTokens][kDownVectors];
-    for (auto& row : sums)
-      for (auto& sum : row) sum = zero_f32();
-    const bool whole = r + kDownVectors * kLanes <= s.rank;
-    int counts[kDownVectors];
-    for (int v = 0; v < kDownVectors; ++v)
-      counts[v] = static_cast<int>(std::clamp<int64_t>(s.rank - r - v * kLanes, 0, kLanes));
-    const auto add_columns = [&](const auto& load) __attribute__((always_inline)) {
-      for (int64_t c = 0; c < columns; ++c) {
-        F32 down[kDownVectors];
-        for (int v = 0; v < kDownVectors; ++v) down[v] = load((first + c) * s.rank + r + v * kLanes, v);
-        for (int t = 0; t < kTokens; ++t) {
-          const F32 x = set1_f32(raw[t * kPiece + c]);
-          for (int v = 0; v < kDownVectors; ++v) sums[t][v] = fma(x, down[v], sums[t][v]);
-        }
+  constexpr int kDownVectors = kTokens * kDownChains <= 2 ? 4 : 2;  // enough sums side by side, and not too many
+  int64_t r = 0;
+  const auto project = [&](auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    for (; r + kVectors * kLanes <= s.rank; r += kVectors * kLanes) {
+      if (s.down_dtype == kBfloat16) {
+        project_vectors<kTokens, kVectors, true>(s, raw, first, columns, r, partial);
+      } else {
+        project_vectors<kTokens, kVectors, false>(s, raw, first, columns, r, partial);
       }
-    };
-    if (!whole)
-      add_columns([&](int64_t at, int v) { return load_first(s.down, at, counts[v], s.down_dtype); });
-    else if (s.down_dtype == kBfloat16)
-      add_columns([&](int64_t at, int) { return load_bf16(static_cast<const uint16_t*>(s.down) + at); });
-    else
-      add_columns([&](int64_t at, int) { return load_as_f32(s.down, at, s.down_dtype); });
-    for (int t = 0; t < kTokens; ++t)
-      for (int v = 0; v < kDownVectors; ++v) store_first(partial[t], r + v * kLanes, counts[v], sums[t][v], kFloat32);
-  }
+    }
+  };
+  project(std::integral_constant<int, kDownVectors>{});
+  project(std::integral_constant<int, 1>{});
+  if (const int left = static_cast<int>(s.rank - r); left)
+    project_columns<kTokens, 1>(
+        raw, columns, [&](int64_t c, int) { return load_first(s.down, (first + c) * s.rank + r, left, s.down_dtype); },
+        [&](int t, int, F32 sum) { store_first(partial[t], r, left, sum, kFloat32); });
 }
 
 // put(token, first column, codes of a group, scale) for all groups, and low [m, rank] = raw @ down.
@@ -230,44 +268,68 @@ struct SvdquantWeight {
 
 // ---- product --------------------------------------------------------------------------------------------------------
 
+#if defined(LOWBIT_ISA_AVX512)
+#define LOWBIT_OF_ITS_OWN __attribute__((noinline))
+#else
+#define LOWBIT_OF_ITS_OWN inline __attribute__((always_inline))
+#endif
+
+// sums[token][row] += the scaled products of a group, whose codes, starts and scales are at `record`. With tiles of
+// many tokens a function of its own: the compiler would keep sums in registers that the products need.
+template <int kTokens, int kBlocks, bool kBytes>
+LOWBIT_OF_ITS_OWN void add_group(const uint32_t* const (&words)[kBlocks * kBlockVectors], const int8_t* record,
+                                 const F32 (&scales)[kBlocks * kBlockVectors], Ahead& ahead, float* sums) {
+  constexpr int kVectors = kBlocks * kBlockVectors;
+  const auto* codes = reinterpret_cast<const uint32_t*>(record);
+  const auto* starts = reinterpret_cast<const int32_t*>(record + kGroup * kTokens);
+  const auto* factors = reinterpret_cast<const float*>(starts + kTokens);
+  Dot4 dots[kTokens][kVectors];
+  for (int t = 0; t < kTokens; ++t) {
+    const Dot4 start = start_products<kBytes>(starts[t]);
+    for (int v = 0; v < kVectors; ++v) dots[t][v] = start;
+  }
+  add_products<kGroupWords, kBytes>(dots, words, codes, ahead);
+  for (int t = 0; t < kTokens; ++t) {
+    const F32 d = set1_f32(factors[t]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* sum = sums + (t * kVectors + v) * kLanes;
+      store_f32(sum, fma(mul(to_f32(total(dots[t][v])), d), scales[v], load_f32(sum)));
+    }
+  }
+}
+
+// low: of the tile [rank, kTokens].
 template <int kTokens, int kBlocks, bool kBytes>
 __attribute__((noinline)) void multiply(const SvdquantWeight& w, const CodedTokens& x, const float* low, int64_t token,
-                                        int64_t block, const Int4Block* blocks, const Output& out) {
+                                        int64_t block, const Int4Block* blocks, Ahead ahead, const Output& out) {
+  for (int t = 0; t < kTokens; ++t)
+    for (int b = 0; b < kBlocks; ++b) expect_block(block + b, w.n, out.data, token + t, out.dtype);
   constexpr int kVectors = kBlocks * kBlockVectors;
-  constexpr int64_t kRecord = kGroup + CodedTokens::kTail;
+  constexpr int64_t kRecord = (kGroup + CodedTokens::kTail) * kTokens;
   const int scale_dtype = w.tile_scale_dtype(), up_dtype = w.tile_up_dtype();
-  F32 sums[kTokens][kVectors];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = zero_f32();
-  const int8_t* codes[kTokens];
-  for (int t = 0; t < kTokens; ++t) codes[t] = x.row(token + t);
+  const auto load = [](const void* from, int64_t row, int v, int dtype) {
+    return load_as_f32(from, row * kBlockRows + v % kBlockVectors * kLanes, dtype);
+  };
+  alignas(64) float found[kTokens * kVectors * kLanes];
+  for (int i = 0; i < kTokens * kVectors; ++i) store_f32(found + i * kLanes, zero_f32());
+  const int8_t* record = x.row(token);
   const uint32_t* words[kVectors];
   for (int v = 0; v < kVectors; ++v) words[v] = blocks[v / kBlockVectors].words + v % kBlockVectors * kLanes;
   for (int64_t g = 0; g < w.groups(); ++g) {
-    Dot4 dots[kTokens][kVectors];
-    for (int t = 0; t < kTokens; ++t) {
-      const Dot4 start = start_products<kBytes>(CodedTokens::start(codes[t], kGroup));
-      for (int v = 0; v < kVectors; ++v) dots[t][v] = start;
-    }
-    add_products<kGroupWords, kBytes>(dots, words, codes);
     F32 scales[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = g * kBlockRows + v % kBlockVectors * kLanes;
-      scales[v] = load_as_f32(blocks[v / kBlockVectors].scales, at, scale_dtype);
-    }
-    for (int t = 0; t < kTokens; ++t) {
-      const F32 d = set1_f32(CodedTokens::scale(codes[t], kGroup));
-      for (int v = 0; v < kVectors; ++v) sums[t][v] = fma(mul(to_f32(total(dots[t][v])), d), scales[v], sums[t][v]);
-      codes[t] += kRecord;
-    }
+    for (int v = 0; v < kVectors; ++v) scales[v] = load(blocks[v / kBlockVectors].scales, g, v, scale_dtype);
+    add_group<kTokens, kBlocks, kBytes>(words, record, scales, ahead, found);
+    record += kRecord;
     for (int v = 0; v < kVectors; ++v) words[v] += kGroupWords * kBlockRows;
   }
+  F32 sums[kTokens][kVectors];
+  for (int t = 0; t < kTokens; ++t)
+    for (int v = 0; v < kVectors; ++v) sums[t][v] = load_f32(found + (t * kVectors + v) * kLanes);
   for (int64_t r = 0; r < w.rank; ++r) {
     F32 up[kVectors];
-    for (int v = 0; v < kVectors; ++v)
-      up[v] = load_as_f32(blocks[v / kBlockVectors].up, r * kBlockRows + v % kBlockVectors * kLanes, up_dtype);
+    for (int v = 0; v < kVectors; ++v) up[v] = load(blocks[v / kBlockVectors].up, r, v, up_dtype);
     for (int t = 0; t < kTokens; ++t) {
-      const F32 factor = set1_f32(low[(token + t) * w.rank + r]);
+      const F32 factor = set1_f32(low[r * kTokens + t]);
       for (int v = 0; v < kVectors; ++v) sums[t][v] = fma(up[v], factor, sums[t][v]);
     }
   }
@@ -279,15 +341,27 @@ __attribute__((noinline)) void multiply(const SvdquantWeight& w, const CodedToke
     }
 }
 
+// [m, rank] -> of every tile of tokens [rank, tokens].
+void arrange_low(const CodedTokens& x, int64_t rank, const float* low, float* to) {
+  for (int64_t first = 0; first < x.m; first += x.together) {
+    const int64_t tokens = std::min(x.together, x.m - first);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t r = 0; r < rank; ++r) to[first * rank + r * tokens + t] = low[(first + t) * rank + r];
+  }
+}
+
 template <bool kBytes>
 void product_of(const SvdquantWeight& w, const CodedTokens& x, const float* low, const Output& out, int threads) {
+  Room arranged(x.m * w.rank);
+  arrange_low(x, w.rank, low, arranged.data());
   for_each_w4a4_tile(
-      x.m, w.n, w.k, threads, [&](int64_t first, int64_t count, const auto& f) { w.blocks(first, count, f); },
-      [&](int64_t token, int tokens, int64_t block, int together, const Int4Block* blocks) {
+      x, w.n, threads, [&](int64_t first, int64_t count, const auto& f) { w.blocks(first, count, f); },
+      [&](int64_t token, int tokens, int64_t block, int together, const Int4Block* blocks, const Ahead& ahead) {
         with_count<kW4A4Tokens>(tokens, [&](auto count) {
           with_count<kW4A4Blocks>(together, [&](auto side_by_side) {
             constexpr int kTokens = decltype(count)::value, kBlocks = decltype(side_by_side)::value;
-            multiply<kTokens, kBlocks, kBytes>(w, x, low, token, block, blocks, out);
+            multiply<kTokens, kBlocks, kBytes>(w, x, arranged.data() + token * w.rank, token, block, blocks, ahead,
+                                               out);
           });
         });
       });
@@ -368,17 +442,24 @@ void product_of_tiles(const SvdquantWeight& w, const CodedTokens& x, const float
 }
 #endif
 
-// Whether codes are arranged for bytes of two weights: where so many tokens are not multiplied by tiles.
-bool arranges_bytes([[maybe_unused]] int64_t m, bool is_unsigned) {
+// Whether so many tokens are multiplied by tiles.
+bool takes_tiles([[maybe_unused]] int64_t m) {
 #if defined(LOWBIT_TILES)
-  if (amx::takes(m, kGroup)) return false;
+  return amx::takes(m, kGroup);
+#else
+  return false;
 #endif
-  return kTakesBytes && !is_unsigned;
+}
+
+// Tokens as they are multiplied. `small`: all of their codes are within -7..7.
+CodedTokens tokens_for(int64_t m, int64_t k, bool small) {
+  const bool in_rows = takes_tiles(m);
+  return {m, k, kGroup, kTakesBytes && small && !in_rows, in_rows};
 }
 
 void product(const SvdquantWeight& w, const CodedTokens& x, const float* low, const Output& out, int threads) {
 #if defined(LOWBIT_TILES)
-  if (amx::takes(x.m, kGroup)) return product_of_tiles(w, x, low, out, threads);
+  if (takes_tiles(x.m)) return product_of_tiles(w, x, low, out, threads);
 #endif
   if constexpr (kTakesBytes)
     if (x.as_bytes) return product_of<true>(w, x, low, out, threads);
@@ -393,7 +474,7 @@ void linear_svdquant_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, 
                           Ptr<const void> scales, int scale_dtype, Ptr<const void> up, int up_dtype,
                           Ptr<const void> bias, int bias_dtype, Ptr<void> out, int threads) {
   const Activations from{x, x_dtype, m, k};
-  CodedTokens tokens(m, k, kGroup, arranges_bytes(m, is_unsigned));
+  CodedTokens tokens = tokens_for(m, k, !is_unsigned);
   Room low(m * rank);
   const Smoothing smoothing{from, from, shift, smooth, smooth_dtype, down, down_dtype, rank, is_unsigned};
   const auto put = [&](int64_t token, int64_t first, const int8_t* codes, float scale) {
@@ -426,7 +507,7 @@ void scaled_mm_svdquant_w4a4(Ptr<const uint8_t> codes, int64_t m, int64_t n, int
                              Ptr<const uint32_t> words, Ptr<const void> scales, int scale_dtype, Ptr<const void> up,
                              int up_dtype, Ptr<const void> bias, int bias_dtype, Ptr<void> out, int out_dtype,
                              int threads) {
-  CodedTokens tokens(m, k, kGroup);
+  CodedTokens tokens = tokens_for(m, k, false);  // others may have made codes of -8
   const uint8_t* from = codes;
   const float* from_scales = x_scales;
   parallel_for(m, m >= 8 ? threads : 1, [&](int64_t token) {

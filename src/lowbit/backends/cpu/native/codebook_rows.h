@@ -60,6 +60,26 @@ class CodebookRows {
     }
   }
 
+  // Whether `values` gives what `expand` does: groups are those of a table, and all tables are there.
+  bool has_values() const { return w_.bits == 4 && !w_.wide_scales && w_.group == 16; }
+  static constexpr int64_t kValues = 4 * simd::kLanes;  // columns that `values` takes at once
+
+  // Where a row's codes and scales lie.
+  struct Place {
+    const uint8_t *codes, *scales;
+
+    void advance() { codes += kValues / 2, scales += kValues / 16; }
+  };
+  Place place(int64_t row) const {
+    return {w_.codes + row * w_.stride, static_cast<const uint8_t*>(w_.scales) + row * w_.scale_stride};
+  }
+
+  // The next kValues columns of a row that has them.
+  static simd::Bytes values(const uint8_t* tables, const Place& at) {
+    return simd::lookup_bytes(simd::choose_tables(tables, at.scales), simd::nibbles_in_order(at.codes));
+  }
+  const uint8_t* tables() const { return reinterpret_cast<const uint8_t*>(tables_.data()); }
+
   // NaN to those of a row's values [0, k) that are none as an int8; `room` as `expand` left it for the whole row.
   void put_nan(int64_t row, const uint8_t* room, float* values) const {
     if (finite_levels_ && has_finite_scales(row)) return;

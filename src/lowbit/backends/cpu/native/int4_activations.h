@@ -14,70 +14,119 @@ namespace lowbit {
 
 constexpr int64_t kWordColumns = 8;  // of 4 bits in a word of 32
 
-// Activations as integers: for every token and every group of columns that share a scale a record of the codes, of each
-// eight the columns 0 2 4 6 and then 1 3 5 7; of where their sums begin, an int32; and of the scale, a float32.
+// Where a byte of two codes may be multiplied as it is, once its nibbles are code + 8. With columns c (the low nibble)
+// and c + 1 of activations within -7..7:
+//   byte * x[c + 1] + low nibble * (16 x[c] - x[c + 1]) = 16 * (sum of the two products)
+// It saves a shift and a mask for every word. Where sums are int16, 16 times a sum of 64 columns just fits, half of
+// them in each.
+#if defined(LOWBIT_ISA_AVX2)
+constexpr bool kTakesBytes = true, kStartsInPairs = true;
+#elif defined(LOWBIT_ISA_AVX512)
+constexpr bool kTakesBytes = true, kStartsInPairs = false;
+#else
+constexpr bool kTakesBytes = false, kStartsInPairs = false;
+#endif
+
+#if defined(LOWBIT_ISA_AVX512)
+constexpr int kW4A4Blocks = 2;  // 24 sums in 32 registers
+constexpr int kW4A4Tokens = 12;
+constexpr bool kAsksAhead = true;  // elsewhere a word takes so long that it comes by itself
+#else
+constexpr bool kAsksAhead = false;
+constexpr int kW4A4Blocks = 1;
+constexpr int kW4A4Tokens = 4;  // 8 sums in 16 registers (16 in 32 where a block is 4 vectors)
+#endif
+
+// Activations as integers, in tiles of tokens that are multiplied together. For every tile and every group of columns
+// that share a scale a record: [group / 4, tokens] words of codes, of each eight columns 0 2 4 6 and then 1 3 5 7;
+// where the tokens' sums begin, int32; and their scales, float32. One address leads to all of it.
 struct CodedTokens {
-  static constexpr int64_t kTail = 8;  // bytes of a record behind the codes
+  static constexpr int64_t kTail = 8;  // bytes of a record behind the codes, for each token
 
   int64_t m, k, group, row_bytes;
-  bool as_bytes;  // arranged for bytes of two codes; then groups have 64 columns, within -7..7
+  int64_t together;  // tokens of a tile, nearly as many in each: 8 + 8, not 12 + 4
+  bool as_bytes;     // arranged for bytes of two codes; then activations are within -7..7
   Room room;
-  int8_t* records;  // [m, row_bytes]
+  int8_t* records;  // [m / together] tiles of tokens * row_bytes
 
-  CodedTokens(int64_t m, int64_t k, int64_t group, bool as_bytes = false)
+  // `in_rows`: a token is a tile of its own.
+  CodedTokens(int64_t m, int64_t k, int64_t group, bool as_bytes, bool in_rows)
       : m(m),
         k(k),
         group(group),
         row_bytes(k / group * (group + kTail)),
+        together(in_rows ? 1 : evenly(m)),
         as_bytes(as_bytes),
         room(m * row_bytes / 4 + 16),  // as much as may be read behind the last record
         records(reinterpret_cast<int8_t*>(room.data())) {}
 
-  const int8_t* row(int64_t token) const { return records + token * row_bytes; }
+  const int8_t* row(int64_t token) const { return records + token * row_bytes; }  // of the first token of a tile
+  int64_t tile_count() const { return (m + together - 1) / together; }
 
   // Takes over the codes of a group, which lie in order.
   void put(int64_t token, int64_t index, const int8_t* codes, float scale) {
-    int8_t* to = records + token * row_bytes + index * (group + kTail);
-    if (as_bytes) return put_for_bytes(to, codes, scale);
-    int32_t sum = 0;
-    for (int64_t c = 0; c < group; ++c) sum += codes[c];
-    for (int64_t c = 0; c < group; c += kWordColumns) {
-      uint64_t eight;
-      std::memcpy(&eight, codes + c, 8);
-      eight = evens_first(eight);
-      std::memcpy(to + c, &eight, 8);
+    const int64_t first = token / together * together, tokens = std::min(together, m - first);
+    int8_t* to = records + first * row_bytes + index * (group + kTail) * tokens + (token - first) * 4;
+    const int64_t step = 4 * tokens;
+    int32_t start;
+    if (as_bytes) {
+      start = put_for_bytes(to, step, codes);
+      scale *= 0.0625f;
+    } else {
+      int32_t sum = 0;
+      for (int64_t c = 0; c < group; ++c) sum += codes[c];
+      for (int64_t c = 0; c < group; c += kWordColumns)
+        put_eight(to + c / 4 * step, step, evens_first(eight_at(codes + c)));
+      start = -8 * sum;
     }
-    const int32_t start = -8 * sum;
-    std::memcpy(to + group, &start, 4);
-    std::memcpy(to + group + 4, &scale, 4);
+    std::memcpy(to + group / 4 * step, &start, 4);
+    std::memcpy(to + (group / 4 + 1) * step, &scale, 4);
   }
 
-  // Of the record at `codes` with a group of `columns`.
-  static int32_t start(const int8_t* codes, int64_t columns) {
-    int32_t found;
-    std::memcpy(&found, codes + columns, 4);
-    return found;
-  }
+  // Of the record at `codes` of one token with a group of `columns`.
   static float scale(const int8_t* codes, int64_t columns) {
     float found;
     std::memcpy(&found, codes + columns + 4, 4);
     return found;
   }
 
-  // Of each eight columns x1 x3 x5 x7, then 16 x0 - x1 and so on; where the sums of the two int16 begin; scale / 16.
-  void put_for_bytes(int8_t* to, const int8_t* codes, float scale) const {
+ private:
+  static int64_t evenly(int64_t m) {
+    const int64_t least = std::max<int64_t>(1, (m + kW4A4Tokens - 1) / kW4A4Tokens);
+    return std::max<int64_t>(1, (m + least - 1) / least);
+  }
+
+  static uint64_t eight_at(const int8_t* codes) {
+    uint64_t eight;
+    std::memcpy(&eight, codes, 8);
+    return eight;
+  }
+  static void put_eight(int8_t* to, int64_t step, uint64_t eight) {
+    const uint32_t low = static_cast<uint32_t>(eight), high = static_cast<uint32_t>(eight >> 32);
+    std::memcpy(to, &low, 4);
+    std::memcpy(to + step, &high, 4);
+  }
+
+  // Of each eight columns x1 x3 x5 x7, then 16 x0 - x1 and so on; returns where sums begin: one, or two int16.
+  int32_t put_for_bytes(int8_t* to, int64_t step, const int8_t* codes) const {
+    for (int64_t c = 0; c < group; c += kWordColumns) {
+      const uint64_t eight = evens_first(eight_at(codes + c));
+      const uint32_t even = static_cast<uint32_t>(eight) << 4 & 0xf0f0f0f0u, odd = static_cast<uint32_t>(eight >> 32);
+      // Byte by byte: no borrow passes the highest bit, which is put right afterwards.
+      const uint32_t less = ((even | 0x80808080u) - (odd & 0x7f7f7f7fu)) ^ ((even ^ ~odd) & 0x80808080u);
+      put_eight(to + c / 4 * step, step, odd | static_cast<uint64_t>(less) << 32);
+    }
     int32_t sums[2] = {0, 0};  // of columns 0 to 3 and 4 to 7 of each eight
     for (int64_t c = 0; c < group; c += kWordColumns)
       for (int j = 0; j < 4; ++j) {
-        const int even = codes[c + 2 * j], odd = codes[c + 2 * j + 1];
-        to[c + j] = static_cast<int8_t>(odd);
-        to[c + 4 + j] = static_cast<int8_t>(16 * even - odd);
-        sums[j / 2] += even + odd;
+        sums[0] += codes[c + j];
+        sums[1] += codes[c + 4 + j];
       }
+    if (!kStartsInPairs) return -8 * 16 * (sums[0] + sums[1]);
     const int16_t starts[2] = {static_cast<int16_t>(-8 * 16 * sums[0]), static_cast<int16_t>(-8 * 16 * sums[1])};
-    scale *= 0.0625f;
-    std::memcpy(to + group, starts, 4);
-    std::memcpy(to + group + 4, &scale, 4);
+    int32_t both;
+    std::memcpy(&both, starts, 4);
+    return both;
   }
 
   // Bytes 0 1 2 .. 7 -> 0 2 4 6 1 3 5 7.
@@ -98,36 +147,26 @@ struct Int4Block {
   const void* up;         // [rank, 16], the low-rank branch's
 };
 
-// Where sums are int16, a byte of two codes may be multiplied as it is, once its nibbles are code + 8. With columns c
-// (the low nibble) and c + 1 of activations within -7..7:
-//   byte * x[c + 1] + low nibble * (16 x[c] - x[c + 1]) = 16 * (sum of the two products)
-// and 16 times a sum of 64 columns, half of them in each int16, just fits. It saves a shift and a mask for every word.
-#if defined(LOWBIT_ISA_AVX2)
-constexpr bool kTakesBytes = true;
-#else
-constexpr bool kTakesBytes = false;
-#endif
-
-#if defined(LOWBIT_ISA_AVX512)
-constexpr int kW4A4Blocks = 2;  // 24 sums in 32 registers
-constexpr int kW4A4Tokens = 12;
-#else
-constexpr int kW4A4Blocks = 1;
-constexpr int kW4A4Tokens = 4;  // 8 sums in 16 registers (16 in 32 where a block is 4 vectors)
-#endif
-
-// dots += the products of kWords words of every vector of rows with the codes of every token.
-// kBytes: the codes are arranged for bytes of two weights.
+// dots += the products of kWords words of every vector of rows with the codes of every token: [2 kWords, kTokens]
+// words. kBytes: the codes are arranged for bytes of two weights.
 template <int kWords, bool kBytes = false, int kTokens, int kVectors>
 inline __attribute__((always_inline)) void add_products(simd::Dot4 (&dots)[kTokens][kVectors],
-                                                        const uint32_t* const (&words)[kVectors],
-                                                        const int8_t* const (&codes)[kTokens]) {
+                                                        const uint32_t* const (&words)[kVectors], const uint32_t* codes,
+                                                        Ahead& ahead) {
   using namespace simd;
+  // Few tokens wait for memory, many for the second-level cache, which is asked too late without it as well.
+  constexpr bool kFew = kTokens <= 4;
+  constexpr int64_t kNear = (kFew ? kAheadBytes : 1024) / 4;
 #pragma GCC unroll 8
   for (int word = 0; word < kWords; ++word) {
     I32 read[kVectors];
-    for (int v = 0; v < kVectors; ++v)
-      read[v] = bit_xor(load_i32(words[v] + word * kBlockRows), set1_i32(static_cast<int32_t>(0x88888888)));
+    for (int v = 0; v < kVectors; ++v) {
+      const uint32_t* at = words[v] + word * kBlockRows;
+      if constexpr (kAsksAhead)
+        if (v % kBlockVectors == 0) __builtin_prefetch(at + kNear);
+      read[v] = bit_xor(load_i32(at), set1_i32(static_cast<int32_t>(0x88888888)));
+    }
+    if constexpr (kAsksAhead && !kFew) ahead.ask();
     for (int half = 0; half < 2; ++half) {
       Bytes w[kVectors];
       for (int v = 0; v < kVectors; ++v) {
@@ -139,7 +178,7 @@ inline __attribute__((always_inline)) void add_products(simd::Dot4 (&dots)[kToke
         }
       }
       for (int t = 0; t < kTokens; ++t) {
-        const Bytes x = set4_bytes(codes[t] + word * kWordColumns + half * 4);
+        const Bytes x = set4_bytes(codes + (2 * word + half) * kTokens + t);
         for (int v = 0; v < kVectors; ++v) dots[t][v] = dot4(dots[t][v], w[v], x);
       }
     }
@@ -181,27 +220,33 @@ inline simd::Dot4 start_products(int32_t start) {
 }
 
 // Runs tile(first token, number of tokens, first block, number of blocks) over all of a product: runs of blocks that
-// stay in the second-level cache while some hundred tokens pass, in tiles of nearly equal size (5 tokens are 3 + 2, not
-// 4 + 1). blocks_of(first block, count, f) calls f with the count blocks' Int4Block.
+// stay in the second-level cache while some hundred tokens pass. blocks_of(first block, count, f) calls f with the
+// count blocks' Int4Block.
 template <class BlocksOf, class Tile>
-void for_each_w4a4_tile(int64_t m, int64_t n, int64_t k, int threads, const BlocksOf& blocks_of, const Tile& tile) {
+void for_each_w4a4_tile(const CodedTokens& x, int64_t n, int threads, const BlocksOf& blocks_of, const Tile& tile) {
   constexpr int64_t kChunkTokens = 192, kTaskBytes = 192 * 1024;
-  const int64_t blocks = (n + kBlockRows - 1) / kBlockRows, block_bytes = k * kBlockRows / 2;
-  const int64_t chunks = (m + kChunkTokens - 1) / kChunkTokens;
+  const int64_t blocks = (n + kBlockRows - 1) / kBlockRows, block_bytes = x.k * kBlockRows / 2;
+  const int64_t tiles = x.tile_count(), chunk_tiles = std::max<int64_t>(1, kChunkTokens / x.together);
+  const int64_t chunks = (tiles + chunk_tiles - 1) / chunk_tiles;
   int64_t run = std::max<int64_t>(1, kTaskBytes / block_bytes);
   run = std::max<int64_t>(1, std::min(run, blocks * chunks / (8 * std::max(threads, 1))));
   if (run > kW4A4Blocks) run -= run % kW4A4Blocks;
   const int64_t runs = (blocks + run - 1) / run;
   parallel_for(runs * chunks, threads, [&](int64_t task) {
     const int64_t first_block = task % runs * run, last_block = std::min(first_block + run, blocks);
-    const int64_t first = task / runs * kChunkTokens, last = std::min(first + kChunkTokens, m);
-    const int64_t tiles = (last - first + kW4A4Tokens - 1) / kW4A4Tokens;
+    const int64_t chunk = task / runs;
     blocks_of(first_block, last_block - first_block, [&](const Int4Block* found) {
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t token = first + (last - first) * t / tiles, end = first + (last - first) * (t + 1) / tiles;
-        for (int64_t block = first_block; block < last_block; block += kW4A4Blocks) {
-          const int together = static_cast<int>(std::min<int64_t>(kW4A4Blocks, last_block - block));
-          tile(token, static_cast<int>(end - token), block, together, found + (block - first_block));
+      const int64_t first_tile = tiles * chunk / chunks, last_tile = tiles * (chunk + 1) / chunks;
+      for (int64_t block = first_block; block < last_block; block += kW4A4Blocks) {
+        const int together = static_cast<int>(std::min<int64_t>(kW4A4Blocks, last_block - block));
+        const Int4Block* at = found + (block - first_block);
+        // While the tiles pass, the words of the next blocks come; behind the last, of what the next task may take.
+        const uint32_t* next =
+            block + together < last_block ? at[together].words : at[together - 1].words + x.k / 8 * kBlockRows;
+        for (int64_t t = first_tile; t < last_tile; ++t) {
+          const int64_t token = t * x.together;
+          const Ahead ahead = Ahead::share(next, together, x.k / kWordColumns, t - first_tile, last_tile - first_tile);
+          tile(token, static_cast<int>(std::min(x.together, x.m - token)), block, together, at, ahead);
         }
       }
     });

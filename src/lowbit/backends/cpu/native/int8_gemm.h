@@ -75,39 +75,6 @@ inline void quantize_int8(const float* x, int64_t count, float largest, int8_t* 
   }
 }
 
-// Activations as int8.
-struct Int8Tokens {
-  int64_t m, k, tile, tiles;
-  Room codes_room, scales_room, sums_room;
-  int8_t* codes;  // [m, k]
-  float* scales;  // [m, tiles]
-  int32_t* sums;  // [m, tiles]: of the codes
-
-  Int8Tokens(const Activations& x, int64_t columns_a_scale, int64_t rotation, int threads, float largest = 127.0f)
-      : m(x.m),
-        k(x.k),
-        tile(columns_a_scale),
-        tiles((x.k + columns_a_scale - 1) / columns_a_scale),
-        codes_room(x.m * x.k / 4 + 16),
-        scales_room(x.m * tiles),
-        sums_room(x.m * tiles),
-        codes(reinterpret_cast<int8_t*>(codes_room.data())),
-        scales(scales_room.data()),
-        sums(reinterpret_cast<int32_t*>(sums_room.data())) {
-    parallel_for(m, m * k >= 32768 ? threads : 1, [&](int64_t t) {
-      Room room(k);
-      float* row = room.data();
-      row_to_f32(x, t, row);
-      if (rotation) rotate_groups(row, k, rotation);
-      for (int64_t b = 0; b < tiles; ++b) {
-        const int64_t first = b * tile;
-        quantize_int8(row + first, std::min(tile, k - first), largest, codes + t * k + first, scales[t * tiles + b],
-                      sums[t * tiles + b]);
-      }
-    });
-  }
-};
-
 #if defined(LOWBIT_ISA_AVX512)
 constexpr int kInt8Tokens = 12, kInt8Blocks = 2;  // 24 sums and 2 weights in 32 registers
 #elif defined(LOWBIT_ISA_NEON)
@@ -116,38 +83,162 @@ constexpr int kInt8Tokens = 5, kInt8Blocks = 1;  // 20 sums, 4 weights and 5 tok
 constexpr int kInt8Tokens = 4, kInt8Blocks = 1;  // 8 sums, 2 weights of two parts and a token in 16 registers
 #endif
 
-// The whole product of kTokens tokens with kBlocks blocks of rows.
-template <class Weight, int kTokens, int kBlocks>
-inline void int8_tile(const Weight& w, const Int8Blocks& words, const Int8Tokens& x, int64_t block, int64_t token,
-                      simd::F32 (&sums)[kTokens][kBlocks * kBlockVectors]) {
+// How tokens lie: one after the other, or in tiles of those that are multiplied together (int8_dots).
+enum class Int8Order { kRows, kTiles };
+
+// Activations as int8.
+struct Int8Tokens {
+  int64_t m, k, tile, tiles;
+  int64_t together;  // tokens of a tile, nearly as many in each: 8 + 8, not 12 + 4
+  Room codes_room, scales_room, sums_room;
+  int8_t* codes;  // [m, k]; or of each tile [k / 4, tokens] words
+  float* scales;  // [m, tiles]
+  int32_t* sums;  // [m, tiles]: of the codes
+
+  Int8Tokens(const Activations& x, int64_t columns_a_scale, int64_t rotation, int threads,
+             Int8Order order = Int8Order::kRows)
+      : m(x.m),
+        k(x.k),
+        tile(columns_a_scale),
+        tiles((x.k + columns_a_scale - 1) / columns_a_scale),
+        together(order == Int8Order::kRows ? 1 : evenly(x.m)),
+        codes_room(x.m * x.k / 4 + simd::kLanes),
+        scales_room(x.m * tiles),
+        sums_room(x.m * tiles),
+        codes(reinterpret_cast<int8_t*>(codes_room.data())),
+        scales(scales_room.data()),
+        sums(reinterpret_cast<int32_t*>(sums_room.data())) {
+    const int most = m * k >= 32768 ? threads : 1;
+    if (together > 1) {
+      fill_tiles(x, rotation, most);
+    } else {
+      parallel_for(m, most, [&](int64_t t) { quantize(x, t, rotation, codes + t * k); });
+    }
+  }
+
+  int64_t tile_count() const { return (m + together - 1) / together; }
+  const uint32_t* of_tile(int64_t index) const {
+    return reinterpret_cast<const uint32_t*>(codes + index * together * k);
+  }
+
+ private:
+  static int64_t evenly(int64_t m) {
+    const int64_t least = std::max<int64_t>(1, (m + kInt8Tokens - 1) / kInt8Tokens);
+    return std::max<int64_t>(1, (m + least - 1) / least);
+  }
+
+  void fill_tiles(const Activations& x, int64_t rotation, int threads) const {
+    const int64_t words = k / 4;
+    const auto tokens = [&](int64_t index) { return std::min(together, m - index * together); };
+    if (tile_count() >= 2 * threads)
+      return parallel_for(tile_count(), threads, [&](int64_t index) {
+        const Room rows(together * words);
+        auto* to = reinterpret_cast<int8_t*>(rows.data());
+        for (int64_t t = 0; t < tokens(index); ++t) quantize(x, index * together + t, rotation, to + t * k);
+        arrange(reinterpret_cast<const uint32_t*>(to), tokens(index), 0, words, index);
+      });
+    const Room rows(m * words);
+    auto* to = reinterpret_cast<int8_t*>(rows.data());
+    parallel_for(m, threads, [&](int64_t t) { quantize(x, t, rotation, to + t * k); });
+    constexpr int64_t kPiece = 256;  // words of a task
+    const int64_t pieces = (words + kPiece - 1) / kPiece;
+    parallel_for(tile_count() * pieces, threads, [&](int64_t task) {
+      const int64_t index = task / pieces, first = task % pieces * kPiece;
+      arrange(reinterpret_cast<const uint32_t*>(to) + index * together * words, tokens(index), first,
+              std::min(first + kPiece, words), index);
+    });
+  }
+
+  void quantize(const Activations& x, int64_t token, int64_t rotation, int8_t* to) const {
+    const Room room(k);
+    float* row = room.data();
+    row_to_f32(x, token, row);
+    if (rotation) rotate_groups(row, k, rotation);
+    for (int64_t b = 0; b < tiles; ++b) {
+      const int64_t first = b * tile, at = token * tiles + b;
+      quantize_int8(row + first, std::min(tile, k - first), 127.0f, to + first, scales[at], sums[at]);
+    }
+  }
+
+  // Words [first, last) of a tile's rows of words, the same word of all tokens beside each other: one address leads to
+  // all of them, where rows would take more addresses than there are registers.
+  void arrange(const uint32_t* rows, int64_t tokens, int64_t first, int64_t last, int64_t index) const {
+    using namespace simd;
+    uint32_t* to = reinterpret_cast<uint32_t*>(codes + index * together * k);
+    int64_t word = first;
+    if (tokens <= kLanes)
+      for (; (word + kLanes - 1) * tokens + kLanes <= last * tokens; word += kLanes) {
+        F32 square[kLanes];
+        for (int t = 0; t < kLanes; ++t) {
+          const int64_t row = std::min<int64_t>(t, tokens - 1);  // not all are tokens
+          square[t] = as_f32(load_i32(rows + row * (k / 4) + word));
+        }
+        transpose(square);
+        // What a vector has beyond the tokens is written over by the next ones, and behind the last one below.
+        for (int64_t w = 0; w < kLanes; ++w) store_i32(to + (word + w) * tokens, as_i32(square[w]));
+      }
+    for (; word < last; ++word)
+      for (int64_t t = 0; t < tokens; ++t) to[word * tokens + t] = rows[t * (k / 4) + word];
+  }
+};
+
+// sums[token][row] = start of the token + the products of `words` words. A function of its own, or what its callers
+// hold would leave too few registers.
+template <int kTokens, int kBlocks>
+__attribute__((noinline)) void int8_dots(const uint32_t* const (&from)[kBlocks], const uint32_t* codes, int64_t words,
+                                         const int32_t (&starts)[kTokens], Ahead& ahead, int32_t* sums) {
   using namespace simd;
   constexpr int kVectors = kBlocks * kBlockVectors;
-  const uint32_t* from[kBlocks];
-  for (int b = 0; b < kBlocks; ++b) from[b] = words.of(block + b);
-  const int8_t* rows[kTokens];
-  for (int t = 0; t < kTokens; ++t) rows[t] = x.codes + (token + t) * x.k;
-
-  int64_t word = 0;
-  for (int64_t tile = 0; tile < x.tiles; ++tile) {
-    I32 dots[kTokens][kVectors];
+  // Few tokens wait for memory, many for the second-level cache, which is asked too late without it as well.
+  constexpr bool kFew = kTokens <= 4;
+  constexpr int64_t kNear = (kFew ? kAheadBytes : 1024) / 4;
+  I32 dots[kTokens][kVectors];
+  for (int t = 0; t < kTokens; ++t)
+    for (int v = 0; v < kVectors; ++v) dots[t][v] = set1_i32(starts[t]);
+  const uint32_t* at[kBlocks];
+  Ahead next = ahead;
+  for (int b = 0; b < kBlocks; ++b) at[b] = from[b];
+  for (const uint32_t* const end = codes + words * kTokens; codes != end; codes += kTokens) {
+    Weights8 weights[kVectors];
+    for (int v = 0; v < kVectors; ++v)
+      weights[v] = prepare8(load_bytes(at[v / kBlockVectors] + v % kBlockVectors * kLanes));
+    for (int b = 0; b < kBlocks; ++b) {
+      __builtin_prefetch(at[b] + kNear);
+      at[b] += kBlockRows;
+    }
+    if constexpr (!kFew) {
+      __builtin_prefetch(codes + kNear);
+      next.ask();
+    }
     for (int t = 0; t < kTokens; ++t) {
-      const I32 start = set1_i32(-kDot8Offset * x.sums[(token + t) * x.tiles + tile]);
-      for (int v = 0; v < kVectors; ++v) dots[t][v] = start;
+      const Bytes q = set4_bytes(codes + t);
+      for (int v = 0; v < kVectors; ++v) dots[t][v] = dot8(dots[t][v], weights[v], q);
     }
-    for (const int64_t end = std::min((tile + 1) * x.tile, x.k) / 4; word < end; ++word) {
-      if constexpr (kTokens <= 2) __builtin_prefetch(from[0] + word * kBlockRows + kAheadBytes / 4);
-      Weights8 weights[kVectors];
-      for (int v = 0; v < kVectors; ++v)
-        weights[v] = prepare8(load_bytes(from[v / kBlockVectors] + word * kBlockRows + v % kBlockVectors * kLanes));
-      for (int t = 0; t < kTokens; ++t) {
-        const Bytes q = set4_bytes(rows[t] + word * 4);
-        for (int v = 0; v < kVectors; ++v) dots[t][v] = dot8(dots[t][v], weights[v], q);
-      }
-    }
+  }
+  ahead = next;
+  for (int t = 0; t < kTokens; ++t)
+    for (int v = 0; v < kVectors; ++v) store_i32(sums + (t * kVectors + v) * kLanes, dots[t][v]);
+}
+
+// The whole product of kTokens tokens with kBlocks blocks of rows.
+template <class Weight, int kTokens, int kBlocks>
+inline void int8_tile(const Weight& w, const Int8Blocks& words, const Int8Tokens& x, const uint32_t* codes,
+                      int64_t block, int64_t token, Ahead ahead, simd::F32 (&sums)[kTokens][kBlocks * kBlockVectors]) {
+  using namespace simd;
+  constexpr int kVectors = kBlocks * kBlockVectors;
+  alignas(64) int32_t dots[kTokens * kBlocks * kBlockRows];
+  for (int64_t tile = 0; tile < x.tiles; ++tile) {
+    const int64_t first = tile * x.tile / 4, end = std::min((tile + 1) * x.tile, x.k) / 4;
+    const uint32_t* from[kBlocks];
+    for (int b = 0; b < kBlocks; ++b) from[b] = words.of(block + b) + first * kBlockRows;
+    int32_t starts[kTokens];
+    for (int t = 0; t < kTokens; ++t) starts[t] = -kDot8Offset * x.sums[(token + t) * x.tiles + tile];
+    int8_dots<kTokens, kBlocks>(from, codes + first * kTokens, end - first, starts, ahead, dots);
     for (int v = 0; v < kVectors; ++v) {
       const F32 scale = w.scale(block + v / kBlockVectors, tile, v % kBlockVectors);
       for (int t = 0; t < kTokens; ++t) {
-        const F32 product = mul(to_f32(dots[t][v]), mul(set1_f32(x.scales[(token + t) * x.tiles + tile]), scale));
+        const I32 dot = load_i32(dots + (t * kVectors + v) * kLanes);
+        const F32 product = mul(to_f32(dot), mul(set1_f32(x.scales[(token + t) * x.tiles + tile]), scale));
         sums[t][v] = tile ? add(sums[t][v], product) : product;
       }
     }
@@ -155,10 +246,13 @@ inline void int8_tile(const Weight& w, const Int8Blocks& words, const Int8Tokens
 }
 
 template <class Weight, int kTokens, int kBlocks>
-inline void int8_store(const Weight& w, const Int8Blocks& words, const Int8Tokens& x, int64_t block, int64_t token,
-                       const Output& out) {
+__attribute__((noinline)) void int8_store(const Weight& w, const Int8Blocks& words, const Int8Tokens& x,
+                                          const uint32_t* codes, int64_t block, int64_t token, const Ahead& ahead,
+                                          const Output& out) {
+  for (int t = 0; t < kTokens; ++t)
+    for (int b = 0; b < kBlocks; ++b) expect_block(block + b, w.n, out.data, token + t, out.dtype);
   simd::F32 sums[kTokens][kBlocks * kBlockVectors];
-  int8_tile<Weight, kTokens, kBlocks>(w, words, x, block, token, sums);
+  int8_tile<Weight, kTokens, kBlocks>(w, words, x, codes, block, token, ahead, sums);
   for (int t = 0; t < kTokens; ++t)
     for (int b = 0; b < kBlocks; ++b) {
       simd::F32 row[kBlockVectors];
@@ -168,40 +262,56 @@ inline void int8_store(const Weight& w, const Int8Blocks& words, const Int8Token
 }
 
 template <class Weight, int kBlocks, int kMost>
-inline void int8_store_of(int tokens, const Weight& w, const Int8Blocks& words, const Int8Tokens& x, int64_t block,
-                          int64_t token, const Output& out) {
+inline void int8_store_of(int tokens, const Weight& w, const Int8Blocks& words, const Int8Tokens& x,
+                          const uint32_t* codes, int64_t block, int64_t token, const Ahead& ahead, const Output& out) {
   if constexpr (kMost > 0) {
-    if (tokens == kMost) return int8_store<Weight, kMost, kBlocks>(w, words, x, block, token, out);
-    int8_store_of<Weight, kBlocks, kMost - 1>(tokens, w, words, x, block, token, out);
+    if (tokens == kMost) return int8_store<Weight, kMost, kBlocks>(w, words, x, codes, block, token, ahead, out);
+    int8_store_of<Weight, kBlocks, kMost - 1>(tokens, w, words, x, codes, block, token, ahead, out);
   }
 }
 
-constexpr int64_t kInt8ChunkTokens = 96;        // their integers lie in the second-level cache beside the words
 constexpr int64_t kInt8TaskBytes = 192 * 1024;  // words of a task, which every tile of tokens reads again
+
+// Tokens that pass while the words of a task stay in the second-level cache, themselves beside them.
+inline int64_t int8_chunk_tokens([[maybe_unused]] int64_t k) {
+  constexpr int64_t kLeast = 96;
+#if defined(LOWBIT_ISA_AVX512)
+  return std::max<int64_t>(kLeast, 640 * 1024 / k);  // these processors have 1 MiB or more
+#else
+  return kLeast;
+#endif
+}
 
 template <class Weight>
 void int8_gemm_bytes(const Weight& w, const Int8Tokens& x, const Output& out, int threads) {
-  const int64_t blocks = (w.n + kBlockRows - 1) / kBlockRows;
-  const int64_t chunks = (x.m + kInt8ChunkTokens - 1) / kInt8ChunkTokens;
+  const int64_t blocks = (w.n + kBlockRows - 1) / kBlockRows, tiles = x.tile_count();
+  const int64_t chunk_tiles = std::max<int64_t>(1, int8_chunk_tokens(x.k) / x.together);
+  const int64_t chunks = (tiles + chunk_tiles - 1) / chunk_tiles;
   int64_t run = std::max<int64_t>(1, kInt8TaskBytes / (w.k * kBlockRows));
   run = std::max<int64_t>(1, std::min(run, blocks * chunks / (8 * std::max(threads, 1))));
   if (run > kInt8Blocks) run -= run % kInt8Blocks;
   const int64_t runs = (blocks + run - 1) / run;
   parallel_for(runs * chunks, threads, [&](int64_t task) {
     const int64_t first_block = task % runs * run, last_block = std::min(first_block + run, blocks);
-    const int64_t first = task / runs * kInt8ChunkTokens, last = std::min(first + kInt8ChunkTokens, x.m);
-    const int64_t tiles = (last - first + kInt8Tokens - 1) / kInt8Tokens;  // of nearly equal size
+    const int64_t chunk = task / runs, first_tile = tiles * chunk / chunks, last_tile = tiles * (chunk + 1) / chunks;
     const Room room(w.room(last_block - first_block));
     const Int8Blocks words = w.open(first_block, last_block, reinterpret_cast<uint32_t*>(room.data()));
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t token = first + (last - first) * t / tiles, end = first + (last - first) * (t + 1) / tiles;
-      const int tokens = static_cast<int>(end - token);
-      int64_t block = first_block;
-      for (; block + kInt8Blocks <= last_block; block += kInt8Blocks)
-        int8_store_of<Weight, kInt8Blocks, kInt8Tokens>(tokens, w, words, x, block, token, out);
-      if constexpr (kInt8Blocks > 1)
-        for (; block < last_block; ++block)
-          int8_store_of<Weight, 1, kInt8Tokens>(tokens, w, words, x, block, token, out);
+    for (int64_t block = first_block; block < last_block;) {
+      const int64_t together = block + kInt8Blocks <= last_block ? kInt8Blocks : 1;
+      // While the tiles pass, the words of the next blocks come; behind the last ones, of what the next task may take.
+      for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+        const int64_t token = tile * x.together;
+        const int tokens = static_cast<int>(std::min(x.together, x.m - token));
+        const Ahead ahead =
+            Ahead::share(words.of(block + together), together, x.k / 4, tile - first_tile, last_tile - first_tile);
+        if (together == kInt8Blocks) {
+          int8_store_of<Weight, kInt8Blocks, kInt8Tokens>(tokens, w, words, x, x.of_tile(tile), block, token, ahead,
+                                                          out);
+        } else if constexpr (kInt8Blocks > 1) {
+          int8_store_of<Weight, 1, kInt8Tokens>(tokens, w, words, x, x.of_tile(tile), block, token, ahead, out);
+        }
+      }
+      block += together;
     }
   });
 }
@@ -369,14 +479,18 @@ void int8_gemm_tiles(const Weight& w, const Int8Tokens& x, const Output& out, in
 }
 #endif
 
-// `few`: up to how many tokens bytes are faster, where four products are no instruction: measured.
+// The product of x, quantized with a scale for every `tile` columns of w. `few`: up to how many tokens bytes are
+// faster, where four products are no instruction: measured.
 template <class Weight>
-void int8_gemm(const Weight& w, const Int8Tokens& x, const Output& out, int64_t few, int threads) {
+void int8_gemm(const Weight& w, const Activations& x, int64_t rotation, const Output& out, int64_t few, int threads) {
+  const bool bytes = simd::kDot8IsOneStep || x.m <= few;
 #if defined(LOWBIT_TILES)
-  if (amx::takes(x.m, std::min(x.tile, x.k))) return int8_gemm_tiles(w, x, out, threads);
+  if (amx::takes(x.m, std::min(w.tile, x.k)))
+    return int8_gemm_tiles(w, Int8Tokens(x, w.tile, rotation, threads), out, threads);
 #endif
-  if (simd::kDot8IsOneStep || x.m <= few) return int8_gemm_bytes(w, x, out, threads);
-  if constexpr (!simd::kDot8IsOneStep) int8_gemm_pairs(w, x, out, threads);
+  const Int8Tokens tokens(x, w.tile, rotation, threads, bytes ? Int8Order::kTiles : Int8Order::kRows);
+  if (bytes) return int8_gemm_bytes(w, tokens, out, threads);
+  if constexpr (!simd::kDot8IsOneStep) int8_gemm_pairs(w, tokens, out, threads);
 }
 
 }  // namespace lowbit

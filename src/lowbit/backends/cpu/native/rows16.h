@@ -7,6 +7,8 @@
 // vector, a sum over columns needs no horizontal addition, and a block is read from its begin to its end.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace lowbit {
@@ -32,5 +34,29 @@ inline void store_block(const simd::F32 (&sums)[kBlockVectors], int64_t block, i
     }
   }
 }
+
+// Where `store_block` will write: asked for before a product begins, the lines are there when it ends. Every row of
+// the result lies on another page, and a store alone would wait for the page and for the line.
+inline void expect_block(int64_t block, int64_t n, const void* out, int64_t m, int out_dtype) {
+  const int64_t at = m * n + block * kBlockRows;
+  __builtin_prefetch(static_cast<const unsigned char*>(out) + at * element_size(out_dtype), 1);
+}
+
+// What a product asks for while it has time: words that come next, from memory to the second-level cache.
+struct Ahead {
+  const unsigned char* at;
+  int64_t step;  // bytes, for every word of the product
+
+  // The share of tile `index` of `tiles` that pass: of `blocks` blocks from `words` on, each of `size` words of 16
+  // rows.
+  static Ahead share(const uint32_t* words, int64_t blocks, int64_t size, int64_t index, int64_t tiles) {
+    const int64_t step = std::max<int64_t>(1, blocks * kBlockRows * 4 / tiles);
+    return {reinterpret_cast<const unsigned char*>(words) + index * step * size, step};
+  }
+  void ask() {
+    __builtin_prefetch(at, 0, 2);
+    at += step;
+  }
+};
 
 }  // namespace lowbit

@@ -239,6 +239,21 @@ inline Bytes lookup_bytes(const void* table, Bytes codes) {
   return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), codes.v)};
 }
 
+// The codes of 2 * kLanes bytes, the low nibble first: 4 * kLanes bytes of 0..15.
+inline Bytes nibbles_in_order(const void* from) {
+  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+  return {_mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), _mm256_set1_epi8(15))};
+}
+// kLanes / 4 of many tables of 16 bytes, beside each other: a byte each says which.
+inline Bytes choose_tables(const uint8_t* tables, const uint8_t* which) {
+  const auto at = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tables + static_cast<uint64_t>(which[i]) * 16));
+  };
+  return {_mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1)};
+}
+// A byte for each code, every 16 of them from their own table.
+inline Bytes lookup_bytes(Bytes tables, Bytes codes) { return {_mm256_shuffle_epi8(tables.v, codes.v)}; }
+
 // Keeps a sum of integers where it is written. GCC would gather the products of an unrolled loop first and add them at
 // its end: they do not fit into the registers.
 inline void keep_order(__m256i& sum) { asm("" : "+x"(sum)); }

@@ -229,6 +229,24 @@ inline Bytes lookup_bytes(const void* table, Bytes codes) {
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), codes.v)};
 }
 
+// The codes of 2 * kLanes bytes, the low nibble first: 4 * kLanes bytes of 0..15.
+inline Bytes nibbles_in_order(const void* from) {
+  const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+  return {_mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(15))};
+}
+// kLanes / 4 of many tables of 16 bytes, beside each other: a byte each says which.
+inline Bytes choose_tables(const uint8_t* tables, const uint8_t* which) {
+  const auto at = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(tables + static_cast<uint64_t>(which[i]) * 16));
+  };
+  __m512i found = _mm512_castsi128_si512(at(0));
+  found = _mm512_mask_broadcast_i32x4(found, 0x00f0, at(1));
+  found = _mm512_mask_broadcast_i32x4(found, 0x0f00, at(2));
+  return {_mm512_mask_broadcast_i32x4(found, 0xf000, at(3))};
+}
+// A byte for each code, every 16 of them from their own table.
+inline Bytes lookup_bytes(Bytes tables, Bytes codes) { return {_mm512_shuffle_epi8(tables.v, codes.v)}; }
+
 // Keeps a sum of integers where it is written: without it GCC copies sums around the instruction that adds to one, and
 // then has no registers left.
 #if defined(LOWBIT_EMULATE)

@@ -222,6 +222,19 @@ inline Bytes lookup_bytes(const void* table, Bytes codes) {
   return {vqtbl1q_u8(vld1q_u8(static_cast<const uint8_t*>(table)), codes.v)};
 }
 
+// The codes of 2 * kLanes bytes, the low nibble first: 4 * kLanes bytes of 0..15.
+inline Bytes nibbles_in_order(const void* from) {
+  const uint8x8_t bytes = vld1_u8(static_cast<const uint8_t*>(from));
+  const uint8x8x2_t both = vzip_u8(vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8(bytes, 4));
+  return {vcombine_u8(both.val[0], both.val[1])};
+}
+// kLanes / 4 of many tables of 16 bytes, beside each other: a byte each says which.
+inline Bytes choose_tables(const uint8_t* tables, const uint8_t* which) {
+  return {vld1q_u8(tables + static_cast<uint64_t>(which[0]) * 16)};
+}
+// A byte for each code, every 16 of them from their own table.
+inline Bytes lookup_bytes(Bytes tables, Bytes codes) { return {vqtbl1q_u8(tables.v, codes.v)}; }
+
 // Keeps a sum of integers where it is written: without it GCC copies sums around the instruction that adds to one, and
 // then has no registers left.
 inline void keep_order(int32x4_t& sum) { asm("" : "+w"(sum)); }

@@ -275,6 +275,27 @@ inline Bytes lookup_bytes(const void* table, Bytes codes) {
   return found;
 }
 
+// The codes of 2 * kLanes bytes, the low nibble first: 4 * kLanes bytes of 0..15.
+inline Bytes nibbles_in_order(const void* from) {
+  const auto* bytes = static_cast<const uint8_t*>(from);
+  Bytes found;
+  for (int i = 0; i < 2 * kLanes; ++i) {
+    found.v[2 * i] = bytes[i] & 15;
+    found.v[2 * i + 1] = bytes[i] >> 4;
+  }
+  return found;
+}
+// kLanes / 4 of many tables of 16 bytes, beside each other: a byte each says which.
+inline Bytes choose_tables(const uint8_t* tables, const uint8_t* which) {
+  return load_bytes(tables + static_cast<uint64_t>(which[0]) * 16);
+}
+// A byte for each code, every 16 of them from their own table.
+inline Bytes lookup_bytes(Bytes tables, Bytes codes) {
+  Bytes found;
+  for (int i = 0; i < 4 * kLanes; ++i) found.v[i] = tables.v[codes.v[i] & 15];
+  return found;
+}
+
 namespace plain {
 
 // Bytes 0 and 2, and bytes 1 and 3, of every lane as int16: of bytes without a sign, and of bytes with one.

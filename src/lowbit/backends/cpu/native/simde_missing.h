@@ -67,6 +67,11 @@ inline __m512i cvtepu8_epi64(__m128i a) {  // its first eight bytes
   return as<__m512i>(made);
 }
 
+inline __m512i cvtepu8_epi16(__m256i a) {
+  const auto half = as<Lanes<__m128i, 2>>(a);
+  return as<__m512i>(Halves256i{_mm256_cvtepu8_epi16(half.at[0]), _mm256_cvtepu8_epi16(half.at[1])});
+}
+
 template <class To, class Vector>
 inline Vector narrow(__m512i a) {  // the low bits of every lane
   const auto from = as<Lanes<uint32_t, 16>>(a);
@@ -111,6 +116,8 @@ inline __m256i cvtps_ph(__m512 a) {
 #define _mm512_cvtepu16_epi32(a) (lowbit::emulated::widen<uint16_t, 16>(a))
 #undef _mm512_cvtepu8_epi64
 #define _mm512_cvtepu8_epi64(a) lowbit::emulated::cvtepu8_epi64(a)
+#undef _mm512_cvtepu8_epi16
+#define _mm512_cvtepu8_epi16(a) lowbit::emulated::cvtepu8_epi16(a)
 #undef _mm512_cvtepi32_epi8
 #define _mm512_cvtepi32_epi8(a) (lowbit::emulated::narrow<uint8_t, __m128i>(a))
 #undef _mm512_cvtepi32_epi16
