@@ -186,6 +186,25 @@ inline void load16_e5m2(const uint8_t* from, F32 (&to)[16 / kLanes]) {
   to[0] = {_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8))};
 }
 
+// Columns of 16 codes that are decoded together: all but the last step is done for 32 codes at once.
+constexpr int kFp8Columns = 2;
+inline void load_half_columns(__m512i halves, F32 (&to)[kFp8Columns][16 / kLanes]) {
+  to[0][0] = {_mm512_cvtph_ps(_mm512_castsi512_si256(halves))};
+  to[1][0] = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
+}
+// Each as load16 gives it.
+inline void load_e4m3_columns(const uint8_t* from, F32 (&to)[kFp8Columns][16 / kLanes]) {
+  const __m512i wide =
+      _mm512_slli_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 7);
+  const __m512i sum = _mm512_add_epi16(wide, _mm512_set1_epi16(0x80));
+  const __m512i bit14 = _mm512_set1_epi16(0x4000);
+  load_half_columns(_mm512_ternarylogic_epi32(wide, sum, bit14, 0x78), to);  // wide ^ (sum & bit14)
+}
+inline void load_e5m2_columns(const uint8_t* from, F32 (&to)[kFp8Columns][16 / kLanes]) {
+  const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  load_half_columns(_mm512_slli_epi16(_mm512_cvtepu8_epi16(codes), 8), to);
+}
+
 // ---- a table of 16 floats, indexed by the low four bits of every lane
 // -------------------------------------------------
 
