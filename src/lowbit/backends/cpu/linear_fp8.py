@@ -12,8 +12,8 @@ from lowbit.formats.granular import GRANULARITIES
 from lowbit.formats.parts import Parts
 from lowbit.layouts import rows16
 
-# Up to how many tokens decoding in registers is faster than panels, measured: on AVX2 the two are equal from 8 to 16, with
-# AVX-512 a tile of registers holds 16 tokens, and more want a second pass. Not measured on other sets.
+# Up to how many tokens decoding in registers is faster than panels, measured: on AVX2 the two are equal from 8 to 16;
+# with AVX-512 a tile of registers holds 16 tokens, and more want a second pass. Not measured on other sets.
 _FEW = {"avx512": 16, "amx": 16}
 _FEW_ELSEWHERE = 8
 _COLUMNS = 4  # a vector load of codes takes as many

@@ -56,7 +56,8 @@ class Room {
 inline void columns_to_f32(const Activations& x, int64_t m, int64_t first, int64_t last, float* to) {
   using namespace simd;
   const int64_t begin = m * x.k;
-  for (; first + kLanes <= last; first += kLanes, to += kLanes) store_f32(to, load_as_f32(x.data, begin + first, x.dtype));
+  for (; first + kLanes <= last; first += kLanes, to += kLanes)
+    store_f32(to, load_as_f32(x.data, begin + first, x.dtype));
   if (const int rest = static_cast<int>(last - first); rest > 0)
     store_first(to, 0, rest, load_first(x.data, begin + first, rest, x.dtype), kFloat32);
 }
@@ -78,11 +79,12 @@ class FloatRows {
   Room room_;  // [m, k]
 };
 
-// Activations as float32, made once a call, in tiles of nearly equal size (8 tokens are 4 + 4, not 6 + 2): the tokens of
-// a tile lie beside each other, column after column, so that one address serves all of them.
+// Activations as float32, made once a call, in tiles of nearly equal size (8 tokens are 4 + 4, not 6 + 2): the tokens
+// of a tile lie beside each other, column after column, so that one address serves all of them.
 class TokenTiles {
  public:
-  TokenTiles(const Activations& x, int most, int threads) : m_(x.m), k_(x.k), count_((m_ + most - 1) / most), room_(m_ * k_) {
+  TokenTiles(const Activations& x, int most, int threads)
+      : m_(x.m), k_(x.k), count_((m_ + most - 1) / most), room_(m_ * k_) {
     const int64_t pieces = (k_ + kPiece - 1) / kPiece;
     parallel_for(count_ * pieces, m_ * k_ >= 32768 ? threads : 1, [&](int64_t task) {
       const int64_t tile = task / pieces, first = task % pieces * kPiece, last = std::min(first + kPiece, k_);
