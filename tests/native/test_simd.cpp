@@ -386,6 +386,26 @@ void test_small_floats() {
       }
     }
   }
+  for (uint32_t code = 0; code < 256; code += 16 * kFp8Columns) {
+    uint8_t from[16 * kFp8Columns + 1];
+    for (uint32_t j = 0; j < 16 * kFp8Columns; ++j) from[j + 1] = static_cast<uint8_t>(code + j);
+    F32 e4m3[kFp8Columns][16 / kLanes], e5m2[kFp8Columns][16 / kLanes];
+    load_e4m3_columns(from + 1, e4m3);
+    load_e5m2_columns(from + 1, e5m2);
+    for (int column = 0; column < kFp8Columns; ++column) {
+      F32 one_e4m3[16 / kLanes], one_e5m2[16 / kLanes];
+      load16_e4m3(from + 1 + 16 * column, one_e4m3);
+      load16_e5m2(from + 1 + 16 * column, one_e5m2);
+      for (int v = 0; v < 16 / kLanes; ++v) {
+        const Floats small(e4m3[column][v]), small_one(one_e4m3[v]), wide(e5m2[column][v]), wide_one(one_e5m2[v]);
+        for (int j = 0; j < kLanes; ++j) {
+          const auto c = static_cast<float>(from[1 + 16 * column + v * kLanes + j]);
+          expect_float("load_e4m3_columns", small.at[j], small_one.at[j], c);
+          expect_float("load_e5m2_columns", wide.at[j], wide_one.at[j], c);
+        }
+      }
+    }
+  }
 }
 
 void test_tables() {

@@ -12,10 +12,16 @@ from lowbit.formats.granular import GRANULARITIES
 from lowbit.formats.parts import Parts
 from lowbit.layouts import rows16
 
-# Up to how many tokens decoding in registers is faster than panels: measured on AVX2, where the two are equal from 8 to
-# 16; not measured on other sets.
-_FEW = 8
+# Up to how many tokens decoding in registers is faster than panels, measured: on AVX2 the two are equal from 8 to 16;
+# with AVX-512 a tile of registers holds 16 tokens, and more want a second pass. Not measured on other sets.
+_FEW = {"avx512": 16, "amx": 16}
+_FEW_ELSEWHERE = 8
 _COLUMNS = 4  # a vector load of codes takes as many
+
+
+def few(m: int) -> bool:
+    """Whether m tokens go by registers rather than by panels; mxfp8 has the same codes and asks, too."""
+    return m <= _FEW.get(native.isa(), _FEW_ELSEWHERE)
 
 
 def refuses(fmt: Fp8E4M3 | Fp8E5M2, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
@@ -39,6 +45,6 @@ def linear_fp8(fmt: Fp8E4M3 | Fp8E5M2, x: Tensor, parts: Parts, bias: Tensor | N
     native.module().linear_fp8(
         rows.data_ptr(), dtype_code(x), m, n, k, codes.data_ptr(), codes.shape[1] * 4, fmt.name == "fp8_e5m2",
         parts["scale"].data_ptr(), GRANULARITIES.index(fmt.granularity), tile_rows, tile_columns, address(bias),
-        dtype_code(bias), out.data_ptr(), m <= _FEW, native.threads(),
+        dtype_code(bias), out.data_ptr(), few(m), native.threads(),
     )  # fmt: skip
     return out

@@ -5,15 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowbit.backends.cpu import native
+from lowbit.backends.cpu.linear_fp8 import few
 from lowbit.backends.cpu.operands import address, dtype_code, output_of, refuses_input, rows_of
 from lowbit.dispatch import kernel
 from lowbit.formats.mxfp8 import Mxfp8
 from lowbit.formats.parts import Parts
 from lowbit.layouts import rows16
-
-# Up to how many tokens decoding in registers is faster than panels: measured on AVX2, where the two are equal from 8 to
-# 16; not measured on other sets.
-_FEW = 8
 
 
 @kernel("linear", format="mxfp8", backend="cpu", layout=rows16.NAME, refuses=refuses_input, tolerance=6e-3)
@@ -25,6 +22,6 @@ def linear_mxfp8(fmt: Mxfp8, x: Tensor, parts: Parts, bias: Tensor | None) -> Te
     codes = parts["qdata"]
     native.module().linear_mxfp8(
         rows.data_ptr(), dtype_code(x), m, n, k, codes.data_ptr(), codes.shape[1] * 4, parts["scale"].data_ptr(),
-        address(bias), dtype_code(bias), out.data_ptr(), m <= _FEW, native.threads(),
+        address(bias), dtype_code(bias), out.data_ptr(), few(m), native.threads(),
     )  # fmt: skip
     return out

@@ -9,6 +9,8 @@
 //   template <int kTokens> void multiply(int64_t block, const FewTokens& x, int64_t token, F32
 //   (&sums)[kTokens][kBlockVectors]) const;
 //       the whole product for a few tokens, decoding in registers
+//   F32 finish(F32 sum, int64_t block, int v) const;
+//       optional: what a sum over decoded columns becomes, where a factor is left out of them
 //
 // Few tokens: a thread takes blocks of rows and reads them once; the bus is the limit. Many tokens: a panel of decoded
 // weights stays in the first cache while a tile of tokens after the other is multiplied with it.
@@ -50,16 +52,18 @@ class Room {
   std::unique_ptr<unsigned char[]> bytes_;
 };
 
-// A row of activations as float32: to[0..k).
-inline void row_to_f32(const Activations& x, int64_t m, float* to) {
+// Columns first..last of a row of activations as float32: to[0..last - first).
+inline void columns_to_f32(const Activations& x, int64_t m, int64_t first, int64_t last, float* to) {
   using namespace simd;
   const int64_t begin = m * x.k;
-  int64_t c = 0;
-  for (; c + kLanes <= x.k; c += kLanes) store_f32(to + c, load_as_f32(x.data, begin + c, x.dtype));
-  if (c < x.k)
-    store_first(to, c, static_cast<int>(x.k - c), load_first(x.data, begin + c, static_cast<int>(x.k - c), x.dtype),
-                kFloat32);
+  for (; first + kLanes <= last; first += kLanes, to += kLanes)
+    store_f32(to, load_as_f32(x.data, begin + first, x.dtype));
+  if (const int rest = static_cast<int>(last - first); rest > 0)
+    store_first(to, 0, rest, load_first(x.data, begin + first, rest, x.dtype), kFloat32);
 }
+
+// A row of activations as float32: to[0..k).
+inline void row_to_f32(const Activations& x, int64_t m, float* to) { columns_to_f32(x, m, 0, x.k, to); }
 
 // Activations as float32, made once a call: what a few-token way needs that does nothing else to them.
 class FloatRows {
@@ -73,6 +77,41 @@ class FloatRows {
  private:
   int64_t k_;
   Room room_;  // [m, k]
+};
+
+// Activations as float32, made once a call, in tiles of nearly equal size (8 tokens are 4 + 4, not 6 + 2): the tokens
+// of a tile lie beside each other, column after column, so that one address serves all of them.
+class TokenTiles {
+ public:
+  TokenTiles(const Activations& x, int most, int threads)
+      : m_(x.m), k_(x.k), count_((m_ + most - 1) / most), room_(m_ * k_) {
+    const int64_t pieces = (k_ + kPiece - 1) / kPiece;
+    parallel_for(count_ * pieces, m_ * k_ >= 32768 ? threads : 1, [&](int64_t task) {
+      const int64_t tile = task / pieces, first = task % pieces * kPiece, last = std::min(first + kPiece, k_);
+      put(x, tile, first, last, room_.data() + begin(tile) * k_ + first * size(tile));
+    });
+  }
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t tile) const { return m_ * tile / count_; }  // its first token
+  int size(int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
+  const float* of(int64_t token) const { return room_.data() + token * k_; }  // [k, size] of the tile it begins
+
+ private:
+  static constexpr int64_t kPiece = 256;
+
+  void put(const Activations& x, int64_t tile, int64_t first, int64_t last, float* to) const {
+    const int64_t token = begin(tile), tokens = size(tile);
+    if (tokens == 1) return columns_to_f32(x, token, first, last, to);
+    alignas(64) float row[kPiece];
+    for (int64_t t = 0; t < tokens; ++t) {
+      columns_to_f32(x, token + t, first, last, row);
+      float* column = to + t;
+      for (int64_t c = 0; c < last - first; ++c, column += tokens) *column = row[c];
+    }
+  }
+
+  int64_t m_, k_, count_;
+  Room room_;
 };
 
 #if defined(LOWBIT_ISA_AVX512)
@@ -119,31 +158,33 @@ inline void multiply_panel_of(int tokens, const float* panel, const float* x, in
   }
 }
 
-// [m, k] -> [ceil(m / tile), k, tile] float32; tokens of zeros fill up the last tile.
-inline void pack_tokens(const Activations& x, int tile, float* packed, int threads) {
-  const int64_t tiles = (x.m + tile - 1) / tile;
-  parallel_for(tiles, threads, [&](int64_t index) {
-    float* to = packed + index * x.k * tile;
-    Room row(x.k);
-    for (int t = 0; t < tile; ++t) {
-      const int64_t m = index * tile + t;
-      if (m < x.m) row_to_f32(x, m, row.data());
-      for (int64_t c = 0; c < x.k; ++c) to[c * tile + t] = m < x.m ? row.data()[c] : 0.0f;
+template <class Weight, class = void>
+struct LeavesFactor : std::false_type {};
+template <class Weight>
+struct LeavesFactor<Weight, std::void_t<decltype(&Weight::finish)>> : std::true_type {};
+
+// Sums of [tokens, kPanelRows] of a panel, as rows of the output.
+template <class Weight>
+inline void store_panel(const Weight& w, const float* sums, int64_t panel, int64_t first_token, int64_t tokens,
+                        const Output& out) {
+  using namespace simd;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t b = 0; b < kPanelBlocks; ++b) {
+      const int64_t block = panel * kPanelBlocks + b;
+      if (block * kBlockRows >= w.n) break;
+      F32 row[kBlockVectors];
+      for (int v = 0; v < kBlockVectors; ++v) {
+        row[v] = load_f32(sums + t * kPanelRows + b * kBlockRows + v * kLanes);
+        if constexpr (LeavesFactor<Weight>::value) row[v] = w.finish(row[v], block, v);
+      }
+      store_block(row, block, w.n, out.bias, out.bias_dtype, out.data, first_token + t, out.dtype);
     }
-  });
 }
 
 template <class Weight>
 void gemm_many(const Weight& w, const Activations& x, const Output& out, int threads) {
-  using namespace simd;
-  // Tiles of equal size: 8 tokens are 4 + 4, not 6 + 2.
-  const int64_t least = (x.m + kTileTokens - 1) / kTileTokens;
-  const int tile = static_cast<int>((x.m + least - 1) / least);
-  Room packed((x.m + tile - 1) / tile * tile * x.k);
-  pack_tokens(x, tile, packed.data(), threads);
-
-  const int64_t tiles = (x.m + tile - 1) / tile, chunk_tiles = std::max<int64_t>(1, kChunkTokens / tile);
-  const int64_t chunks = (tiles + chunk_tiles - 1) / chunk_tiles;
+  const TokenTiles packed(x, kTileTokens, threads);
+  const int64_t chunks = (x.m + kChunkTokens - 1) / kChunkTokens;
   const int64_t blocks = (w.n + kBlockRows - 1) / kBlockRows, panels = (blocks + kPanelBlocks - 1) / kPanelBlocks;
   const int64_t group = panels * chunks >= 4 * kTaskPanels * threads ? kTaskPanels : 1;
   const int64_t groups = (panels + group - 1) / group;
@@ -151,8 +192,8 @@ void gemm_many(const Weight& w, const Activations& x, const Output& out, int thr
   parallel_for(groups * chunks, threads, [&](int64_t task) {
     const int64_t chunk = task / groups, first_panel = task % groups * group;
     const int64_t last_panel = std::min(first_panel + group, panels);
-    const int64_t first_tile = chunk * chunk_tiles, last_tile = std::min(first_tile + chunk_tiles, tiles);
-    const int64_t tokens = (last_tile - first_tile) * tile;
+    const int64_t first_tile = packed.count() * chunk / chunks, last_tile = packed.count() * (chunk + 1) / chunks;
+    const int64_t first_token = packed.begin(first_tile), tokens = packed.begin(last_tile) - first_token;
     Room panel_room(kPanelColumns * kPanelRows), sums_room((last_panel - first_panel) * tokens * kPanelRows);
     float *panel = panel_room.data(), *sums = sums_room.data();
     std::fill_n(sums, (last_panel - first_panel) * tokens * kPanelRows, 0.0f);
@@ -164,20 +205,15 @@ void gemm_many(const Weight& w, const Activations& x, const Output& out, int thr
           const int64_t block = std::min(p * kPanelBlocks + b, blocks - 1);
           w.decode(block, first, last, panel + b * kBlockRows);
         }
-        for (int64_t t = first_tile; t < last_tile; ++t)
-          multiply_panel_of<kTileTokens>(tile, panel, packed.data() + (t * x.k + first) * tile, last - first,
-                                         sums + ((p - first_panel) * tokens + (t - first_tile) * tile) * kPanelRows);
+        for (int64_t t = first_tile; t < last_tile; ++t) {
+          const int64_t token = packed.begin(t);
+          multiply_panel_of<kTileTokens>(packed.size(t), panel, packed.of(token) + first * packed.size(t), last - first,
+                                         sums + ((p - first_panel) * tokens + token - first_token) * kPanelRows);
+        }
       }
     }
     for (int64_t p = first_panel; p < last_panel; ++p)
-      for (int64_t t = 0; t < std::min(tokens, x.m - first_tile * tile); ++t)
-        for (int64_t b = 0; b < kPanelBlocks; ++b) {
-          F32 row[kBlockVectors];
-          const float* from = sums + ((p - first_panel) * tokens + t) * kPanelRows + b * kBlockRows;
-          for (int v = 0; v < kBlockVectors; ++v) row[v] = load_f32(from + v * kLanes);
-          store_block(row, p * kPanelBlocks + b, w.n, out.bias, out.bias_dtype, out.data, first_tile * tile + t,
-                      out.dtype);
-        }
+      store_panel(w, sums + (p - first_panel) * tokens * kPanelRows, p, first_token, tokens, out);
   });
 }
 

@@ -11,15 +11,18 @@
 
 namespace lowbit {
 
+// Of kFp8Columns columns of a block.
+using Fp8Values = simd::F32[simd::kFp8Columns][kBlockVectors];
+
 // float8_e4m3fn: values come out 2^8 too small.
 struct E4M3 {
   static constexpr float kUnit = 256.0f;
-  static void load16(const uint8_t* from, simd::F32 (&to)[kBlockVectors]) { simd::load16_e4m3(from, to); }
+  static void load(const uint8_t* from, Fp8Values& to) { simd::load_e4m3_columns(from, to); }
 };
 
 struct E5M2 {
   static constexpr float kUnit = 1.0f;
-  static void load16(const uint8_t* from, simd::F32 (&to)[kBlockVectors]) { simd::load16_e5m2(from, to); }
+  static void load(const uint8_t* from, Fp8Values& to) { simd::load_e5m2_columns(from, to); }
 };
 
 // float32 scales of a tensor, of rows, or of tiles.
@@ -51,18 +54,25 @@ struct E8m0Scales {
   }
 };
 
+#if defined(LOWBIT_ISA_AVX512)
+constexpr int kFp8FewTokens = 16;  // 16 sums and 2 weights in 32 registers
+#else
 constexpr int kFp8FewTokens = 6;  // 12 sums, 2 weights and a token in 16 registers
+#endif
 
 template <class Codes, class Scales>
 struct Fp8Weight {
   static constexpr int kStep = 4;  // columns in one go: K and groups are multiples of it
+  static constexpr int64_t kAheadOfPanel = kPanelColumns * kBlockRows;  // bytes: the block's part of the next panel
 
   const uint8_t* codes;
   int64_t stride;
   Scales scales;
   int64_t n, k, group;  // group: columns under one scale, K where a row has one
 
-  using Few = FloatRows;
+  struct Few : TokenTiles {
+    Few(const Fp8Weight&, const Activations& x, int threads) : TokenTiles(x, kFp8FewTokens, threads) {}
+  };
 
   template <int kTokens>
   void multiply(int64_t block, const Few& few, int64_t token, simd::F32 (&sums)[kTokens][kBlockVectors]) const {
@@ -70,7 +80,7 @@ struct Fp8Weight {
     // Independent sums, so that one multiplication need not wait for the last.
     constexpr int kChains = std::min(kStep, std::max(1, 8 / (kTokens * kBlockVectors)));
     const uint8_t* at = codes + block * stride;
-    const float* x = few.row(token);
+    const float* x = few.of(token);
     for (auto& row : sums)
       for (auto& sum : row) sum = zero_f32();
     for (int64_t g = 0, c = 0; c < k; ++g) {
@@ -80,15 +90,19 @@ struct Fp8Weight {
           for (auto& sum : lanes) sum = zero_f32();
       for (const int64_t end = std::min(c + group, k); c < end; c += kStep, at += kStep * kBlockRows) {
         if constexpr (kTokens <= 2) __builtin_prefetch(at + kAheadBytes);
-        for_each_place<kStep>([&](auto place) {
-          constexpr int j = decltype(place)::value;
-          F32 w[kBlockVectors];
-          Codes::load16(at + j * kBlockRows, w);
-          for (int t = 0; t < kTokens; ++t) {
-            const F32 token_x = set1_f32(x[t * k + c + j]);
-            for (int v = 0; v < kBlockVectors; ++v) acc[t][v][j % kChains] = fma(w[v], token_x, acc[t][v][j % kChains]);
-          }
+        for_each_place<kStep / kFp8Columns>([&](auto place) {
+          Fp8Values w;
+          Codes::load(at + decltype(place)::value * kFp8Columns * kBlockRows, w);
+          for_each_place<kFp8Columns>([&](auto column) {
+            constexpr int i = decltype(column)::value, j = decltype(place)::value * kFp8Columns + i;
+            for (int t = 0; t < kTokens; ++t) {
+              const F32 token_x = set1_f32(x[j * kTokens + t]);
+              for (int v = 0; v < kBlockVectors; ++v)
+                acc[t][v][j % kChains] = fma(w[i][v], token_x, acc[t][v][j % kChains]);
+            }
+          });
         });
+        x += kStep * kTokens;
       }
       for (int v = 0; v < kBlockVectors; ++v) {
         const F32 scale = scales.of(block, g, v);
@@ -103,21 +117,32 @@ struct Fp8Weight {
       for (auto& sum : row) sum = mul(sum, set1_f32(Codes::kUnit));
   }
 
+  // Without the unit, and without the scale where a row has one: `finish` multiplies with them.
   void decode(int64_t block, int64_t first, int64_t last, float* panel) const {
     using namespace simd;
     const uint8_t* at = codes + block * stride + first * kBlockRows;
+    const bool scaled = group < k;
     for (int64_t c = first; c < last;) {
       const int64_t g = c / group, end = std::min((g + 1) * group, last);
       F32 scale[kBlockVectors];
-      for (int v = 0; v < kBlockVectors; ++v) scale[v] = scales.of(block, g, v);
-      for (; c < end; ++c, at += kBlockRows, panel += kPanelRows) {
-        F32 w[kBlockVectors];
-        Codes::load16(at, w);
-        // One after the other: a scale times the unit could overflow where the weight does not.
-        for (int v = 0; v < kBlockVectors; ++v)
-          store_f32(panel + v * kLanes, mul(mul(w[v], set1_f32(Codes::kUnit)), scale[v]));
+      for (int v = 0; v < kBlockVectors; ++v) scale[v] = scaled ? scales.of(block, g, v) : set1_f32(1.0f);
+      for (; c < end; c += kStep, at += kStep * kBlockRows) {
+        __builtin_prefetch(at + kAheadOfPanel);
+        for_each_place<kStep / kFp8Columns>([&](auto place) {
+          Fp8Values w;
+          Codes::load(at + decltype(place)::value * kFp8Columns * kBlockRows, w);
+          for (int i = 0; i < kFp8Columns; ++i, panel += kPanelRows)
+            for (int v = 0; v < kBlockVectors; ++v) store_f32(panel + v * kLanes, mul(w[i][v], scale[v]));
+        });
       }
     }
+  }
+
+  simd::F32 finish(simd::F32 sum, int64_t block, int v) const {
+    using namespace simd;
+    // One after the other: a scale times the unit could overflow where the weight does not.
+    sum = mul(sum, set1_f32(Codes::kUnit));
+    return group < k ? sum : mul(sum, scales.of(block, 0, v));
   }
 };
 

@@ -44,6 +44,22 @@ struct Words {
 
   // From byte `at` of every row on.
   void gather(const uint8_t* const (&rows)[kBlockRows], int64_t at) {
+#if defined(LOWBIT_ISA_AVX512) && !defined(LOWBIT_EMULATE)
+    // Whole vectors: what is stored in pieces would have to reach the cache before it can be loaded.
+    for (int word = 0; word < T::kBodyWords; word += 4)
+      simd::interleave_words(rows, at + T::kBody + 4 * word, words + word * kBlockRows);
+    if constexpr (T::kLoose >= 0) {
+      const I32 mask = set1_i32(T::kLooseBytes == 4 ? -1 : (1 << 8 * (T::kLooseBytes % 4)) - 1);
+      store_i32(words + T::kBodyWords * kBlockRows, bit_and(gather_words(rows, at + T::kLoose), mask));
+    }
+    for (size_t half = 0; half < T::kHalves.size(); ++half) {
+      // Four bytes are read: behind the last of a block there may be none, so that one there is read with those before.
+      constexpr int kLast = T::kSize - 4;
+      const int from = std::min(T::kHalves[half], kLast);
+      const I32 word = gather_words(rows, at + from);
+      store_low_halves(halves[half], from == T::kHalves[half] ? word : shift_right<16>(word));
+    }
+#else
     for (int word = 0; word < T::kBodyWords; word += 4)
       interleave_words(rows, at + T::kBody + 4 * word, words + word * kBlockRows);
     if constexpr (T::kLoose >= 0) {
@@ -55,6 +71,7 @@ struct Words {
     }
     for (size_t half = 0; half < T::kHalves.size(); ++half)
       for (int r = 0; r < kBlockRows; ++r) std::memcpy(&halves[half][r], rows[r] + at + T::kHalves[half], 2);
+#endif
   }
 
   I32 word(int index, int v) const { return load_i32(words + index * kBlockRows + v * kLanes); }

@@ -198,6 +198,25 @@ inline void load16_e5m2(const uint8_t* from, F32 (&to)[16 / kLanes]) {
   to[0] = {_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8))};
 }
 
+// Columns of 16 codes that are decoded together: all but the last step is done for 32 codes at once.
+constexpr int kFp8Columns = 2;
+inline void load_half_columns(__m512i halves, F32 (&to)[kFp8Columns][16 / kLanes]) {
+  to[0][0] = {_mm512_cvtph_ps(_mm512_castsi512_si256(halves))};
+  to[1][0] = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
+}
+// Each as load16 gives it.
+inline void load_e4m3_columns(const uint8_t* from, F32 (&to)[kFp8Columns][16 / kLanes]) {
+  const __m512i wide =
+      _mm512_slli_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 7);
+  const __m512i sum = _mm512_add_epi16(wide, _mm512_set1_epi16(0x80));
+  const __m512i bit14 = _mm512_set1_epi16(0x4000);
+  load_half_columns(_mm512_ternarylogic_epi32(wide, sum, bit14, 0x78), to);  // wide ^ (sum & bit14)
+}
+inline void load_e5m2_columns(const uint8_t* from, F32 (&to)[kFp8Columns][16 / kLanes]) {
+  const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  load_half_columns(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 8), to);
+}
+
 // ---- a table of 16 floats, indexed by the low four bits of every lane
 // -------------------------------------------------
 
@@ -298,6 +317,37 @@ inline I32 dot2(I32 sum, I32 a, I32 b) {
   keep_order(sum.v);
   return sum;
 }
+
+#if !defined(LOWBIT_EMULATE)
+// Four words of each of 16 rows, from byte `at` of them on -> four columns of 16 words without gaps.
+inline void interleave_words(const uint8_t* const (&rows)[16], int64_t at, uint32_t* to) {
+  __m512i quads[4];  // in quarter q of quads[j]: row 4 q + j
+  for (int j = 0; j < 4; ++j) {
+    const auto row = [&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[r] + at)); };
+    quads[j] = _mm512_castsi128_si512(row(j));
+    quads[j] = _mm512_inserti32x4(quads[j], row(4 + j), 1);
+    quads[j] = _mm512_inserti32x4(quads[j], row(8 + j), 2);
+    quads[j] = _mm512_inserti32x4(quads[j], row(12 + j), 3);
+  }
+  const __m512i a = _mm512_unpacklo_epi32(quads[0], quads[1]), b = _mm512_unpacklo_epi32(quads[2], quads[3]);
+  const __m512i c = _mm512_unpackhi_epi32(quads[0], quads[1]), d = _mm512_unpackhi_epi32(quads[2], quads[3]);
+  _mm512_storeu_si512(to, _mm512_unpacklo_epi64(a, b));
+  _mm512_storeu_si512(to + 16, _mm512_unpackhi_epi64(a, b));
+  _mm512_storeu_si512(to + 32, _mm512_unpacklo_epi64(c, d));
+  _mm512_storeu_si512(to + 48, _mm512_unpackhi_epi64(c, d));
+}
+// The word at byte `at` of each of 16 rows.
+inline I32 gather_words(const uint8_t* const (&rows)[16], int64_t at) {
+  const __m512i low = _mm512_loadu_si512(rows), high = _mm512_loadu_si512(rows + 8);
+  const void* base = reinterpret_cast<const void*>(at);
+  return {_mm512_inserti64x4(_mm512_castsi256_si512(_mm512_i64gather_epi32(low, base, 1)),
+                             _mm512_i64gather_epi32(high, base, 1), 1)};
+}
+// The lower halves of all lanes.
+inline void store_low_halves(uint16_t* to, I32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(a.v));
+}
+#endif
 
 // The codes of kLanes / 2 bytes, the low nibble first; bits above the lowest four are not cleared.
 inline I32 spread_nibbles(const void* from) {

@@ -185,6 +185,10 @@ inline void load16_e5m2(const uint8_t* from, F32 (&to)[16 / kLanes]) {
     to[2 * i + 1] = {vcvt_high_f32_f16(half[i])};
   }
 }
+// Columns of 16 codes that are decoded together, each as load16 gives it.
+constexpr int kFp8Columns = 1;
+inline void load_e4m3_columns(const uint8_t* from, F32 (&to)[kFp8Columns][16 / kLanes]) { load16_e4m3(from, to[0]); }
+inline void load_e5m2_columns(const uint8_t* from, F32 (&to)[kFp8Columns][16 / kLanes]) { load16_e5m2(from, to[0]); }
 
 // ---- a table of 16 floats, indexed by the low four bits of every lane
 // -------------------------------------------------

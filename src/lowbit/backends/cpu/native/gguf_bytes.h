@@ -1,0 +1,215 @@
+// Products of the blocks of GGUF files with activations as int16, where a set multiplies four pairs of bytes at once.
+//
+// Codes stay bytes: 0..63, or int8 with 128 added. Activations are the two bytes of an int16, and a unit's sum is that
+// of the low ones and 256 times that of the high ones. Two blocks of 16 rows share what is read of the activations, in
+// whose tiles the tokens lie beside each other.
+#pragma once
+
+#include "gguf_blocks.h"
+#include "int4_gemm.h"
+
+namespace lowbit {
+namespace gguf {
+
+constexpr int kByteTokens = 6;  // 24 sums of two pieces and two blocks in 32 registers
+constexpr int kByteRowBlocks = 2;
+
+// Integers as int4_gemm.h makes them, in tiles of nearly equal size.
+class ByteTokens {
+ public:
+  // Of each four columns: for every token its low bytes, then its high ones. Whole units share a scale.
+  ByteTokens(const Activations& x, int64_t columns_a_scale, int64_t unit, int threads)
+      : ByteTokens(IntegerRows(x, columns_a_scale, unit, threads), x, unit, threads) {}
+
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t tile) const { return m_ * tile / count_; }  // its first token
+  int size(int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
+  // From a column on of the tile that a token begins.
+  const int8_t* bytes(int64_t token, int size, int64_t column) const {
+    return reinterpret_cast<const int8_t*>(bytes_.data()) + (token * k_ + column * size) * 2;
+  }
+  // From a unit on: the scales of the tile's tokens, then their sums.
+  const float* scales(int64_t token, int size, int64_t unit) const {
+    return scales_.data() + (token * units_ + unit * size) * 2;
+  }
+
+ private:
+  using IntegerRows = IntegerTokens<2, 4, false, true>;
+
+  ByteTokens(const IntegerRows& rows, const Activations& x, int64_t unit, int threads)
+      : m_(x.m),
+        k_(x.k),
+        units_(x.k / unit),
+        count_((x.m + kByteTokens - 1) / kByteTokens),
+        bytes_(x.m * x.k / 2),
+        scales_(x.m * units_ * 2) {
+    parallel_for(count_, m_ * k_ >= 32768 ? threads : 1, [&](int64_t tile) {
+      const int64_t token = begin(tile), tokens = size(tile);
+      auto* words = reinterpret_cast<int32_t*>(bytes_.data()) + token * k_ / 2;
+      float* scales = scales_.data() + token * units_ * 2;
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int piece = 0; piece < 2; ++piece) {
+          const int8_t* from = rows.row(token + t, piece);
+          int32_t* to = words + t * 2 + piece;
+          for (int64_t quad = 0; quad < k_ / 4; ++quad, to += tokens * 2) std::memcpy(to, from + quad * 4, 4);
+        }
+        for (int64_t u = 0; u < units_; ++u) {
+          scales[u * 2 * tokens + t] = rows.d[(token + t) * units_ + u];
+          scales[(u * 2 + 1) * tokens + t] = rows.sums[(token + t) * units_ + u];
+        }
+      }
+    });
+  }
+
+  int64_t m_, k_, units_, count_;
+  Room bytes_, scales_;
+};
+
+// Some blocks of columns of two blocks of rows.
+template <class T>
+struct ByteBlocks {
+  static constexpr int kBlocks = std::max(1, 128 / T::kColumns);
+  static constexpr int kUnits = T::kColumns / T::kUnit, kQuads = T::kColumns / 4;  // of a block
+  static constexpr int kOffset = T::kSigned ? 128 : T::kOffset;
+  static constexpr int kStride = kByteRowBlocks * kBlockRows;
+
+  alignas(64) int32_t codes[kBlocks * kQuads * kStride];
+  alignas(64) float steps[kBlocks * kUnits * kStride];
+  alignas(64) float added[kBlocks * kUnits * kStride];  // to a unit's sum, times that of its activations
+
+  void put(int block, int row_block, const Words<T>& words) {
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const int lanes = row_block * kBlockRows + v * kLanes;
+      F32 step[kUnits], zero[kUnits];
+      T::steps(words, v, step, zero);
+      for (int u = 0; u < kUnits; ++u) {
+        store_f32(steps + (block * kUnits + u) * kStride + lanes, step[u]);
+        if constexpr (!T::kZero) zero[u] = mul(step[u], set1_f32(-kOffset));
+        store_f32(added + (block * kUnits + u) * kStride + lanes, zero[u]);
+      }
+      for (int span = 0; span < T::kColumns / T::kSpan; ++span)
+        for_each_place<T::kSpan / 4>([&](auto place) {
+          constexpr int q = decltype(place)::value;
+          const I32 quad = as_i32(T::template codes<q>(words, span, v));
+          int32_t* to = codes + (block * kQuads + span * (T::kSpan / 4) + q) * kStride + lanes;
+          store_i32(to, T::kSigned ? bit_xor(quad, every_byte(0x80)) : quad);
+        });
+    }
+  }
+};
+
+// sums[t][row] += the products of some units with a tile of kTokens tokens.
+template <int kUnit, int kTokens>
+__attribute__((noinline)) void multiply_bytes(int units, const int32_t* codes, const float* steps, const float* added,
+                                              const int8_t* x, const float* scales, float* sums) {
+  constexpr int kVectors = kByteRowBlocks * kBlockVectors;
+  for (int unit = 0; unit < units; ++unit) {
+    Dot4 dots[kTokens][kVectors][2];
+    for (auto& row : dots)
+      for (auto& pieces : row)
+        for (auto& dot : pieces) dot = zero_dot4();
+    for_each_place<kUnit / 4>([&](auto) __attribute__((always_inline)) {
+      Bytes w[kVectors];
+      for (int v = 0; v < kVectors; ++v) w[v] = load_bytes(codes + v * kLanes);
+      for (int t = 0; t < kTokens; ++t)
+        for (int piece = 0; piece < 2; ++piece) {
+          const Bytes four = set4_bytes(x + t * 8 + piece * 4);
+          for (int v = 0; v < kVectors; ++v) dots[t][v][piece] = dot4(dots[t][v][piece], w[v], four);
+        }
+      codes += kVectors * kLanes;
+      x += kTokens * 8;
+    });
+    for (int v = 0; v < kVectors; ++v) {
+      const F32 step = load_f32(steps + v * kLanes), zero = load_f32(added + v * kLanes);
+      for (int t = 0; t < kTokens; ++t) {
+        float* sum = sums + t * kVectors * kLanes + v * kLanes;
+        const I32 dot = add(total(dots[t][v][0]), shift_left<8>(total(dots[t][v][1])));
+        const F32 rest = fma(zero, set1_f32(scales[kTokens + t]), load_f32(sum));
+        store_f32(sum, fma(to_f32(dot), mul(step, set1_f32(scales[t])), rest));
+      }
+    }
+    steps += kVectors * kLanes;
+    added += kVectors * kLanes;
+    scales += 2 * kTokens;
+  }
+}
+
+template <class T, int kMost = kByteTokens>
+inline void multiply_bytes_of(int tokens, int count, const ByteBlocks<T>& blocks, const ByteTokens& x, int64_t token,
+                              int64_t column, float* sums) {
+  if constexpr (kMost > 0) {
+    if (tokens < kMost) return multiply_bytes_of<T, kMost - 1>(tokens, count, blocks, x, token, column, sums);
+    multiply_bytes<T::kUnit, kMost>(count * ByteBlocks<T>::kUnits, blocks.codes, blocks.steps, blocks.added,
+                                    x.bytes(token, kMost, column), x.scales(token, kMost, column / T::kUnit), sums);
+  }
+}
+
+// A weight of n rows, `stride` bytes apart, all of whose values are times a factor.
+template <class T>
+class BytesGemm {
+ public:
+  BytesGemm(const uint8_t* codes, int64_t stride, int64_t n, int64_t k, float factor, const ByteTokens& x,
+            const Output& out)
+      : codes_(codes), stride_(stride), n_(n), k_(k), factor_(factor), x_(x), out_(out) {}
+
+  void run(int threads) const {
+    const int64_t groups = (n_ + kRows - 1) / kRows, chunks = (x_.count() + kChunkTiles - 1) / kChunkTiles;
+    // Some groups a task, so that a thread reads on where it has read.
+    const int64_t run = std::max<int64_t>(1, std::min<int64_t>(8, groups * chunks / (8 * std::max(threads, 1))));
+    const int64_t runs = (groups + run - 1) / run;
+    parallel_for(runs * chunks, threads, [&](int64_t task) {
+      const int64_t chunk = task / runs, first = task % runs * run, last = std::min(first + run, groups);
+      for (int64_t group = first; group < last; ++group)
+        multiply(group, x_.count() * chunk / chunks, x_.count() * (chunk + 1) / chunks);
+    });
+  }
+
+ private:
+  static constexpr int kRows = kByteRowBlocks * kBlockRows;
+  static constexpr int64_t kChunkTiles = 192 / kByteTokens;
+  // Blocks whose words are interleaved before the first is read.
+  static constexpr int kTogether = ByteBlocks<T>::kBlocks;
+
+  // The rows of a group with some tiles.
+  void multiply(int64_t group, int64_t first_tile, int64_t last_tile) const {
+    const int64_t row = group * kRows, first_token = x_.begin(first_tile), tokens = x_.begin(last_tile) - first_token;
+    Room sums_room(tokens * kRows);
+    float* sums = sums_room.data();
+    std::fill_n(sums, tokens * kRows, 0.0f);
+    const Rows rows[kByteRowBlocks] = {{codes_, stride_, row, n_}, {codes_, stride_, row + kBlockRows, n_}};
+    // Rows follow each other in memory: what the next group reads is asked for in the order in which it lies there.
+    const uint8_t* ahead = codes_ + std::min(row + kRows, n_) * stride_;
+    for (int64_t first = 0; first < k_; first += kTogether * T::kColumns) {
+      const int count = static_cast<int>(std::min<int64_t>(kTogether, (k_ - first) / T::kColumns));
+      for (const uint8_t* end = ahead + count * kRows * T::kSize; ahead < end; ahead += 64)
+        __builtin_prefetch(ahead, 0, 2);
+      ByteBlocks<T> blocks;
+      for (int b = 0; b < kByteRowBlocks; ++b) {
+        Words<T> words[kTogether];
+        for (int i = 0; i < count; ++i) words[i].gather(rows[b].at, (first / T::kColumns + i) * T::kSize);
+        for (int i = 0; i < count; ++i) blocks.put(i, b, words[i]);
+      }
+      for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+        const int64_t token = x_.begin(tile);
+        multiply_bytes_of<T>(x_.size(tile), count, blocks, x_, token, first, sums + (token - first_token) * kRows);
+      }
+    }
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int b = 0; b < kByteRowBlocks; ++b) {
+        F32 row_sums[kBlockVectors];
+        for (int v = 0; v < kBlockVectors; ++v)
+          row_sums[v] = mul(load_f32(sums + t * kRows + b * kBlockRows + v * kLanes), set1_f32(factor_));
+        store_block(row_sums, group * kByteRowBlocks + b, n_, out_.bias, out_.bias_dtype, out_.data, first_token + t,
+                    out_.dtype);
+      }
+  }
+
+  const uint8_t* codes_;
+  int64_t stride_, n_, k_;
+  float factor_;
+  const ByteTokens& x_;
+  const Output& out_;
+};
+
+}  // namespace gguf
+}  // namespace lowbit
