@@ -145,26 +145,45 @@ void multiply_rows(const PlainRows& w, const IntegerTokens<1>& x, const LaneToke
     }
   }
   const auto* from = reinterpret_cast<const uint32_t*>(w.codes) + row * words;
-  const int64_t group_words = w.group / 8;
-  for (int64_t g = 0; g < groups; ++g) {
-    F32 found[kTokens][kRows];
-    for (auto& token : found)
-      for (auto& sum : token) sum = zero_f32();
-    for (int64_t word = g * group_words; word < (g + 1) * group_words; word += kLanes)
+  // What lanes hold of row r's load at `word` and of a token: the products of its columns, times the token's scale.
+  const auto products = [&](int64_t word, int r, const auto& take) __attribute__((always_inline)) {
+    // Rows are short, what the processor reads ahead ends with each: the rows that come next are asked for.
+    __builtin_prefetch(from + (r + 2 * kRows) * words + word, 0, 2);
+    Bytes even, odd;
+    GroupedCodes<4>::codes(load_i32(from + r * words + word), even, odd);
+    for (int t = 0; t < kTokens; ++t) {
+      const int64_t at = t * words + word;
+      const Dot4 dot =
+          dot4(dot4(zero_dot4(), even, load_bytes(lanes.even.data() + at)), odd, load_bytes(lanes.odd.data() + at));
+      take(t, to_f32(total(dot)), load_f32(lanes.d.data() + at));
+    }
+  };
+  const auto scales_of = [&](int r) { return scales + r * (groups + kLanes); };
+  if (w.group % kLoadColumns) {  // a load holds several groups
+    const int64_t groups_a_load = kLoadColumns / w.group;
+    alignas(64) int32_t of_lane[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) of_lane[lane] = static_cast<int32_t>(lane * groups_a_load / kLanes);
+    for (int64_t word = 0, g = 0; word < words; word += kLanes, g += groups_a_load) {
+      const int64_t base = g / 16 * 16;
+      const I32 index = add(load_i32(of_lane), set1_i32(static_cast<int32_t>(g - base)));
       for (int r = 0; r < kRows; ++r) {
-        __builtin_prefetch(from + (r + kRows) * words + word, 0, 2);  // rows are short: what reads ahead ends with each
-        Bytes even, odd;
-        GroupedCodes<4>::codes(load_i32(from + r * words + word), even, odd);
-        for (int t = 0; t < kTokens; ++t) {
-          const int64_t at = t * words + word;
-          const Dot4 dot =
-              dot4(dot4(zero_dot4(), even, load_bytes(lanes.even.data() + at)), odd, load_bytes(lanes.odd.data() + at));
-          found[t][r] = fma(to_f32(total(dot)), load_f32(lanes.d.data() + at), found[t][r]);
-        }
+        const F32 scale = lookup(make_table(scales_of(r) + base), index);
+        products(word, r, [&](int t, F32 sum, F32 step) { sums[t][r] = fma(mul(sum, step), scale, sums[t][r]); });
       }
-    for (int r = 0; r < kRows; ++r) {
-      const F32 scale = set1_f32(scales[r * (groups + kLanes) + g]);
-      for (int t = 0; t < kTokens; ++t) sums[t][r] = fma(found[t][r], scale, sums[t][r]);
+    }
+  } else {
+    const int64_t group_words = w.group / 8;
+    for (int64_t g = 0; g < groups; ++g) {
+      F32 found[kTokens][kRows];
+      for (auto& token : found)
+        for (auto& sum : token) sum = zero_f32();
+      for (int64_t word = g * group_words; word < (g + 1) * group_words; word += kLanes)
+        for (int r = 0; r < kRows; ++r)
+          products(word, r, [&](int t, F32 sum, F32 step) { found[t][r] = fma(sum, step, found[t][r]); });
+      for (int r = 0; r < kRows; ++r) {
+        const F32 scale = set1_f32(scales_of(r)[g]);
+        for (int t = 0; t < kTokens; ++t) sums[t][r] = fma(found[t][r], scale, sums[t][r]);
+      }
     }
   }
   for (int t = 0; t < kTokens; ++t)
@@ -214,7 +233,9 @@ void int4_plain_mm(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t
   };
   const IntegerTokens<1> tokens({x, x_dtype, m, k}, kActivationBlock, group, threads);
   const Output to{out, x_dtype, bias, bias_dtype};
-  if (group % kLoadColumns == 0) {
+  // In lanes where a load is whole groups, or, with a fast look-up of their scales, a few of them.
+  const bool parts_of_load = kLanes >= 8 && kLoadColumns % group == 0 && k % kLoadColumns == 0;
+  if (group % kLoadColumns == 0 || parts_of_load) {
     if (m == 1) return multiply_few<1>(rows, tokens, to, threads);
     if (m == 2) return multiply_few<2>(rows, tokens, to, threads);
     if (m == 3) return multiply_few<3>(rows, tokens, to, threads);

@@ -19,10 +19,12 @@ static void multiply(const GroupedCodes<kBits>& weight, const Activations& x, co
   if (way == kPanels) return gemm_many(weight, x, out, threads);
   if constexpr (kBits == 4) {
     if (way == kInt8) return int4_product<1>(weight, x, integer_block, out, threads);
-    if (x.m <= kTooFewForPairs)
-      return int4_gemm(weight,
-                       IntegerTokens<2, 8, false>(x, weight.group % 32 ? integer_block : 32, weight.group, threads),
-                       x.m, out, threads);
+    if (x.m <= kTooFewForPairs) {
+      // Where few products fit in a sum, it is emptied after every scale: then short blocks, which are loops unrolled.
+      const bool short_blocks = GroupedCodes<4>::kSteps < integer_block / 4 && weight.group % 32 == 0;
+      return int4_gemm(weight, IntegerTokens<2, 8, false>(x, short_blocks ? 32 : integer_block, weight.group, threads),
+                       out, threads);
+    }
   }
   int4_product<2>(weight, x, integer_block, out, threads);
 }

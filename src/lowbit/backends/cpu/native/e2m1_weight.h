@@ -11,6 +11,7 @@
 namespace lowbit {
 
 alignas(16) constexpr uint8_t kE2m1Halves[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+alignas(16) constexpr int8_t kE2m1SignedHalves[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 // Scales offers `static constexpr int64_t kGroup` and `F32 halves(block, group, v)`: what a half is worth.
 template <class Scales>
@@ -28,10 +29,22 @@ struct E2m1Weight {
     even = lookup_bytes(kE2m1Halves, low_nibbles(as_bytes(word)));
     odd = lookup_bytes(kE2m1Halves, high_nibbles(as_bytes(word)));
   }
-  simd::F32 scale(int64_t block, int64_t g, int v) const { return scales.halves(block, g, v); }
-  simd::F32 offset(int64_t block, int64_t g, int v) const {
-    return simd::mul(scales.halves(block, g, v), simd::set1_f32(-kZero));
+  // As bytes with a sign.
+  static void signed_codes(simd::I32 word, simd::Bytes& even, simd::Bytes& odd) {
+    using namespace simd;
+    even = lookup_bytes(kE2m1SignedHalves, low_nibbles(as_bytes(word)));
+    odd = lookup_bytes(kE2m1SignedHalves, high_nibbles(as_bytes(word)));
   }
+  template <int kAt>
+  static simd::I32 pair(simd::I32 word) {
+    return simd::lookup_pair<kAt>(simd::make_pair_table(kE2m1SignedHalves), word);
+  }
+  static constexpr bool kOffsets = false;
+  void read_factors(int64_t block, float* to, float*) const {
+    for (int64_t g = 0; g < k / group; ++g)
+      for (int v = 0; v < kBlockVectors; ++v, to += simd::kLanes) simd::store_f32(to, scales.halves(block, g, v));
+  }
+  simd::F32 scale(int64_t block, int64_t g, int v) const { return scales.halves(block, g, v); }
 
   // x times the power of 256 that its code's place asks for, and the sum of each group of plain x.
   struct Few {
@@ -134,6 +147,8 @@ void linear_e2m1(const E2m1Weight<Scales>& w, const Activations& x, const Output
                  int64_t integer_block, int threads) {
   if (way == E2m1Way::kRegisters) return gemm_few(w, x, out, threads);
   if (way == E2m1Way::kPanels) return gemm_many(w, x, out, threads);
+  if (simd::kDot8IsOneStep && x.m <= kTooFewForPairs)
+    return int4_gemm(w, IntegerTokens<2, 8, false>(x, integer_block, w.group, threads), out, threads);
   int4_product<2>(w, x, integer_block, out, threads);
 }
 

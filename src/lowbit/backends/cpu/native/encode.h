@@ -50,19 +50,6 @@ inline void streamed() {
 #endif
 }
 
-// f(a constant that is the dtype), for code that is compiled once a dtype.
-template <class F>
-inline void with_dtype(int dtype, const F& f) {
-  switch (dtype) {
-    case kFloat32:
-      return f(std::integral_constant<int, kFloat32>{});
-    case kBfloat16:
-      return f(std::integral_constant<int, kBfloat16>{});
-    default:
-      return f(std::integral_constant<int, kFloat16>{});
-  }
-}
-
 // f(row) for all rows, some at a time on a thread; `room` floats of its own go with it: f(row, room).
 template <class F>
 inline void for_rows(int64_t n, int64_t k, int64_t room, int threads, const F& f) {

@@ -48,6 +48,46 @@ struct GroupedCodes {
   static Bytes bytes(I32 word) {
     return simd::as_bytes(simd::bit_xor(word, simd::set1_i32(static_cast<int32_t>(0x80808080u))));
   }
+  template <int kAt>
+  static I32 pair(I32 word) {
+    using namespace simd;
+    if constexpr (kBits == 8) return kAt ? odd_bytes(bytes(word)) : even_bytes(bytes(word));
+    return bit_and(kAt ? shift_right<4 * kAt>(word) : word, set1_i32(0x000f000f));
+  }
+
+  static constexpr bool kOffsets = true;
+  void read_factors(int64_t block, float* scales_to, float* offsets_to) const {
+    using namespace simd;
+    const int64_t first = block * groups() * kBlockRows, count = groups() * kBlockRows;
+    const auto read = [&](const void* from, float* to) {
+      with_dtype(dtype, [&](auto known) {
+        for (int64_t i = 0; i < count; i += kLanes)
+          store_f32(to + i, load_as_f32(from, first + i, decltype(known)::value));
+      });
+    };
+    const auto offset = [&](const auto& of) {  // of(index, scale)
+      for (int64_t i = 0; i < count; i += kLanes) store_f32(offsets_to + i, of(i, load_f32(scales_to + i)));
+    };
+    constexpr int kCode = kBits == 8 ? kMiddle : 0;  // that is the integer 0
+    const F32 below = set1_f32(static_cast<float>(kCode - kMiddle));
+    read(scales, scales_to);
+    if (zeros_kind == kValues || zeros_kind == kFloatCodes) read(zeros, offsets_to);
+    switch (zeros_kind) {
+      case kNoZeros:
+        return offset([&](int64_t, F32 scale) { return mul(scale, below); });
+      case kValues:
+        return offset([&](int64_t i, F32 scale) { return fma(scale, below, load_f32(offsets_to + i)); });
+      case kCodes:
+        return offset([&](int64_t i, F32 scale) {
+          const I32 zero = widen_u8(static_cast<const uint8_t*>(zeros) + first + i);
+          return mul(scale, to_f32(sub(set1_i32(kCode), zero)));
+        });
+      default:
+        return offset([&](int64_t i, F32 scale) {
+          return mul(scale, sub(set1_f32(static_cast<float>(kCode)), load_f32(offsets_to + i)));
+        });
+    }
+  }
 
   int64_t at(int64_t block, int64_t g, int v) const { return (block * groups() + g) * kBlockRows + v * simd::kLanes; }
   F32 scale(int64_t block, int64_t g, int v) const { return simd::load_as_f32(scales, at(block, g, v), dtype); }

@@ -7,18 +7,20 @@
 //
 //   sum of w x = scale * sum over blocks d * (sum of code q) + offset * sum over blocks d * (sum of q)
 //
-// A Weight (one format's arrangement, in blocks of 16 rows, 8 codes a word) offers
+// A Weight (one format's arrangement, in blocks of 16 rows, 8 codes of 4 bits a word or 4 of 8) offers
 //
 //   int64_t n, k, group;                 group: columns that share a scale
 //   static constexpr int kSteps;         how many dot4 may be added up for its codes
-//   const uint32_t* words;               [blocks, stride]: k / 8 words of 16 rows, and what fills up
+//   const uint32_t* words;               [blocks, stride]: the words of 16 rows, and what fills up
 //   int64_t stride;
-//   static void codes(I32 word, Bytes& even, Bytes& odd);   the codes of columns 0 2 4 6 and of columns 1 3 5 7
-//                                        where a word is 4 columns of 8 bits: static Bytes bytes(I32 word), signed
-//   F32 scale(int64_t block, int64_t group, int vector), offset(...);
+//   static void codes(I32 word, Bytes& even, Bytes& odd);   4 bits: codes of columns 0 2 4 6 and of columns 1 3 5 7
+//   static I32 pair<at>(I32 word);       int16: 4 bits: columns at and at + 4 of 0..7; 8 bits: at and at + 2 of 0..3
+//   void read_factors(int64_t block, float* scales, float* offsets) const;     [groups, 16] each
+//   static constexpr bool kOffsets;      false: there are none. `pair` gives integers with their sign, and `codes`
+//   gives static constexpr int kZero;          them with kZero added
 //
-// All numbers of tokens run the same loop: it keeps all sums of a tile of tokens and a block of rows in registers over
-// the whole of K, so that a tile reads a block's words once, from memory or from the second-level cache.
+// All numbers of tokens run the same loop: it keeps the integer sums of a tile of tokens and some blocks of rows in
+// registers, so that a tile reads a block's words once, from memory or from the second-level cache.
 #pragma once
 
 #include <algorithm>
@@ -29,11 +31,12 @@
 
 namespace lowbit {
 
+// kInt4Tokens: of a tile; pairs have one sum as int8 have, int16 in two pieces have two.
 #if defined(LOWBIT_ISA_AVX512)
-constexpr int kInt4Blocks = 2;  // 24 sums in 32 registers
-constexpr bool kInt16Pairs = false;
+constexpr int kInt4Blocks = 2;
+constexpr bool kInt16Pairs = true;
 template <int kPieces>
-constexpr int kInt4Tokens = kPieces == 1 ? 12 : 6;
+constexpr int kInt4Tokens = kPieces == 1 ? 12 : 6;  // 24 sums in 32 registers
 #elif defined(LOWBIT_ISA_NEON)
 constexpr int kInt4Blocks = 1;
 constexpr bool kInt16Pairs = false;
@@ -45,6 +48,9 @@ constexpr bool kInt16Pairs = true;
 template <int kPieces>
 constexpr int kInt4Tokens = 4;  // 8 sums in 16 registers
 #endif
+
+// How far ahead of where it reads a few tokens' loop asks for memory.
+constexpr int64_t kInt4Ahead = simd::kLanes == 16 ? 4096 : kAheadBytes;
 
 // Tokens that are too few for int16 pairs: widening a code to 16 bits then costs more than the second product saves.
 constexpr int64_t kTooFewForPairs = 2;
@@ -60,24 +66,27 @@ struct IntegerTokens {
   static constexpr bool kPairs = !kPlanes && (kPaired_ || kColumns == 4);
   static constexpr int kWordBytes = kColumns * kPieces;
 
-  int64_t m, k, block, groups;
-  Room bytes_room, d_room, sums_room;
-  int8_t* bytes;  // [m, k / kColumns, kWordBytes]; kPlanes [kPieces, m, k]
-  float* d;       // [m, k / block]
-  float* sums;    // [m, groups]: d times the sum of the integers
+  int64_t m, k, quantized, block, groups;  // quantized: columns that share a scale; block: those of them in one group
+  Room bytes_room, d_room, sums_room, whole_room;
+  int8_t* bytes;   // [m, k / kColumns, kWordBytes]; kPlanes [kPieces, m, k]
+  float* d;        // [m, k / block]
+  float* sums;     // [m, groups]: d times the sum of the integers
+  int32_t* whole;  // [m, k / block]: the sum of the integers
 
   IntegerTokens(const Activations& x, int64_t columns_a_scale, int64_t group, int threads)
       : m(x.m),
         k(x.k),
+        quantized(columns_a_scale),
         block(std::min(columns_a_scale, group)),
         groups(x.k / group),
         bytes_room(x.m * x.k * kPieces / 4 + 16),
         d_room(x.m * (x.k / block)),
         sums_room(x.m * groups),
+        whole_room(x.m * (x.k / block)),
         bytes(reinterpret_cast<int8_t*>(bytes_room.data())),
         d(d_room.data()),
-        sums(sums_room.data()) {
-    const int64_t quantized = columns_a_scale;  // several blocks where groups are shorter
+        sums(sums_room.data()),
+        whole(reinterpret_cast<int32_t*>(whole_room.data())) {
     parallel_for(m, m * k >= 32768 ? threads : 1, [&](int64_t token) {
       Room room(k + simd::kLanes);
       float* row = room.data();
@@ -88,8 +97,10 @@ struct IntegerTokens {
       for (int64_t first = 0; first < k; first += quantized) {
         const float scale = round_block(row + first, quantized);
         for (int64_t c = first; c < first + quantized; c += block) {
+          const int32_t sum = sum_of(reinterpret_cast<const int32_t*>(row + c), block);
           scales[c / block] = scale;
-          group_sums[c / group] += scale * static_cast<float>(sum_of(reinterpret_cast<const int32_t*>(row + c), block));
+          whole[token * (k / block) + c / block] = sum;
+          group_sums[c / group] += scale * static_cast<float>(sum);
         }
       }
       arrange(reinterpret_cast<const int32_t*>(row), bytes + token * (kPlanes ? k : k * kPieces));
@@ -178,63 +189,138 @@ struct IntegerTokens {
   }
 };
 
-// The sums of products of one block of columns, as int32: words [first, first + count) of kVectors vectors of rows.
+// Tokens in tiles of one size, as the loops read them: what the tokens of a tile have in common lies side by side, so
+// that one address serves them all. Tokens of zeros fill up the last tile.
+template <class Tokens>
+struct IntegerTiles {
+  static constexpr int kParts = Tokens::kWordBytes / 4;  // words of a token beside a word of the weight
+  static constexpr int kMostTokens = Tokens::kPairs || Tokens::kPieces == 1 ? kInt4Tokens<1>
+                                     : kInt16Pairs                          ? static_cast<int>(kTooFewForPairs)
+                                                                            : kInt4Tokens<2>;
+
+  int64_t m, tile, tiles, block, span;  // span: columns that share a scale: one or several blocks, see IntegerTokens
+  Room room;
+  const int32_t* words;  // [tiles, k / Tokens::kColumns, kParts, tile]
+  const float* d;        // [tiles, k / span, tile]
+  const float* sums;     // [tiles, groups, tile]
+  const int32_t* whole;  // [tiles, k / block, tile]
+
+  IntegerTiles(const Tokens& x, int threads)
+      : m(x.m),
+        tile(size(x.m, kMostTokens)),
+        tiles((x.m + tile - 1) / tile),
+        block(x.block),
+        span(x.quantized > x.k / x.groups ? x.quantized : x.block),
+        room(tiles * tile * (word_count(x) + x.k / span + x.groups + x.k / x.block)) {
+    auto* packed = reinterpret_cast<int32_t*>(room.data());
+    float* packed_d = room.data() + tiles * tile * word_count(x);
+    float* packed_sums = packed_d + tiles * tile * (x.k / span);
+    auto* packed_whole = reinterpret_cast<int32_t*>(packed_sums + tiles * tile * x.groups);
+    parallel_for(tiles, m * x.k >= 32768 ? threads : 1, [&](int64_t at) {
+      const int64_t first = at * tile, spans = x.k / span, blocks = x.k / x.block;
+      pack(x, first, packed + first * word_count(x));
+      pack(x.d, 4 * blocks, 4 * (span / x.block), first, 0, spans, packed_d + first * spans);
+      pack(x.sums, 4 * x.groups, 4, first, 0, x.groups, packed_sums + first * x.groups);
+      pack(x.whole, 4 * blocks, 4, first, 0, blocks, packed_whole + first * blocks);
+    });
+    words = packed, d = packed_d, sums = packed_sums, whole = packed_whole;
+  }
+
+ private:
+  // Of the sizes that there are loops for, the one of the least work: a tile costs its tokens and what decodes weights.
+  static int64_t size(int64_t m, int64_t most) {
+    int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+    for (int64_t some = 1; some <= most; some += some < 4 ? 1 : 2) {
+      const int64_t work = (m + some - 1) / some * (2 * some + 3);
+      if (work <= least) best = some, least = work;
+    }
+    return best;
+  }
+  static int64_t word_count(const Tokens& x) { return x.k / Tokens::kColumns * kParts; }
+
+  // Words of tokens first.. [tokens, count] -> [count, tile].
+  void pack(const Tokens& x, int64_t first, int32_t* to) const {
+    using namespace simd;
+    static_assert(kMostTokens <= kLanes, "a vector holds a word of every token of a tile");
+    const int64_t count = word_count(x), there = std::min(tile, m - first);
+    const auto* from = reinterpret_cast<const float*>(x.bytes) + first * count;
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= count; c += kLanes) {  // a vector is stored over the end of the last one, so not the last
+      F32 rows[kLanes];
+      for (int t = 0; t < kLanes; ++t) rows[t] = t < there ? load_f32(from + t * count + c) : zero_f32();
+      transpose(rows);
+      for (int i = 0; i < kLanes; ++i) store_f32(reinterpret_cast<float*>(to) + (c + i) * tile, rows[i]);
+    }
+    pack(x.bytes, 4 * count, 4, first, c, count, to);
+  }
+  // Values [tokens, stride] of 4 bytes, in columns begin..end `step` bytes apart -> [end, tile].
+  template <class T>
+  void pack(const void* from, int64_t stride, int64_t step, int64_t first, int64_t begin, int64_t end, T* to) const {
+    const int64_t there = std::min(tile, m - first);
+    const auto* at = static_cast<const char*>(from) + first * stride;
+    for (int64_t c = begin; c < end; ++c)
+      for (int64_t t = 0; t < tile; ++t) {
+        to[c * tile + t] = T{};
+        if (t < there) std::memcpy(to + c * tile + t, at + t * stride + c * step, sizeof(T));
+      }
+  }
+};
+
+// The sums of products of one block of columns, as int32: `count` words of kVectors vectors of rows, of which the first
+// lies at from[vector], with the tokens of a tile at x.
 template <class Weight, class Tokens, int kTokens, int kVectors, int kUnit>
-inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&from)[kVectors],
-                                                      const int8_t* const (&rows)[kTokens], int64_t word, int64_t count,
-                                                      simd::I32 (&found)[kTokens][kVectors]) {
+inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&from)[kVectors], const int32_t* x,
+                                                      int64_t count, simd::I32 (&found)[kTokens][kVectors]) {
   using namespace simd;
+  constexpr int kParts = IntegerTiles<Tokens>::kParts;
   if constexpr (Tokens::kPairs) {
     for (auto& row : found)
       for (auto& sum : row) sum = zero_i32();
-    for (const int64_t end = word + count; word < end; ++word) {
-      if constexpr (kTokens <= 2) __builtin_prefetch(from[0] + word * kBlockRows + kAheadBytes / 4);
+    for (int64_t word = 0; word < count; ++word, x += kParts * kTokens) {
+      if constexpr (kTokens <= 2)
+        for (int v = 0; v < kVectors; v += 64 / (4 * kLanes))
+          __builtin_prefetch(from[v] + word * kBlockRows + kInt4Ahead / 4);
       auto step = [&](auto place) __attribute__((always_inline)) {
-        constexpr int kAt = decltype(place)::value;  // columns 0 4, then 1 5, 2 6, 3 7; or 0 2, then 1 3
+        constexpr int kAt = decltype(place)::value;
         I32 pair[kVectors];
         for (int v = 0; v < kVectors; ++v) {
           const uint32_t* at = from[v] + word * kBlockRows;
           // Read anew for every pair: to keep a word, too, takes more registers than there are.
           if constexpr (kTokens > 2) asm("" : "+r"(at));
-          if constexpr (Tokens::kColumns == 4) {
-            const Bytes bytes = Weight::bytes(load_i32(at));
-            pair[v] = kAt ? odd_bytes(bytes) : even_bytes(bytes);
-          } else {
-            Bytes even, odd;
-            Weight::codes(load_i32(at), even, odd);
-            const Bytes codes = kAt % 2 ? odd : even;
-            pair[v] = kAt / 2 ? odd_bytes(codes) : bit_and(as_i32(codes), set1_i32(0x00ff00ff));
-          }
+          pair[v] = Weight::template pair<kAt>(load_i32(at));
         }
         for (int t = 0; t < kTokens; ++t) {
-          int32_t two;
-          std::memcpy(&two, rows[t] + word * Tokens::kWordBytes + kAt * 4, 4);
-          for (int v = 0; v < kVectors; ++v) found[t][v] = dot2(found[t][v], pair[v], set1_i32(two));
+          const I32 two = set1_i32(x[kAt * kTokens + t]);
+          for (int v = 0; v < kVectors; ++v) found[t][v] = dot2(found[t][v], pair[v], two);
         }
       };
-      for_each_place<Tokens::kColumns / 2>(step);
+      for_each_place<kParts>(step);
     }
   } else {
+    // Few sums are two each, of even and of odd columns: an addition waits for the last one to the same sum.
+    constexpr int kPieces = Tokens::kPieces, kChains = kTokens * kVectors * kPieces <= 8 ? 2 : 1;
     bool first = true;
-    for (const int64_t end = word + count; word < end; first = false) {
-      Dot4 dots[kTokens][kVectors][Tokens::kPieces];
+    for (int64_t word = 0; word < count; first = false) {
+      Dot4 dots[kTokens][kVectors][kPieces][kChains];
       for (auto& row : dots)
         for (auto& pieces : row)
-          for (auto& dot : pieces) dot = zero_dot4();
-      const int64_t unit = kUnit ? kUnit : std::min<int64_t>(end - word, Weight::kSteps / 2);
+          for (auto& chains : pieces)
+            for (auto& dot : chains) dot = zero_dot4();
+      const int64_t unit = kUnit ? kUnit : std::min<int64_t>(count - word, Weight::kSteps / 2);
       auto step = [&](int64_t at) __attribute__((always_inline)) {
-        if constexpr (kTokens <= 2) __builtin_prefetch(from[0] + at * kBlockRows + kAheadBytes / 4);
-        Bytes even[kVectors], odd[kVectors];
-        for (int v = 0; v < kVectors; ++v) Weight::codes(load_i32(from[v] + at * kBlockRows), even[v], odd[v]);
-        for (int t = 0; t < kTokens; ++t) {
-          const int8_t* q = rows[t] + at * Tokens::kWordBytes;
-          for (int p = 0; p < Tokens::kPieces; ++p) {
-            const Bytes q_even = set4_bytes(q + p * 8);
-            for (int v = 0; v < kVectors; ++v) dots[t][v][p] = dot4(dots[t][v][p], even[v], q_even);
-            const Bytes q_odd = set4_bytes(q + p * 8 + 4);
-            for (int v = 0; v < kVectors; ++v) dots[t][v][p] = dot4(dots[t][v][p], odd[v], q_odd);
+        if constexpr (kTokens <= 2)
+          for (int v = 0; v < kVectors; v += 64 / (4 * kLanes))
+            __builtin_prefetch(from[v] + at * kBlockRows + kInt4Ahead / 4);
+        Bytes codes[2][kVectors];
+        for (int v = 0; v < kVectors; ++v) Weight::codes(load_i32(from[v] + at * kBlockRows), codes[0][v], codes[1][v]);
+        for (int p = 0; p < kParts; ++p)  // even and odd columns, of the low bytes and of the high ones
+          for (int t = 0; t < kTokens; ++t) {
+            const Bytes q = as_bytes(set1_i32(x[(at * kParts + p) * kTokens + t]));
+            for (int v = 0; v < kVectors; ++v) {
+              Dot4& dot = dots[t][v][p / 2][p % kChains];
+              dot = dot4(dot, codes[p % 2][v], q);
+            }
           }
-        }
       };
       if constexpr (kUnit) {
 #pragma GCC unroll 4
@@ -245,8 +331,13 @@ inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&fr
       word += unit;
       for (int t = 0; t < kTokens; ++t)
         for (int v = 0; v < kVectors; ++v) {
-          I32 sum = total(dots[t][v][0]);
-          if constexpr (Tokens::kPieces == 2) sum = add(sum, shift_left<8>(total(dots[t][v][1])));
+          I32 pieces[kPieces];
+          for (int p = 0; p < kPieces; ++p) {
+            pieces[p] = total(dots[t][v][p][0]);
+            if constexpr (kChains == 2) pieces[p] = add(pieces[p], total(dots[t][v][p][1]));
+          }
+          I32 sum = pieces[0];
+          if constexpr (kPieces == 2) sum = add(sum, shift_left<8>(pieces[1]));
           found[t][v] = first ? sum : add(found[t][v], sum);
         }
       if constexpr (kUnit) return;
@@ -254,110 +345,214 @@ inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&fr
   }
 }
 
-// The whole product of kTokens tokens with kBlocks blocks of rows.
-template <class Weight, class Tokens, int kTokens, int kBlocks, int kUnit>
-inline void int4_tile(const Weight& w, const Tokens& x, int64_t block, int64_t token,
-                      simd::F32 (&sums)[kTokens][kBlocks * kBlockVectors]) {
-  using namespace simd;
-  constexpr int kVectors = kBlocks * kBlockVectors;
-  const int64_t groups = w.k / w.group, blocks_a_group = w.group / x.block, words = x.block / Tokens::kColumns;
-  const uint32_t* from[kVectors];
-  for (int v = 0; v < kVectors; ++v)
-    from[v] = w.words + (block + v / kBlockVectors) * w.stride + v % kBlockVectors * kLanes;
-  const int8_t* rows[kTokens];
-  for (int t = 0; t < kTokens; ++t) rows[t] = x.row(token + t);
-  const float* d = x.d + token * (x.k / x.block);
-  const float* x_sums = x.sums + token * x.groups;
-  for (auto& row : sums)
-    for (auto& sum : row) sum = zero_f32();
+// The factors of some blocks of rows, [blocks, groups, 16] each, made once for all tiles of tokens.
+struct Int4Factors {
+  const float *scales, *offsets;
+  int64_t groups;
 
-  int64_t word = 0;
-  for (int64_t g = 0; g < groups; ++g) {
-    F32 scale[kVectors];
-    for (int v = 0; v < kVectors; ++v) scale[v] = w.scale(block + v / kBlockVectors, g, v % kBlockVectors);
-    for (int64_t b = g * blocks_a_group; b < (g + 1) * blocks_a_group; ++b, word += words) {
-      I32 found[kTokens][kVectors];
-      int4_block<Weight, Tokens, kTokens, kVectors, kUnit>(from, rows, word, words, found);
-      for (int t = 0; t < kTokens; ++t) {
-        const F32 step = set1_f32(d[t * (x.k / x.block) + b]);
-        for (int v = 0; v < kVectors; ++v) sums[t][v] = fma(to_f32(found[t][v]), mul(scale[v], step), sums[t][v]);
+  int64_t at(int64_t block, int64_t g, int v) const { return (block * groups + g) * kBlockRows + v * simd::kLanes; }
+};
+
+// The product of a tile of kTokens tokens with groups [first, last) of some blocks of rows, added to sums
+// [kTokens, kVectors, kLanes]; `from` is where the words of group `first` lie, block[vector] whose factors to take.
+// kFine: several groups of the weight share a scale of the activations.
+//
+// What adds up over groups lies in memory: the integer sums of one group need all the registers.
+template <class Weight, class Tokens, int kTokens, int kVectors, int kUnit, bool kFine>
+inline __attribute__((always_inline)) void int4_groups(const Weight& w, const Int4Factors& factors,
+                                                       const int64_t (&block)[kVectors], const IntegerTiles<Tokens>& x,
+                                                       int64_t tile, int64_t first, int64_t last,
+                                                       const uint32_t* (&from)[kVectors], float* sums) {
+  using namespace simd;
+  constexpr int kParts = IntegerTiles<Tokens>::kParts;
+  const int64_t columns = kFine ? w.group : x.span, words = columns / Tokens::kColumns;
+  const int32_t* q = x.words + (tile * w.k + first * w.group) / Tokens::kColumns * kParts * kTokens;
+  const float* d = x.d + (tile * w.k + first * w.group) / x.span * kTokens;
+
+  const int32_t* whole = x.whole + (tile * w.k + first * w.group) / x.block * kTokens;
+
+  // to[t][v] += the products of the next columns, times what scale_of(t)(v) says.
+  const auto multiply = [&](float* to, const auto& scale_of) __attribute__((always_inline)) {
+    I32 found[kTokens][kVectors];
+    int4_block<Weight, Tokens, kTokens, kVectors, kUnit>(from, q, words, found);
+    q += words * kParts * kTokens;
+    for (auto& at : from) at += words * kBlockRows;
+    for (int t = 0; t < kTokens; ++t) {
+      // One token after the other: all at once take more registers than there are.
+      if constexpr (kTokens > 2) asm volatile("" ::: "memory");
+      const auto scale = scale_of(t);
+      for (int v = 0; v < kVectors; ++v) {
+        float* at = to + (t * kVectors + v) * kLanes;
+        I32 sum = found[t][v];
+        if constexpr (!Weight::kOffsets && !Tokens::kPairs) sum = sub(sum, set1_i32(Weight::kZero * whole[t]));
+        store_f32(at, fma(to_f32(sum), scale(v), load_f32(at)));
       }
     }
-    for (int v = 0; v < kVectors; ++v) {
-      const F32 offset = w.offset(block + v / kBlockVectors, g, v % kBlockVectors);
-      for (int t = 0; t < kTokens; ++t) sums[t][v] = fma(offset, set1_f32(x_sums[t * x.groups + g]), sums[t][v]);
+    if constexpr (!Weight::kOffsets && !Tokens::kPairs) whole += kTokens;
+  };
+  const auto scales_of = [&](int64_t g, F32(&scale)[kVectors]) __attribute__((always_inline)) {
+    for (int v = 0; v < kVectors; ++v) scale[v] = load_f32(factors.scales + factors.at(block[v], g, v % kBlockVectors));
+  };
+
+  if constexpr (kFine) {
+    alignas(64) float span[kTokens * kVectors * kLanes];
+    const int64_t groups_a_span = x.span / w.group;
+    for (int64_t begin = first; begin < last; begin += groups_a_span, d += kTokens) {
+      for (int i = 0; i < kTokens * kVectors; ++i) store_f32(span + i * kLanes, zero_f32());
+      for (int64_t g = begin; g < begin + groups_a_span; ++g) {
+        F32 scale[kVectors];
+        scales_of(g, scale);
+        multiply(span, [&](int) { return [&](int v) { return scale[v]; }; });
+      }
+      for (int t = 0; t < kTokens; ++t)
+        for (int v = 0; v < kVectors; ++v) {
+          const int at = (t * kVectors + v) * kLanes;
+          store_f32(sums + at, fma(load_f32(span + at), set1_f32(d[t]), load_f32(sums + at)));
+        }
+    }
+  } else {
+    for (int64_t g = first; g < last; ++g) {
+      F32 scale[kVectors];
+      scales_of(g, scale);
+      for (int64_t b = 0; b < w.group / columns; ++b, d += kTokens)
+        multiply(sums, [&](int t) {
+          const F32 step = set1_f32(d[t]);
+          return [&scale, step](int v) { return mul(scale[v], step); };
+        });
     }
   }
 }
 
-template <class Weight, class Tokens, int kTokens, int kBlocks, int kUnit>
-__attribute__((noinline)) void int4_store(const Weight& w, const Tokens& x, int64_t block, int64_t token,
-                                          const Output& out, int64_t n, int64_t first_block) {
-  simd::F32 sums[kTokens][kBlocks * kBlockVectors];
-  int4_tile<Weight, Tokens, kTokens, kBlocks, kUnit>(w, x, block - first_block, token, sums);
-  for (int t = 0; t < kTokens; ++t)
-    for (int b = 0; b < kBlocks; ++b) {
-      simd::F32 row[kBlockVectors];
-      for (int v = 0; v < kBlockVectors; ++v) row[v] = sums[t][b * kBlockVectors + v];
-      store_block(row, block + b, n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
+// sums += the offsets of all groups times the sums of the activations there.
+template <class Weight, class Tokens, int kTokens, int kVectors>
+inline __attribute__((always_inline)) void int4_offsets(const Int4Factors& factors, const int64_t (&block)[kVectors],
+                                                        const IntegerTiles<Tokens>& x, int64_t tile, float* sums) {
+  using namespace simd;
+  if constexpr (Weight::kOffsets) {
+    const float* x_sums = x.sums + tile * factors.groups * kTokens;
+    F32 acc[kTokens][kVectors];
+    for (int t = 0; t < kTokens; ++t)
+      for (int v = 0; v < kVectors; ++v) acc[t][v] = load_f32(sums + (t * kVectors + v) * kLanes);
+    for (int64_t g = 0; g < factors.groups; ++g, x_sums += kTokens) {
+      F32 offset[kVectors];
+      for (int v = 0; v < kVectors; ++v)
+        offset[v] = load_f32(factors.offsets + factors.at(block[v], g, v % kBlockVectors));
+      for (int t = 0; t < kTokens; ++t) {
+        const F32 sum = set1_f32(x_sums[t]);
+        for (int v = 0; v < kVectors; ++v) acc[t][v] = fma(offset[v], sum, acc[t][v]);
+      }
     }
-}
-
-template <class Weight, class Tokens, int kBlocks, int kUnit, int kMost>
-inline void int4_store_of(int tokens, const Weight& w, const Tokens& x, int64_t block, int64_t token, const Output& out,
-                          int64_t n, int64_t first_block) {
-  if constexpr (kMost > 0) {
-    if (tokens == kMost)
-      return int4_store<Weight, Tokens, kMost, kBlocks, kUnit>(w, x, block, token, out, n, first_block);
-    int4_store_of<Weight, Tokens, kBlocks, kUnit, kMost - 1>(tokens, w, x, block, token, out, n, first_block);
+    for (int t = 0; t < kTokens; ++t)
+      for (int v = 0; v < kVectors; ++v) store_f32(sums + (t * kVectors + v) * kLanes, acc[t][v]);
   }
 }
 
+constexpr int64_t kInt4PieceBytes = 24 * 1024;  // of a tile's integers: half of a first-level cache
 constexpr int64_t kInt4ChunkTokens = 192;       // their integers fill the second-level cache beside the words
 constexpr int64_t kInt4TaskBytes = 192 * 1024;  // words of a task, which every tile of tokens reads again
 
+// A tile of tokens times the blocks [first, last) of rows, of which w.words and the factors begin with block `base`.
+// Columns go in pieces, so that a tile's integers stay in the first cache while the blocks pass; `sums` is room for
+// 16 floats a token and block, and block.
+template <class Weight, class Tokens, int kTokens, int kUnit, bool kFine>
+__attribute__((noinline)) void int4_store(const Weight& w, const Int4Factors& factors, const IntegerTiles<Tokens>& x,
+                                          int64_t tile, int64_t first, int64_t last, int64_t base, int64_t n,
+                                          float* sums, const Output& out) {
+  using namespace simd;
+  constexpr int kVectors = kInt4Blocks * kBlockVectors;
+  constexpr int64_t kSums = kTokens * kVectors * kLanes;
+  const int64_t groups = factors.groups, blocks = (last - first + kInt4Blocks - 1) / kInt4Blocks;
+  const int64_t together = kFine ? x.span / w.group : 1;  // groups
+  const int64_t piece =
+      std::max<int64_t>(1, kInt4PieceBytes / (kTokens * Tokens::kPieces * w.group * together)) * together;
+  int64_t of[kVectors];
+  const auto open = [&](int64_t i) {
+    for (int v = 0; v < kVectors; ++v)  // a block that is not there is the last one again, and not stored
+      of[v] = std::min(first + i * kInt4Blocks + v / kBlockVectors, last - 1) - first;
+  };
+  std::fill_n(sums, blocks * kSums, 0.0f);
+  for (int64_t begin = 0; begin < groups; begin += piece)
+    for (int64_t i = 0; i < blocks; ++i) {
+      open(i);
+      const uint32_t* from[kVectors];
+      for (int v = 0; v < kVectors; ++v)
+        from[v] = w.words + (first - base + of[v]) * w.stride + begin * w.group / Tokens::kColumns * kBlockRows +
+                  v % kBlockVectors * kLanes;
+      int4_groups<Weight, Tokens, kTokens, kVectors, kUnit, kFine>(
+          w, factors, of, x, tile, begin, std::min(begin + piece, groups), from, sums + i * kSums);
+    }
+  const int64_t token = tile * kTokens, there = std::min<int64_t>(kTokens, x.m - token);
+  for (int64_t i = 0; i < blocks; ++i) {
+    open(i);
+    float* found = sums + i * kSums;
+    int4_offsets<Weight, Tokens, kTokens, kVectors>(factors, of, x, tile, found);
+    for (int64_t t = 0; t < there; ++t)
+      for (int b = 0; b < kInt4Blocks && first + i * kInt4Blocks + b < last; ++b) {
+        F32 row[kBlockVectors];
+        for (int v = 0; v < kBlockVectors; ++v)
+          row[v] = load_f32(found + (t * kVectors + b * kBlockVectors + v) * kLanes);
+        store_block(row, first + i * kInt4Blocks + b, n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
+      }
+  }
+}
+
+// f(size), an integral_constant, for the size of tiles: 1 2 3 4 6 8 10 12, as far as kMost.
+template <int kMost, class F>
+inline void with_tile_size(int64_t size, const F& f) {
+  if constexpr (kMost > 1) {
+    constexpr int kLess = kMost > 4 ? (kMost - 1) / 2 * 2 : kMost - 1;
+    if (size <= kLess) return with_tile_size<kLess>(size, f);
+  }
+  f(std::integral_constant<int, kMost>{});
+}
+
 // `weight_of(first, last, worker)` gives a Weight that holds these blocks of rows: the whole one, or, not kWhole, one
 // that begins with them.
-template <class Weight, bool kWhole, int kUnit, class Tokens, class WeightOf>
-void int4_gemm_by(const WeightOf& weight_of, const Tokens& x, int64_t m, int64_t n, const Output& out, int threads) {
-  constexpr int kMost = kInt4Tokens<Tokens::kPieces>;
-  const int64_t blocks = (n + kBlockRows - 1) / kBlockRows, block_bytes = x.k * kBlockRows * 4 / Tokens::kColumns;
-  const int64_t chunks = (m + kInt4ChunkTokens - 1) / kInt4ChunkTokens;
+template <class Weight, bool kWhole, int kUnit, bool kFine, class Tokens, class WeightOf>
+void int4_gemm_by(const WeightOf& weight_of, const Tokens& tokens, int64_t n, const Output& out, int threads) {
+  constexpr int kMost = IntegerTiles<Tokens>::kMostTokens;
+  const int64_t k = tokens.k, groups = tokens.groups, m = tokens.m;
+  const int64_t blocks = (n + kBlockRows - 1) / kBlockRows, block_bytes = k * kBlockRows * 4 / Tokens::kColumns;
+  const IntegerTiles<Tokens> x(tokens, threads);
+  const int64_t chunk_tiles = std::max<int64_t>(1, kInt4ChunkTokens / x.tile);
+  const int64_t chunks = (x.tiles + chunk_tiles - 1) / chunk_tiles;
   int64_t run = std::max<int64_t>(1, kInt4TaskBytes / block_bytes);
   run = std::max<int64_t>(1, std::min(run, blocks * chunks / (8 * std::max(threads, 1))));
   if (!kWhole && m <= kMost) run = kInt4Blocks;  // no tile reads its words again: what is made stays in the first cache
   if (run > kInt4Blocks) run -= run % kInt4Blocks;
   const int64_t runs = (blocks + run - 1) / run;
   parallel_for(runs * chunks, threads, [&](int64_t task, int worker) {
-    const int64_t first_block = task % runs * run, last_block = std::min(first_block + run, blocks);
-    const int64_t first = task / runs * kInt4ChunkTokens, last = std::min(first + kInt4ChunkTokens, m);
-    const Weight w = weight_of(first_block, last_block, worker);
-    const int64_t base = kWhole ? 0 : first_block;
-    // Tiles of nearly equal size: 5 tokens are 3 + 2, not 4 + 1.
-    const int64_t tiles = (last - first + kMost - 1) / kMost;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t token = first + (last - first) * t / tiles, end = first + (last - first) * (t + 1) / tiles;
-      const int tokens = static_cast<int>(end - token);
-      int64_t block = first_block;
-      for (; block + kInt4Blocks <= last_block; block += kInt4Blocks)
-        int4_store_of<Weight, Tokens, kInt4Blocks, kUnit, kMost>(tokens, w, x, block, token, out, n, base);
-      if constexpr (kInt4Blocks > 1)
-        for (; block < last_block; ++block)
-          int4_store_of<Weight, Tokens, 1, kUnit, kMost>(tokens, w, x, block, token, out, n, base);
+    const int64_t first = task % runs * run, last = std::min(first + run, blocks), base = kWhole ? 0 : first;
+    const int64_t first_tile = x.tiles * (task / runs) / chunks, last_tile = x.tiles * (task / runs + 1) / chunks;
+    const Weight w = weight_of(first, last, worker);
+    const int64_t values = (last - first) * groups * kBlockRows;
+    const int64_t sum_count = (last - first + kInt4Blocks) * kBlockRows * x.tile;
+    const Room room((Weight::kOffsets ? 2 : 1) * values + sum_count);
+    float* const sums = room.data() + (Weight::kOffsets ? 2 : 1) * values;
+    for (int64_t block = first; block < last; ++block) {
+      float* to = room.data() + (block - first) * groups * kBlockRows;
+      w.read_factors(block - base, to, to + values);
     }
+    const Int4Factors factors{room.data(), room.data() + values, groups};
+    with_tile_size<kMost>(x.tile, [&](auto size) {
+      for (int64_t tile = first_tile; tile < last_tile; ++tile)
+        int4_store<Weight, Tokens, decltype(size)::value, kUnit, kFine>(w, factors, x, tile, first, last, base, n, sums,
+                                                                        out);
+    });
   });
 }
 
 template <class Weight, bool kWhole, class Tokens, class WeightOf>
-void int4_gemm_of(const WeightOf& weight_of, const Tokens& x, int64_t m, int64_t n, const Output& out, int threads) {
+void int4_gemm_of(const WeightOf& weight_of, const Tokens& x, int64_t n, const Output& out, int threads) {
+  if (x.quantized > x.block) return int4_gemm_by<Weight, kWhole, 0, true>(weight_of, x, n, out, threads);
   if constexpr (!Tokens::kPairs && Weight::kSteps >= 8)
-    if (x.block == 32) return int4_gemm_by<Weight, kWhole, 4>(weight_of, x, m, n, out, threads);
-  int4_gemm_by<Weight, kWhole, 0>(weight_of, x, m, n, out, threads);
+    if (x.block == 32) return int4_gemm_by<Weight, kWhole, 4, false>(weight_of, x, n, out, threads);
+  int4_gemm_by<Weight, kWhole, 0, false>(weight_of, x, n, out, threads);
 }
 
 template <class Weight, class Tokens>
-void int4_gemm(const Weight& w, const Tokens& x, int64_t m, const Output& out, int threads) {
-  int4_gemm_of<Weight, true>([&](int64_t, int64_t, int) { return w; }, x, m, w.n, out, threads);
+void int4_gemm(const Weight& w, const Tokens& x, const Output& out, int threads) {
+  int4_gemm_of<Weight, true>([&](int64_t, int64_t, int) { return w; }, x, w.n, out, threads);
 }
 
 }  // namespace lowbit

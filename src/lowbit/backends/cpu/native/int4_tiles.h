@@ -20,7 +20,11 @@ void unpack_codes(const uint32_t* from, int64_t count, uint32_t* to) {
       const I32 codes = load_i32(from + word * kBlockRows + v * kLanes);
       if constexpr (kColumns == 8) {
         Bytes even, odd;
-        Weight::codes(codes, even, odd);
+        if constexpr (Weight::kOffsets) {
+          Weight::codes(codes, even, odd);
+        } else {
+          Weight::signed_codes(codes, even, odd);
+        }
         store_bytes(to + 2 * word * kBlockRows + v * kLanes, even);
         store_bytes(to + (2 * word + 1) * kBlockRows + v * kLanes, odd);
       } else {
@@ -29,42 +33,62 @@ void unpack_codes(const uint32_t* from, int64_t count, uint32_t* to) {
     }
 }
 
-// A tile of tokens, or two of them, times a weight whose blocks from `first_block` on begin at `words`, unpacked.
+// A tile of tokens, or two of them, times a weight whose blocks from `first_block` on begin at `words`, unpacked. The
+// roundings come in the order of int4_groups and int4_offsets.
 template <class Weight, class Tokens, int kTiles, int kW>
 void int4_tiles(const amx::Tiles& tiles, const Weight& w, const Tokens& x, const int64_t (&tokens)[kTiles],
                 int64_t block, const uint32_t* words, amx::Sums<kTiles, kW>& sums) {
   using namespace simd;
   constexpr int kX = kTiles * Tokens::kPieces;
-  const int64_t groups = w.k / w.group, blocks_a_group = w.group / x.block, across = w.k / 4;
+  using Values = float[kTiles][kW][amx::kTokens][kBlockRows];
+  const int64_t groups = w.k / w.group, across = w.k / 4, blocks_a_group = w.group / x.block;
+  const int64_t groups_a_span = x.quantized > x.block ? x.quantized / w.group : 1;
   alignas(64) int32_t found[kX][kW][amx::kTokens][kBlockRows];
-  sums.each([&](int i, int j, int t, int v) { store_f32(sums.total[i][j][t] + v * kLanes, zero_f32()); });
-  for (int64_t g = 0; g < groups; ++g) {
-    F32 scale[kW][kBlockVectors], offset[kW][kBlockVectors];
-    for (int j = 0; j < kW; ++j)
-      for (int v = 0; v < kBlockVectors; ++v) {
-        scale[j][v] = w.scale(block + j, g, v);
-        offset[j][v] = w.offset(block + j, g, v);
-      }
-    for (int64_t b = g * blocks_a_group; b < (g + 1) * blocks_a_group; ++b) {
-      const int8_t* codes[kX];
-      const uint32_t* from[kW];
-      for (int i = 0; i < kX; ++i) codes[i] = x.row(tokens[i / Tokens::kPieces], i % Tokens::kPieces) + b * x.block;
-      for (int j = 0; j < kW; ++j) from[j] = words + (j * across + b * x.block / 4) * kBlockRows;
-      tiles.multiply(codes, x.k, from, x.block / 4, found);
-      sums.each([&](int i, int j, int t, int v) {
-        I32 sum = load_i32(found[i * Tokens::kPieces][j][t] + v * kLanes);
-        if constexpr (Tokens::kPieces == 2)
-          sum = add(sum, shift_left<8>(load_i32(found[2 * i + 1][j][t] + v * kLanes)));
-        const F32 step = set1_f32(x.d[(tokens[i] + t) * (x.k / x.block) + b]);
-        float* total = sums.total[i][j][t] + v * kLanes;
-        store_f32(total, fma(to_f32(sum), mul(scale[j][v], step), load_f32(total)));
-      });
-    }
-    sums.each([&](int i, int j, int t, int v) {
-      float* total = sums.total[i][j][t] + v * kLanes;
-      store_f32(total, fma(offset[j][v], set1_f32(x.sums[(tokens[i] + t) * x.groups + g]), load_f32(total)));
+  alignas(64) Values span;
+  const auto each = [&](const auto& f) { amx::Sums<kTiles, kW>::each(f); };
+  const auto clear = [&](Values& to) {
+    each([&](int i, int j, int t, int v) { store_f32(to[i][j][t] + v * kLanes, zero_f32()); });
+  };
+  const auto step_of = [&](int i, int t, int64_t b) { return set1_f32(x.d[(tokens[i] + t) * (x.k / x.block) + b]); };
+  // to += the integers of block b of columns, times what factor(i, j, t, v) says.
+  const auto multiply = [&](int64_t b, Values& to, const auto& factor) {
+    const int8_t* codes[kX];
+    const uint32_t* from[kW];
+    for (int i = 0; i < kX; ++i) codes[i] = x.row(tokens[i / Tokens::kPieces], i % Tokens::kPieces) + b * x.block;
+    for (int j = 0; j < kW; ++j) from[j] = words + (j * across + b * x.block / 4) * kBlockRows;
+    tiles.multiply(codes, x.k, from, x.block / 4, found);
+    each([&](int i, int j, int t, int v) {
+      I32 sum = load_i32(found[i * Tokens::kPieces][j][t] + v * kLanes);
+      if constexpr (Tokens::kPieces == 2) sum = add(sum, shift_left<8>(load_i32(found[2 * i + 1][j][t] + v * kLanes)));
+      float* at = to[i][j][t] + v * kLanes;
+      store_f32(at, fma(to_f32(sum), factor(i, j, t, v), load_f32(at)));
     });
+  };
+
+  clear(sums.total);
+  for (int64_t g = 0; g < groups; ++g) {
+    F32 scale[kW][kBlockVectors];
+    for (int j = 0; j < kW; ++j)
+      for (int v = 0; v < kBlockVectors; ++v) scale[j][v] = w.scale(block + j, g, v);
+    if (groups_a_span > 1) {
+      if (g % groups_a_span == 0) clear(span);
+      multiply(g, span, [&](int, int j, int, int v) { return scale[j][v]; });
+      if ((g + 1) % groups_a_span == 0)
+        each([&](int i, int j, int t, int v) {
+          float* at = sums.total[i][j][t] + v * kLanes;
+          store_f32(at, fma(load_f32(span[i][j][t] + v * kLanes), step_of(i, t, g), load_f32(at)));
+        });
+      continue;
+    }
+    for (int64_t b = g * blocks_a_group; b < (g + 1) * blocks_a_group; ++b)
+      multiply(b, sums.total, [&](int i, int j, int t, int v) { return mul(scale[j][v], step_of(i, t, b)); });
   }
+  if constexpr (Weight::kOffsets)
+    for (int64_t g = 0; g < groups; ++g)
+      each([&](int i, int j, int t, int v) {
+        float* at = sums.total[i][j][t] + v * kLanes;
+        store_f32(at, fma(w.offset(block + j, g, v), set1_f32(x.sums[(tokens[i] + t) * x.groups + g]), load_f32(at)));
+      });
 }
 
 template <class Weight, bool kWhole, class Tokens, class WeightOf>
@@ -95,7 +119,7 @@ void int4_product_of(const WeightOf& weight_of, const Tokens& x, int64_t n, cons
 #if defined(LOWBIT_TILES)
   if (amx::takes(x.m, x.block)) return int4_gemm_tiles<Weight, kWhole>(weight_of, x, n, out, threads);
 #endif
-  int4_gemm_of<Weight, kWhole>(weight_of, x, x.m, n, out, threads);
+  int4_gemm_of<Weight, kWhole>(weight_of, x, n, out, threads);
 }
 
 // The product of activations as integers of kPieces bytes, of which `columns_a_scale` share a scale.
@@ -110,7 +134,7 @@ void int4_product(const Weight& w, const Activations& x, int64_t columns_a_scale
   }
 #endif
   const IntegerTokens<kPieces, kColumns> tokens(x, columns_a_scale, w.group, threads);
-  int4_gemm_of<Weight, true>(weight_of, tokens, x.m, w.n, out, threads);
+  int4_gemm_of<Weight, true>(weight_of, tokens, w.n, out, threads);
 }
 
 }  // namespace lowbit

@@ -30,6 +30,19 @@ enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 inline int element_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
+// f(a constant that is the dtype), for code that is compiled once a dtype.
+template <class F>
+inline void with_dtype(int dtype, const F& f) {
+  switch (dtype) {
+    case kFloat32:
+      return f(std::integral_constant<int, kFloat32>{});
+    case kBfloat16:
+      return f(std::integral_constant<int, kBfloat16>{});
+    default:
+      return f(std::integral_constant<int, kFloat16>{});
+  }
+}
+
 namespace simd {
 
 // kLanes values of a dtype that is known at run time, as float32.

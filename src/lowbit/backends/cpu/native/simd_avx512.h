@@ -349,6 +349,20 @@ inline void store_low_halves(uint16_t* to, I32 a) {
 }
 #endif
 
+// A table of 16 int8, for pairs of int16.
+struct PairTable {
+  __m512i values;  // 32 int16: twice the 16, as the instruction looks at five bits
+};
+inline PairTable make_pair_table(const int8_t* values) {
+  const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+  return {_mm512_broadcast_i64x4(words)};
+}
+// What codes kAt and kAt + 4 of the 8 of every lane stand for, as two int16.
+template <int kAt>
+inline I32 lookup_pair(PairTable table, I32 word) {
+  return {_mm512_permutexvar_epi16(kAt ? _mm512_srli_epi32(word.v, 4 * kAt) : word.v, table.values)};
+}
+
 // The codes of kLanes / 2 bytes, the low nibble first; bits above the lowest four are not cleared.
 inline I32 spread_nibbles(const void* from) {
   // A byte to every 64 bits, and its high nibble to the upper half of them.
