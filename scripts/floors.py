@@ -15,6 +15,7 @@ from pathlib import Path
 PACKAGE = "lowbit"
 FLOORS = {
     "errors": 0,
+    "memory": 0,
     "numerics": 0,
     "formats": 1,
     "layouts": 1,
