@@ -46,7 +46,9 @@ MORE = ("svdquant_w4a4(act_unsigned=True)", "fp8_e5m2", "int8(granularity=tensor
 DRAWN = 512  # quantized rows
 ROUNDING = 2.0**-8  # of a bfloat16 result, and of the decoded weight where a kernel rounds that to bfloat16
 CACHES = 3  # the copies of a weight together are so many times as large as the last-level cache
-MOST_BYTES = 2 << 30
+# Or so large, where that cache is shared by many cores: contenders take turns, and two dozen of them leave nothing of
+# one in it until its turn comes again.
+MOST_BYTES = 256 << 20
 
 
 class WrongResultError(Exception):

@@ -29,16 +29,18 @@ struct PlainRows {
   int64_t groups() const { return k / group; }
 };
 
-// Values [16, count] in rows `stride` apart, as [count, 16]; T is 32 bits.
+// Values of 32 bits, [16, count] in rows `stride` apart, as [count, 16].
 template <class T>
 void interleave(const T* from, int64_t stride, int64_t count, T* to) {
+  static_assert(sizeof(T) == 4, "they pass through vectors of float32, which leave bits alone");
+  const auto* values = reinterpret_cast<const float*>(from);
   int64_t c = 0;
-  for (; c + 4 <= count; c += 4)
-    for (int r = 0; r < kBlockRows; r += 4) {
-      Quad<T> rows[4];
-      for (int i = 0; i < 4; ++i) std::memcpy(&rows[i], from + (r + i) * stride + c, sizeof rows[i]);
-      transpose_quads(rows);
-      for (int i = 0; i < 4; ++i) std::memcpy(to + (c + i) * kBlockRows + r, &rows[i], sizeof rows[i]);
+  for (; c + kLanes <= count; c += kLanes)
+    for (int r = 0; r < kBlockRows; r += kLanes) {
+      F32 rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) rows[i] = load_f32(values + (r + i) * stride + c);
+      transpose(rows);
+      for (int i = 0; i < kLanes; ++i) store_f32(reinterpret_cast<float*>(to) + (c + i) * kBlockRows + r, rows[i]);
     }
   for (; c < count; ++c)
     for (int r = 0; r < kBlockRows; ++r) to[c * kBlockRows + r] = from[r * stride + c];

@@ -267,10 +267,11 @@ struct IntegerTiles {
 };
 
 // The sums of products of one block of columns, as int32: `count` words of kVectors vectors of rows, of which the first
-// lies at from[vector], with the tokens of a tile at x.
+// lies at from[vector], with the tokens of a tile at x. `ahead` words on lies what few tokens ask for.
 template <class Weight, class Tokens, int kTokens, int kVectors, int kUnit>
-inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&from)[kVectors], const int32_t* x,
-                                                      int64_t count, simd::I32 (&found)[kTokens][kVectors]) {
+inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&from)[kVectors], int64_t ahead,
+                                                      const int32_t* x, int64_t count,
+                                                      simd::I32 (&found)[kTokens][kVectors]) {
   using namespace simd;
   constexpr int kParts = IntegerTiles<Tokens>::kParts;
   if constexpr (Tokens::kPairs) {
@@ -278,8 +279,7 @@ inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&fr
       for (auto& sum : row) sum = zero_i32();
     for (int64_t word = 0; word < count; ++word, x += kParts * kTokens) {
       if constexpr (kTokens <= 2)
-        for (int v = 0; v < kVectors; v += 64 / (4 * kLanes))
-          __builtin_prefetch(from[v] + word * kBlockRows + kInt4Ahead / 4);
+        for (int v = 0; v < kVectors; v += 64 / (4 * kLanes)) __builtin_prefetch(from[v] + word * kBlockRows + ahead);
       auto step = [&](auto place) __attribute__((always_inline)) {
         constexpr int kAt = decltype(place)::value;
         I32 pair[kVectors];
@@ -309,8 +309,7 @@ inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&fr
       const int64_t unit = kUnit ? kUnit : std::min<int64_t>(count - word, Weight::kSteps / 2);
       auto step = [&](int64_t at) __attribute__((always_inline)) {
         if constexpr (kTokens <= 2)
-          for (int v = 0; v < kVectors; v += 64 / (4 * kLanes))
-            __builtin_prefetch(from[v] + at * kBlockRows + kInt4Ahead / 4);
+          for (int v = 0; v < kVectors; v += 64 / (4 * kLanes)) __builtin_prefetch(from[v] + at * kBlockRows + ahead);
         Bytes codes[2][kVectors];
         for (int v = 0; v < kVectors; ++v) Weight::codes(load_i32(from[v] + at * kBlockRows), codes[0][v], codes[1][v]);
         for (int p = 0; p < kParts; ++p)  // even and odd columns, of the low bytes and of the high ones
@@ -370,11 +369,17 @@ inline __attribute__((always_inline)) void int4_groups(const Weight& w, const In
   const float* d = x.d + (tile * w.k + first * w.group) / x.span * kTokens;
 
   const int32_t* whole = x.whole + (tile * w.k + first * w.group) / x.block * kTokens;
+  // Behind the end of a block lies the one that is read beside it; what comes next lies behind that.
+  constexpr int64_t kAhead = kInt4Ahead / 4;
+  const int64_t beyond = (kInt4Blocks - 1) * w.stride;
+  int64_t left = (w.k - first * w.group) / Tokens::kColumns * kBlockRows;  // words of this block
 
   // to[t][v] += the products of the next columns, times what scale_of(t)(v) says.
   const auto multiply = [&](float* to, const auto& scale_of) __attribute__((always_inline)) {
     I32 found[kTokens][kVectors];
-    int4_block<Weight, Tokens, kTokens, kVectors, kUnit>(from, q, words, found);
+    int4_block<Weight, Tokens, kTokens, kVectors, kUnit>(from, left > kAhead ? kAhead : kAhead + beyond, q, words,
+                                                         found);
+    left -= words * kBlockRows;
     q += words * kParts * kTokens;
     for (auto& at : from) at += words * kBlockRows;
     for (int t = 0; t < kTokens; ++t) {
