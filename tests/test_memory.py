@@ -102,6 +102,26 @@ def test_idle_memory_is_bounded():
         del large
 
 
+def test_a_small_tensor_keeps_no_large_block():
+    """What lives on in a pool's memory takes at most twice its own."""
+    with memory.recycling(POOL):
+        pool = memory._own.pool
+        large = memory.empty((60 << 20,), torch.uint8)
+        del large
+        gc.collect()
+        small = memory.empty((8 << 20,), torch.uint8)
+        assert [block.nbytes for block in pool._idle] == []  # let go of: it made room for the small one
+        assert small.fill_(1).sum() == 8 << 20
+
+
+@pytest.mark.parametrize("pool", [0, POOL])
+def test_another_default_device_changes_nothing(pool):
+    """The memory is the CPU's."""
+    with torch.device("meta"), memory.recycling(pool):
+        assert memory.empty(LARGE, torch.bfloat16).device.type == "cpu"
+        assert memory.clone(torch.zeros(3, device="cpu")).device.type == "cpu"
+
+
 def test_threads_have_pools_of_their_own():
     """One that has asked for none has none."""
     found = []

@@ -37,7 +37,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     pool: _Pool | None = getattr(_own, "pool", None)
     size = math.prod(shape) * dtype.itemsize
     if pool is None or not LEAST <= size <= pool.limit:
-        return advise(torch.empty(tuple(shape), dtype=dtype))
+        return advise(torch.empty(tuple(shape), dtype=dtype, device="cpu"))
     return torch.frombuffer(pool.lease(size), dtype=dtype).reshape(tuple(shape))
 
 
@@ -93,16 +93,19 @@ class _Pool:
         self._lock = threading.RLock()  # a tensor can die, by collection of garbage, wherever memory is allocated
 
     def lease(self, size: int) -> memoryview:
-        """`size` bytes: the smallest idle ones that are enough, or fresh ones instead of the largest idle ones."""
+        """`size` bytes: the smallest idle ones that are enough, or fresh ones instead of the largest idle ones.
+
+        Never of a block more than twice as large: a small tensor that is kept would keep all of it.
+        """
         with self._lock:
-            fitting = [block for block in self._idle if block.nbytes >= size]
+            fitting = [block for block in self._idle if size <= block.nbytes <= 2 * size]
             block = min(fitting, key=_nbytes) if fitting else None
             if block is None and self._idle:
                 self._remove(max(self._idle, key=_nbytes))
             if block is not None:
                 self._remove(block)
         if block is None:
-            block = advise(torch.empty(size, dtype=torch.uint8))
+            block = advise(torch.empty(size, dtype=torch.uint8, device="cpu"))
         array: Any = block.numpy()  # Any: its stub lacks the buffer protocol
         lease = memoryview(array)[:size]
         weakref.finalize(lease, self._back, block).atexit = False
@@ -111,7 +114,7 @@ class _Pool:
     def _back(self, block: Tensor) -> None:
         with self._lock:
             self._idle.append(block)
-            while sum(map(_nbytes, self._idle)) > self.limit:
+            while self._idle and sum(map(_nbytes, self._idle)) > self.limit:
                 self._remove(min(self._idle, key=_nbytes))
 
     def _remove(self, block: Tensor) -> None:

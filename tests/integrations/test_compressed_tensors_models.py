@@ -39,6 +39,15 @@ def quiet():
     transformers.utils.logging.disable_progress_bar()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On several, how a product is shared among them, and so its last bits, may depend on the machine's load."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def llama(dtype: torch.dtype) -> nn.Module:
     """A tiny Llama, always the same."""
     torch.manual_seed(0)

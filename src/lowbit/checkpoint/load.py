@@ -230,7 +230,7 @@ class _Loader:
             chosen = "" if op is None else choose_layout(layout, stored.format, stored.shape, device, op)[0]
             size = sum(self.content.specs[key].nbytes for key in stored.keys.values())
             units.append(Unit(name, size, (3 if chosen else 2) * size, partial(read, name, stored, chosen)))
-        run_units(units, budget=_IN_WORK)
+        run_units(units, budget=_IN_WORK, recycle=False)
         return {name: found[name] for name in self.layers}
 
     def _quantized(self, name: str, stored: StoredLayer) -> QuantizedTensor:

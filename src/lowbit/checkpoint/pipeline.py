@@ -21,7 +21,8 @@ from lowbit.errors import PlanError
 Progress = Callable[[int, int, str], None]
 """Called with the bytes done, the bytes in all and the name of the unit just finished; never by two threads at once."""
 
-MEMORY_BUDGET = 512 << 20  # bytes in work at a time; one unit larger than this runs alone
+# Bytes in work at a time; one unit larger than this runs alone. Half as many more may lie idle, to be used again.
+MEMORY_BUDGET = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ def run_units(
     budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
     done: int = 0,
+    recycle: bool = True,
 ) -> None:
     """Run all units on `jobs` threads (by default one a core), begun in order. `done`: bytes finished beforehand.
+
+    recycle: whether a unit's large tensors use memory again that earlier ones have left; not where tensors are kept.
 
     The first exception stops the run: units that have begun are waited for, no other begins, and it is raised here. So
     is an interrupt from the keyboard.
@@ -50,13 +54,14 @@ def run_units(
     workers = os.cpu_count() or 1 if jobs is None else jobs
     if workers < 1:
         raise PlanError(f"jobs is {workers}; give 1 or more, or leave it out for one a core")
-    _Run(units, budget, progress, done).work(min(workers, len(units)))
+    _Run(units, budget, progress, done, recycle).work(min(workers, len(units)))
 
 
 class _Run:
-    def __init__(self, units: Sequence[Unit], budget: int, progress: Progress | None, done: int) -> None:
+    def __init__(self, units: Sequence[Unit], budget: int, progress: Progress | None, done: int, recycle: bool) -> None:
         self._waiting: Iterator[Unit] = iter(units)
         self._budget = budget
+        self._recycle = recycle
         self._cores = torch.get_num_threads()
         self._progress = progress
         self._done = done
@@ -86,7 +91,7 @@ class _Run:
 
     def _worker(self) -> None:
         try:
-            with memory.recycling(self._budget // self._workers):
+            with memory.recycling(self._budget // (2 * self._workers) if self._recycle else 0):
                 while (unit := self._take()) is not None:
                     torch.set_num_threads(self._cores if unit.memory > self._budget else 1)
                     unit.run()

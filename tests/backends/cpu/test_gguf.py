@@ -107,6 +107,19 @@ def test_products(spec, dtype):
         assert relative_error(found, wanted) <= limit, (n, blocks, m)
 
 
+@pytest.mark.parametrize("m", [1, 7])
+def test_large_steps_give_no_infinity(m):
+    """Steps of which 128 are infinite: a byte's offset is taken off while sums are integers."""
+    spec, n, k = "gguf(type=MXFP4)", 16, 64
+    codes = any_bytes(spec, n, k).parts["qdata"]
+    codes.view(n, 2, -1)[..., 0] = 249
+    one = QuantizedTensor.from_parts({"qdata": codes}, spec, (n, k), torch.float32)
+    x = activations(m, k, torch.float32).mul_(2.0**-20).bfloat16()
+    with use_backend("cpu"), torch.inference_mode():
+        found = F.linear(x, one)
+    assert relative_error(found, x.double() @ decoded(one, torch.float32, "eager").double().t()) <= 6e-3
+
+
 @EVERY_TYPE
 def test_properties(spec):
     """Gaps, leading axes, slices of rows, no tokens and the number of threads change nothing."""

@@ -124,6 +124,9 @@ struct LaneTokens {
   }
 };
 
+// Floats of a row's scales, which whole vectors and tables of 16 may touch behind its end.
+inline int64_t scale_room(const PlainRows& w) { return w.groups() + std::max(kLanes, 16); }
+
 // The sums of some rows for all of kTokens tokens; `scales` is room for the rows' scales as float32.
 template <int kTokens, int kRows>
 void multiply_rows(const PlainRows& w, const IntegerTokens<1>& x, const LaneTokens& lanes, int64_t row, float* scales,
@@ -138,7 +141,7 @@ void multiply_rows(const PlainRows& w, const IntegerTokens<1>& x, const LaneToke
       const bool whole = count == kLanes;
       const F32 scale = whole ? load_as_f32(w.scales, at, w.dtype) : load_first(w.scales, at, count, w.dtype);
       const F32 zero = whole ? load_as_f32(w.zeros, at, w.dtype) : load_first(w.zeros, at, count, w.dtype);
-      store_f32(scales + r * (groups + kLanes) + g, scale);
+      store_f32(scales + r * scale_room(w) + g, scale);
       const F32 product = mul(scale, zero);
       for (int t = 0; t < kTokens; ++t) {
         const float* x_sums = x.sums + t * groups + g;
@@ -160,7 +163,7 @@ void multiply_rows(const PlainRows& w, const IntegerTokens<1>& x, const LaneToke
       take(t, to_f32(total(dot)), load_f32(lanes.d.data() + at));
     }
   };
-  const auto scales_of = [&](int r) { return scales + r * (groups + kLanes); };
+  const auto scales_of = [&](int r) { return scales + r * scale_room(w); };
   if (w.group % kLoadColumns) {  // a load holds several groups
     const int64_t groups_a_load = kLoadColumns / w.group;
     alignas(64) int32_t of_lane[kLanes];
@@ -196,7 +199,7 @@ template <int kTokens>
 void multiply_few(const PlainRows& w, const IntegerTokens<1>& x, const Output& out, int threads) {
   const LaneTokens lanes(x, kTokens);
   parallel_for((w.n + kTaskRows - 1) / kTaskRows, threads, [&](int64_t task) {
-    Room scales(kTogether<kTokens> * (w.groups() + kLanes)), sums(kTokens * (kTaskRows + kLanes));
+    Room scales(kTogether<kTokens> * scale_room(w)), sums(kTokens * (kTaskRows + kLanes));
     const int64_t first = task * kTaskRows, last = std::min(first + kTaskRows, w.n);
     const auto take = [&](auto rows, int64_t row) {
       constexpr int kRows = decltype(rows)::value;

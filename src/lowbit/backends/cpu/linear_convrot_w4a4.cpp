@@ -19,7 +19,7 @@ struct ConvrotWeight {
 
 // sums[token][row] += the products of `count` words, kTogether of them in a step, from `codes` and `words` on. kUnit:
 // words between two totals.
-template <int kTogether, int kUnit, bool kBytes, int kTokens, int kBlocks>
+template <int kTogether, int kUnit, int kTokens, int kBlocks>
 __attribute__((noinline)) void add_words(const uint32_t* const (&from)[kBlocks * kBlockVectors], const uint32_t* codes,
                                          int64_t count, Ahead& ahead, int32_t* sums) {
   constexpr int kVectors = kBlocks * kBlockVectors;
@@ -31,7 +31,7 @@ __attribute__((noinline)) void add_words(const uint32_t* const (&from)[kBlocks *
       for (auto& dot : row) dot = zero_dot4();
     const uint32_t* const end = codes + 2 * std::min<int64_t>(left, kUnit) * kTokens;
     for (; codes != end; codes += 2 * kTogether * kTokens) {
-      add_products<kTogether, kBytes>(dots, words, codes, ahead);
+      add_products<kTogether, false>(dots, words, codes, ahead);
       for (auto& at : words) at += kTogether * kBlockRows;
     }
     for (int t = 0; t < kTokens; ++t)
@@ -42,8 +42,8 @@ __attribute__((noinline)) void add_words(const uint32_t* const (&from)[kBlocks *
   }
 }
 
-// kUnit: words between two totals. kBytes: all sums are 16 times as large.
-template <int kTokens, int kBlocks, int kUnit, bool kBytes>
+// kUnit: words between two totals.
+template <int kTokens, int kBlocks, int kUnit>
 __attribute__((noinline)) void multiply(const ConvrotWeight& w, const CodedTokens& x, int64_t token, int64_t block,
                                         const Int4Block* blocks, Ahead ahead, const Output& out) {
   for (int t = 0; t < kTokens; ++t)
@@ -59,23 +59,22 @@ __attribute__((noinline)) void multiply(const ConvrotWeight& w, const CodedToken
   const int64_t all = w.k / kWordColumns, whole = all / kTogether * kTogether;
   const uint32_t* words[kVectors];
   for (int v = 0; v < kVectors; ++v) words[v] = blocks[v / kBlockVectors].words + v % kBlockVectors * kLanes;
-  add_words<kTogether, kUnit, kBytes, kTokens, kBlocks>(words, codes, whole, ahead, sums);
+  add_words<kTogether, kUnit, kTokens, kBlocks>(words, codes, whole, ahead, sums);
   for (auto& at : words) at += whole * kBlockRows;
-  if (whole < all)
-    add_words<1, kUnit, kBytes, kTokens, kBlocks>(words, codes + 2 * whole * kTokens, all - whole, ahead, sums);
+  if (whole < all) add_words<1, kUnit, kTokens, kBlocks>(words, codes + 2 * whole * kTokens, all - whole, ahead, sums);
   for (int t = 0; t < kTokens; ++t)
     for (int b = 0; b < kBlocks; ++b) {
       F32 row[kBlockVectors];
       for (int v = 0; v < kBlockVectors; ++v) {
         const F32 of_row = load_f32(w.scales + (block + b) * kBlockRows + v * kLanes);
         const I32 found = load_i32(sums + (t * kVectors + b * kBlockVectors + v) * kLanes);
-        row[v] = mul(to_f32(kBytes ? shift_right_signed<4>(found) : found), mul(set1_f32(factors[t]), of_row));
+        row[v] = mul(to_f32(found), mul(set1_f32(factors[t]), of_row));
       }
       store_block(row, block + b, w.n, out.bias, out.bias_dtype, out.data, token + t, out.dtype);
     }
 }
 
-template <int kUnit, bool kBytes>
+template <int kUnit>
 void product(const ConvrotWeight& w, const CodedTokens& x, const Output& out, int threads) {
   for_each_w4a4_tile(
       x, w.n, threads,
@@ -88,7 +87,7 @@ void product(const ConvrotWeight& w, const CodedTokens& x, const Output& out, in
         with_count<kW4A4Tokens>(tokens, [&](auto count) {
           with_count<kW4A4Blocks>(together, [&](auto side_by_side) {
             constexpr int kTokens = decltype(count)::value, kBlocks = decltype(side_by_side)::value;
-            multiply<kTokens, kBlocks, kUnit, kBytes>(w, x, token, block, blocks, ahead, out);
+            multiply<kTokens, kBlocks, kUnit>(w, x, token, block, blocks, ahead, out);
           });
         });
       });
@@ -153,8 +152,8 @@ void linear_convrot_w4a4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, i
 #if defined(LOWBIT_TILES)
   if (in_rows) return product_of_tiles(weight, tokens, to, threads);
 #endif
-  if (largest <= 15) return product<kDot4StepsInt4 / 2, false>(weight, tokens, to, threads);
-  product<kDot4Steps / 2, false>(weight, tokens, to, threads);
+  if (largest <= 15) return product<kDot4StepsInt4 / 2>(weight, tokens, to, threads);
+  product<kDot4Steps / 2>(weight, tokens, to, threads);
 }
 
 void bind_linear_convrot_w4a4(nb::module_& m) {

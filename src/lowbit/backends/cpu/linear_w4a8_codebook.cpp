@@ -132,7 +132,10 @@ void dot_rows_of(const ExpandedWeight& w, int64_t block, int row, const int8_t* 
     }
   for (int t = 0; t < kTokens; ++t)
     for (int r = 0; r < kTogether<kTokens>; ++r)
-      dots[t * kBlockRows + row + r] = reduce_add(sums[t][r]) - kDot8Offset * tokens.sums[t];
+      // Both may leave int32 where their difference does not.
+      dots[t * kBlockRows + row + r] =
+          static_cast<int32_t>(static_cast<uint32_t>(reduce_add(sums[t][r])) -
+                               static_cast<uint32_t>(kDot8Offset) * static_cast<uint32_t>(tokens.sums[t]));
 }
 
 template <int kTokens>

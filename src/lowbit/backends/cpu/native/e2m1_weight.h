@@ -1,9 +1,10 @@
 // A weight of 4-bit floating-point codes (e2m1) in the layout rows16: w = value * scale, a scale a group of a row.
 //
-// Values are multiples of a half: 0 1 2 3 4 6 8 12 halves and a sign. With 12 added they are 0..24, and a product of
-// activations as integers is that of int4_gemm.h. float32 activations stay what they are. Few of them: the four bytes
-// of a word stay where they lie. Masked in place a byte is its number times 256^j, exactly a float32, and the
-// activation of its column carries the 256^-j; what the 12 add is taken off once a group, by the sum of activations.
+// Values are multiples of a half: 0 1 2 3 4 6 8 12 halves and a sign. Activations as integers are multiplied as
+// int4_gemm.h says: with pairs of int16 and in tiles a value is its number of halves; as a byte without a sign it has
+// 12 added. float32 activations stay what they are. Few of them: the four bytes of a word stay where they lie. Masked
+// in place such a byte is its number times 256^j, exactly a float32, and the activation of its column carries the
+// 256^-j; what the 12 add is taken off once a group, by the sum of activations.
 #pragma once
 
 #include "int4_tiles.h"

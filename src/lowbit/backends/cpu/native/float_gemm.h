@@ -65,20 +65,6 @@ inline void columns_to_f32(const Activations& x, int64_t m, int64_t first, int64
 // A row of activations as float32: to[0..k).
 inline void row_to_f32(const Activations& x, int64_t m, float* to) { columns_to_f32(x, m, 0, x.k, to); }
 
-// Activations as float32, made once a call: what a few-token way needs that does nothing else to them.
-class FloatRows {
- public:
-  template <class Weight>
-  FloatRows(const Weight& w, const Activations& x, int threads) : k_(w.k), room_(x.m * w.k) {
-    parallel_for(x.m, x.m * k_ >= 32768 ? threads : 1, [&](int64_t m) { row_to_f32(x, m, room_.data() + m * k_); });
-  }
-  const float* row(int64_t m) const { return room_.data() + m * k_; }
-
- private:
-  int64_t k_;
-  Room room_;  // [m, k]
-};
-
 // Activations as float32, made once a call, in tiles of nearly equal size (8 tokens are 4 + 4, not 6 + 2): the tokens
 // of a tile lie beside each other, column after column, so that one address serves all of them.
 class TokenTiles {

@@ -28,13 +28,14 @@ class ByteTokens {
   const int8_t* bytes(int64_t token, int size, int64_t column) const {
     return reinterpret_cast<const int8_t*>(bytes_.data()) + (token * k_ + column * size) * 2;
   }
-  // From a unit on: the scales of the tile's tokens, then their sums.
+  // From a unit on: the scales of the tile's tokens, their sums, and the sums of their integers, which are int32.
   const float* scales(int64_t token, int size, int64_t unit) const {
-    return scales_.data() + (token * units_ + unit * size) * 2;
+    return scales_.data() + (token * units_ + unit * size) * kFactors;
   }
 
  private:
   using IntegerRows = IntegerTokens<2, 4, false, true>;
+  static constexpr int kFactors = 3;  // of a token and a unit
 
   ByteTokens(const IntegerRows& rows, const Activations& x, int64_t unit, int threads)
       : m_(x.m),
@@ -42,11 +43,11 @@ class ByteTokens {
         units_(x.k / unit),
         count_((x.m + kByteTokens - 1) / kByteTokens),
         bytes_(x.m * x.k / 2),
-        scales_(x.m * units_ * 2) {
+        scales_(x.m * units_ * kFactors) {
     parallel_for(count_, m_ * k_ >= 32768 ? threads : 1, [&](int64_t tile) {
       const int64_t token = begin(tile), tokens = size(tile);
       auto* words = reinterpret_cast<int32_t*>(bytes_.data()) + token * k_ / 2;
-      float* scales = scales_.data() + token * units_ * 2;
+      float* scales = scales_.data() + token * units_ * kFactors;
       for (int64_t t = 0; t < tokens; ++t) {
         for (int piece = 0; piece < 2; ++piece) {
           const int8_t* from = rows.row(token + t, piece);
@@ -54,8 +55,11 @@ class ByteTokens {
           for (int64_t quad = 0; quad < k_ / 4; ++quad, to += tokens * 2) std::memcpy(to, from + quad * 4, 4);
         }
         for (int64_t u = 0; u < units_; ++u) {
-          scales[u * 2 * tokens + t] = rows.d[(token + t) * units_ + u];
-          scales[(u * 2 + 1) * tokens + t] = rows.sums[(token + t) * units_ + u];
+          const int64_t from = (token + t) * units_ + u;
+          float* to = scales + u * kFactors * tokens + t;
+          to[0] = rows.d[from];
+          to[tokens] = rows.sums[from];
+          std::memcpy(to + 2 * tokens, rows.whole + from, sizeof(float));
         }
       }
     });
@@ -70,12 +74,13 @@ template <class T>
 struct ByteBlocks {
   static constexpr int kBlocks = std::max(1, 128 / T::kColumns);
   static constexpr int kUnits = T::kColumns / T::kUnit, kQuads = T::kColumns / 4;  // of a block
-  static constexpr int kOffset = T::kSigned ? 128 : T::kOffset;
+  static constexpr bool kAdds = T::kZero || T::kOffset != 0;
+  static_assert(!T::kSigned || !kAdds, "a byte that gets 128 has no other offset");
   static constexpr int kStride = kByteRowBlocks * kBlockRows;
 
   alignas(64) int32_t codes[kBlocks * kQuads * kStride];
   alignas(64) float steps[kBlocks * kUnits * kStride];
-  alignas(64) float added[kBlocks * kUnits * kStride];  // to a unit's sum, times that of its activations
+  alignas(64) float added[kAdds ? kBlocks * kUnits * kStride : kStride];  // to a unit's sum, times its activations'
 
   void put(int block, int row_block, const Words<T>& words) {
     for (int v = 0; v < kBlockVectors; ++v) {
@@ -84,8 +89,8 @@ struct ByteBlocks {
       T::steps(words, v, step, zero);
       for (int u = 0; u < kUnits; ++u) {
         store_f32(steps + (block * kUnits + u) * kStride + lanes, step[u]);
-        if constexpr (!T::kZero) zero[u] = mul(step[u], set1_f32(-kOffset));
-        store_f32(added + (block * kUnits + u) * kStride + lanes, zero[u]);
+        if constexpr (!T::kZero) zero[u] = mul(step[u], set1_f32(-T::kOffset));
+        if constexpr (kAdds) store_f32(added + (block * kUnits + u) * kStride + lanes, zero[u]);
       }
       for (int span = 0; span < T::kColumns / T::kSpan; ++span)
         for_each_place<T::kSpan / 4>([&](auto place) {
@@ -98,8 +103,8 @@ struct ByteBlocks {
   }
 };
 
-// sums[t][row] += the products of some units with a tile of kTokens tokens.
-template <int kUnit, int kTokens>
+// sums[t][row] += the products of some units with a tile of kTokens tokens. kSigned: codes have 128 added.
+template <int kUnit, bool kSigned, bool kAdds, int kTokens>
 __attribute__((noinline)) void multiply_bytes(int units, const int32_t* codes, const float* steps, const float* added,
                                               const int8_t* x, const float* scales, float* sums) {
   constexpr int kVectors = kByteRowBlocks * kBlockVectors;
@@ -120,17 +125,23 @@ __attribute__((noinline)) void multiply_bytes(int units, const int32_t* codes, c
       x += kTokens * 8;
     });
     for (int v = 0; v < kVectors; ++v) {
-      const F32 step = load_f32(steps + v * kLanes), zero = load_f32(added + v * kLanes);
+      const F32 step = load_f32(steps + v * kLanes);
       for (int t = 0; t < kTokens; ++t) {
         float* sum = sums + t * kVectors * kLanes + v * kLanes;
-        const I32 dot = add(total(dots[t][v][0]), shift_left<8>(total(dots[t][v][1])));
-        const F32 rest = fma(zero, set1_f32(scales[kTokens + t]), load_f32(sum));
+        I32 dot = add(total(dots[t][v][0]), shift_left<8>(total(dots[t][v][1])));
+        if constexpr (kSigned) {  // while they are integers: 128 times a step may be infinite
+          int32_t whole;
+          std::memcpy(&whole, scales + 2 * kTokens + t, sizeof whole);
+          dot = sub(dot, set1_i32(128 * whole));
+        }
+        F32 rest = load_f32(sum);
+        if constexpr (kAdds) rest = fma(load_f32(added + v * kLanes), set1_f32(scales[kTokens + t]), rest);
         store_f32(sum, fma(to_f32(dot), mul(step, set1_f32(scales[t])), rest));
       }
     }
     steps += kVectors * kLanes;
-    added += kVectors * kLanes;
-    scales += 2 * kTokens;
+    if constexpr (kAdds) added += kVectors * kLanes;
+    scales += 3 * kTokens;
   }
 }
 
@@ -139,8 +150,9 @@ inline void multiply_bytes_of(int tokens, int count, const ByteBlocks<T>& blocks
                               int64_t column, float* sums) {
   if constexpr (kMost > 0) {
     if (tokens < kMost) return multiply_bytes_of<T, kMost - 1>(tokens, count, blocks, x, token, column, sums);
-    multiply_bytes<T::kUnit, kMost>(count * ByteBlocks<T>::kUnits, blocks.codes, blocks.steps, blocks.added,
-                                    x.bytes(token, kMost, column), x.scales(token, kMost, column / T::kUnit), sums);
+    multiply_bytes<T::kUnit, T::kSigned, ByteBlocks<T>::kAdds, kMost>(
+        count * ByteBlocks<T>::kUnits, blocks.codes, blocks.steps, blocks.added, x.bytes(token, kMost, column),
+        x.scales(token, kMost, column / T::kUnit), sums);
   }
 }
 

@@ -2,7 +2,8 @@
 //
 // Activations of a block of columns become integers with one scale: int8 (W4A8), or int16 (W4A16: 2^-16 of the block's
 // largest, well under what bfloat16 or float16 outputs round). int16 are multiplied as pairs with codes widened to
-// pairs, or, where a set has an instruction for products of int8, as two pieces of int8, the high and the low byte.
+// pairs, or as two pieces of int8, the high and the low byte: few tokens, and all where a set has an instruction for
+// products of int8 but none for pairs.
 // A sum over a group of columns is then
 //
 //   sum of w x = scale * sum over blocks d * (sum of code q) + offset * sum over blocks d * (sum of q)
@@ -36,7 +37,7 @@ namespace lowbit {
 constexpr int kInt4Blocks = 2;
 constexpr bool kInt16Pairs = true;
 template <int kPieces>
-constexpr int kInt4Tokens = kPieces == 1 ? 12 : 6;  // 24 sums in 32 registers
+constexpr int kInt4Tokens = 12;  // 24 sums in 32 registers; two pieces are for kTooFewForPairs alone
 #elif defined(LOWBIT_ISA_NEON)
 constexpr int kInt4Blocks = 1;
 constexpr bool kInt16Pairs = false;
