@@ -39,15 +39,6 @@ def quiet():
     transformers.utils.logging.disable_progress_bar()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On several, how a product is shared among them, and so its last bits, may depend on the machine's load."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def llama(dtype: torch.dtype) -> nn.Module:
     """A tiny Llama, always the same."""
     torch.manual_seed(0)
@@ -76,16 +67,19 @@ def both(folder, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     [*((spec, torch.float32) for spec in (*WEIGHT_ONLY, "int8")), *((spec, torch.bfloat16) for spec in BFLOAT16_ONLY)],
 )
 def test_stock_transformers_sees_the_same_model(tmp_path, spec, dtype):
-    """Every weight is decoded to the same bits, and logits are the same where activations are left alone."""
+    """Every weight is decoded to the same bits, and eager's logits are the same where activations are left alone."""
     stock, mine = both(converted(tmp_path, spec, dtype), dtype)
     with torch.no_grad():
         theirs, ours = stock(TOKENS).logits, mine(TOKENS).logits
+        with lowbit.use_backend("eager"):
+            eager = mine(TOKENS).logits
     quantized = [name for name, p in mine.named_parameters() if isinstance(p, QuantizedTensor)]
     assert len(quantized) == 7
     for name in quantized:
         assert torch.equal(stock.get_parameter(name), mine.get_parameter(name).dequantize()), name
     if spec in WEIGHT_ONLY:
-        assert torch.equal(theirs, ours)
+        assert torch.equal(theirs, eager)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)  # kernels add in an order of their own
     plain = llama(dtype)(TOKENS).logits
     assert (theirs - ours).abs().max() < 0.5 * (theirs - plain).abs().max() + 0.02
 
@@ -105,7 +99,7 @@ def test_mixed_formats_and_a_shard(tmp_path):
         )
         convert(source, tmp_path / "out", plan)
     stock, mine = both(tmp_path / "out", torch.float32)
-    with torch.no_grad():
+    with torch.no_grad(), lowbit.use_backend("eager"):
         assert torch.equal(stock(TOKENS).logits, mine(TOKENS).logits)
 
 
