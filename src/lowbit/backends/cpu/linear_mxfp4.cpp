@@ -9,6 +9,7 @@ namespace {
 
 struct Mxfp4Scales {
   static constexpr int64_t kGroup = 32;
+  static constexpr bool kSpans = false;
   const uint8_t* codes;  // [blocks, groups, 16]
   int64_t groups;
 

@@ -13,9 +13,13 @@ struct Nvfp4Scales {
   const float* factors;  // of 16 rows each: the global scale, for halves, and what load_e4m3 leaves to multiply with
   int64_t step;          // from a block's factors to the next one's: 0 where all rows share one
 
+  static constexpr bool kSpans = true;
+  simd::F32 own(int64_t block, int64_t group, int v) const {
+    return simd::load_e4m3(codes + (block * groups + group) * kBlockRows + v * simd::kLanes);
+  }
+  simd::F32 common(int64_t block, int v) const { return simd::load_f32(factors + block * step + v * simd::kLanes); }
   simd::F32 halves(int64_t block, int64_t group, int v) const {
-    const simd::F32 scale = simd::load_e4m3(codes + (block * groups + group) * kBlockRows + v * simd::kLanes);
-    return simd::mul(scale, simd::load_f32(factors + block * step + v * simd::kLanes));
+    return simd::mul(own(block, group, v), common(block, v));
   }
 };
 

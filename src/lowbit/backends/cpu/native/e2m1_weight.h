@@ -14,7 +14,8 @@ namespace lowbit {
 alignas(16) constexpr uint8_t kE2m1Halves[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 alignas(16) constexpr int8_t kE2m1SignedHalves[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
-// Scales offers `static constexpr int64_t kGroup` and `F32 halves(block, group, v)`: what a half is worth.
+// Scales offers `static constexpr int64_t kGroup` and `F32 halves(block, group, v)`: what a half is worth. With kSpans,
+// too (int4_gemm.h), that is own(block, group, v) * common(block, v).
 template <class Scales>
 struct E2m1Weight {
   static constexpr int kWordCodes = 8, kZero = 12;
@@ -40,11 +41,18 @@ struct E2m1Weight {
   static simd::I32 pair(simd::I32 word) {
     return simd::lookup_pair<kAt>(simd::make_pair_table(kE2m1SignedHalves), word);
   }
-  static constexpr bool kOffsets = false;
+  static constexpr bool kOffsets = false, kSpans = Scales::kSpans;
   void read_factors(int64_t block, float* to, float*) const {
     for (int64_t g = 0; g < k / group; ++g)
-      for (int v = 0; v < kBlockVectors; ++v, to += simd::kLanes) simd::store_f32(to, scales.halves(block, g, v));
+      for (int v = 0; v < kBlockVectors; ++v, to += simd::kLanes) {
+        if constexpr (kSpans) {
+          simd::store_f32(to, scales.own(block, g, v));
+        } else {
+          simd::store_f32(to, scales.halves(block, g, v));
+        }
+      }
   }
+  simd::F32 span_scale(int64_t block, int v) const { return scales.common(block, v); }
   simd::F32 scale(int64_t block, int64_t g, int v) const { return scales.halves(block, g, v); }
 
   // x times the power of 256 that its code's place asks for, and the sum of each group of plain x.

@@ -55,7 +55,7 @@ struct GroupedCodes {
     return bit_and(kAt ? shift_right<4 * kAt>(word) : word, set1_i32(0x000f000f));
   }
 
-  static constexpr bool kOffsets = true;
+  static constexpr bool kOffsets = true, kSpans = false;
   void read_factors(int64_t block, float* scales_to, float* offsets_to) const {
     using namespace simd;
     const int64_t first = block * groups() * kBlockRows, count = groups() * kBlockRows;

@@ -19,6 +19,9 @@
 //   void read_factors(int64_t block, float* scales, float* offsets) const;     [groups, 16] each
 //   static constexpr bool kOffsets;      false: there are none. `pair` gives integers with their sign, and `codes`
 //   gives static constexpr int kZero;          them with kZero added
+//   static constexpr bool kSpans;        true: groups are short, and the activations' scale is multiplied with once for
+//   F32 span_scale(int64_t block, int v) const;   all that share it, with this factor, which the scales then lack; so
+//                                                 that what adds up before stays far from infinity
 //
 // All numbers of tokens run the same loop: it keeps the integer sums of a tile of tokens and some blocks of rows in
 // registers, so that a tile reads a block's words once, from memory or from the second-level cache.
@@ -192,14 +195,14 @@ struct IntegerTokens {
 
 // Tokens in tiles of one size, as the loops read them: what the tokens of a tile have in common lies side by side, so
 // that one address serves them all. Tokens of zeros fill up the last tile.
-template <class Tokens>
+template <class Tokens, bool kSpans>
 struct IntegerTiles {
   static constexpr int kParts = Tokens::kWordBytes / 4;  // words of a token beside a word of the weight
   static constexpr int kMostTokens = Tokens::kPairs || Tokens::kPieces == 1 ? kInt4Tokens<1>
                                      : kInt16Pairs                          ? static_cast<int>(kTooFewForPairs)
                                                                             : kInt4Tokens<2>;
 
-  int64_t m, tile, tiles, block, span;  // span: columns that share a scale: one or several blocks, see IntegerTokens
+  int64_t m, tile, tiles, block, span;  // span: columns of one scale here: a block, or all that share it
   Room room;
   const int32_t* words;  // [tiles, k / Tokens::kColumns, kParts, tile]
   const float* d;        // [tiles, k / span, tile]
@@ -211,7 +214,7 @@ struct IntegerTiles {
         tile(size(x.m, kMostTokens)),
         tiles((x.m + tile - 1) / tile),
         block(x.block),
-        span(x.quantized > x.k / x.groups ? x.quantized : x.block),
+        span(kSpans ? x.quantized : x.block),
         room(tiles * tile * (word_count(x) + x.k / span + x.groups + x.k / x.block)) {
     auto* packed = reinterpret_cast<int32_t*>(room.data());
     float* packed_d = room.data() + tiles * tile * word_count(x);
@@ -274,7 +277,7 @@ inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&fr
                                                       const int32_t* x, int64_t count,
                                                       simd::I32 (&found)[kTokens][kVectors]) {
   using namespace simd;
-  constexpr int kParts = IntegerTiles<Tokens>::kParts;
+  constexpr int kParts = Tokens::kWordBytes / 4;
   if constexpr (Tokens::kPairs) {
     for (auto& row : found)
       for (auto& sum : row) sum = zero_i32();
@@ -354,18 +357,19 @@ struct Int4Factors {
 };
 
 // The product of a tile of kTokens tokens with groups [first, last) of some blocks of rows, added to sums
-// [kTokens, kVectors, kLanes]; `from` is where the words of group `first` lie, block[vector] whose factors to take.
-// kFine: several groups of the weight share a scale of the activations.
+// [kTokens, kVectors, kLanes]; `from` is where the words of group `first` lie, block[vector] whose factors to take, of
+// which the first is block first_block of the weight.
 //
 // What adds up over groups lies in memory: the integer sums of one group need all the registers.
-template <class Weight, class Tokens, int kTokens, int kVectors, int kUnit, bool kFine>
+template <class Weight, class Tokens, int kTokens, int kVectors, int kUnit>
 inline __attribute__((always_inline)) void int4_groups(const Weight& w, const Int4Factors& factors,
-                                                       const int64_t (&block)[kVectors], const IntegerTiles<Tokens>& x,
-                                                       int64_t tile, int64_t first, int64_t last,
-                                                       const uint32_t* (&from)[kVectors], float* sums) {
+                                                       const int64_t (&block)[kVectors], int64_t first_block,
+                                                       const IntegerTiles<Tokens, Weight::kSpans>& x, int64_t tile,
+                                                       int64_t first, int64_t last, const uint32_t* (&from)[kVectors],
+                                                       float* sums) {
   using namespace simd;
-  constexpr int kParts = IntegerTiles<Tokens>::kParts;
-  const int64_t columns = kFine ? w.group : x.span, words = columns / Tokens::kColumns;
+  constexpr int kParts = Tokens::kWordBytes / 4;
+  const int64_t columns = Weight::kSpans ? w.group : x.span, words = columns / Tokens::kColumns;
   const int32_t* q = x.words + (tile * w.k + first * w.group) / Tokens::kColumns * kParts * kTokens;
   const float* d = x.d + (tile * w.k + first * w.group) / x.span * kTokens;
 
@@ -400,7 +404,9 @@ inline __attribute__((always_inline)) void int4_groups(const Weight& w, const In
     for (int v = 0; v < kVectors; ++v) scale[v] = load_f32(factors.scales + factors.at(block[v], g, v % kBlockVectors));
   };
 
-  if constexpr (kFine) {
+  if constexpr (Weight::kSpans) {
+    F32 whole_scale[kVectors];
+    for (int v = 0; v < kVectors; ++v) whole_scale[v] = w.span_scale(first_block + block[v], v % kBlockVectors);
     alignas(64) float span[kTokens * kVectors * kLanes];
     const int64_t groups_a_span = x.span / w.group;
     for (int64_t begin = first; begin < last; begin += groups_a_span, d += kTokens) {
@@ -410,11 +416,13 @@ inline __attribute__((always_inline)) void int4_groups(const Weight& w, const In
         scales_of(g, scale);
         multiply(span, [&](int) { return [&](int v) { return scale[v]; }; });
       }
-      for (int t = 0; t < kTokens; ++t)
+      for (int t = 0; t < kTokens; ++t) {
+        const F32 step = set1_f32(d[t]);
         for (int v = 0; v < kVectors; ++v) {
           const int at = (t * kVectors + v) * kLanes;
-          store_f32(sums + at, fma(load_f32(span + at), set1_f32(d[t]), load_f32(sums + at)));
+          store_f32(sums + at, fma(load_f32(span + at), mul(whole_scale[v], step), load_f32(sums + at)));
         }
+      }
     }
   } else {
     for (int64_t g = first; g < last; ++g) {
@@ -432,7 +440,8 @@ inline __attribute__((always_inline)) void int4_groups(const Weight& w, const In
 // sums += the offsets of all groups times the sums of the activations there.
 template <class Weight, class Tokens, int kTokens, int kVectors>
 inline __attribute__((always_inline)) void int4_offsets(const Int4Factors& factors, const int64_t (&block)[kVectors],
-                                                        const IntegerTiles<Tokens>& x, int64_t tile, float* sums) {
+                                                        const IntegerTiles<Tokens, Weight::kSpans>& x, int64_t tile,
+                                                        float* sums) {
   using namespace simd;
   if constexpr (Weight::kOffsets) {
     const float* x_sums = x.sums + tile * factors.groups * kTokens;
@@ -460,15 +469,15 @@ constexpr int64_t kInt4TaskBytes = 192 * 1024;  // words of a task, which every 
 // A tile of tokens times the blocks [first, last) of rows, of which w.words and the factors begin with block `base`.
 // Columns go in pieces, so that a tile's integers stay in the first cache while the blocks pass; `sums` is room for
 // 16 floats a token and block, and block.
-template <class Weight, class Tokens, int kTokens, int kUnit, bool kFine>
-__attribute__((noinline)) void int4_store(const Weight& w, const Int4Factors& factors, const IntegerTiles<Tokens>& x,
-                                          int64_t tile, int64_t first, int64_t last, int64_t base, int64_t n,
-                                          float* sums, const Output& out) {
+template <class Weight, class Tokens, int kTokens, int kUnit>
+__attribute__((noinline)) void int4_store(const Weight& w, const Int4Factors& factors,
+                                          const IntegerTiles<Tokens, Weight::kSpans>& x, int64_t tile, int64_t first,
+                                          int64_t last, int64_t base, int64_t n, float* sums, const Output& out) {
   using namespace simd;
   constexpr int kVectors = kInt4Blocks * kBlockVectors;
   constexpr int64_t kSums = kTokens * kVectors * kLanes;
   const int64_t groups = factors.groups, blocks = (last - first + kInt4Blocks - 1) / kInt4Blocks;
-  const int64_t together = kFine ? x.span / w.group : 1;  // groups
+  const int64_t together = Weight::kSpans ? x.span / w.group : 1;  // groups
   const int64_t piece =
       std::max<int64_t>(1, kInt4PieceBytes / (kTokens * Tokens::kPieces * w.group * together)) * together;
   int64_t of[kVectors];
@@ -484,8 +493,8 @@ __attribute__((noinline)) void int4_store(const Weight& w, const Int4Factors& fa
       for (int v = 0; v < kVectors; ++v)
         from[v] = w.words + (first - base + of[v]) * w.stride + begin * w.group / Tokens::kColumns * kBlockRows +
                   v % kBlockVectors * kLanes;
-      int4_groups<Weight, Tokens, kTokens, kVectors, kUnit, kFine>(
-          w, factors, of, x, tile, begin, std::min(begin + piece, groups), from, sums + i * kSums);
+      int4_groups<Weight, Tokens, kTokens, kVectors, kUnit>(w, factors, of, first - base, x, tile, begin,
+                                                            std::min(begin + piece, groups), from, sums + i * kSums);
     }
   const int64_t token = tile * kTokens, there = std::min<int64_t>(kTokens, x.m - token);
   for (int64_t i = 0; i < blocks; ++i) {
@@ -514,12 +523,12 @@ inline void with_tile_size(int64_t size, const F& f) {
 
 // `weight_of(first, last, worker)` gives a Weight that holds these blocks of rows: the whole one, or, not kWhole, one
 // that begins with them.
-template <class Weight, bool kWhole, int kUnit, bool kFine, class Tokens, class WeightOf>
+template <class Weight, bool kWhole, int kUnit, class Tokens, class WeightOf>
 void int4_gemm_by(const WeightOf& weight_of, const Tokens& tokens, int64_t n, const Output& out, int threads) {
-  constexpr int kMost = IntegerTiles<Tokens>::kMostTokens;
+  constexpr int kMost = IntegerTiles<Tokens, Weight::kSpans>::kMostTokens;
   const int64_t k = tokens.k, groups = tokens.groups, m = tokens.m;
   const int64_t blocks = (n + kBlockRows - 1) / kBlockRows, block_bytes = k * kBlockRows * 4 / Tokens::kColumns;
-  const IntegerTiles<Tokens> x(tokens, threads);
+  const IntegerTiles<Tokens, Weight::kSpans> x(tokens, threads);
   const int64_t chunk_tiles = std::max<int64_t>(1, kInt4ChunkTokens / x.tile);
   const int64_t chunks = (x.tiles + chunk_tiles - 1) / chunk_tiles;
   int64_t run = std::max<int64_t>(1, kInt4TaskBytes / block_bytes);
@@ -542,18 +551,16 @@ void int4_gemm_by(const WeightOf& weight_of, const Tokens& tokens, int64_t n, co
     const Int4Factors factors{room.data(), room.data() + values, groups};
     with_tile_size<kMost>(x.tile, [&](auto size) {
       for (int64_t tile = first_tile; tile < last_tile; ++tile)
-        int4_store<Weight, Tokens, decltype(size)::value, kUnit, kFine>(w, factors, x, tile, first, last, base, n, sums,
-                                                                        out);
+        int4_store<Weight, Tokens, decltype(size)::value, kUnit>(w, factors, x, tile, first, last, base, n, sums, out);
     });
   });
 }
 
 template <class Weight, bool kWhole, class Tokens, class WeightOf>
 void int4_gemm_of(const WeightOf& weight_of, const Tokens& x, int64_t n, const Output& out, int threads) {
-  if (x.quantized > x.block) return int4_gemm_by<Weight, kWhole, 0, true>(weight_of, x, n, out, threads);
   if constexpr (!Tokens::kPairs && Weight::kSteps >= 8)
-    if (x.block == 32) return int4_gemm_by<Weight, kWhole, 4, false>(weight_of, x, n, out, threads);
-  int4_gemm_by<Weight, kWhole, 0, false>(weight_of, x, n, out, threads);
+    if (x.block == 32) return int4_gemm_by<Weight, kWhole, 4>(weight_of, x, n, out, threads);
+  int4_gemm_by<Weight, kWhole, 0>(weight_of, x, n, out, threads);
 }
 
 template <class Weight, class Tokens>

@@ -39,19 +39,13 @@ template <class Weight, class Tokens, int kTiles, int kW>
 void int4_tiles(const amx::Tiles& tiles, const Weight& w, const Tokens& x, const int64_t (&tokens)[kTiles],
                 int64_t block, const uint32_t* words, amx::Sums<kTiles, kW>& sums) {
   using namespace simd;
+  static_assert(!Weight::kSpans, "groups so short are not for tiles");
   constexpr int kX = kTiles * Tokens::kPieces;
-  using Values = float[kTiles][kW][amx::kTokens][kBlockRows];
-  const int64_t groups = w.k / w.group, across = w.k / 4, blocks_a_group = w.group / x.block;
-  const int64_t groups_a_span = x.quantized > x.block ? x.quantized / w.group : 1;
+  const int64_t groups = w.k / w.group, across = w.k / 4, blocks = w.k / x.block, blocks_a_group = w.group / x.block;
   alignas(64) int32_t found[kX][kW][amx::kTokens][kBlockRows];
-  alignas(64) Values span;
   const auto each = [&](const auto& f) { amx::Sums<kTiles, kW>::each(f); };
-  const auto clear = [&](Values& to) {
-    each([&](int i, int j, int t, int v) { store_f32(to[i][j][t] + v * kLanes, zero_f32()); });
-  };
-  const auto step_of = [&](int i, int t, int64_t b) { return set1_f32(x.d[(tokens[i] + t) * (x.k / x.block) + b]); };
-  // to += the integers of block b of columns, times what factor(i, j, t, v) says.
-  const auto multiply = [&](int64_t b, Values& to, const auto& factor) {
+  each([&](int i, int j, int t, int v) { store_f32(sums.total[i][j][t] + v * kLanes, zero_f32()); });
+  for (int64_t b = 0; b < blocks; ++b) {
     const int8_t* codes[kX];
     const uint32_t* from[kW];
     for (int i = 0; i < kX; ++i) codes[i] = x.row(tokens[i / Tokens::kPieces], i % Tokens::kPieces) + b * x.block;
@@ -60,28 +54,10 @@ void int4_tiles(const amx::Tiles& tiles, const Weight& w, const Tokens& x, const
     each([&](int i, int j, int t, int v) {
       I32 sum = load_i32(found[i * Tokens::kPieces][j][t] + v * kLanes);
       if constexpr (Tokens::kPieces == 2) sum = add(sum, shift_left<8>(load_i32(found[2 * i + 1][j][t] + v * kLanes)));
-      float* at = to[i][j][t] + v * kLanes;
-      store_f32(at, fma(to_f32(sum), factor(i, j, t, v), load_f32(at)));
+      const F32 step = set1_f32(x.d[(tokens[i] + t) * blocks + b]);
+      float* at = sums.total[i][j][t] + v * kLanes;
+      store_f32(at, fma(to_f32(sum), mul(w.scale(block + j, b / blocks_a_group, v), step), load_f32(at)));
     });
-  };
-
-  clear(sums.total);
-  for (int64_t g = 0; g < groups; ++g) {
-    F32 scale[kW][kBlockVectors];
-    for (int j = 0; j < kW; ++j)
-      for (int v = 0; v < kBlockVectors; ++v) scale[j][v] = w.scale(block + j, g, v);
-    if (groups_a_span > 1) {
-      if (g % groups_a_span == 0) clear(span);
-      multiply(g, span, [&](int, int j, int, int v) { return scale[j][v]; });
-      if ((g + 1) % groups_a_span == 0)
-        each([&](int i, int j, int t, int v) {
-          float* at = sums.total[i][j][t] + v * kLanes;
-          store_f32(at, fma(load_f32(span[i][j][t] + v * kLanes), step_of(i, t, g), load_f32(at)));
-        });
-      continue;
-    }
-    for (int64_t b = g * blocks_a_group; b < (g + 1) * blocks_a_group; ++b)
-      multiply(b, sums.total, [&](int i, int j, int t, int v) { return mul(scale[j][v], step_of(i, t, b)); });
   }
   if constexpr (Weight::kOffsets)
     for (int64_t g = 0; g < groups; ++g)
@@ -128,10 +104,11 @@ void int4_product(const Weight& w, const Activations& x, int64_t columns_a_scale
   constexpr int kColumns = Weight::kWordCodes;
   const auto weight_of = [&](int64_t, int64_t, int) { return w; };
 #if defined(LOWBIT_TILES)
-  if (amx::takes(x.m, std::min(columns_a_scale, w.group))) {
-    const IntegerTokens<kPieces, kColumns, false, true> tokens(x, columns_a_scale, w.group, threads);
-    return int4_gemm_tiles<Weight, true>(weight_of, tokens, w.n, out, threads);
-  }
+  if constexpr (!Weight::kSpans)
+    if (amx::takes(x.m, std::min(columns_a_scale, w.group))) {
+      const IntegerTokens<kPieces, kColumns, false, true> tokens(x, columns_a_scale, w.group, threads);
+      return int4_gemm_tiles<Weight, true>(weight_of, tokens, w.n, out, threads);
+    }
 #endif
   const IntegerTokens<kPieces, kColumns> tokens(x, columns_a_scale, w.group, threads);
   int4_gemm_of<Weight, true>(weight_of, tokens, w.n, out, threads);

@@ -58,6 +58,20 @@ inline void store_from_f32(void* to, int64_t at, F32 value, int dtype) {
   return dtype == kBfloat16 ? store_bf16(half, value) : store_f16(half, value);
 }
 
+#if !defined(LOWBIT_ISA_AVX512)  // which looks int16 up
+// A table of 16 int8, for pairs of int16.
+struct PairTable {
+  const int8_t* values;
+};
+inline PairTable make_pair_table(const int8_t* values) { return {values}; }
+// What codes kAt and kAt + 4 of the 8 of every lane stand for, as two int16.
+template <int kAt>
+inline I32 lookup_pair(PairTable table, I32 word) {
+  const Bytes values = lookup_bytes(table.values, kAt % 2 ? high_nibbles(as_bytes(word)) : low_nibbles(as_bytes(word)));
+  return kAt / 2 ? odd_bytes(values) : even_bytes(values);
+}
+#endif
+
 // f(0), f(1), ... with numbers that are known when compiling, as shifts want them.
 template <int kCount, int kFirst = 0, class F>
 inline __attribute__((always_inline)) void for_each_place(F&& f) {

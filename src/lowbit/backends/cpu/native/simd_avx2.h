@@ -307,18 +307,6 @@ inline I32 dot2(I32 sum, I32 a, I32 b) {
   return sum;
 }
 
-// A table of 16 int8, for pairs of int16.
-struct PairTable {
-  const int8_t* values;
-};
-inline PairTable make_pair_table(const int8_t* values) { return {values}; }
-// What codes kAt and kAt + 4 of the 8 of every lane stand for, as two int16.
-template <int kAt>
-inline I32 lookup_pair(PairTable table, I32 word) {
-  const Bytes values = lookup_bytes(table.values, kAt % 2 ? high_nibbles(as_bytes(word)) : low_nibbles(as_bytes(word)));
-  return kAt / 2 ? odd_bytes(values) : even_bytes(values);
-}
-
 // The codes of kLanes / 2 bytes, the low nibble first; bits above the lowest four are not cleared.
 inline I32 spread_nibbles(const void* from) {
   int32_t word;
