@@ -33,7 +33,17 @@ MORE_SPECS = (
     *READ_ONLY_SPECS, "w4a8_codebook(correction=true)", "w4a8_codebook(codebook=false,group_size=8)",
 )  # fmt: skip
 # Ops that a forward never runs: what they cost in registers is of no interest, only that they compile.
-COLD = ("pack", "unpack", "row_errors", "scale_search", "gptq_columns", "descent_columns", "refit_unit")
+COLD = (
+    "pack",
+    "unpack",
+    "row_errors",
+    "scale_search",
+    "gptq_columns",
+    "descent_columns",
+    "refit_unit",
+    "gptq_sweep",
+    "descent_sweep",
+)
 
 
 @dataclass(frozen=True)

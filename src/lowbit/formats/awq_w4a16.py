@@ -38,6 +38,7 @@ from lowbit.formats.base import Candidate, Format
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import one_of, register
+from lowbit.formats.stored_steps import FloatSteps
 from lowbit.numerics.integers import round_clamp_
 from lowbit.numerics.levels import IntegerLevels
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles
@@ -140,16 +141,15 @@ class AwqW4A16(Format):
 
     def grid(self, rows: Tensor, params: Parts) -> Grid:
         step, zero = params["scale"].float(), params["zero"].float()
-        dtypes = params["scale"].dtype, params["zero"].dtype
 
         def snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
             assert zero is not None
-            if self.wzeros in _HALVES:
-                return self._snapped(step, zero - MIDDLE * step)
-            return step.clamp_min(MIN_STORED_SCALE).to(dtypes[0]).float(), zero.to(dtypes[1]).float()
+            return self._snapped(step, zero - MIDDLE * step)
 
+        plain = FloatSteps(MIN_STORED_SCALE, dtype=params["scale"].dtype, zero_dtype=params["zero"].dtype)
         columns, target = self.group_size, rows.t().contiguous()
-        return Grid(target, step.clone(), _LEVELS, columns=columns, zero=zero.clone(), snap=snap)
+        chosen = snap if self.wzeros in _HALVES else plain
+        return Grid(target, step.clone(), _LEVELS, columns=columns, zero=zero.clone(), snap=chosen)
 
     def with_steps(self, params: Parts, grid: Grid) -> Parts:
         assert grid.zero is not None

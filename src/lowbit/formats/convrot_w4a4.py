@@ -36,6 +36,7 @@ from lowbit.formats.base import MIN_SCALE, Candidate, Format
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import one_of, register
+from lowbit.formats.stored_steps import FloatSteps
 from lowbit.numerics.int4_matmul import unpack_codes
 from lowbit.numerics.int8_matmul import INT8_MAX, coded_linear
 from lowbit.numerics.integers import round_clamp_
@@ -118,7 +119,7 @@ class ConvrotW4A4(Format):
 
     def grid(self, rows: Tensor, params: Parts) -> Grid:
         step = params["scale"].reshape(1, -1).clone()
-        return Grid(rows.t().contiguous(), step, _LEVELS, columns=rows.shape[1], snap=_snap)
+        return Grid(rows.t().contiguous(), step, _LEVELS, columns=rows.shape[1], snap=FloatSteps(MIN_SCALE))
 
     def with_steps(self, params: Parts, grid: Grid) -> Parts:
         return {"scale": grid.step.reshape(-1).clone()}
@@ -138,7 +139,3 @@ class ConvrotW4A4(Format):
     def _steps(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:
         """The codes of rows as float32."""
         return round_clamp_(rows / params["scale"].unsqueeze(1), -LARGEST, LARGEST, noise)
-
-
-def _snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return step.clamp_min(MIN_SCALE), zero

@@ -14,7 +14,6 @@ from lowbit.numerics.floats import e8m0_values
 from lowbit.numerics.groups import ceil_div, pad_to
 
 GROUP = 32
-_SMALLEST_STEP, _LARGEST_STEP = 2.0**-126, 2.0**127
 
 
 def codes_for(amax: Tensor, exponent: int) -> Tensor:
@@ -42,14 +41,3 @@ def scale_up(values: Tensor, scale: Tensor) -> Tensor:
 def codes_of_steps(step: Tensor) -> Tensor:
     """uint8 codes of powers of two from 2**-127, which is subnormal: no exponent bits are its code, too."""
     return (step.view(torch.int32) >> 23).to(torch.uint8)
-
-
-def snap_to_powers(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The nearest power of two of each step: the `Snap` of a grid."""
-    below = _power_below(step.clamp(_SMALLEST_STEP, _LARGEST_STEP))
-    return torch.where(step > 1.5 * below, 2 * below, below).clamp_(max=_LARGEST_STEP), zero
-
-
-def _power_below(x: Tensor) -> Tensor:
-    """The largest power of two that is not above x, which is normal and positive."""
-    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)

@@ -22,6 +22,7 @@ from lowbit.formats.base import MIN_SCALE, Candidate, Format, whole_amax
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, K, N, Part, Parts
 from lowbit.formats.registry import one_of
+from lowbit.formats.stored_steps import FloatSteps
 from lowbit.numerics.groups import expand_tiles, is_tile, reduce_tiles
 from lowbit.numerics.levels import Levels
 
@@ -79,7 +80,7 @@ class Granular(Format):
         tall, wide = self.unit((n, k))
         by_row = params["scale"].reshape(-1, params["scale"].shape[-1] if self.granularity == "block" else 1)
         step = by_row.t().repeat_interleave(tall, dim=1)[:, :n].contiguous()
-        return Grid(rows.t().contiguous(), step, self.levels, columns=wide, rows=tall, snap=_snap)
+        return Grid(rows.t().contiguous(), step, self.levels, columns=wide, rows=tall, snap=FloatSteps(MIN_SCALE))
 
     def with_steps(self, params: Parts, grid: Grid) -> Parts:
         by_tile = grid.step[:, :: grid.rows].t()
@@ -98,7 +99,3 @@ class Granular(Format):
 
     def _scale(self, amax: Tensor) -> Tensor:
         return (amax / self.largest).clamp_min(MIN_SCALE)
-
-
-def _snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return step.clamp_min(MIN_SCALE), zero

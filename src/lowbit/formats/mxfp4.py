@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.base import Candidate, Format
-from lowbit.formats.e8m0_scales import GROUP, codes_for, codes_of_steps, scale_down, scale_up, snap_to_powers
+from lowbit.formats.e8m0_scales import GROUP, codes_for, codes_of_steps, scale_down, scale_up
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import register
+from lowbit.formats.stored_steps import PowerSteps
 from lowbit.numerics.floats import E2M1_MAX, e2m1_codes, e2m1_values, e8m0_values, round_to_e2m1
 from lowbit.numerics.groups import group_amax
 from lowbit.numerics.levels import E2M1
@@ -122,7 +123,7 @@ class Mxfp4(Format):
     def grid(self, rows: Tensor, params: Parts) -> Grid:
         """A refitted scale is the nearest power of two."""
         step = e8m0_values(params["scale"]).t().contiguous()
-        return Grid(rows.t().contiguous(), step, E2M1, columns=GROUP, snap=snap_to_powers)
+        return Grid(rows.t().contiguous(), step, E2M1, columns=GROUP, snap=PowerSteps())
 
     def with_steps(self, params: Parts, grid: Grid) -> Parts:
         """The codes of steps that are powers of two."""

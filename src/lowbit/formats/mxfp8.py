@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.base import Candidate, Format
-from lowbit.formats.e8m0_scales import GROUP, codes_for, codes_of_steps, scale_down, scale_up, snap_to_powers
+from lowbit.formats.e8m0_scales import GROUP, codes_for, codes_of_steps, scale_down, scale_up
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import register
+from lowbit.formats.stored_steps import PowerSteps
 from lowbit.numerics.floats import E4M3_MAX, e8m0_values, from_fp8, stochastic_to_fp8, to_fp8
 from lowbit.numerics.groups import group_amax, pad_to
 from lowbit.numerics.levels import E4M3
@@ -108,7 +109,7 @@ class Mxfp8(Format):
     def grid(self, rows: Tensor, params: Parts) -> Grid:
         """A refitted scale is the nearest power of two."""
         step = e8m0_values(params["scale"]).t().contiguous()
-        return Grid(rows.t().contiguous(), step, E4M3, columns=GROUP, snap=snap_to_powers)
+        return Grid(rows.t().contiguous(), step, E4M3, columns=GROUP, snap=PowerSteps())
 
     def with_steps(self, params: Parts, grid: Grid) -> Parts:
         """The codes of steps that are powers of two."""

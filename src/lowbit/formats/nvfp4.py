@@ -38,7 +38,8 @@ from lowbit.formats.global_scale import LARGEST_GROUP, GlobalScale
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import one_of, register
-from lowbit.numerics.floats import E2M1_MAX, E4M3_MAX, e2m1_codes, e2m1_values, from_fp8, round_to_e2m1, to_fp8
+from lowbit.formats.stored_steps import E4m3Steps
+from lowbit.numerics.floats import E2M1_MAX, e2m1_codes, e2m1_values, from_fp8, round_to_e2m1, to_fp8
 from lowbit.numerics.groups import ceil_div, group_amax, pad_to
 from lowbit.numerics.levels import E2M1
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles
@@ -49,23 +50,6 @@ _LARGEST = 0x7E  # the code of 448; 0x7f is NaN. Codes of positive e4m3 values a
 _OCTAVE = 8  # codes from a scale to its double
 _LOWEST_NORMALS = 15  # up to this code e4m3 values lie 2**-9 apart: half an odd one is not a value
 _INF = float("inf")
-
-
-@dataclass(frozen=True)
-class _Snap:
-    """The nearest steps [G, n] under a global scale, which is one or, the last axis of steps, one a row."""
-
-    kind: GlobalScale
-    global_scale: Tensor
-
-    def __call__(self, step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See `Snap`."""
-        wanted = self.kind.over(step, self.global_scale).clamp_(SMALLEST_SCALE, E4M3_MAX)
-        return self.kind.times(from_fp8(to_fp8(wanted, torch.float8_e4m3fn)), self.global_scale), zero
-
-    def narrow(self, start: int, stop: int) -> _Snap:
-        """That of some of the rows."""
-        return replace(self, global_scale=self.global_scale[start:stop]) if self.global_scale.dim() else self
 
 
 @register
@@ -210,7 +194,7 @@ class Nvfp4(Format):
 
     def grid(self, rows: Tensor, params: Parts) -> Grid:
         """A refitted scale is the nearest positive e4m3 value; the global scale stays."""
-        snap = _Snap(self._global, params["global_scale"])
+        snap = E4m3Steps(self._global, params["global_scale"])
         return Grid(rows.t().contiguous(), self._steps(params).t().contiguous(), E2M1, columns=GROUP, snap=snap)
 
     def with_steps(self, params: Parts, grid: Grid) -> Parts:

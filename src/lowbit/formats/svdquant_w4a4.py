@@ -34,6 +34,7 @@ from lowbit.formats.base import Candidate, Format
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, K, N, Part, Parts, R
 from lowbit.formats.registry import register
+from lowbit.formats.stored_steps import FloatSteps
 from lowbit.numerics.groups import group_amax, row_chunks
 from lowbit.numerics.int4_matmul import (
     GELU_SHIFT,
@@ -181,19 +182,14 @@ class SvdquantW4A4(Format):
 
     def grid(self, rows: Tensor, params: Parts) -> Grid:
         """Of the residual, in its smoothed units; the low rank and the smoothing factors stay."""
-        factor, dtype = params["smooth_factor"].float(), params["scale"].dtype
-
-        def snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            safe = torch.where(step.abs() < MIN_STORED_SCALE, MIN_STORED_SCALE, step)
-            return safe.to(dtype).float(), zero
-
+        factor = params["smooth_factor"].float()
         return Grid(
             self._residual(rows, params).t().contiguous(),
             params["scale"].float().clone(),
             _LEVELS,
             columns=GROUP,
             factor=smoothed(torch.ones_like(factor), factor),
-            snap=snap,
+            snap=FloatSteps(MIN_STORED_SCALE, dtype=params["scale"].dtype, with_sign=True),
         )
 
     def with_steps(self, params: Parts, grid: Grid) -> Parts:

@@ -38,6 +38,7 @@ from lowbit.formats.base import MIN_SCALE, Format
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import HALVES, Dim, N, Part, Parts
 from lowbit.formats.registry import one_of, register
+from lowbit.formats.stored_steps import FloatSteps
 from lowbit.numerics.codebooks import IntegerCodebook, codebook_error, fitted_codebook, gaussian_codebook
 from lowbit.numerics.floats import to_fp8
 from lowbit.numerics.int8_matmul import INT8_MAX, coded_linear
@@ -170,7 +171,7 @@ class W4A8Codebook(Format):
         """In integers, of which each group has its own few; the correction is taken off."""
         step = params["s_channel"].reshape(1, -1).clone()
         target = (self._groups(rows) - _by_group(params, rows.device)).flatten(1).t().contiguous()
-        grid = _IntegerGrid(target, step, _INTEGERS, columns=rows.shape[1], snap=_snap)
+        grid = _IntegerGrid(target, step, _INTEGERS, columns=rows.shape[1], snap=FloatSteps(MIN_SCALE))
         grid.group_size, grid.codebook = self.group_size, self._codebook(params)
         grid.scales = params["s_rel"].float().t().contiguous().unbind(0)
         return grid
@@ -282,7 +283,3 @@ def _by_group(params: Mapping[str, Tensor], device: torch.device) -> Tensor:
     if "correction" not in params:
         return torch.zeros((), device=device)
     return params["correction"].t().float().contiguous().unsqueeze(-1)
-
-
-def _snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return step.clamp_min(MIN_SCALE), zero

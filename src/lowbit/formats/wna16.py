@@ -40,6 +40,7 @@ from lowbit.formats.base import Candidate, Format
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, K, N, Part, Parts
 from lowbit.formats.registry import one_of, register
+from lowbit.formats.stored_steps import FloatSteps
 from lowbit.numerics.bit_packing import CODES, pack_bits, unpack_bits
 from lowbit.numerics.groups import ceil_div, group_amax, pad_to, round_up
 from lowbit.numerics.integers import round_clamp_
@@ -184,12 +185,16 @@ class WNA16(Format):
         dtype, step = params["scale"].dtype, params["scale"].float().t().contiguous()
 
         def snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            step = self._stored(step, dtype).float()
-            return step, None if zero is None else -self._zero_points(step, zero) * step
+            assert zero is not None
+            step, _ = plain(step, None)
+            return step, -self._zero_points(step, zero) * step
 
-        zero = -params["zero_point"].t().float() * step if self.zero_point else None
-        columns = self._columns(rows.shape[1])
-        return Grid(rows.t().contiguous(), step, self.levels, columns=columns, zero=zero, snap=snap)
+        plain = FloatSteps(_SMALLEST, self.largest_scale(dtype), dtype)
+        columns, target = self._columns(rows.shape[1]), rows.t().contiguous()
+        if not self.zero_point:
+            return Grid(target, step, self.levels, columns=columns, snap=plain)
+        zero = -params["zero_point"].t().float() * step
+        return Grid(target, step, self.levels, columns=columns, zero=zero, snap=snap)
 
     def with_steps(self, params: Parts, grid: Grid) -> Parts:
         found = {**params, "scale": grid.step.t().contiguous().to(params["scale"].dtype)}

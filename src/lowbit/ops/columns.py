@@ -1,4 +1,7 @@
-"""Rounding a block of columns one after the other, by the kernels of its device: what gptq and descent are made of.
+"""Rounding columns one after the other, by the kernels of their device: what gptq and descent are made of.
+
+gptq_sweep and descent_sweep go through all columns of some rows; gptq_columns, descent_columns and refit_unit are their
+parts, a block of columns at a time, between which many rows are worth matrix products.
 
 Functions and not operators: none of them is traced. Tensors are float32 and transposed, as in `formats.grid`: [c, n]
 for c columns of n rows. They are written over in place.
@@ -10,6 +13,34 @@ from torch import Tensor
 
 from lowbit.dispatch import ANY_FORMAT, select
 from lowbit.formats.grid import Grid
+
+WIDEST = 256  # a unit of more columns is not refitted within a sweep, but by itself
+
+
+def gptq_sweep(grid: Grid, order: Tensor, lower: Tensor, values: Tensor) -> None:
+    """Round all columns of a grid, the last one of an order first, each made up for by those before it.
+
+    order   int64 [K]   the columns
+    lower   [K, K]      the factor L of H in that order, unit lower triangular
+    values  [K, n]      what they are rounded to is written here, in the order of the file
+    """
+    args = (grid, order, lower, values)
+    select("gptq_sweep", ANY_FORMAT, "", values.device.type, args).run(*args)
+
+
+def descent_sweep(
+    grid: Grid, values: Tensor, gradient: Tensor, hessian: Tensor, *, codes: bool, scales: bool, last: bool
+) -> None:
+    """Go through all columns of a grid: move each code to its best value, refit each unit's step (and zero), or both.
+
+    values    [K, n]   what the codes stand for; becomes what they then stand for
+    gradient  [K, n]   H (target - values), kept up to date; `last`: it is of no use afterwards
+    hessian   [K, K]   H
+
+    `scales` only where units have at most WIDEST columns.
+    """
+    args = (grid, values, gradient, hessian, codes, scales, last)
+    select("descent_sweep", ANY_FORMAT, "", values.device.type, args).run(*args)
 
 
 def gptq_columns(grid: Grid, columns: Tensor, wanted: Tensor, inner: Tensor, values: Tensor, error: Tensor) -> None:

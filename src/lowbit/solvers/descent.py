@@ -6,19 +6,16 @@ scale_refit         goes through the units and gives each the best scale (and ze
                     squares in one or two unknowns, then the nearest that the format can store, where that is better
 descent             both in turn, until a round gains less than GAIN
 
-All keep the gradient H E^T up to date a block of columns at a time, which costs one matrix product a round.
+All keep the gradient H E^T up to date, which costs as much as one matrix product a round. Units of many columns have
+their scales refitted after a round, others within it.
 """
 
 from __future__ import annotations
 
-import torch
-
-from lowbit.ops.columns import descent_columns, refit_unit
+from lowbit.ops.columns import WIDEST, descent_sweep, refit_unit
 
 from .refinement import Draft, register_refinement
 
-BLOCK = 64
-WIDEST = 256  # a unit with more columns than this has its scale refitted after the round, not within it
 ROUNDS = 2
 GAIN = 5e-3  # of the error: a round that gains less is the last one
 
@@ -55,31 +52,15 @@ def _rounds(draft: Draft, *, codes: bool, scales: bool) -> None:
 def sweep(draft: Draft, *, codes: bool, scales: bool, last: bool = False) -> None:
     """One pass over all columns: their codes, the scales of their units (where the draft has them), or both.
 
-    last: the gradient is of no use afterwards; of columns done it is then not kept up to date.
+    last: the gradient is of no use afterwards.
     """
     scales = scales and not draft.fixed_scales
     grid, values, gradient, hessian = draft.grid, draft.values, draft.gradient, draft.curvature.hessian
-    k = values.shape[0]
-    narrow = grid.columns <= WIDEST
-    block = max(BLOCK // grid.columns, 1) * grid.columns if narrow else BLOCK
-    room = gradient.new_empty((2, min(block, k), values.shape[1]))  # once: fresh pages cost more than what they hold
-    whole = not last or (scales and not narrow)
-    for first in range(0, k, block) if codes or narrow else ():
-        stop = min(first + block, k)
-        slope, before = (x[: stop - first] for x in room)
-        slope.copy_(gradient[first:stop])
-        before.copy_(values[first:stop])
-        inner = hessian[first:stop, first:stop]
-        if codes:
-            descent_columns(grid, first, slope, inner, values[first:stop])
-        if scales and narrow:
-            for start in range(first, stop, grid.columns):
-                refit_unit(grid, start, min(start + grid.columns, stop), slope, inner, first, values)
-        moved = torch.sub(values[first:stop], before, out=before)
-        waiting = slice(0 if whole else stop, k)
-        gradient[waiting].addmm_(hessian[waiting, first:stop], moved, alpha=-1)
-    if scales and not narrow:
-        for start in range(0, k, grid.columns):
-            refit_unit(grid, start, min(start + grid.columns, k), gradient, hessian, 0, values)
+    narrow = scales and grid.columns <= WIDEST
+    wide = scales and not narrow
+    if codes or narrow:
+        descent_sweep(grid, values, gradient, hessian, codes=codes, scales=narrow, last=last and not wide)
+    for start in range(0, values.shape[0], grid.columns) if wide else ():
+        refit_unit(grid, start, min(start + grid.columns, values.shape[0]), gradient, hessian, 0, values)
     if last:
         draft.forget_gradient()

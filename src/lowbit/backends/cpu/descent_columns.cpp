@@ -16,24 +16,24 @@ struct Block {
 template <bool kFloating>
 void move_piece(const ColumnGrid& grid, const Block& block, const float* felt, const float* inverse, int64_t row,
                 int64_t count) {
-  const Room room(2 * block.count * kWidth);
-  float *moved = room.data(), *slopes = moved + block.count * kWidth;
+  const Room room(2 * block.count * Wide::kWidth);
+  float *moved = room.data(), *slopes = moved + block.count * Wide::kWidth;
   for (int64_t k = 0; k < block.count; ++k) {
     const int64_t at = k * block.n + row;
-    Piece slope = load_piece(block.slope + at, count), old = load_piece(block.values + at, count), wanted;
+    Wide slope = Wide::load(block.slope + at, count), old = Wide::load(block.values + at, count), wanted;
     add_products(slope, felt + k * block.count, moved, 0, 1, k);
     const simd::F32 scale = simd::set1_f32(inverse[k]);
-    for (int v = 0; v < kWidthVectors; ++v) wanted.v[v] = simd::fma(slope.v[v], scale, old.v[v]);
-    const Piece value = nearest_values<kFloating>(wanted, grid, block.first + k, block.n, row, count);
-    for (int v = 0; v < kWidthVectors; ++v) old.v[v] = simd::sub(value.v[v], old.v[v]);
-    store_piece(block.values + at, count, value);
-    store_piece(moved + k * kWidth, kWidth, old);
-    store_piece(slopes + k * kWidth, kWidth, slope);
+    for (int v = 0; v < kWideVectors; ++v) wanted.v[v] = simd::fma(slope.v[v], scale, old.v[v]);
+    const Wide value = nearest_values<kFloating>(wanted, grid, block.first + k, block.n, row, count);
+    for (int v = 0; v < kWideVectors; ++v) old.v[v] = simd::sub(value.v[v], old.v[v]);
+    value.store(block.values + at, count);
+    old.store(moved + k * Wide::kWidth);
+    slope.store(slopes + k * Wide::kWidth);
   }
   for (int64_t k = 0; k < block.count; ++k) {
-    Piece slope = load_piece(slopes + k * kWidth, kWidth);
+    Wide slope = Wide::load(slopes + k * Wide::kWidth);
     add_products(slope, felt + k * block.count, moved, k, 1, block.count - k);
-    store_piece(block.slope + k * block.n + row, count, slope);
+    slope.store(block.slope + k * block.n + row, count);
   }
 }
 
@@ -49,7 +49,7 @@ void descent_columns(Ptr<const float> step, Ptr<const float> divisor, Ptr<const 
   const Square hessian{inner, down, across};
   hessian.by_columns(count, -1.0f, felt.data());
   for (int64_t k = 0; k < count; ++k) inverse.data()[k] = 1.0f / hessian(k, k);
-  for_pieces(n, threads, [&](int64_t row, int64_t rows) {
+  for_pieces<Wide>(n, threads, [&](int64_t row, int64_t rows) {
     if (grid.floating) {
       move_piece<true>(grid, block, felt.data(), inverse.data(), row, rows);
     } else {

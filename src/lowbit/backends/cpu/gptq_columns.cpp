@@ -16,18 +16,18 @@ struct Block {
 // the shares of column i in the errors of all.
 template <bool kFloating>
 void round_piece(const ColumnGrid& grid, const Block& block, const float* shares, int64_t row, int64_t count) {
-  const Room room(block.count * kWidth);
+  const Room room(block.count * Wide::kWidth);
   float* missed = room.data();
   for (int64_t i = block.count - 1; i >= 0; --i) {
     const int64_t at = i * block.n + row, place = block.columns[i] * block.n + row;
-    Piece wanted = load_piece(block.wanted + at, count);
+    Wide wanted = Wide::load(block.wanted + at, count);
     add_products(wanted, shares + i * block.count, missed, block.count - 1, -1, block.count - 1 - i);
-    const Piece value = nearest_values<kFloating>(wanted, grid, block.columns[i], block.n, row, count);
-    Piece lost = load_piece(block.target + place, count);
-    for (int v = 0; v < kWidthVectors; ++v) lost.v[v] = simd::sub(lost.v[v], value.v[v]);
-    store_piece(block.values + place, count, value);
-    store_piece(block.error + at, count, lost);
-    store_piece(missed + i * kWidth, kWidth, lost);
+    const Wide value = nearest_values<kFloating>(wanted, grid, block.columns[i], block.n, row, count);
+    Wide lost = Wide::load(block.target + place, count);
+    for (int v = 0; v < kWideVectors; ++v) lost.v[v] = simd::sub(lost.v[v], value.v[v]);
+    value.store(block.values + place, count);
+    lost.store(block.error + at, count);
+    lost.store(missed + i * Wide::kWidth);
   }
 }
 
@@ -41,7 +41,7 @@ void gptq_columns(Ptr<const float> step, Ptr<const float> divisor, Ptr<const flo
   const Block block{columns, count, n, wanted, target, values, error};
   const Room shares(count * count);
   Square{inner, down, across}.by_columns(count, 1.0f, shares.data());
-  for_pieces(n, threads, [&](int64_t row, int64_t rows) {
+  for_pieces<Wide>(n, threads, [&](int64_t row, int64_t rows) {
     if (grid.floating) {
       round_piece<true>(grid, block, shares.data(), row, rows);
     } else {

@@ -9,6 +9,7 @@ from lowbit.backends.cpu.operands import address
 from lowbit.formats.grid import Grid
 from lowbit.numerics.levels import MAGIC, FloatLevels, IntegerLevels
 
+MOST_ROWS = 256
 GridFields = tuple[int, int, int, int, bool, float, float, float, float]
 
 
@@ -23,6 +24,13 @@ def refuses(grid: Grid, rows: tuple[Tensor, ...], inner: Tensor) -> str | None:
         return "not everything is float32"
     if not all(x.is_contiguous() for x in tensors):
         return "not all rows are without gaps"
+    return None
+
+
+def refuses_rows(values: Tensor) -> str | None:
+    """Why a kernel that goes through all columns by itself should not take values [K, n], or None."""
+    if values.shape[1] > MOST_ROWS:
+        return f"{values.shape[1]} rows; from {MOST_ROWS} on matrix products between blocks of columns are faster"
     return None
 
 
