@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError, PlanError, StatisticsError
 
-from .batches import Batch, TokenMask, as_batch
+from .batches import Batch, Split, TokenMask, as_batch
 from .collected import Collected
 from .collection import BROAD, Contents, InputFacts, LayerInput, StatisticsCollection, some
-from .gradients import GradientPass, Objective, whole_output
+from .gradients import Gradients, Objective, fitting, takes, whole_output
 from .linears import aliases, running, select_linears
 from .observe import Observer
 from .progress_file import ProgressFile, fingerprint
@@ -81,9 +82,10 @@ def calibrate(
     An input whose full H alone exceeds `memory`, or with more than `full_up_to` channels, keeps only its diagonal.
 
     `gradients`: for half of the batches, run the model backward too and keep the second moments of the gradient at the
-    output of every linear, which tell solvers what of an error reaches the model's output. It takes another pass over
-    the batches, room for the activations of one, and `memory` once more. True: the first floating-point tensor that
-    the model returns is what counts; or a function of what it returns and the `Batch`.
+    output of every linear, which tell solvers what of an error reaches the model's output. It takes room for the
+    activations of a batch and `memory` once more; where not all layers' fit into that, those that do take another pass
+    over the batches. True: the first floating-point tensor that the model returns is what counts; or a function of what
+    it returns and the `Batch`.
     `broad`: the batches are of as many kinds as what the model will meet, so solvers may trust H further.
     `layers`: regular expressions, of which one must match a linear's name. `share`: linears with the same input share
     an entry. `names`: other names for linears, by their names, None to leave one out.
@@ -162,6 +164,14 @@ class Run:
             share=options.share,
             seed=options.seed,
         )
+        self.gradients = self._shared_gradients()
+
+    def _shared_gradients(self) -> Gradients | None:
+        """Those that are taken in the first pass; None where there are none, or no room for those of all linears."""
+        chosen = self.options
+        if chosen.objective is None or len(fitting(self.linears, chosen.memory)) < len(self.linears):
+            return None
+        return Gradients(self.model, self.linears, chosen.objective, chosen.seed)
 
     def in_memory(self) -> Collected:
         """Take everything in one pass and keep it."""
@@ -180,8 +190,11 @@ class Run:
     def to_file(self, path: Path, *, resume: bool) -> StatisticsFile:
         """Take as many inputs in a pass as memory has room for, write them, and go on with the rest."""
         target = TargetFile(path)
-        key = fingerprint(self.linears, {**self.facts(), "description": self.description, "names": self.aliases})
-        snapshots = ProgressFile(path, self.observer, key, self.options.snapshot_every)
+        facts = {**self.facts(), "description": self.description, "names": self.aliases}
+        if self.gradients is not None:
+            facts["passes"] = "gradients in the first"  # whose snapshots hold more
+        key = fingerprint(self.linears, facts)
+        snapshots = ProgressFile(path, self.observer, self.gradients, key, self.options.snapshot_every)
         record = snapshots.restore(self._devices()) if resume else None
         if record is not None:
             self.number, self.batch_count, self.sample_count = record["pass"], record["batches"], record["samples"]
@@ -228,20 +241,28 @@ class Run:
 
     def take_gradients(self) -> dict[str, dict[str, Tensor]]:
         """After the first pass: the moments of the gradients by their keys in the file; none unless asked for."""
-        chosen = self.options
-        if chosen.objective is None:
+        if self.options.objective is None:
             return {}
+        if self.gradients is not None and not self.number:
+            found = self.gradients.finish()
+        else:
+            found = self._gradient_pass(self.options.objective)
+        self.outputs = {name: f"g{number}" for number, name in enumerate(found)}
+        return {self.outputs[name]: fields for name, fields in found.items()}
+
+    def _gradient_pass(self, objective: Objective) -> dict[str, dict[str, Tensor]]:
+        """A pass of their own, for the linears that were called and have room."""
         called = {name: self.linears[name] for name, seen in self.observer.watched.items() if seen.group}
-        work = GradientPass(self.model, called, chosen.objective, chosen.memory, chosen.seed)
+        chosen = fitting(called, self.options.memory)
+        if out := [name for name in called if name not in chosen]:
+            _log.warning("no room for the gradients of %d linears (%s); give more memory", len(out), some(out))
 
         def progress(done: int) -> None:
             if self.progress is not None:
                 self.progress(done, self.total or self.batch_count, "gradients")
 
         with running(self.model):
-            found = work.run(self._items(), progress)
-        self.outputs = {name: f"g{number}" for number, name in enumerate(found)}
-        return {self.outputs[name]: fields for name, fields in found.items()}
+            return Gradients(self.model, chosen, objective, self.options.seed).run(self._items(), progress)
 
     def next_pass(self) -> None:
         """Prepare for another pass over the batches."""
@@ -257,19 +278,20 @@ class Run:
                 f"{self.description}: another pass over the batches is needed, for {len(self.observer.waiting())} "
                 "inputs; pass a list or another re-iterable instead of an iterator, or give more memory"
             )
-        if self.options.objective is not None and isinstance(self.batches, Iterator):
+        if self.options.objective is not None and self.gradients is None and isinstance(self.batches, Iterator):
             raise StatisticsError(
                 f"{self.description}: gradients take another pass over the batches; pass a list or another re-iterable "
-                "instead of an iterator, or calibrate without gradients"
+                "instead of an iterator, give more memory, or calibrate without gradients"
             )
         skip = record["done"] if record else 0
         count = 0
-        with self.observer.hooked(), running(self.model):
+        gradients = None if self.number else self.gradients
+        with self.observer.hooked(), running(self.model), gradients.hooked() if gradients else nullcontext():
             for index, batch in enumerate(self._items()):
                 if index == skip:
                     self._compare(record)
                 if index >= skip:
-                    self._forward(batch, index)
+                    self._take(batch, index, gradients)
                 count += 1
                 self.samples += batch.samples
                 if snapshots is not None:
@@ -309,10 +331,18 @@ class Run:
             yield as_batch(item, index, self.options.token_mask)
             index += 1
 
-    def _forward(self, batch: Batch, index: int) -> None:
-        self.observer.begin(batch, index, self.samples)
+    def _take(self, batch: Batch, index: int, gradients: Gradients | None) -> None:
+        split = Split(batch, self.samples)
+        self.observer.begin(split, index)
+        if gradients is not None and takes(index):
+            gradients.take(split, index, lambda: self._forward(batch, index, ", or calibrate without gradients"))
+        else:
+            self._forward(batch, index)
+        self.observer.end()
+
+    def _forward(self, batch: Batch, index: int, more: str = "") -> Any:
         try:
-            self.model(*batch.args, **batch.kwargs)
+            return self.model(*batch.args, **batch.kwargs)
         except LowbitError:
             raise
         except Exception as error:
@@ -320,9 +350,8 @@ class Run:
             where = f"after the linear {last}" if last else "before its first linear"
             raise StatisticsError(
                 f"batch {index}: the model raised {type(error).__name__} {where}: {error}; see that it takes the batch "
-                "as it is given (model(*args, **kwargs)), on the same device"
+                f"as it is given (model(*args, **kwargs)), on the same device{more}"
             ) from error
-        self.observer.end()
 
     def _check_count(self, count: int) -> None:
         if not count:
