@@ -42,15 +42,17 @@ class Moment:
             stop = min(start + _PANEL, k)
             self.total[start:stop, start:].addmm_(x[:, start:stop].mT, x[:, start:])
 
-    def mean(self) -> Tensor | None:
-        """E[x xᵀ] as float32 on the CPU, symmetric to the bit; None without rows."""
+    def finish(self) -> Tensor | None:
+        """E[x xᵀ] as float32 on the CPU, symmetric to the bit, in the memory of the sum; None without rows."""
         if not self.rows:
             return None
-        mean = (self.total / self.rows).float()
+        mean = self.total.div_(self.rows).float()
         if mean.dim() == 2:
-            lower = mean.triu_().mT.clone(memory_format=torch.contiguous_format)  # so that += runs along memory
-            lower.diagonal().zero_()
-            mean += lower
+            for start in range(0, len(mean), _PANEL):  # blocks that stay in the cache while they are transposed
+                stop = start + _PANEL
+                corner = mean[start:stop, start:stop].triu_()
+                corner += corner.triu(1).mT
+                mean[stop:, start:stop] = mean[start:stop, stop:].mT
         return mean.cpu()
 
 
@@ -163,7 +165,7 @@ class Accumulator:
             self.reservoir.add(x)
 
     def finish(self) -> Statistics:
-        """The statistics of all rows so far, on the CPU. Nothing may be added afterwards."""
+        """The statistics of all rows so far, on the CPU. Nothing may be asked of it afterwards."""
         tokens = self.tokens
         for half, gathered in enumerate(self._gathered):
             if gathered.count:
@@ -172,9 +174,9 @@ class Accumulator:
         if not sum(tokens):
             return Statistics()
         return Statistics(
-            hessian=self.halves[0].mean(),
+            hessian=self.halves[0].finish(),
             tokens=tokens[0],
-            held_out=self.halves[1].mean(),
+            held_out=self.halves[1].finish(),
             held_out_tokens=tokens[1],
             absmax=torch.maximum(self.minimum.abs(), self.maximum.abs()).cpu(),
             mean=(self.sum / sum(tokens)).float().cpu(),

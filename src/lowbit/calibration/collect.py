@@ -4,49 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import LowbitError, PlanError, StatisticsError
+from lowbit.errors import LowbitError, StatisticsError
 
 from .batches import Batch, Split, TokenMask, as_batch
 from .collected import Collected
-from .collection import BROAD, Contents, InputFacts, LayerInput, StatisticsCollection, some
+from .collection import Contents, InputFacts, LayerInput, StatisticsCollection, some
 from .gradients import Gradients, Objective, fitting, takes, whole_output
 from .linears import aliases, running, select_linears
 from .observe import Observer
+from .options import MEMORY, Options, as_bytes
 from .progress_file import ProgressFile, fingerprint
 from .statistics_file import StatisticsFile
 from .target_file import TargetFile
 
 _log = logging.getLogger("lowbit")
 
-MEMORY = 4 * 2**30  # bytes: room for a full second moment, in both halves, of up to 21,000 channels
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
 Progress = Callable[[int, int | None, str], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How statistics are taken; what of it shapes the result is part of the file. Fields as `calibrate`'s arguments."""
-
-    layers: tuple[str, ...] = ()
-    memory: int | None = MEMORY
-    full_up_to: int | None = None
-    token_mask: TokenMask | None = None
-    share: bool = True
-    seed: int = 0
-    snapshot_every: float = 30.0
-    broad: bool = False
-    objective: Objective | None = None
 
 
 def calibrate(
@@ -120,16 +101,6 @@ def calibrate(
         return run().to_file(Path(path), resume=False)
 
 
-def as_bytes(memory: int | str | None) -> int | None:
-    """A number of bytes from "4GiB", "500 MB" or a number. Raises `PlanError`."""
-    if memory is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(memory).lower())
-    if not found or found[2] not in _UNITS or not float(found[1]):
-        raise PlanError(f"memory {memory!r}: give a number of bytes, or text such as '8GiB' or '500MB'")
-    return int(float(found[1]) * _UNITS[found[2]])
-
-
 class OtherBatchesError(StatisticsError):
     """The batches are not those of the run that was to go on."""
 
@@ -190,7 +161,7 @@ class Run:
     def to_file(self, path: Path, *, resume: bool) -> StatisticsFile:
         """Take as many inputs in a pass as memory has room for, write them, and go on with the rest."""
         target = TargetFile(path)
-        facts = {**self.facts(), "description": self.description, "names": self.aliases}
+        facts = {**self.options.facts(), "description": self.description, "names": self.aliases}
         if self.gradients is not None:
             facts["passes"] = "gradients in the first"  # whose snapshots hold more
         key = fingerprint(self.linears, facts)
@@ -386,22 +357,4 @@ class Run:
         }
         never = tuple(alias for name, seen in watched.items() if not seen.group for alias in self.aliases[name])
         counts = {"batches": self.batch_count, "samples": self.sample_count}
-        return Contents(self.description, layers, inputs, never, {**self.facts(), **counts})
-
-    def facts(self) -> dict[str, Any]:
-        """The options that shape the result, as JSON data."""
-        chosen = self.options
-        return {
-            "layers": list(chosen.layers),
-            "memory": chosen.memory,
-            "full_up_to": chosen.full_up_to,
-            "share": chosen.share,
-            "seed": chosen.seed,
-            BROAD: chosen.broad,
-            "gradients": "" if chosen.objective is None else _name_of(chosen.objective),
-        }
-
-
-def _name_of(objective: Objective) -> str:
-    """What a file calls it: a function by its name, any other callable by its class."""
-    return str(getattr(objective, "__name__", type(objective).__name__))
+        return Contents(self.description, layers, inputs, never, {**self.options.facts(), **counts})

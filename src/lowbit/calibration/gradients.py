@@ -84,7 +84,7 @@ class OutputMoments:
             if gathered.count:
                 self._halves[half].add(gathered.rest())
                 gathered.count = 0
-        means = [half.mean() for half in self._halves]
+        means = [half.finish() for half in self._halves]
         found = [mean if mean is not None and bool(mean.any()) else None for mean in means]
         first, second = (one if one is not None else other for one, other in zip(found, found[::-1], strict=True))
         return {} if first is None or second is None else {"output_hessian": first, "output_held_out": second}
