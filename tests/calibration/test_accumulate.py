@@ -54,6 +54,42 @@ def test_many_batches_lose_no_accuracy():
     assert ((found.hessian.double() - true).abs() / (scale[:, None] * scale)).max() < 1e-5
 
 
+def test_the_mean_stays_accurate_beside_a_large_offset():
+    """After 300 flushes of values around 1000 the mean is that of float64, to float32's precision."""
+    x = torch.randn(300 * FLUSH // 4, 16, generator=torch.Generator().manual_seed(4)).add_(1000.0).repeat(4, 1)
+
+    found = taken(x, x[:7], step=700)
+
+    torch.testing.assert_close(found.mean, torch.cat((x, x[:7])).double().mean(0).float(), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_it_does_not_matter_how_rows_come(full):
+    """In pieces of any size, or picked from among others, rows in the same order give the same bits."""
+    x, y = rows(2 * FLUSH + 300, 40, 1), rows(FLUSH, 40, 2)
+    mixed = Accumulator(40, full=full, device=CPU)
+    both, first = torch.stack((x[:FLUSH], y), 1).flatten(0, 1), torch.arange(0, 2 * FLUSH, 2)
+    mixed.add(both, 0, first)
+    mixed.add(both, 1, first + 1)
+    mixed.add(x[FLUSH:], 0)
+    picked = mixed.finish()
+
+    for step in (1 + FLUSH // 3, FLUSH, 10 * FLUSH):
+        found = taken(x, y, full=full, step=step)
+        for name in ("hessian", "held_out", "absmax", "samples"):
+            assert torch.equal(getattr(found, name), getattr(picked, name)), name
+        torch.testing.assert_close(found.mean, picked.mean)
+
+
+def test_a_buffer_in_use_is_not_what_is_kept():
+    """Rows that are kept do not change when the memory they were gathered in is written over."""
+    made = Accumulator(3, full=True, device=CPU)
+    for number in range(3):
+        made.add(torch.full((FLUSH, 3), float(number + 1)), 0)
+
+    assert set(made.finish().samples.unique().tolist()) == {1.0, 2.0, 3.0}
+
+
 def test_ranges_means_and_counts_cover_both_halves():
     """absmax, mean, minimum and maximum are those of all rows; tokens are counted by half."""
     x, y = rows(1500, 20, 1), rows(300, 20, 2) - 3

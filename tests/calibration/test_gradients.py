@@ -14,6 +14,7 @@ from torch import nn
 
 import lowbit
 from lowbit.calibration import StatisticsFile, save_statistics
+from lowbit.calibration.gradients import _is_finite
 from lowbit.calibration.merge import Merged
 from lowbit.errors import StatisticsError
 from tests.calibration.models import Attention, Chain, batches, same
@@ -221,13 +222,71 @@ def test_a_model_without_gradients_is_one_error(tail, said, tmp_path):
     assert not (tmp_path / "s.safetensors").exists()
 
 
-def test_an_iterator_is_refused():
-    """Batches that can be had only once give no second pass; that is said."""
-    once = iter(batches())
+def test_an_iterator_is_refused_where_it_does_not_do():
+    """Batches that can be had only once give no second pass; that is said. Where one is enough, they do."""
+    once, model = iter(batches()), Attention()
 
     with pytest.raises(StatisticsError, match="gradients take another pass"):
-        lowbit.calibrate(Attention(), once, gradients=True)
-    assert len(list(once)) == len(batches())
+        lowbit.calibrate(model, once, gradients=True, memory="500KB")
+    assert same(lowbit.calibrate(model, once, gradients=True), lowbit.calibrate(model, batches(), gradients=True))
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 5])
+def test_an_interrupted_first_pass_goes_on_with_its_gradients(tmp_path, after):
+    """Killed in the pass that takes both, the next run goes on at that batch, and the file is the same to the byte."""
+    torch.manual_seed(1)
+    model, data = Chain((24, 40, 24, 32)), batches(6, size=100, tokens=7)
+    stopped, straight = tmp_path / "s.safetensors", tmp_path / "other.safetensors"
+    how = {"gradients": True, "snapshot_every": 0}
+    with pytest.raises(KeyboardInterrupt):
+        lowbit.calibrate(model, dying(data, after), path=stopped, **how)
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+
+    lowbit.calibrate(model, data, path=stopped, **how).close()
+
+    handle.remove()
+    assert len(calls) == len(data) - after
+    lowbit.calibrate(model, data, path=straight, **how).close()
+    assert stopped.read_bytes() == straight.read_bytes()
+
+
+@pytest.mark.parametrize("filed", [True, False])
+def test_one_pass_gives_what_two_do(tmp_path, filed):
+    """With room for every linear's gradients they are taken in the first pass, and differ by rounding at most."""
+    found, calls = [], []
+    for wide, passes in ((3, 6), (8192, 12 - 2)):
+        torch.manual_seed(1)
+        model = Attention()
+        model.unused = nn.Linear(24, wide)  # too large for the memory, but never called
+        model.register_forward_hook(lambda *_: calls.append(1))
+        path = {"path": tmp_path / f"{wide}.safetensors"} if filed else {}
+        found.append(lowbit.calibrate(model, batches(6), gradients=True, memory="100MB", **path))
+        assert len(calls) == passes
+        calls.clear()
+
+    for name in ("q", "k", "v", "o"):
+        one, two = found[0][name], found[1][name]
+        assert (one.tokens, one.held_out_tokens) == (two.tokens, two.held_out_tokens)
+        for field in ("hessian", "held_out", "mean", "samples", "output_hessian", "output_held_out"):
+            torch.testing.assert_close(getattr(one, field), getattr(two, field), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_that_does_not_fit_is_named():
+    """Where the model raises while gradients are taken too, the error names the batch and the layer."""
+    with pytest.raises(StatisticsError, match=r"batch 1: the model raised .* after the linear q.*gradients"):
+        lowbit.calibrate(Attention(), [*batches(1), torch.randn(2, 3)], gradients=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_large_values_count_as_finite(dtype):
+    """A sum that overflows, of values that are finite, is looked at again; NaN and infinity are found in it."""
+    x = torch.full((3, 500), torch.finfo(dtype).max, dtype=dtype)
+
+    assert _is_finite(x)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x[1, 7], x[2, 3] = bad, -bad
+        assert not _is_finite(x)
 
 
 def test_a_lost_file_is_begun_again(tmp_path):

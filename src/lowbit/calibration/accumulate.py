@@ -14,7 +14,6 @@ BINS = 4096  # 12 of the 31 bits of |x| as float32: 8 of exponent, 4 of mantissa
 FLUSH = 1024  # rows that are gathered before a product: many thin products take several times as long as a thick one
 _PANEL = 192  # columns of one product: only the panels right of the diagonal are computed
 _COUNTED = 2**16  # elements of one flush that go into the histogram; more would cost as much as the products
-_CHUNK = 2**25  # elements of rows that are worked on at once, as float32
 
 
 def state_bytes(k: int, *, full: bool) -> int:
@@ -36,22 +35,58 @@ class Moment:
         """Add float32 rows [R, K]."""
         self.rows += x.shape[0]
         if self.total.dim() == 1:
-            self.total += x.double().square_().sum(0)
+            self.total += x.square().sum(0)  # float32 for up to FLUSH rows, float64 from there on
             return
         k = x.shape[1]
         for start in range(0, k, _PANEL):
             stop = min(start + _PANEL, k)
             self.total[start:stop, start:].addmm_(x[:, start:stop].mT, x[:, start:])
 
-    def mean(self) -> Tensor | None:
-        """E[x xᵀ] as float32 on the CPU, symmetric to the bit; None without rows."""
+    def finish(self) -> Tensor | None:
+        """E[x xᵀ] as float32 on the CPU, symmetric to the bit, in the memory of the sum; None without rows."""
         if not self.rows:
             return None
-        mean = (self.total / self.rows).float()
+        mean = self.total.div_(self.rows).float()
         if mean.dim() == 2:
-            mean = mean.triu_()
-            mean += mean.triu(1).mT
+            for start in range(0, len(mean), _PANEL):  # blocks that stay in the cache while they are transposed
+                stop = start + _PANEL
+                corner = mean[start:stop, start:stop].triu_()
+                corner += corner.triu(1).mT
+                mean[stop:, start:stop] = mean[start:stop, stop:].mT
         return mean.cpu()
+
+
+class Gathered:
+    """Rows [R, K] of any float dtype, made float32 blocks of `FLUSH` rows in a buffer that is used again and again."""
+
+    def __init__(self, k: int, device: torch.device) -> None:
+        self.count = 0
+        self._shape, self._device = (FLUSH, k), device
+        self._buffer: Tensor | None = None
+
+    def add(self, x: Tensor, index: Tensor | None = None) -> Iterator[Tensor]:
+        """Take the rows of x at `index` (int64 [I], None for all) and give each block that gets full."""
+        if self._buffer is None:
+            self._buffer = torch.empty(self._shape, device=self._device)
+        done, total = 0, len(x) if index is None else len(index)
+        while done < total:
+            stop = min(done + FLUSH - self.count, total)
+            into = self._buffer[self.count : self.count + stop - done]
+            if index is None:
+                into.copy_(x[done:stop])
+            elif x.dtype == into.dtype and x.device == into.device:
+                torch.index_select(x, 0, index[done:stop], out=into)
+            else:
+                into.copy_(x.index_select(0, index[done:stop]))
+            self.count += stop - done
+            done = stop
+            if self.count == FLUSH:
+                self.count = 0
+                yield self._buffer
+
+    def rest(self) -> Tensor:
+        """The rows of the block that is not full; shares memory with it."""
+        return torch.empty((0, self._shape[1])) if self._buffer is None else self._buffer[: self.count]
 
 
 class Reservoir:
@@ -65,15 +100,17 @@ class Reservoir:
     def add(self, x: Tensor) -> None:
         """Offer float32 rows [R, K]."""
         keys = torch.rand(x.shape[0], dtype=torch.float64, generator=self._random)
+        offered = torch.arange(x.shape[0])
         if len(self.keys) == ROWS_KEPT:
-            better = (keys < self.keys.max()).nonzero()[:, 0]
-            keys, x = keys[better], x[better.to(x.device)]
-            if not len(keys):
+            offered = (keys < self.keys.max()).nonzero()[:, 0]
+            if not len(offered):
                 return
-        self.rows, self.keys = torch.cat((self.rows, x)), torch.cat((self.keys, keys))
-        if len(self.keys) > ROWS_KEPT:
-            best = self.keys.topk(ROWS_KEPT, largest=False).indices.sort().values
-            self.rows, self.keys = self.rows[best.to(x.device)], self.keys[best]
+        old = len(self.keys)
+        joined, best = torch.cat((self.keys, keys[offered])), torch.arange(old + len(offered))
+        if len(joined) > ROWS_KEPT:
+            best = joined.topk(ROWS_KEPT, largest=False).indices.sort().values
+        stay, come = best[best < old].to(x.device), offered[best[best >= old] - old].to(x.device)
+        self.rows, self.keys = torch.cat((self.rows[stay], x[come])), joined[best]
 
     def state(self) -> dict[str, Tensor]:
         """All that `restore` needs."""
@@ -86,10 +123,10 @@ class Reservoir:
 
 
 class Accumulator:
-    """The running statistics of one input x of K channels. Rows are gathered and worked on in batches of `FLUSH`.
+    """The running statistics of one input x of K channels. Rows are gathered and worked on `FLUSH` at a time.
 
-    `full` keeps the whole second moment, else its diagonal. The result depends on the order of the rows and on how
-    they come (the last bits, and which rows are counted and kept), on nothing else.
+    `full` keeps the whole second moment, else its diagonal. The result depends on the order of the rows of each half
+    (the last bits, and which rows are counted and kept) and on nothing else.
     """
 
     def __init__(self, k: int, *, full: bool, device: torch.device, seed: int = 0) -> None:
@@ -100,33 +137,27 @@ class Accumulator:
         self.maximum = torch.full((k,), -torch.inf, device=device)
         self.magnitudes = torch.zeros(BINS, dtype=torch.int64, device=device)
         self.reservoir = Reservoir(k, seed, device)
-        self._pending: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._gathered = (Gathered(k, device), Gathered(k, device))
 
     @property
     def tokens(self) -> tuple[int, int]:
         """Rows seen of each half."""
-        first, second = (half.rows + sum(map(len, rows)) for half, rows in zip(self.halves, self._pending, strict=True))
+        first, second = (half.rows + rows.count for half, rows in zip(self.halves, self._gathered, strict=True))
         return first, second
 
-    def add(self, x: Tensor, half: int) -> None:
-        """Take rows [R, K] of any float dtype, finite, into half 0 (solved with) or 1 (held out)."""
-        for piece in _pieces(x):
-            pending = self._pending[half]
-            pending.append(piece.to(self.device, torch.float32, copy=True))
-            if sum(map(len, pending)) >= FLUSH:
-                self._flush(half)
+    def add(self, x: Tensor, half: int, index: Tensor | None = None) -> None:
+        """Take rows [R, K] of any float dtype, finite, into half 0 (solved with) or 1 (held out).
 
-    def _flush(self, half: int) -> None:
-        pending = self._pending[half]
-        if not pending:
-            return
-        x = pending[0] if len(pending) == 1 else torch.cat(pending)
-        pending.clear()
+        `index`: int64, on the device of x, the rows to take; None for all.
+        """
+        for block in self._gathered[half].add(x, index):
+            self._work(block, half)
+
+    def _work(self, x: Tensor, half: int) -> None:
         self.halves[half].add(x)
-        self.sum += x.sum(0, dtype=torch.float64)
-        low, high = torch.aminmax(x, dim=0)
-        torch.minimum(self.minimum, low, out=self.minimum)
-        torch.maximum(self.maximum, high, out=self.maximum)
+        self.sum += x.sum(0)  # float32 for up to FLUSH rows (summed in a tree), float64 from there on
+        torch.minimum(self.minimum, x.amin(0), out=self.minimum)  # aminmax takes eight times as long along rows
+        torch.maximum(self.maximum, x.amax(0), out=self.maximum)
         step = -(-x.numel() // _COUNTED)
         bins = x[::step].abs().view(torch.int32) >> 19
         self.magnitudes += torch.bincount(bins.flatten(), minlength=BINS)
@@ -134,16 +165,18 @@ class Accumulator:
             self.reservoir.add(x)
 
     def finish(self) -> Statistics:
-        """The statistics of all rows so far, on the CPU. Nothing may be added afterwards."""
-        for half in range(2):
-            self._flush(half)
+        """The statistics of all rows so far, on the CPU. Nothing may be asked of it afterwards."""
         tokens = self.tokens
+        for half, gathered in enumerate(self._gathered):
+            if gathered.count:
+                self._work(gathered.rest(), half)
+                gathered.count = 0
         if not sum(tokens):
             return Statistics()
         return Statistics(
-            hessian=self.halves[0].mean(),
+            hessian=self.halves[0].finish(),
             tokens=tokens[0],
-            held_out=self.halves[1].mean(),
+            held_out=self.halves[1].finish(),
             held_out_tokens=tokens[1],
             absmax=torch.maximum(self.minimum.abs(), self.maximum.abs()).cpu(),
             mean=(self.sum / sum(tokens)).float().cpu(),
@@ -155,7 +188,7 @@ class Accumulator:
 
     def state(self) -> dict[str, Tensor]:
         """Everything, by name, for an `Accumulator` of the same K to `restore`; shares memory with this one."""
-        rows = {f"pending_{half}": torch.cat(self._pending[half]) for half in range(2) if self._pending[half]}
+        rows = {f"pending_{half}": rows.rest() for half, rows in enumerate(self._gathered) if rows.count}
         totals = {f"total_{half}": moment.total for half, moment in enumerate(self.halves)}
         counts = torch.tensor([moment.rows for moment in self.halves])
         ranges = {name: getattr(self, name) for name in ("sum", "minimum", "maximum", "magnitudes")}
@@ -168,14 +201,8 @@ class Accumulator:
             moment.rows = int(state["counts"][index])
             moment.total = state[f"total_{index}"].to(self.device)
             if f"pending_{index}" in state:
-                self._pending[index].append(state[f"pending_{index}"].to(self.device))
+                self.add(state[f"pending_{index}"], index)
         for name in ("sum", "minimum", "maximum", "magnitudes"):
             setattr(self, name, state[name].to(self.device))
         start = "reservoir_"
         self.reservoir.restore({name.removeprefix(start): t for name, t in state.items() if name.startswith(start)})
-
-
-def _pieces(x: Tensor) -> Iterator[Tensor]:
-    """Rows in pieces whose copy as float32 stays small."""
-    size = max(FLUSH, _CHUNK // max(x.shape[1], 1))
-    return iter(x.split(size)) if len(x) else iter(())

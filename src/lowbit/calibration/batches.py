@@ -87,19 +87,56 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(inner)
 
 
-def rows_of(x: Tensor, batch: Batch, first_sample: int) -> tuple[Tensor | None, Tensor]:
-    """Which rows of x, seen as [R, K], count (bool [R], None for all), and the half of each row (uint8 [R]).
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a tensor x, seen as [R, K], count. All are int64, ascending, on the device of x.
+
+    `kept`: those that are not padding, None for all R. `halves`: those of them that belong to either half.
+    """
+
+    kept: Tensor | None
+    halves: tuple[Tensor, Tensor]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many there are of each half."""
+        return len(self.halves[0]), len(self.halves[1])
+
+    def select(self, x: Tensor) -> Tensor:
+        """The kept ones of x [R, ...]."""
+        return x if self.kept is None else x.index_select(0, self.kept)
+
+
+class Split:
+    """The halves of one batch's rows; worked out once for each shape, of which a model has few.
 
     Samples go to the halves in turn, counted from `first_sample`, the number of the batch's first sample. Where x does
     not have a multiple of the batch's rows, all of the call goes to the half of the first one.
     """
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    keep = None
-    for mask in batch.masks:
-        if tuple(x.shape[:-1]) == tuple(mask.shape) or (x.dim() == 2 and rows == mask.numel() > mask.shape[0]):
-            keep = mask.flatten().to(x.device)
-            break
-    if rows % batch.samples == 0:
-        sample = torch.arange(rows, device=x.device) // max(rows // batch.samples, 1)
-        return keep, ((sample + first_sample) % 2).to(torch.uint8)
-    return keep, torch.full((rows,), first_sample % 2, dtype=torch.uint8, device=x.device)
+
+    def __init__(self, batch: Batch, first_sample: int) -> None:
+        self.batch, self._first_sample = batch, first_sample
+        self._known: dict[tuple[torch.Size, torch.device], Rows] = {}
+
+    def rows(self, x: Tensor) -> Rows:
+        """Those of x [..., K]."""
+        key = (x.shape[:-1], x.device)
+        if key not in self._known:
+            self._known[key] = self._find(x.shape[:-1], x.device)
+        return self._known[key]
+
+    def _find(self, shape: torch.Size, device: torch.device) -> Rows:
+        batch, rows = self.batch, shape.numel()
+        keep = None
+        for mask in batch.masks:
+            if tuple(shape) == tuple(mask.shape) or (len(shape) == 1 and rows == mask.numel() > mask.shape[0]):
+                keep = mask.flatten().to(device)
+                break
+        if rows % batch.samples == 0:
+            sample = torch.arange(rows, device=device) // max(rows // batch.samples, 1)
+            second = (sample + self._first_sample) % 2 == 1
+        else:
+            second = torch.full((rows,), self._first_sample % 2 == 1, device=device)
+        chosen = (~second, second) if keep is None else (~second & keep, second & keep)
+        first, other = (one.nonzero()[:, 0] for one in chosen)
+        return Rows(None if keep is None else keep.nonzero()[:, 0], (first, other))

@@ -4,48 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import LowbitError, PlanError, StatisticsError
+from lowbit.errors import LowbitError, StatisticsError
 
-from .batches import Batch, TokenMask, as_batch
+from .batches import Batch, Split, TokenMask, as_batch
 from .collected import Collected
-from .collection import BROAD, Contents, InputFacts, LayerInput, StatisticsCollection, some
-from .gradients import GradientPass, Objective, whole_output
+from .collection import Contents, InputFacts, LayerInput, StatisticsCollection, some
+from .gradients import Gradients, Objective, fitting, takes, whole_output
 from .linears import aliases, running, select_linears
 from .observe import Observer
+from .options import MEMORY, Options, as_bytes
 from .progress_file import ProgressFile, fingerprint
 from .statistics_file import StatisticsFile
 from .target_file import TargetFile
 
 _log = logging.getLogger("lowbit")
 
-MEMORY = 4 * 2**30  # bytes: room for a full second moment, in both halves, of up to 21,000 channels
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
 Progress = Callable[[int, int | None, str], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How statistics are taken; what of it shapes the result is part of the file. Fields as `calibrate`'s arguments."""
-
-    layers: tuple[str, ...] = ()
-    memory: int | None = MEMORY
-    full_up_to: int | None = None
-    token_mask: TokenMask | None = None
-    share: bool = True
-    seed: int = 0
-    snapshot_every: float = 30.0
-    broad: bool = False
-    objective: Objective | None = None
 
 
 def calibrate(
@@ -81,9 +63,10 @@ def calibrate(
     An input whose full H alone exceeds `memory`, or with more than `full_up_to` channels, keeps only its diagonal.
 
     `gradients`: for half of the batches, run the model backward too and keep the second moments of the gradient at the
-    output of every linear, which tell solvers what of an error reaches the model's output. It takes another pass over
-    the batches, room for the activations of one, and `memory` once more. True: the first floating-point tensor that
-    the model returns is what counts; or a function of what it returns and the `Batch`.
+    output of every linear, which tell solvers what of an error reaches the model's output. It takes room for the
+    activations of a batch and `memory` once more; where not all layers' fit into that, those that do take another pass
+    over the batches. True: the first floating-point tensor that the model returns is what counts; or a function of what
+    it returns and the `Batch`.
     `broad`: the batches are of as many kinds as what the model will meet, so solvers may trust H further.
     `layers`: regular expressions, of which one must match a linear's name. `share`: linears with the same input share
     an entry. `names`: other names for linears, by their names, None to leave one out.
@@ -116,16 +99,6 @@ def calibrate(
             raise
         _log.warning("%s; starting afresh", error)
         return run().to_file(Path(path), resume=False)
-
-
-def as_bytes(memory: int | str | None) -> int | None:
-    """A number of bytes from "4GiB", "500 MB" or a number. Raises `PlanError`."""
-    if memory is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(memory).lower())
-    if not found or found[2] not in _UNITS or not float(found[1]):
-        raise PlanError(f"memory {memory!r}: give a number of bytes, or text such as '8GiB' or '500MB'")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 class OtherBatchesError(StatisticsError):
@@ -162,6 +135,14 @@ class Run:
             share=options.share,
             seed=options.seed,
         )
+        self.gradients = self._shared_gradients()
+
+    def _shared_gradients(self) -> Gradients | None:
+        """Those that are taken in the first pass; None where there are none, or no room for those of all linears."""
+        chosen = self.options
+        if chosen.objective is None or len(fitting(self.linears, chosen.memory)) < len(self.linears):
+            return None
+        return Gradients(self.model, self.linears, chosen.objective, chosen.seed)
 
     def in_memory(self) -> Collected:
         """Take everything in one pass and keep it."""
@@ -180,8 +161,11 @@ class Run:
     def to_file(self, path: Path, *, resume: bool) -> StatisticsFile:
         """Take as many inputs in a pass as memory has room for, write them, and go on with the rest."""
         target = TargetFile(path)
-        key = fingerprint(self.linears, {**self.facts(), "description": self.description, "names": self.aliases})
-        snapshots = ProgressFile(path, self.observer, key, self.options.snapshot_every)
+        facts = {**self.options.facts(), "description": self.description, "names": self.aliases}
+        if self.gradients is not None:
+            facts["passes"] = "gradients in the first"  # whose snapshots hold more
+        key = fingerprint(self.linears, facts)
+        snapshots = ProgressFile(path, self.observer, self.gradients, key, self.options.snapshot_every)
         record = snapshots.restore(self._devices()) if resume else None
         if record is not None:
             self.number, self.batch_count, self.sample_count = record["pass"], record["batches"], record["samples"]
@@ -228,20 +212,28 @@ class Run:
 
     def take_gradients(self) -> dict[str, dict[str, Tensor]]:
         """After the first pass: the moments of the gradients by their keys in the file; none unless asked for."""
-        chosen = self.options
-        if chosen.objective is None:
+        if self.options.objective is None:
             return {}
+        if self.gradients is not None and not self.number:
+            found = self.gradients.finish()
+        else:
+            found = self._gradient_pass(self.options.objective)
+        self.outputs = {name: f"g{number}" for number, name in enumerate(found)}
+        return {self.outputs[name]: fields for name, fields in found.items()}
+
+    def _gradient_pass(self, objective: Objective) -> dict[str, dict[str, Tensor]]:
+        """A pass of their own, for the linears that were called and have room."""
         called = {name: self.linears[name] for name, seen in self.observer.watched.items() if seen.group}
-        work = GradientPass(self.model, called, chosen.objective, chosen.memory, chosen.seed)
+        chosen = fitting(called, self.options.memory)
+        if out := [name for name in called if name not in chosen]:
+            _log.warning("no room for the gradients of %d linears (%s); give more memory", len(out), some(out))
 
         def progress(done: int) -> None:
             if self.progress is not None:
                 self.progress(done, self.total or self.batch_count, "gradients")
 
         with running(self.model):
-            found = work.run(self._items(), progress)
-        self.outputs = {name: f"g{number}" for number, name in enumerate(found)}
-        return {self.outputs[name]: fields for name, fields in found.items()}
+            return Gradients(self.model, chosen, objective, self.options.seed).run(self._items(), progress)
 
     def next_pass(self) -> None:
         """Prepare for another pass over the batches."""
@@ -257,19 +249,20 @@ class Run:
                 f"{self.description}: another pass over the batches is needed, for {len(self.observer.waiting())} "
                 "inputs; pass a list or another re-iterable instead of an iterator, or give more memory"
             )
-        if self.options.objective is not None and isinstance(self.batches, Iterator):
+        if self.options.objective is not None and self.gradients is None and isinstance(self.batches, Iterator):
             raise StatisticsError(
                 f"{self.description}: gradients take another pass over the batches; pass a list or another re-iterable "
-                "instead of an iterator, or calibrate without gradients"
+                "instead of an iterator, give more memory, or calibrate without gradients"
             )
         skip = record["done"] if record else 0
         count = 0
-        with self.observer.hooked(), running(self.model):
+        gradients = None if self.number else self.gradients
+        with self.observer.hooked(), running(self.model), gradients.hooked() if gradients else nullcontext():
             for index, batch in enumerate(self._items()):
                 if index == skip:
                     self._compare(record)
                 if index >= skip:
-                    self._forward(batch, index)
+                    self._take(batch, index, gradients)
                 count += 1
                 self.samples += batch.samples
                 if snapshots is not None:
@@ -309,10 +302,18 @@ class Run:
             yield as_batch(item, index, self.options.token_mask)
             index += 1
 
-    def _forward(self, batch: Batch, index: int) -> None:
-        self.observer.begin(batch, index, self.samples)
+    def _take(self, batch: Batch, index: int, gradients: Gradients | None) -> None:
+        split = Split(batch, self.samples)
+        self.observer.begin(split, index)
+        if gradients is not None and takes(index):
+            gradients.take(split, index, lambda: self._forward(batch, index, ", or calibrate without gradients"))
+        else:
+            self._forward(batch, index)
+        self.observer.end()
+
+    def _forward(self, batch: Batch, index: int, more: str = "") -> Any:
         try:
-            self.model(*batch.args, **batch.kwargs)
+            return self.model(*batch.args, **batch.kwargs)
         except LowbitError:
             raise
         except Exception as error:
@@ -320,9 +321,8 @@ class Run:
             where = f"after the linear {last}" if last else "before its first linear"
             raise StatisticsError(
                 f"batch {index}: the model raised {type(error).__name__} {where}: {error}; see that it takes the batch "
-                "as it is given (model(*args, **kwargs)), on the same device"
+                f"as it is given (model(*args, **kwargs)), on the same device{more}"
             ) from error
-        self.observer.end()
 
     def _check_count(self, count: int) -> None:
         if not count:
@@ -357,22 +357,4 @@ class Run:
         }
         never = tuple(alias for name, seen in watched.items() if not seen.group for alias in self.aliases[name])
         counts = {"batches": self.batch_count, "samples": self.sample_count}
-        return Contents(self.description, layers, inputs, never, {**self.facts(), **counts})
-
-    def facts(self) -> dict[str, Any]:
-        """The options that shape the result, as JSON data."""
-        chosen = self.options
-        return {
-            "layers": list(chosen.layers),
-            "memory": chosen.memory,
-            "full_up_to": chosen.full_up_to,
-            "share": chosen.share,
-            "seed": chosen.seed,
-            BROAD: chosen.broad,
-            "gradients": "" if chosen.objective is None else _name_of(chosen.objective),
-        }
-
-
-def _name_of(objective: Objective) -> str:
-    """What a file calls it: a function by its name, any other callable by its class."""
-    return str(getattr(objective, "__name__", type(objective).__name__))
+        return Contents(self.description, layers, inputs, never, {**self.options.facts(), **counts})

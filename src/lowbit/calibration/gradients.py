@@ -3,13 +3,18 @@
 An error dy of a layer's output changes the model's output by J dy, which costs |J dy|^2 = dy^T J^T J dy. For a random
 direction z with E[z z^T] = 1 the gradient of <z, output> is g = J^T z, and E[g g^T] = J^T J: one pass backward for each
 batch shows all layers at once. What of the output counts is the caller's `Objective`.
+
+Where all [N, N] fit into the memory, which is as much as that of the inputs' moments beside them, they are taken in the
+first pass over the batches, whose forward then has a graph for those that run backward; a snapshot of the run carries
+them. Else they take a pass of their own after the first. Both give the same.
 """
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +22,11 @@ from torch import Tensor, nn
 
 from lowbit.errors import StatisticsError
 
-from .accumulate import FLUSH, Moment
-from .batches import Batch, rows_of, tensors_in
-from .collection import some
-
-_log = logging.getLogger("lowbit")
+from .accumulate import FLUSH, Gathered, Moment
+from .batches import Batch, Split, tensors_in
 
 _TAKEN, _OF = 2, 4  # batches in turn: all of them were 3 to 4 % better on MiniLM
+RANDOM = "random"  # the state of the generator, in a snapshot
 Objective = Callable[[Any, Batch], Tensor]
 """From what the model returned for a batch, the tensor whose squared change is the cost of an error."""
 
@@ -41,87 +44,130 @@ def whole_output(output: Any, batch: Batch) -> Tensor:
     raise StatisticsError(f"the model returned {type(output).__name__}, with no floating-point tensor in it")
 
 
+def takes(index: int) -> bool:
+    """Whether a batch runs backward too."""
+    return index % _OF < _TAKEN
+
+
 class OutputMoments:
     """E[g g^T] of one layer over two halves of the samples; rows are gathered as in `accumulate.Accumulator`."""
 
     def __init__(self, n: int, device: torch.device) -> None:
         self._halves = tuple(Moment(n, full=True, device=device) for _ in range(2))
-        self._pending: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._gathered = (Gathered(n, device), Gathered(n, device))
 
-    def add(self, g: Tensor, half: int) -> None:
-        """Take rows [R, N] of any float dtype."""
-        pending = self._pending[half]
-        pending.append(g.float())
-        if sum(map(len, pending)) >= FLUSH:
-            self._flush(half)
+    def add(self, g: Tensor, half: int, index: Tensor | None = None) -> None:
+        """Take rows [R, N] of any float dtype, those at `index` (int64, None for all)."""
+        for block in self._gathered[half].add(g, index):
+            self._halves[half].add(block)
 
-    def _flush(self, half: int) -> None:
-        if self._pending[half]:
-            self._halves[half].add(torch.cat(self._pending[half]))
-            self._pending[half].clear()
+    def state(self) -> dict[str, Tensor]:
+        """Everything, by name, for the same layer's to `restore`; shares memory with this one."""
+        found = {f"pending_{half}": rows.rest() for half, rows in enumerate(self._gathered) if rows.count}
+        found |= {f"total_{half}": moment.total for half, moment in enumerate(self._halves)}
+        return {**found, "counts": torch.tensor([moment.rows for moment in self._halves])}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state` was taken."""
+        for half, moment in enumerate(self._halves):
+            moment.rows = int(state["counts"][half])
+            moment.total.copy_(state[f"total_{half}"])
+            if f"pending_{half}" in state:
+                self.add(state[f"pending_{half}"], half)
 
     def finish(self) -> dict[str, Tensor]:
         """By the field of `Statistics`: float32 [N, N] on the CPU. A half that saw nothing, or zeros, has the other's.
 
         Nothing where both did: against zeros nothing can be judged.
         """
-        for half in range(2):
-            self._flush(half)
-        means = [half.mean() for half in self._halves]
+        for half, gathered in enumerate(self._gathered):
+            if gathered.count:
+                self._halves[half].add(gathered.rest())
+                gathered.count = 0
+        means = [half.finish() for half in self._halves]
         found = [mean if mean is not None and bool(mean.any()) else None for mean in means]
         first, second = (one if one is not None else other for one, other in zip(found, found[::-1], strict=True))
         return {} if first is None or second is None else {"output_hessian": first, "output_held_out": second}
 
 
-class GradientPass:
-    """A pass backward over some of the batches. `memory`: bytes for all [N, N]; None for no bound.
+class Gradients:
+    """The moments at the outputs of `linears`, from passes backward over some of the batches."""
 
-    Layers whose matrices do not fit, the largest first, have none.
-    """
-
-    def __init__(
-        self, model: nn.Module, linears: Mapping[str, nn.Linear], objective: Objective, memory: int | None, seed: int
-    ) -> None:
-        self._model, self._objective = model, objective
-        self._linears = _fitting(linears, memory)
+    def __init__(self, model: nn.Module, linears: Mapping[str, nn.Linear], objective: Objective, seed: int) -> None:
+        self._model, self._objective, self._linears = model, objective, dict(linears)
         self._random = torch.Generator().manual_seed(seed)
         self._moments: dict[str, OutputMoments] = {}
-        self._batch: Batch | None = None
-        self._first_sample = self._index = 0
+        self._split: Split | None = None  # of the batch that runs backward, None at any other time
+        self._index = 0
 
-    def run(self, batches: Iterable[Batch], progress: Callable[[int], None]) -> dict[str, dict[str, Tensor]]:
-        """The fields of `Statistics` by linear, without those that no gradient reached. Raises `StatisticsError`."""
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Watch the linears, whose parameters need no gradient, for the time of a with block."""
         handles = [linear.register_forward_hook(self._hook(name)) for name, linear in self._linears.items()]
         try:
-            with _frozen(self._model), torch.enable_grad():
-                for index, batch in enumerate(batches):
-                    if index % _OF < _TAKEN:
-                        self._batch, self._index = batch, index
-                        self._backward(batch)
-                    self._first_sample += batch.samples
-                    progress(index + 1)
+            with _frozen(self._model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def take(self, split: Split, index: int, forward: Callable[[], Any]) -> None:
+        """Run `forward`, which returns the model's output for a batch that `takes` chose, and the way back.
+
+        Raises `StatisticsError`.
+        """
+        self._split, self._index = split, index
+        try:
+            with torch.enable_grad():
+                output = forward()
+                with _explained(index):
+                    target = self._objective(output, split.batch)
+                    z = torch.randn(target.shape, generator=self._random).to(target.device, target.dtype)
+                    (target * z).sum().backward()
+        finally:
+            self._split = None
+
+    def run(self, batches: Iterable[Batch], progress: Callable[[int], None]) -> dict[str, dict[str, Tensor]]:
+        """A pass for nothing else. Returns what `finish` does. Raises `StatisticsError`."""
+        first_sample = 0
+        with self.hooked():
+            for index, batch in enumerate(batches):
+                if takes(index):
+                    self.take(Split(batch, first_sample), index, partial(self._forward, batch, index))
+                first_sample += batch.samples
+                progress(index + 1)
+        return self.finish()
+
+    def _forward(self, batch: Batch, index: int) -> Any:
+        with _explained(index):
+            return self._model(*batch.args, **batch.kwargs)
+
+    def finish(self) -> dict[str, dict[str, Tensor]]:
+        """The fields of `Statistics` by linear, without those that no gradient reached."""
         found = {name: self._moments.pop(name).finish() for name in list(self._moments)}  # one by one: they are large
         return {name: fields for name, fields in found.items() if fields}
 
-    def _backward(self, batch: Batch) -> None:
-        try:
-            target = self._objective(self._model(*batch.args, **batch.kwargs), batch)
-            z = torch.randn(target.shape, generator=self._random).to(target.device, target.dtype)
-            (target * z).sum().backward()
-        except StatisticsError:
-            raise
-        except Exception as error:
-            raise StatisticsError(
-                f"batch {self._index}: no gradient can be taken through the model: {type(error).__name__}: {error}; "
-                "calibrate without gradients"
-            ) from error
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """All that `restore` needs: tensors by linear ("" for the generator's) and by name."""
+        yield "", RANDOM, self._random.get_state()
+        for name, moments in self._moments.items():
+            for field, tensor in moments.state().items():
+                yield name, field, tensor
+
+    def restore(self, name: str, state: Mapping[str, Tensor], device: torch.device | None) -> None:
+        """Bring back one linear's part of a `state`."""
+        state = dict(state)
+        if (random := state.pop(RANDOM, None)) is not None:
+            self._random.set_state(random)
+        if state and device is not None:
+            self._moments[name] = OutputMoments(self._linears[name].out_features, device)
+            self._moments[name].restore(state)
 
     def _hook(self, name: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: Any, out: Any) -> Tensor | None:
-            if not isinstance(out, Tensor) or not out.is_floating_point() or not torch.is_grad_enabled():
+            if self._split is None or not torch.is_grad_enabled():
+                return None
+            if not isinstance(out, Tensor) or not out.is_floating_point():
                 return None
             if not out.requires_grad:
                 out = out.detach().requires_grad_().clone()  # a leaf could not be written over by what comes next
@@ -131,24 +177,27 @@ class GradientPass:
         return hook
 
     def _see(self, name: str, g: Tensor) -> None:
-        assert self._batch is not None
-        if not bool(g.isfinite().all()):
+        assert self._split is not None
+        if not _is_finite(g):
             raise StatisticsError(
                 f"{name}: the gradient at its output has NaN or infinite values in batch {self._index}; run the model "
                 "in a wider dtype (bfloat16 or float32), or calibrate without gradients"
             )
-        keep, halves = rows_of(g, self._batch, self._first_sample)
+        chosen = self._split.rows(g)
         rows = g.reshape(-1, g.shape[-1])
         if name not in self._moments:
             self._moments[name] = OutputMoments(rows.shape[1], rows.device)
-        for half in range(2):
-            chosen = halves == half if keep is None else (halves == half) & keep
-            if bool(chosen.any()):
-                self._moments[name].add(rows[chosen], half)
+        for half, index in enumerate(chosen.halves):
+            self._moments[name].add(rows, half, index)
 
 
-def _fitting(linears: Mapping[str, nn.Linear], memory: int | None) -> dict[str, nn.Linear]:
-    """The linears whose moments fit into the memory together, the smallest first."""
+def _is_finite(x: Tensor) -> bool:
+    """Whether all of x is. A finite sum says so in a tenth of the time; one that is not may have overflowed."""
+    return math.isfinite(float(x.sum(dtype=torch.float32))) or bool(x.isfinite().all())
+
+
+def fitting(linears: Mapping[str, nn.Linear], memory: int | None) -> dict[str, nn.Linear]:
+    """The linears whose moments fit into `memory` (bytes, None for no bound) together, the smallest first."""
     if memory is None:
         return dict(linears)
     left, chosen = memory, set()
@@ -156,9 +205,21 @@ def _fitting(linears: Mapping[str, nn.Linear], memory: int | None) -> dict[str, 
         left -= 4 * linear.out_features * (2 * linear.out_features + 2 * FLUSH)
         if left >= 0:
             chosen.add(name)
-    if out := [name for name in linears if name not in chosen]:
-        _log.warning("no room for the gradients of %d linears (%s); give more memory", len(out), some(out))
     return {name: linear for name, linear in linears.items() if name in chosen}
+
+
+@contextmanager
+def _explained(index: int) -> Iterator[None]:
+    """Say of any other error that a with block raises that the gradient is what failed."""
+    try:
+        yield
+    except StatisticsError:
+        raise
+    except Exception as error:
+        raise StatisticsError(
+            f"batch {index}: no gradient can be taken through the model: {type(error).__name__}: {error}; "
+            "calibrate without gradients"
+        ) from error
 
 
 @contextmanager

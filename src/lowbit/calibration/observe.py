@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowbit.errors import StatisticsError
 
 from .accumulate import Accumulator, state_bytes
-from .batches import Batch, rows_of
+from .batches import Rows, Split
 
 
 @dataclass
@@ -67,9 +67,10 @@ class Observer:
         self.last = ""
         self.begun: set[str] = set()  # in a later pass: groups that were called, whether there was room or not
         self._used = 0
-        self._batch: Batch | None = None
-        self._index = self._first_sample = 0
+        self._split: Split | None = None
+        self._index = 0
         self._probes: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._ramps: dict[torch.device, Tensor] = {}
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -89,9 +90,9 @@ class Observer:
         """The groups without statistics, in the order of their first call."""
         return [name for name in self.groups if name not in self.done]
 
-    def begin(self, batch: Batch, index: int, first_sample: int) -> None:
-        """Say what the coming calls belong to."""
-        self._batch, self._index, self._first_sample = batch, index, first_sample
+    def begin(self, split: Split, index: int) -> None:
+        """Say which batch the coming calls belong to."""
+        self._split, self._index = split, index
         self.last = ""
         for watched in self.watched.values():
             watched.log.clear()
@@ -102,9 +103,9 @@ class Observer:
             return
         for name, group in list(self.groups.items()):
             if len(group.members) > 1:
-                self._split(name, group)
+                self._part(name, group)
 
-    def _split(self, name: str, group: Group) -> None:
+    def _part(self, name: str, group: Group) -> None:
         log = self.watched[name].log
         others: dict[tuple[float, ...], list[str]] = {}
         for member in group.members[1:]:
@@ -126,43 +127,42 @@ class Observer:
         return hook
 
     def _see(self, watched: Watched, x: Tensor) -> None:
-        assert self._batch is not None
+        assert self._split is not None
         if not x.numel():
             return
-        keep, halves = rows_of(x, self._batch, self._first_sample)
-        if keep is not None and not bool(keep.any()):
+        rows = self._split.rows(x)
+        if not any(rows.counts):
             return
         x = x.reshape(-1, watched.k)
-        mark = self._fingerprint(x, keep)
-        if not math.isfinite(mark) and not bool(_kept(x, keep).isfinite().all()):
+        mark = self._fingerprint(x, rows)
+        if not math.isfinite(mark) and not bool(rows.select(x).isfinite().all()):
             raise StatisticsError(
                 f"{watched.name}: its input has NaN or infinite values in batch {self._index}; run the model in a "
                 "wider dtype (bfloat16 or float32), or leave that batch out"
             )
         if self.surveying:
-            self._count(watched, keep, halves)
+            watched.tokens = [seen + more for seen, more in zip(watched.tokens, rows.counts, strict=True)]
             watched.log.append(mark)
             if not watched.group:
                 self._join(watched, x.device)
         if watched.group == watched.name:
-            self._accumulate(watched, x, keep, halves)
+            self._accumulate(watched, x, rows)
 
-    def _fingerprint(self, x: Tensor, keep: Tensor | None) -> float:
+    def _fingerprint(self, x: Tensor, rows: Rows) -> float:
         """A number that tells the kept rows of x [R, K] and their order from others; not finite where they are not."""
         key = (x.shape[1], x.dtype, x.device)
         if key not in self._probes:
             random = torch.Generator().manual_seed(x.shape[1])
             probe = (torch.rand(x.shape[1], generator=random) + 0.5) / (2 * x.shape[1])  # no overflow in float16
             self._probes[key] = probe.to(x.device, x.dtype)
-        along = _kept((x @ self._probes[key])[:, None], keep)[:, 0].double()
-        ramp = torch.arange(1, len(along) + 1, dtype=torch.float64, device=x.device).sqrt_()
-        return float((along * ramp).sum())
+        along = rows.select(x @ self._probes[key]).double()
+        return float((along * self._ramp(len(along), x.device)).sum())
 
-    def _count(self, watched: Watched, keep: Tensor | None, halves: Tensor) -> None:
-        kept = halves if keep is None else halves[keep]
-        second = int(kept.sum())
-        watched.tokens[0] += len(kept) - second
-        watched.tokens[1] += second
+    def _ramp(self, count: int, device: torch.device) -> Tensor:
+        """The roots of 1 to `count`: the beginning of the longest that was asked for."""
+        if device not in self._ramps or len(self._ramps[device]) < count:
+            self._ramps[device] = torch.arange(1, count + 1, dtype=torch.float64, device=device).sqrt_()
+        return self._ramps[device][:count]
 
     def _join(self, watched: Watched, device: torch.device) -> None:
         """Give a linear at its first call a group: one born in this batch by the same first call, or its own."""
@@ -181,15 +181,14 @@ class Observer:
         small = self._full_up_to is None or k <= self._full_up_to
         return small and (self._memory is None or state_bytes(k, full=True) <= self._memory)
 
-    def _accumulate(self, watched: Watched, x: Tensor, keep: Tensor | None, halves: Tensor) -> None:
+    def _accumulate(self, watched: Watched, x: Tensor, rows: Rows) -> None:
         group = self.groups[watched.name]
         if group.accumulator is None and self._may_begin(watched, group):
             self.allocate(watched.name, x.device)
         if group.accumulator is None:
             return
-        for half in range(2):
-            chosen = halves == half if keep is None else (halves == half) & keep
-            group.accumulator.add(_kept(x, chosen), half)
+        for half, index in enumerate(rows.halves):
+            group.accumulator.add(x, half, index)
 
     def _may_begin(self, watched: Watched, group: Group) -> bool:
         """Whether a group may accumulate in this pass: at its first call only, and when there is room."""
@@ -240,7 +239,3 @@ class Observer:
             self.watched[name].group, self.watched[name].tokens = group, [first, second]
         self.groups = {name: Group(members, born) for name, (members, born) in state["groups"].items()}
         self.done, self.begun, self.surveying = set(state["done"]), set(state["begun"]), state["surveying"]
-
-
-def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else x[keep]

@@ -18,11 +18,13 @@ from lowbit.checkpoint.writer import CheckpointWriter
 from lowbit.errors import CheckpointError
 from lowbit.tensor import QuantizedTensor
 
+from .gradients import Gradients
 from .observe import Observer
 
 _log = logging.getLogger("lowbit")
 
 KEY = "lowbit.calibration"
+_BACKWARD = "backward."  # begins the names of tensors of gradients
 _LOOKED_AT = 16  # elements of a weight that tell it from another model's
 _SHARE = 20  # a snapshot is not taken before this many times the seconds that the last one took
 
@@ -43,11 +45,14 @@ def fingerprint(linears: Mapping[str, nn.Linear], facts: Mapping[str, Any]) -> s
 
 
 class ProgressFile:
-    """Snapshots of an observer, each with a record (JSON data) of where the run is."""
+    """Snapshots of an observer, each with a record (JSON data) of where the run is.
 
-    def __init__(self, target: Path, observer: Observer, key: str, every: float) -> None:
+    `gradients`: those that are taken in the observer's first pass; None where they have a pass of their own.
+    """
+
+    def __init__(self, target: Path, observer: Observer, gradients: Gradients | None, key: str, every: float) -> None:
         self.path = target.with_name(target.name + ".progress")
-        self.observer, self.key, self._every = observer, key, every
+        self.observer, self.gradients, self.key, self._every = observer, gradients, key, every
         self._saved_at, self._took = time.monotonic(), 0.0
 
     def due(self) -> bool:
@@ -72,12 +77,14 @@ class ProgressFile:
         self._took = self._saved_at - began
 
     def _tensors(self) -> list[tuple[str, str, Tensor]]:
-        return [
+        found = [
             (name, field, tensor)
             for name, group in self.observer.groups.items()
             if group.accumulator is not None
             for field, tensor in group.accumulator.state().items()
         ]
+        backward = () if self.gradients is None else self.gradients.state()
+        return found + [(name, _BACKWARD + field, tensor) for name, field, tensor in backward]
 
     def restore(self, devices: Mapping[str, torch.device]) -> dict[str, Any] | None:
         """Bring the observer back to the last snapshot and return its record; None where there is none that fits."""
@@ -90,15 +97,20 @@ class ProgressFile:
                     _log.warning("%s: is of another model or of other options; starting afresh", self.path)
                     return None
                 states: dict[str, dict[str, Tensor]] = {}
+                backward: dict[str, dict[str, Tensor]] = {}
                 for name in file.tensors:
                     group, _, field = name.rpartition("/")
-                    states.setdefault(group, {})[field] = file.read(name)
+                    kind = backward if field.startswith(_BACKWARD) else states
+                    kind.setdefault(group, {})[field.removeprefix(_BACKWARD)] = file.read(name)
         except (CheckpointError, KeyError, ValueError) as error:
             _log.warning("%s: cannot be used (%s); starting afresh", self.path, error)
             return None
         self.observer.restore(data["observer"])
         for group, state in states.items():
             self.observer.allocate(group, devices[group]).restore(state)
+        if self.gradients is not None:
+            for name, state in backward.items():
+                self.gradients.restore(name, state, devices.get(name))
         record: dict[str, Any] = data["record"]
         _log.warning("%s: going on with an interrupted run", self.path)
         return record

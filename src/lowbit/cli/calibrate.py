@@ -13,10 +13,10 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lowbit.calibration import StatisticsCollection, StatisticsFile, calibrate as run, save_statistics
-from lowbit.calibration.collect import as_bytes
 from lowbit.calibration.imatrix import import_imatrix
 from lowbit.calibration.merge import Merged
 from lowbit.calibration.names import checkpoint_names, layer_shapes
+from lowbit.calibration.options import as_bytes
 from lowbit.calibration.time_embedding import GUIDANCE, modulation_statistics
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.target import check_file_target, refuse_inputs
