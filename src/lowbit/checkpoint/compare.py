@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .comparison import Comparison, LayerComparison
 from .dialects import StoredLayer
 from .dialects.base import join_key
 from .folding import folded_like, is_folded, paired
+from .layer_statistics import judging_moments
 from .pipeline import Progress, Unit, run_units
 from .quantized_source import QuantizedComponent
 from .source import Source
@@ -39,6 +40,15 @@ class StatisticsByLayer(Protocol):
 
     def get(self, layer: str, /) -> Statistics | None:
         """The statistics of a layer, or None."""
+        ...
+
+
+@runtime_checkable
+class JudgingStatistics(Protocol):
+    """Statistics that give what is needed here, and read nothing else."""
+
+    def judging_moments(self, layer: str, /) -> Tensor | None:
+        """The second moments of a layer's input, of the half held out where there is one; None for one without."""
         ...
 
 
@@ -128,6 +138,13 @@ def _folded_alike(
     return like, _Rescaled(statistics, {**{name.partition("/")[2]: s for name, s in scales.items()}, **scales})
 
 
+def _moments(statistics: StatisticsByLayer, layer: str) -> Tensor | None:
+    """The second moments that a layer is judged on; collections read nothing else for them."""
+    if isinstance(statistics, JudgingStatistics):
+        return statistics.judging_moments(layer)
+    return judging_moments(statistics.get(layer))
+
+
 @dataclass(frozen=True)
 class _Rescaled:
     """Statistics, some of whose inputs are multiplied by a scale [K]."""
@@ -139,6 +156,11 @@ class _Rescaled:
         """See `StatisticsByLayer`."""
         known, scale = self.statistics.get(layer), self.scales.get(layer)
         return known if known is None or scale is None else rescaled(known, scale)
+
+    def judging_moments(self, layer: str, /) -> Tensor | None:
+        """See `JudgingStatistics`."""
+        known, scale = _moments(self.statistics, layer), self.scales.get(layer)
+        return known if known is None or scale is None else rescaled(Statistics(hessian=known), scale).hessian
 
 
 class _Statistics:
@@ -154,10 +176,9 @@ class _Statistics:
         if self._source is None:
             return None
         with self._lock:
-            known = self._source.get(full_name)
-            if known is None and layer != full_name:
-                known = self._source.get(layer)
-            h = None if known is None else known.hessian if known.held_out is None else known.held_out
+            h = _moments(self._source, full_name)
+            if h is None and layer != full_name:
+                h = _moments(self._source, layer)
             (self.unknown if h is None else self.found).add(full_name)
         return h
 

@@ -21,6 +21,7 @@ from .convert_group import GroupWork, record_in
 from .convert_layer import LayerWork
 from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
 from .dialects.base import bias_orders
+from .fold_check import check_folds_fit, check_norms
 from .fold_data import FOLDED, folds_as_text
 from .folder_configs import FolderConfigs, refuse_target
 from .folding import folded
@@ -58,6 +59,7 @@ def convert(
 
     Raises:
         PlanError: the plan quantizes nothing, is about another checkpoint, or asks for what cannot be done.
+        StatisticsError: they are those of the model before scales were folded into it, or after.
         WeightError: a weight is not finite.
         CheckpointError: reading or writing failed, or what was read back is not what was written.
     """
@@ -66,7 +68,7 @@ def convert(
     plan.check_against(source)
     _refuse_pointless(plan, str(source.place), seed)
     _refuse_unknown(plan, statistics)
-    source, statistics = folded(source, plan, statistics)
+    source, statistics = _folded(source, plan, statistics)
     staging = Staging(source, target)
     work = _Work(source, staging, get_dialect(plan.dialect), seed, statistics)
     for component in plan.components:
@@ -77,6 +79,17 @@ def convert(
     staging.replaced = work.configs.texts()
     done = rewrite(source, staging, work.pieces, work.metadata, fingerprint=fingerprint, settings=settings)
     return _report(target, plan, work.layers, done, time.perf_counter() - began)
+
+
+def _folded(source: Source, plan: Plan, statistics: LayerStatistics | None) -> tuple[Source, LayerStatistics | None]:
+    """The source and its statistics with the plan's scales folded in, once they are found to fit each other."""
+    if statistics is None:
+        return folded(source, plan, statistics)
+    check_norms(source, statistics)
+    made = folded(source, plan, statistics)
+    for part in plan.components:
+        check_folds_fit(source, source.component(part.name), part.folds, statistics)
+    return made
 
 
 def _refuse_pointless(plan: Plan, where: str, seed: int | None) -> None:
