@@ -33,6 +33,7 @@ from .quantized_source import QuantizedComponent, look_for_layers
 from .rewrite import Copy, Piece, Rewritten, Settings, batch_copies, rewrite
 from .shared_low_rank import check_inputs, groups_of
 from .source import Source
+from .target import check_target
 
 _CALIBRATED_MEMORY = 2 << 30  # bytes in work at a time with second moments: two layers of 3072 x 3072 take 0.8 GiB
 _WORKSPACE = 24 << 20  # bytes of temporaries of a worker
@@ -66,6 +67,7 @@ def convert(
     began = time.perf_counter()
     plan.validate()
     plan.check_against(source)
+    check_target(source, target)
     _refuse_pointless(plan, str(source.place), seed)
     _refuse_unknown(plan, statistics)
     source, statistics = _folded(source, plan, statistics)

@@ -10,6 +10,7 @@ import typer
 from lowbit.checkpoint.sensitivity import PLANNED, ROWS, START
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
+from lowbit.cli.beside import check_beside
 from lowbit.cli.budgeting import Target, mixed_data, show_mixed
 from lowbit.cli.known import statistics_of
 from lowbit.cli.output import asking, command, epilog, print_json, say
@@ -100,6 +101,9 @@ def plan(
     else:
         target.check(wishes)
         wishes.check_rules()
+    read = (src, stats)
+    check_beside(output, read=(*read, sensitivities))
+    check_beside(sensitivities, read=read)
     with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
         if target_size is None and target_sqnr is None:
             made = plan_for(source, wishes, None, known, jobs)
