@@ -47,7 +47,8 @@ def write_text(path: str | Path, text: str, what: str) -> None:
     in_place = (place.exists() and not place.is_file()) or not os.access(place.parent, os.W_OK)
     beside = place if in_place else place.with_name(f"{place.name}.{os.getpid()}.new")
     try:
-        with beside.open("w" if in_place else "x", encoding="utf-8") as file:
+        mode = "w" if in_place else "x"
+        with beside.open(mode, encoding="utf-8", errors="backslashreplace") as file:  # names of files may be any bytes
             file.write(text)
         if not in_place:
             if place.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -122,8 +123,9 @@ def plan(
         show_mixed(mixed, made, target.note(mixed))
         show_folds(made)
     if output is not None:
-        again = "" if stats is None else f" --stats {stats}"
-        say(f"written to {output}; edit it, then: lowbit convert {src} -o OUT --plan {output}{again}")
+        more = {"--plan": output, "--stats": stats, "--source-dialect": source_dialect}
+        again = " ".join(f"{name} {shlex.quote(str(value))}" for name, value in more.items() if value is not None)
+        say(f"written to {output}; edit it, then: lowbit convert {shlex.quote(str(src))} -o OUT {again}")
 
 
 def _refuse_targets_options(target: Target) -> None:
