@@ -123,8 +123,8 @@ def plan(
         show_mixed(mixed, made, target.note(mixed))
         show_folds(made)
     if output is not None:
-        more = {"--plan": output, "--stats": stats, "--source-dialect": source_dialect}
-        again = " ".join(f"{name} {shlex.quote(str(value))}" for name, value in more.items() if value is not None)
+        following = {"--plan": output, "--stats": stats, "--source-dialect": source_dialect}
+        again = " ".join(f"{name} {shlex.quote(str(value))}" for name, value in following.items() if value is not None)
         say(f"written to {output}; edit it, then: lowbit convert {shlex.quote(str(src))} -o OUT {again}")
 
 
