@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowbit.calibration import calibrate
+from lowbit.calibration import StatisticsFile, calibrate
 from lowbit.calibration.names import layer_shapes
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.dequantize import dequantize
 from lowbit.checkpoint.fold_check import check_norms
+from lowbit.checkpoint.fold_data import Fold
 from lowbit.checkpoint.fold_plan import plan_folds
 from lowbit.checkpoint.layer_statistics import InMemory
 from lowbit.checkpoint.load import load
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
 from lowbit.cli.known import statistics_of
-from lowbit.errors import StatisticsError
+from lowbit.errors import PlanError, StatisticsError
+from lowbit.smoothing import find_groups
 from lowbit.solvers import Statistics, awq
-from tests.support.tiny_decoders import decoder, tokens, written
+from tests.support.tiny_decoders import decoder, seen, tokens, written
 
 pytest.importorskip("transformers")
 TYPES = ("llama", "gemma")
@@ -70,17 +72,51 @@ def test_a_folded_checkpoint_refuses_statistics_of_the_one_before(both, checkpoi
         pass
 
 
-def test_statistics_of_the_folded_one_are_told_apart(both, tmp_path, caplog):
-    """Where no header tells, such as of the checkpoint before or a single file, a warning says that they do not fit."""
+def test_a_plain_checkpoint_refuses_statistics_of_the_folded_one(both, tmp_path):
+    """Where no header tells, such as of the checkpoint before or a single file, they are refused as the others are."""
     single = tmp_path / "alone.safetensors"
     save_file(load_file(both / "plain" / "model.safetensors"), single)
     for place in (both / "plain", single):
-        caplog.clear()
-        with open_source(place) as source, statistics_of(source, both / "folded.stats"):
+        with (
+            open_source(place) as source,
+            pytest.raises(StatisticsError, match=r"folded\.stats: are not of .* calibrate this one"),
+            statistics_of(source, both / "folded.stats"),
+        ):
             pass
-        assert [record.levelno for record in caplog.records] == [logging.WARNING]
-        assert "folded.stats: are not of" in caplog.text
-        assert "calibrate this one" in caplog.text
+
+
+@pytest.mark.parametrize(("checkpoint", "other"), [("plain", "folded.stats"), ("folded", "plain.stats")])
+def test_converting_in_python_refuses_them_too(both, tmp_path, checkpoint, other):
+    """`convert` itself looks at the norms, with and without scales to fold in, and writes nothing."""
+    with open_source(both / checkpoint) as source, StatisticsFile(both / other) as known:
+        plan = make_plan(source, "int8", preset="none", only=["_proj$"], statistics=known, solver="rtn")
+        fold = Fold("model.layers.0.input_layernorm", (), "weight")
+        groups = find_groups({key: info.shape for key, info in source.tensors.items()})
+        group = next(group for group in groups if group.before == fold.before)
+        kind = "1 + weight" if both.name.startswith("gemma") else "weight"
+        fold = dataclasses.replace(fold, linears=group.linears, kind=kind, exponent=0.3)
+        part = dataclasses.replace(plan.components[0], folds=(fold,))
+        for each in (plan, dataclasses.replace(plan, components=(part,))):
+            with pytest.raises(StatisticsError, match=rf"{other}: are "):
+                convert(source, tmp_path / "out", each, statistics=known)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fold_into_a_norm_of_the_other_kind_is_refused(tmp_path):
+    """Without a config a plan may take Gemma's norms for Llama's: the statistics say what they multiply by."""
+    folder = written(model := decoder("gemma", layers=1), tmp_path / "model")
+    (folder / "config.json").unlink()
+    known = seen(model)
+    with open_source(folder / "model.safetensors") as source:
+        plan = make_plan(source, "int8", preset="none", only=["_proj$"], statistics=known, solver="rtn")
+        found = plan_folds(source, plan, known).components[0]
+        index = next(i for i, fold in enumerate(found.folds) if fold.before.endswith("input_layernorm"))
+        fold = dataclasses.replace(found.folds[index], exponent=0.3)
+        edited = dataclasses.replace(plan, components=(dataclasses.replace(found, folds=(fold,)),))
+        with pytest.raises(PlanError, match=r"'model\.layers\.0\.input_layernorm': by the statistics it does not"):
+            convert(source, tmp_path / "out.safetensors", edited, statistics=known)
+    assert fold.kind == "weight"
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_without_rows_the_mean_of_all_counts(both):

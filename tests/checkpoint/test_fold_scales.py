@@ -235,6 +235,8 @@ class _Known:
         """Those of a layer."""
         return self.other.get(layer) or self.known.get(layer)
 
+    get_input = get
+
 
 ITS_OWN = "awq_w4a16(group_size=32,pre_quant_scale=true)"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 
@@ -114,3 +116,23 @@ def test_jobs_below_one_are_refused(jobs):
     """A number of jobs that cannot work is refused."""
     with pytest.raises(PlanError, match=f"jobs is {jobs}"):
         run_units([], jobs=jobs)
+
+
+def test_an_interrupt_waits_for_the_workers():
+    """What they do is done when the interrupt arrives at the caller, who then closes their files."""
+    ended, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def run() -> None:
+        time.sleep(0.2)  # the caller waits by now
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        ended.append(True)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_units([Unit("a", 1, 1, run), Unit("b", 1, 1, run)], jobs=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+    assert ended == [True]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lowbit-")]

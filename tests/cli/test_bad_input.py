@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 
 import pytest
 import torch
@@ -181,3 +182,50 @@ def test_an_interrupt_promises_only_what_is_there(lowbit, model, tmp_path, monke
     assert done.code == 130
     assert done.err.startswith("interrupted")
     assert ("is kept" in done.err) == bool(left)
+
+
+def test_a_folder_that_cannot_be_entered_ends_with_3(lowbit, model, monkeypatch):
+    """What the system refuses is one line that names the path, whichever call it was."""
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(model))
+
+    monkeypatch.setattr("lowbit.cli.convert.open_source", refused)
+
+    assert_one_line(lowbit("convert", model, "-o", "x", "--format", "int8"), 3, "model.safetensors: Permission denied")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_a_name_of_any_bytes_is_shown_in_a_report(lowbit, model, tmp_path):
+    """A name in Latin-1 is no UTF-8: the report shows its bytes."""
+    path = model.rename(tmp_path / os.fsdecode(b"gr\xf6.safetensors"))
+    page = tmp_path / "report.html"
+
+    done = lowbit("convert", path, "-o", tmp_path / "out.safetensors", "--format", "int8", "--report", page, "--json")
+
+    assert done.code == 0
+    assert r"gr\udcf6.safetensors" in page.read_text(encoding="utf-8")
+
+
+def test_what_to_run_next_is_quoted(lowbit, model, tmp_path):
+    """The command that `plan` proposes works as it stands, whatever the names have in them."""
+    path = model.rename(tmp_path / "a model's.safetensors")
+    plan = tmp_path / "my plan.json"
+
+    text = lowbit("plan", path, "--format", "int8", "-o", plan).out.partition("then: ")[2]
+
+    assert shlex.split(text)[1:] == ["convert", str(path), "-o", "OUT", "--plan", str(plan)]
+
+
+def test_a_full_disk_leaves_nothing_of_a_gguf_file(lowbit, model, tmp_path, monkeypatch):
+    """Also where what is buffered cannot be written at the end, as on a disk without a byte left."""
+    gguf = pytest.importorskip("gguf")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for method in ("write_header_to_file", "close"):
+        monkeypatch.setattr(gguf.GGUFWriter, method, full)
+
+    assert_one_line(lowbit("export", model, "-o", tmp_path / "x.gguf"), 4, "x.gguf: cannot be written: No space left")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint.layer_statistics import judging_moments
 from lowbit.errors import StatisticsError
 from lowbit.solvers.base import Statistics
 
 Field = tuple[torch.dtype, tuple[int, ...]]
 _SHOWN = 10
+INPUT_MOMENTS = ("hessian", "held_out")
+CHANNELS = ("absmax", "mean", "minimum", "maximum")
 BROAD = "broad"  # the option that says that the samples are of as many kinds as what the model will meet
 FEW = 1.0  # T/N below which a full second moment is singular and warned about
 
@@ -106,12 +109,21 @@ class StatisticsCollection(Mapping[str, Statistics]):
         return self.contents.layers[layer].shape
 
     def __getitem__(self, layer: str) -> Statistics:
-        place = self.contents.layers[layer]
-        more: dict[str, Any] = dict(self.load_output(place.output)) if place.output else {}
-        if self.contents.options.get(BROAD):
-            more["broad"] = True
-        found = self.load_input(place.input)
+        output, found = self.contents.layers[layer].output, self._input(layer)
+        more: dict[str, Any] = dict(self.load_output(output)) if output else {}
         return replace(found, **more) if more else found
+
+    def get_input(self, layer: str, /) -> Statistics | None:
+        """The statistics of a layer's input alone: what is known of the gradient at its output is not read."""
+        return self._input(layer) if layer in self.contents.layers else None
+
+    def _input(self, layer: str) -> Statistics:
+        found = self.load_input(self.contents.layers[layer].input)
+        return replace(found, broad=True) if self.contents.options.get(BROAD) else found
+
+    def judging_moments(self, layer: str, /) -> Tensor | None:
+        """See `lowbit.checkpoint.layer_statistics.judging_moments`."""
+        return judging_moments(self.get_input(layer))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.contents.layers)
@@ -155,15 +167,26 @@ class StatisticsCollection(Mapping[str, Statistics]):
         return self.load_input(key).minimum
 
     def fingerprint(self) -> str:
-        """Names the contents: the directory and what is small of each input, which differ when anything does."""
+        """Names the contents: the directory, and the vectors of each input and output, which differ when anything does.
+
+        It is the same for statistics in memory and in the file that they are saved to.
+        """
         digest = hashlib.sha256(json.dumps(asdict(self.contents), sort_keys=True).encode())
         for key in self.contents.inputs:
-            digest.update(self.digest(key))
+            digest.update(digest_of(self.input_vectors(key)))
+        for key in self.contents.outputs:
+            digest.update(digest_of(self.output_vectors(key)))
         return digest.hexdigest()
 
-    def digest(self, key: str) -> bytes:
-        """A digest of the vectors of an input."""
-        return digest_of(self.load_input(key))
+    def input_vectors(self, key: str) -> dict[str, Tensor]:
+        """The vectors [K] of an input by the field of `Statistics`; of its second moments, the diagonals."""
+        known = self.load_input(key)
+        fields = {name: getattr(known, name) for name in (*INPUT_MOMENTS, *CHANNELS)}
+        return {name: diagonal_of(tensor) for name, tensor in fields.items() if tensor is not None}
+
+    def output_vectors(self, key: str) -> dict[str, Tensor]:
+        """The diagonals [N] of the moments of the gradient at an output, by the field of `Statistics`."""
+        return {name: diagonal_of(tensor) for name, tensor in self.load_output(key).items()}
 
     def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise `StatisticsError`, with a list, unless every layer here is among `shapes`, with its shape."""
@@ -237,8 +260,15 @@ def some(names: Iterable[str], count: int = 3, mark: str = ", ") -> str:
     return mark.join(names[:count]) + more
 
 
-def digest_of(statistics: Statistics) -> bytes:
-    """A digest of the diagonal of H and the other vectors, which change whenever the samples do."""
-    vectors = (statistics.diagonal, statistics.absmax, statistics.mean)
-    found = [vector.float().contiguous().numpy().tobytes() for vector in vectors if vector is not None]
-    return hashlib.sha256(b"".join(found)).digest()
+def diagonal_of(moment: Tensor) -> Tensor:
+    """The diagonal [N] of a second moment [N, N]; vectors as they are."""
+    return moment.diagonal() if moment.dim() == 2 else moment
+
+
+def digest_of(vectors: Mapping[str, Tensor]) -> bytes:
+    """A digest of vectors by name, in any order. Diagonals and ranges change whenever the samples do."""
+    digest = hashlib.sha256()
+    for name in sorted(vectors):
+        data = vectors[name].float().cpu().contiguous().numpy().tobytes()
+        digest.update(f"{name} {len(data)} ".encode() + data)
+    return digest.digest()

@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint.layer_statistics import judging_moments
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.checkpoint.writer import CheckpointWriter
 from lowbit.errors import StatisticsError
 from lowbit.solvers.base import Statistics
 
 from .accumulate import BINS, ROWS_KEPT
-from .collection import Contents, Field, InputFacts, LayerInput, StatisticsCollection, digest_of
+from .collection import CHANNELS, INPUT_MOMENTS, Contents, Field, InputFacts, LayerInput, StatisticsCollection
 
 KEY = "lowbit.statistics"
 VERSION = 1
 _CACHED = 2  # inputs kept in memory: layers that share one are mostly asked for one after another
-_CHANNELS = ("absmax", "mean", "minimum", "maximum")
-FIELDS = ("hessian", "held_out", *_CHANNELS, "samples", "magnitudes")
+FIELDS = (*INPUT_MOMENTS, *CHANNELS, "samples", "magnitudes")
 OUTPUT_FIELDS = ("output_hessian", "output_held_out")
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
@@ -50,7 +50,7 @@ class StatisticsFile(StatisticsCollection):
         except BaseException:
             self._file.close()
             raise
-        self._cache: OrderedDict[str, Statistics] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, tuple[str, ...]], Statistics] = OrderedDict()
         self._lock = threading.Lock()  # a conversion asks from several threads
 
     @classmethod
@@ -65,17 +65,30 @@ class StatisticsFile(StatisticsCollection):
 
     def load_input(self, key: str) -> Statistics:
         """The statistics of an input, from the file or among the last ones read."""
+        return self._load(key, FIELDS)
+
+    def _load(self, key: str, names: tuple[str, ...]) -> Statistics:
+        """Some fields of an input, from the file or among the last ones read."""
         with self._lock:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                return self._cache[key]
+            if (key, names) in self._cache:
+                self._cache.move_to_end((key, names))
+                return self._cache[key, names]
             facts = self.contents.inputs[key]
-            tensors: dict[str, Any] = {name: self._file.read(f"{key}.{name}") for name in self.fields(key)}
+            there = [name for name in self.fields(key) if name in names]
+            tensors: dict[str, Any] = {name: self._file.read(f"{key}.{name}") for name in there}
             found = Statistics(tokens=facts.tokens, held_out_tokens=facts.held_out_tokens, **tensors)
-            self._cache[key] = found
+            self._cache[key, names] = found
             while len(self._cache) > _CACHED:
                 self._cache.popitem(last=False)
             return found
+
+    def judging_moments(self, layer: str, /) -> Tensor | None:
+        """See `StatisticsCollection`; reads one of the two moments, and none of the rows."""
+        if layer not in self.contents.layers:
+            return None
+        key = self.contents.layers[layer].input
+        name = "held_out" if "held_out" in self.fields(key) else "hessian"
+        return judging_moments(self._load(key, (name,)))
 
     def fields(self, key: str) -> dict[str, Field]:
         """The tensors of an input: dtype and shape by field."""
@@ -90,14 +103,17 @@ class StatisticsFile(StatisticsCollection):
         """The smallest value of each channel of an input, [K]; reads nothing else."""
         return self._file.read(f"{key}.minimum") if "minimum" in self.fields(key) else None
 
-    def digest(self, key: str) -> bytes:
-        """A digest of the vectors of an input, without reading its matrices."""
-        small: dict[str, Any] = {
-            name: self._file.read(f"{key}.{name}")
-            for name, (_, shape) in self.fields(key).items()
-            if name in ("hessian", *_CHANNELS) and len(shape) == 1
+    def input_vectors(self, key: str) -> dict[str, Tensor]:
+        """See `StatisticsCollection`; reads nothing else."""
+        names = {name: shape for name, (_, shape) in self.fields(key).items() if name in (*INPUT_MOMENTS, *CHANNELS)}
+        return {
+            name: self._file.read(f"{key}.{name}") if len(shape) == 1 else self._file.read_diagonal(f"{key}.{name}")
+            for name, shape in names.items()
         }
-        return digest_of(Statistics(**small))
+
+    def output_vectors(self, key: str) -> dict[str, Tensor]:
+        """See `StatisticsCollection`; reads nothing else."""
+        return {name: self._file.read_diagonal(f"{key}.{name}") for name in OUTPUT_FIELDS}
 
     def close(self) -> None:
         """Close the file."""
@@ -192,7 +208,7 @@ def parse_contents(data: Mapping[str, Any]) -> Contents:
 def _expected(facts: InputFacts) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors of an input, apart from its samples."""
     moment = (facts.k, facts.k) if facts.kind == "full" else (facts.k,)
-    return {"hessian": moment, "held_out": moment, **dict.fromkeys(_CHANNELS, (facts.k,)), "magnitudes": (BINS,)}
+    return {"hessian": moment, "held_out": moment, **dict.fromkeys(CHANNELS, (facts.k,)), "magnitudes": (BINS,)}
 
 
 def entries_of(key: str, facts: InputFacts) -> list[Entry]:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
 from lowbit.numerics.groups import row_chunks
-from lowbit.smoothing import rescaled
-from lowbit.solvers import Statistics
 
 from .accuracy import Accuracy, AccuracyMeter
 from .compare_layer import LayerReference, error_histogram, measure
 from .compare_sources import Candidate, Layer, axes_of, contents_of, layers_of
+from .compare_statistics import Moments, RescaledInputs, StatisticsByLayer
 from .comparison import Comparison, LayerComparison
 from .dialects import StoredLayer
 from .dialects.base import join_key
@@ -32,14 +28,6 @@ from .source import Source
 _WORKSPACE = 64 << 20  # bytes of temporaries of a worker
 _PIECE = 4 << 20  # elements compared at a time in plain tensors
 HISTOGRAMS = 6  # how many of each candidate's worst layers get one
-
-
-class StatisticsByLayer(Protocol):
-    """What gives the statistics of a layer's input by the layer's name; a mapping does."""
-
-    def get(self, layer: str, /) -> Statistics | None:
-        """The statistics of a layer, or None."""
-        ...
 
 
 def compare(
@@ -101,7 +89,7 @@ def _compare(
         Candidate(label, source, content, held, reference, axes)
         for label, source, content in zip(labels, candidates, contents, strict=True)
     ]
-    known = _Statistics(statistics)
+    known = Moments(statistics)
     work = _Work(held, made, known, axes, rtn=rtn)
     run_units(work.units, jobs=jobs, progress=progress)
     if statistics is not None and work.layers_quantized and not known.found:
@@ -125,41 +113,7 @@ def _folded_alike(
     like, scales = folded_like(reference, candidate, paired(reference, candidate))
     if statistics is None or not scales:
         return like, statistics
-    return like, _Rescaled(statistics, {**{name.partition("/")[2]: s for name, s in scales.items()}, **scales})
-
-
-@dataclass(frozen=True)
-class _Rescaled:
-    """Statistics, some of whose inputs are multiplied by a scale [K]."""
-
-    statistics: StatisticsByLayer
-    scales: Mapping[str, Tensor]
-
-    def get(self, layer: str, /) -> Statistics | None:
-        """See `StatisticsByLayer`."""
-        known, scale = self.statistics.get(layer), self.scales.get(layer)
-        return known if known is None or scale is None else rescaled(known, scale)
-
-
-class _Statistics:
-    """The caller's statistics, asked by one thread at a time; remembers which layers they had."""
-
-    def __init__(self, source: StatisticsByLayer | None) -> None:
-        self._source, self._lock = source, threading.Lock()
-        self.found: set[str] = set()
-        self.unknown: set[str] = set()
-
-    def hessian(self, layer: str, full_name: str) -> Tensor | None:
-        """The second moments on which a layer is judged, or None."""
-        if self._source is None:
-            return None
-        with self._lock:
-            known = self._source.get(full_name)
-            if known is None and layer != full_name:
-                known = self._source.get(layer)
-            h = None if known is None else known.hessian if known.held_out is None else known.held_out
-            (self.unknown if h is None else self.found).add(full_name)
-        return h
+    return like, RescaledInputs(statistics, {**{name.partition("/")[2]: s for name, s in scales.items()}, **scales})
 
 
 class _Work:
@@ -169,7 +123,7 @@ class _Work:
         self,
         held: dict[str, QuantizedComponent],
         made: list[Candidate],
-        known: _Statistics,
+        known: Moments,
         axes: dict[str, dict[str, str]],
         *,
         rtn: bool,

@@ -21,6 +21,7 @@ from .convert_group import GroupWork, record_in
 from .convert_layer import LayerWork
 from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
 from .dialects.base import bias_orders
+from .fold_check import check_folds_fit, check_norms
 from .fold_data import FOLDED, folds_as_text
 from .folder_configs import FolderConfigs, refuse_target
 from .folding import folded
@@ -32,6 +33,7 @@ from .quantized_source import QuantizedComponent, look_for_layers
 from .rewrite import Copy, Piece, Rewritten, Settings, batch_copies, rewrite
 from .shared_low_rank import check_inputs, groups_of
 from .source import Source
+from .target import check_target
 
 _CALIBRATED_MEMORY = 2 << 30  # bytes in work at a time with second moments: two layers of 3072 x 3072 take 0.8 GiB
 _WORKSPACE = 24 << 20  # bytes of temporaries of a worker
@@ -58,15 +60,17 @@ def convert(
 
     Raises:
         PlanError: the plan quantizes nothing, is about another checkpoint, or asks for what cannot be done.
+        StatisticsError: they are those of the model before scales were folded into it, or after.
         WeightError: a weight is not finite.
         CheckpointError: reading or writing failed, or what was read back is not what was written.
     """
     began = time.perf_counter()
     plan.validate()
     plan.check_against(source)
+    check_target(source, target)
     _refuse_pointless(plan, str(source.place), seed)
     _refuse_unknown(plan, statistics)
-    source, statistics = folded(source, plan, statistics)
+    source, statistics = _folded(source, plan, statistics)
     staging = Staging(source, target)
     work = _Work(source, staging, get_dialect(plan.dialect), seed, statistics)
     for component in plan.components:
@@ -77,6 +81,17 @@ def convert(
     staging.replaced = work.configs.texts()
     done = rewrite(source, staging, work.pieces, work.metadata, fingerprint=fingerprint, settings=settings)
     return _report(target, plan, work.layers, done, time.perf_counter() - began)
+
+
+def _folded(source: Source, plan: Plan, statistics: LayerStatistics | None) -> tuple[Source, LayerStatistics | None]:
+    """The source and its statistics with the plan's scales folded in, once they are found to fit each other."""
+    if statistics is None:
+        return folded(source, plan, statistics)
+    check_norms(source, statistics)
+    made = folded(source, plan, statistics)
+    for part in plan.components:
+        check_folds_fit(source, source.component(part.name), part.folds, statistics)
+    return made
 
 
 def _refuse_pointless(plan: Plan, where: str, seed: int | None) -> None:

@@ -90,7 +90,7 @@ def write_error_lora(
     made: dict[str, LoraLayer] = {}
 
     def run(layer: _Layer) -> None:
-        known = None if statistics is None else statistics.get(layer.name)
+        known = None if statistics is None else statistics.get_input(layer.name)
         tensors, made[layer.name] = layer.make(rank, prefix, known, mean_is_corrected=layer.name in bias_corrected)
         for key, tensor in tensors.items():
             writer.write(key, tensor)

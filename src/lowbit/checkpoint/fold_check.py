@@ -6,27 +6,27 @@ gives has a mean square of one, or less by its epsilon, and never more: rows of 
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowbit.errors import StatisticsError
+from lowbit.errors import PlanError, StatisticsError
 from lowbit.smoothing import ONE_PLUS, WEIGHT, find_groups, norm_gain
 from lowbit.solvers import Statistics
 
 from .dialects.base import join_key
-from .fold_data import ROWS
+from .fold_data import ROWS, Fold
 from .fold_groups import norm_kind
 from .folding import folds_of, known_of, layer_name
 from .layer_statistics import LayerStatistics
 from .quantized_source import QuantizedComponent, look_for_layers
-from .source import Source
+from .source import Component, Source
 
-_log = logging.getLogger("lowbit")
+_MEAN_SQUARE = (0.5, 1.05)  # of what a norm gives: less than one only by its epsilon, more by rounding
+_DOUBT = 0.05  # by how much, as a logarithm, the other kind of norm may fit better
 _MOST = 1.015  # of a mean square: rounding to bfloat16, twice, adds up to 0.008 to that of a row
 _LOOKED_AT = 8  # norms of a model, for the statistics of each are read
 
@@ -40,12 +40,13 @@ class _Norm:
     linears: tuple[str, ...]
 
 
-def check_norms(source: Source, statistics: LayerStatistics, place: str) -> None:
-    """Raise `StatisticsError` for a checkpoint with scales folded in and statistics, from `place`, of it without.
+def check_norms(source: Source, statistics: LayerStatistics, place: str = "") -> None:
+    """Raise `StatisticsError` for statistics, from `place`, that do not fit the norms of a checkpoint.
 
-    Where no header says that scales were folded in, statistics that do not fit the norms are only warned about: they
-    may be of the folded checkpoint, or of another version of the model. Models with other norms are not looked at.
+    They are those of the model before scales were folded into it, or after, or of another version of it. Models whose
+    norms are not known are not looked at. By default `place` is what the statistics say of themselves.
     """
+    place = place or getattr(statistics, "place", "the statistics")
     for component in source.components:
         held = look_for_layers(source, component, strict=False)
         marked = [fold for fold in folds_of(source, component) if fold.kind != ROWS]
@@ -61,11 +62,36 @@ def check_norms(source: Source, statistics: LayerStatistics, place: str) -> None
                 f"{place}: are of the model before scales were folded into {source.place}, as its header says they "
                 f"were: by the statistics {fact}; calibrate this checkpoint, or convert the one before"
             )
-        _log.warning(
-            "%s: are not of %s as it is: by the statistics %s. They are of another version of the model, such as one "
-            "with scales folded in; calibrate this one",
-            place, source.place, fact,
-        )  # fmt: skip
+        raise StatisticsError(
+            f"{place}: are not of {source.place} as it is: by the statistics {fact}. They are of another version of "
+            "the model, such as one with scales folded in; calibrate this one"
+        )
+
+
+def check_folds_fit(source: Source, component: Component, folds: Iterable[Fold], statistics: LayerStatistics) -> None:
+    """Raise `PlanError` for a fold into a norm that, by the statistics, does not multiply as the fold's kind says."""
+    for fold in folds:
+        if not fold.active or fold.kind == ROWS:
+            continue
+        known = known_of(statistics, (layer_name(component, name) for name in fold.linears))
+        weight = source.read(component, fold.keys[0])
+        if known is not None and (why := contradiction(known, weight, fold.kind)):
+            raise PlanError(
+                f"{source.place}: the fold {fold.before!r}: {why}; plan anew with these statistics, or set its "
+                "exponent to 0"
+            )
+
+
+def contradiction(known: Statistics, weight: Tensor, kind: str) -> str:
+    """Why what is known of a norm's output says that it does not multiply by its weight [K] as `kind` has it, or ""."""
+    if known.diagonal is None:
+        return ""
+    mine = mean_square(known, norm_gain(weight, kind))
+    other = mean_square(known, norm_gain(weight, WEIGHT if kind == ONE_PLUS else ONE_PLUS))
+    low, high = _MEAN_SQUARE
+    if low < mine < high and abs(math.log(mine)) < abs(math.log(max(other, 1e-30))) + _DOUBT:
+        return ""
+    return f"by the statistics it does not multiply by {'1 + its' if kind == ONE_PLUS else 'its'} weight"
 
 
 def mean_square(known: Statistics, gain: Tensor) -> float:

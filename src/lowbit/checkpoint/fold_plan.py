@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lowbit.errors import PlanError
-from lowbit.smoothing import ONE_PLUS, WEIGHT, FoldGroup, choose, find_groups, norm_gain
+from lowbit.smoothing import FoldGroup, choose, find_groups
 from lowbit.solvers import Statistics
 from lowbit.solvers.awq import WeightRows
 
 from .dialects.base import join_key
-from .fold_check import mean_square
+from .fold_check import contradiction
 from .fold_data import ROWS, Fold, cannot_fold
 from .fold_groups import norm_kind
 from .folding import held_by, known_of, layer_name
@@ -28,10 +28,8 @@ from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
 from .tensor_plan import TensorPlan
 
-_MEAN_SQUARE = (0.5, 1.05)  # what a norm gives: less than one only by its epsilon, more by rounding
 OPTION = "--fold-scales"
 _REMEDY = "leave the option out, or choose a format with pre_quant_scale=true, which stores its scales"
-_DOUBT = 0.05  # by how much, as a logarithm, the other kind of norm may fit better
 
 
 def plan_folds(
@@ -161,15 +159,7 @@ class _Trial:
 
     def _contradiction(self, known: Statistics) -> str:
         """Why the statistics say that the norm does not multiply as it is taken to, or ""."""
-        if not self.group.norm or known.diagonal is None:
-            return ""
-        weight = self.held.read(self.fold.keys[0])
-        mine = mean_square(known, norm_gain(weight, self.kind))
-        other = mean_square(known, norm_gain(weight, WEIGHT if self.kind == ONE_PLUS else ONE_PLUS))
-        low, high = _MEAN_SQUARE
-        if low < mine < high and abs(math.log(mine)) < abs(math.log(max(other, 1e-30))) + _DOUBT:
-            return ""
-        return f"by the statistics it does not multiply by {'1 + its' if self.kind == ONE_PLUS else 'its'} weight"
+        return contradiction(known, self.held.read(self.fold.keys[0]), self.kind) if self.group.norm else ""
 
 
 def _scales_itself(tensor: TensorPlan) -> bool:

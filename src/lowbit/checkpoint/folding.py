@@ -42,12 +42,17 @@ class RescaledStatistics:
 
     def get(self, layer: str, /) -> Statistics | None:
         """See `LayerStatistics`."""
-        known = self._statistics.get(layer)
-        if known is not None and layer in self._scales:
-            known = rescaled(known, self._scales[layer])
+        known = self._rescaled(self._statistics.get(layer), layer)
         if known is not None and layer in self._rows:
             known = rescaled_outputs(known, self._rows[layer])
         return known
+
+    def get_input(self, layer: str, /) -> Statistics | None:
+        """See `LayerStatistics`."""
+        return self._rescaled(self._statistics.get_input(layer), layer)
+
+    def _rescaled(self, known: Statistics | None, layer: str) -> Statistics | None:
+        return known if known is None or layer not in self._scales else rescaled(known, self._scales[layer])
 
     def kind(self, layer: str, /) -> str:
         """See `LayerStatistics`."""
@@ -61,7 +66,7 @@ class RescaledStatistics:
         """See `LayerStatistics`."""
         if layer not in self._scales:
             return self._statistics.smallest(layer)
-        known = self.get(layer)
+        known = self.get_input(layer)
         return None if known is None or known.minimum is None else float(known.minimum.min())
 
     def fingerprint(self) -> str:
@@ -109,7 +114,7 @@ def known_of(statistics: LayerStatistics | None, names: Iterable[str]) -> Statis
     """What is known of the input that some linears share: of the first of them with second moments."""
     if statistics is None:
         return None
-    return next((statistics.get(name) for name in names if statistics.kind(name)), None)
+    return next((statistics.get_input(name) for name in names if statistics.kind(name)), None)
 
 
 def held_by(source: Source, component: Component, fold: Fold) -> Held:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -78,7 +79,8 @@ def write_gguf(
         partial_path.replace(target)
         sync_folder(target.parent)
     except BaseException as error:
-        writer.close()
+        with contextlib.suppress(OSError):  # what is not written yet cannot be now, either
+            writer.close()
         partial_path.unlink(missing_ok=True)
         if isinstance(error, OSError) and not isinstance(error, LowbitError):
             why = f"{error.strerror}; free space or choose another place"

@@ -20,6 +20,10 @@ class LayerStatistics(Protocol):
         """Those of a layer, read when asked for; None for a layer without."""
         ...
 
+    def get_input(self, layer: str, /) -> Statistics | None:
+        """The same without the moments of the gradient at its output, which are as large and are then not read."""
+        ...
+
     def kind(self, layer: str, /) -> str:
         """What is known of a layer: "full", "diagonal" or "" for one without second moments; cheap."""
         ...
@@ -46,6 +50,11 @@ class InMemory:
     def get(self, layer: str, /) -> Statistics | None:
         """See `LayerStatistics`."""
         return self._by_layer.get(layer)
+
+    def get_input(self, layer: str, /) -> Statistics | None:
+        """See `LayerStatistics`."""
+        known = self._by_layer.get(layer)
+        return None if known is None else known.without_outputs
 
     def kind(self, layer: str, /) -> str:
         """See `LayerStatistics`."""
@@ -80,6 +89,11 @@ class InMemory:
                 else:
                     digest.update(f"{name} {field.name} {value}".encode())
         return digest.hexdigest()
+
+
+def judging_moments(known: Statistics | None) -> Tensor | None:
+    """The second moments [K, K] or [K] that results are judged on: those held out where there are any."""
+    return None if known is None else known.hessian if known.held_out is None else known.held_out
 
 
 def knowledge(statistics: LayerStatistics | None, layer: str) -> str:

@@ -22,7 +22,7 @@ from lowbit.errors import CheckpointError, LowbitError, WriteError
 from .dialects.base import TensorSpec
 from .positioned_io import sync_folder
 from .source import Component, Source
-from .target import check_target
+from .target import check_target, is_single
 from .writer import CheckpointWriter
 
 _log = logging.getLogger("lowbit")
@@ -51,11 +51,8 @@ class Staging:
     def __init__(self, source: Source, target: str | Path) -> None:
         check_target(source, target)
         self.source, self.target = source, Path(target)
-        one_model = len(source.components) == 1
-        self.single = source.kind == "file" or (one_model and self.target.suffix == ".safetensors")
+        self.single = is_single(source, self.target)
         self._root = self.target.parent if self.single else self.target.with_name(self.target.name + ".partial")
-        if not self.single and self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
-            raise WriteError(f"{self.target}: exists already; remove it or choose another output folder")
         self.replaced: dict[str, str | None] = {}
         """Text files of the output folder that are not copied from the source, by path; None: left out."""
         self.orders: dict[str, dict[str, Tensor]] = {}

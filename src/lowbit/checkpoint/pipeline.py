@@ -67,6 +67,7 @@ class _Run:
         self._done = done
         self._total = done + sum(unit.size for unit in units)
         self._in_work = 0  # bytes
+        self._ended: set[threading.Thread] = set()
         self._workers = 1
         self._changed = threading.Condition()
         self._next: Unit | None = None
@@ -79,17 +80,34 @@ class _Run:
             try:
                 for thread in threads:
                     thread.start()
-                for thread in threads:
-                    thread.join()
+                self._wait_for(threads)
             except BaseException as error:  # noqa: BLE001  (an interrupt: raised below, after the workers have stopped)
                 self._stop(error)
-                for thread in threads:
-                    if thread.ident is not None:
-                        thread.join()
+                self._wait_for(threads)
         if self._error is not None:
             raise self._error
 
+    def _wait_for(self, threads: Sequence[threading.Thread]) -> None:
+        """Wait for all workers that were started, not by `join` alone.
+
+        Once interrupted, Python 3.11's takes a thread that runs for ended: files would be closed under its hands.
+        """
+        with self._changed:
+            while any(thread.ident is not None and thread not in self._ended for thread in threads):
+                self._changed.wait()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+
     def _worker(self) -> None:
+        try:
+            self._work_off()
+        finally:
+            with self._changed:
+                self._ended.add(threading.current_thread())
+                self._changed.notify_all()
+
+    def _work_off(self) -> None:
         try:
             with memory.recycling(self._budget // (2 * self._workers) if self._recycle else 0):
                 while (unit := self._take()) is not None:

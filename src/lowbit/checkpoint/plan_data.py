@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lowbit.errors import PlanError, WriteError
+from lowbit.errors import PlanError
+from lowbit.text_files import write_text
 
 from .dialects.base import Dialect, TensorSpec, get_dialect, join_key
 from .eligibility import dtype_name
@@ -165,10 +166,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as a JSON file, one line a tensor, to be read and edited. Raises `WriteError` if it cannot."""
-        try:
-            Path(path).write_text(_dump(self.to_json()), encoding="utf-8")
-        except OSError as error:
-            raise WriteError(f"{path}: the plan cannot be written: {error.strerror}; check the path") from error
+        write_text(path, _dump(self.to_json()), "the plan")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

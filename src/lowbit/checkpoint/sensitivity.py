@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.errors import PlanError, WriteError
+from lowbit.errors import PlanError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Dim
 from lowbit.numerics.groups import row_chunks
 from lowbit.solvers import DRAFT_ELEMENTS, Pipeline, Solution, Statistics, parse_pipeline, solve
 from lowbit.solvers.curvature import output_error
+from lowbit.text_files import write_text
 
 from .dialects.base import name_place
 from .layer_statistics import LayerStatistics
@@ -92,10 +93,7 @@ class Sensitivities:
         )
         head = {"lowbit_sensitivities": _VERSION, "source": self.source, "statistics": self.statistics}
         text = json.dumps({**head, "rows": self.rows, "weights": self.weights}, indent=2).removesuffix("\n}")
-        try:
-            Path(path).write_text(f'{text},\n  "layers": {{\n{rows}\n  }}\n}}\n', encoding="utf-8")
-        except OSError as error:
-            raise WriteError(f"{path}: cannot be written: {error.strerror}; check the path") from error
+        write_text(path, f'{text},\n  "layers": {{\n{rows}\n  }}\n}}\n', "the file of sensitivities")
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivities:

@@ -10,10 +10,13 @@ from lowbit.errors import WriteError
 
 from .source import Source
 
+_LONGEST_END = ".partial.journal.new"
+
 
 def check_target(source: Source, target: str | Path) -> None:
     """Raise `WriteError` if writing to `target` would touch the source, also through links, or cannot succeed."""
     target = Path(target)
+    _check_reachable(target)
     if target.suffix == ".gguf":
         raise WriteError(f"{target}: would be safetensors under the name of GGUF; write that with lowbit export")
     inputs = [*(file.path for file in source.files.values()), *source.extra_files]
@@ -24,25 +27,51 @@ def check_target(source: Source, target: str | Path) -> None:
         refuse_inputs([written], [path])
     if source.kind == "folder" and Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source.root)):
         raise WriteError(f"{target}: lies in the folder that is read, {source.root}; choose an output outside of it")
-    if source.kind == "file":
+    if is_single(source, target):
         check_file_target(target)
-    elif target.exists() and not target.is_dir() and target.suffix != ".safetensors":
+        return
+    if target.is_dir() and any(target.iterdir()):
+        raise WriteError(f"{target}: exists already; remove it or choose another output folder")
+    if target.exists() and not target.is_dir():
         raise WriteError(f"{target}: is a file, but a folder will be written; choose another output")
-    parent = target if target.is_dir() else target.parent
-    if not parent.is_dir():
+    if not target.parent.is_dir():
         raise _no_folder(target)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise WriteError(f"{target}: nothing can be written in {parent}; check its permissions")
+    _check_permission(target, target.parent)
+
+
+def is_single(source: Source, target: Path) -> bool:
+    """Whether `source` is written to `target` as one file, and not as a folder of its layout."""
+    return source.kind == "file" or (len(source.components) == 1 and target.suffix == ".safetensors")
 
 
 def check_file_target(target: Path) -> None:
-    """Raise `WriteError` if no file can be put at `target`: a folder, device or pipe is there, or no folder for it."""
+    """Raise `WriteError` if no file can be put at `target`.
+
+    A folder, device or pipe is there, or no folder for it, or one that nothing may be written in.
+    """
+    _check_reachable(target)
     if target.is_dir():
         raise WriteError(f"{target}: is a folder; name a file to write, such as {target / 'model.safetensors'}")
     if target.exists() and not target.is_file():  # a finished file is renamed onto it, which would remove a device
         raise WriteError(f"{target}: is a device or a pipe, and a file would take its place; name a file to write")
     if not target.parent.is_dir():
         raise _no_folder(target)
+    _check_permission(target, target.parent)
+
+
+def _check_reachable(target: Path) -> None:
+    """Raise `WriteError` for a name that is too long, also with the ends that unfinished files have, and the like."""
+    try:
+        for path in (target, target.with_name(target.name + _LONGEST_END)):
+            path.exists()
+    except (OSError, ValueError) as error:  # ValueError: no name at all
+        why = getattr(error, "strerror", None) or error
+        raise WriteError(f"{target}: cannot be written: {why}; choose another output") from error
+
+
+def _check_permission(target: Path, folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise WriteError(f"{target}: nothing can be written in {folder}; check its permissions")
 
 
 def _no_folder(target: Path) -> WriteError:

@@ -111,6 +111,18 @@ class WeightFile(ABC):
         row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
         return self._read_tensor(info, info.start + start * row_bytes, shape)
 
+    def read_diagonal(self, name: str) -> torch.Tensor:
+        """Return the diagonal [N] of a matrix [N, N] and read nothing else of it. Errors as `read`."""
+        info = self._info(name)
+        if len(info.shape) != 2 or info.shape[0] != info.shape[1]:
+            raise CheckpointError(f"{self.path}: tensor {name!r} of shape {list(info.shape)} is no square matrix")
+        n, size = info.shape[0], info.dtype.itemsize
+        found = torch.empty(n, dtype=info.dtype)
+        view = byte_view(found)
+        for index in range(n):
+            self._fill(view[index * size : (index + 1) * size], info.start + index * (n + 1) * size, f"tensor {name!r}")
+        return found
+
     def read_bytes(self, name: str) -> bytes:
         """Return a tensor's bytes as stored; works for every dtype, known or not."""
         info = self._info(name)

@@ -21,6 +21,7 @@ from lowbit.calibration.time_embedding import GUIDANCE, modulation_statistics
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.target import check_file_target, refuse_inputs
 from lowbit.cli import options
+from lowbit.cli.beside import files_of
 from lowbit.cli.output import asking, command, epilog, print_json, say, show, size, stderr, table
 from lowbit.errors import PlanError
 from lowbit.integrations.factories import call_factory
@@ -226,7 +227,7 @@ def _paths(paths: list[Path], chosen: str) -> list[Path]:
 def _refuse_input(output: Path, read: list[Path]) -> None:
     """Refuse to write statistics over what they are taken from: a weight file, a text. Raises `WriteError`."""
     check_file_target(output)
-    refuse_inputs([output], [file for path in read for file in (path.rglob("*") if path.is_dir() else [path])])
+    refuse_inputs([output], files_of(read))
 
 
 def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin: bool) -> StatisticsFile:

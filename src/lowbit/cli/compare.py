@@ -18,6 +18,7 @@ from lowbit.checkpoint.compare_sources import layer_shapes
 from lowbit.checkpoint.comparison import CandidateComparison, Comparison
 from lowbit.checkpoint.source import Source, open_source
 from lowbit.cli import options
+from lowbit.cli.beside import check_beside
 from lowbit.cli.compare_page import compare_page
 from lowbit.cli.compare_tables import show_layers, show_rest, show_runs
 from lowbit.cli.output import Exit, asking, command, decibels, epilog, print_json, progress, stderr
@@ -92,6 +93,7 @@ def compare(
     """
     with asking():
         run = _runner(model, text, samples, module)
+    check_beside(html, read=(ref, *candidates, stats, model, text))
     with contextlib.ExitStack() as stack:
         reference = stack.enter_context(open_source(ref))
         sources = [stack.enter_context(open_source(path)) for path in candidates]

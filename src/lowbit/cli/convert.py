@@ -17,7 +17,9 @@ from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.layer_statistics import LayerStatistics
 from lowbit.checkpoint.plan import Plan
 from lowbit.checkpoint.source import Source, open_source
+from lowbit.checkpoint.target import check_target, is_single
 from lowbit.cli import options
+from lowbit.cli.beside import check_beside
 from lowbit.cli.known import statistics_of
 from lowbit.cli.output import command, decibels, epilog, print_json, progress, say, show, size, table
 from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, show_folds, summarize
@@ -88,9 +90,13 @@ def convert(
         format, solver, preset, *patterns, dialect, requantize, convolutions, banks, fold_scales, share_low_rank
     )
     refuse_both(wishes, plan)
+    read = (src, plan, stats)
     with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
+        check_target(source, output)
+        check_beside(report, read=read, others=(output, error_lora), made=None if is_single(source, output) else output)
         if error_lora is not None:
             check_error_lora(source, error_lora, lora_rank)
+            check_beside(error_lora, read=read, others=(output,))
         made = plan_for(source, wishes, plan, known, jobs)
         if not as_json:
             show_folds(made)

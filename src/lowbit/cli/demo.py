@@ -11,6 +11,7 @@ import typer
 from rich.status import Status
 
 from lowbit.cli import options
+from lowbit.cli.beside import check_beside
 from lowbit.cli.output import asking, command, decibels, epilog, print_json, say, show, size, stderr, table
 from lowbit.formats import parse_spec
 from lowbit.integrations.minilm_demo import model_folder, run_demo, variants
@@ -40,6 +41,8 @@ def demo(
     with asking():
         wanted = list(dict.fromkeys(parse_spec(spec).spec for spec in specs or variants()))
         model_folder()
+    report = folder / _REPORT
+    check_beside(report, read=(), made=folder)
     with Status("loading the model", console=stderr()) as status:
         if not sys.stderr.isatty():
             status.stop()
@@ -49,7 +52,6 @@ def demo(
 
         again = " ".join(["lowbit demo", *(f"--formats '{spec}'" for spec in (specs or ()))])
         page = run_demo(folder, wanted, step=step, command=again)
-    report = folder / _REPORT
     write_comparison(report, page)
     if as_json:
         print_json(_json(page, report))

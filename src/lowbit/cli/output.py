@@ -25,10 +25,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from lowbit.errors import LowbitError, PlanError, WriteError
+from lowbit.errors import CheckpointError, LowbitError, PlanError, WriteError
 
 PIPE_WIDTH = 200  # characters of a line where there is no terminal to ask
 _NAME_WIDTH = 36
+_NOT_REACHED = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO}
 Update = Callable[[int, int, str], None]
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -154,6 +155,9 @@ def command(function: Command) -> Command:
             stderr().print(Text(f"interrupted{more}"), soft_wrap=True)
             raise typer.Exit(Exit.INTERRUPTED) from None
         except OSError as error:
+            if error.errno in _NOT_REACHED and error.filename is not None:
+                failed = CheckpointError(f"{error.filename}: {error.strerror}; check the path and its permissions")
+                _fail(Exit.INPUT, failed, as_json=kwargs.get("as_json", False))
             if error.errno != errno.ENOSPC:
                 raise
             stderr().print("error: the result cannot be printed: no space left; see where it is sent to")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from lowbit.checkpoint.sensitivity import PLANNED, ROWS, START
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
+from lowbit.cli.beside import check_beside
 from lowbit.cli.budgeting import Target, mixed_data, show_mixed
 from lowbit.cli.known import statistics_of
 from lowbit.cli.output import asking, command, epilog, print_json, say
@@ -100,6 +102,9 @@ def plan(
     else:
         target.check(wishes)
         wishes.check_rules()
+    read = (src, stats)
+    check_beside(output, read=(*read, sensitivities))
+    check_beside(sensitivities, read=read)
     with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
         if target_size is None and target_sqnr is None:
             made = plan_for(source, wishes, None, known, jobs)
@@ -118,8 +123,9 @@ def plan(
         show_mixed(mixed, made, target.note(mixed))
         show_folds(made)
     if output is not None:
-        again = "" if stats is None else f" --stats {stats}"
-        say(f"written to {output}; edit it, then: lowbit convert {src} -o OUT --plan {output}{again}")
+        following = {"--plan": output, "--stats": stats, "--source-dialect": source_dialect}
+        again = " ".join(f"{name} {shlex.quote(str(value))}" for name, value in following.items() if value is not None)
+        say(f"written to {output}; edit it, then: lowbit convert {shlex.quote(str(src))} -o OUT {again}")
 
 
 def _refuse_targets_options(target: Target) -> None:

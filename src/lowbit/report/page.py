@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from lowbit.errors import WriteError
+from lowbit.text_files import write_text
 
 COLOURS = 8  # how many the style sheet has for kinds of things
 
@@ -29,10 +29,7 @@ def render(template: str, **values: Any) -> str:
 
 def write(path: str | Path, text: str) -> None:
     """Write a page. Raises `WriteError` naming the path when it cannot be written."""
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise WriteError(f"{path}: the report cannot be written: {error.strerror}; choose another place") from error
+    write_text(path, text, "the report")
 
 
 def size(count: float) -> str:
