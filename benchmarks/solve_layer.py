@@ -30,7 +30,7 @@ from benchmarks.minilm_model import machine
 from lowbit.checkpoint.load import load
 from lowbit.formats import Format, parse_spec
 from lowbit.solvers import Statistics, parse_pipeline, solve, solver
-from lowbit.solvers.refinement import refine
+from lowbit.solvers.refinement import Unrefined, refine
 
 RESULT = Path(__file__).parent / "results" / "solve_layer.json"
 SHAPES = ("3072x3072", "12288x3072", "3072x12288")
@@ -105,7 +105,8 @@ def one(w: Tensor, fmt: Format, known: Statistics, fresh: Tensor) -> dict[str, o
     assert combined is not None
     for step in ("gptq", "descent"):
         steps = parse_pipeline(f"rtn+{step}").refinements
-        parts = timed(step, lambda start=parts, steps=steps: refine(w, fmt, start, steps, combined, 0.2, "layer"))
+        given = Unrefined(w, fmt, parts, combined, 0.2, "layer")
+        parts = timed(step, lambda given=given, steps=steps: refine(given, steps))
     solution = timed("solve", lambda: solve(w, fmt, "auto", known))
     lost = [output_error(w, fmt, found, fresh) for found in (fmt.quantize(w), solution.parts)]
     row = {

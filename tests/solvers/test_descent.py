@@ -13,7 +13,7 @@ from lowbit.formats.parts import narrow_rows
 from lowbit.solvers import refinements, solver
 from lowbit.solvers.curvature import Curvature, prepared_hessian, second_moments
 from lowbit.solvers.descent import sweep
-from lowbit.solvers.refinement import Draft, refine
+from lowbit.solvers.refinement import Draft, Unrefined, refine
 from tests.support import gaussian
 from tests.support.layers import Layer
 
@@ -115,7 +115,7 @@ def test_stored_parts_have_the_error_of_the_draft(spec, n, k):
     """What refine stores decodes to the values it settled on: no more error is found in the parts."""
     fmt, layer = parse_spec(spec), Layer.make(n, k, 1.0)
     start = solver("rtn")(layer.weight, fmt)
-    refined = refine(layer.weight, fmt, start, [refinements()["descent"]], layer.hessian, 0.0, "w")
+    refined = refine(Unrefined(layer.weight, fmt, start, layer.hessian, 0.0), [refinements()["descent"]])
 
     fmt.check(refined, (n, k))
     errors = []

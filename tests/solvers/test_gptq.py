@@ -13,7 +13,7 @@ from lowbit.errors import SolverError
 from lowbit.formats import Format, Parts, parse_spec
 from lowbit.solvers import Statistics, refinements, solve, solver
 from lowbit.solvers.curvature import Curvature, output_error, second_moments
-from lowbit.solvers.refinement import refine
+from lowbit.solvers.refinement import Unrefined, refine
 from tests.support import gaussian
 from tests.support.layers import Layer, power_law
 
@@ -33,7 +33,7 @@ SPECS = [
 def rounded(w: Tensor, fmt: Format, hessian: Tensor, *steps: str) -> Parts:
     """Round to nearest, then run refinements with H as it is."""
     start = solver("rtn")(w, fmt)
-    return refine(w, fmt, start, [refinements()[step] for step in steps], hessian, 0.0, "w") if steps else start
+    return refine(Unrefined(w, fmt, start, hessian, 0.0), [refinements()[step] for step in steps]) if steps else start
 
 
 def error(w: Tensor, fmt: Format, parts: Parts, hessian: Tensor) -> float:

@@ -13,7 +13,7 @@ from lowbit.errors import SolverError
 from lowbit.formats import Format, Parts, formats, parse_spec
 from lowbit.solvers import Statistics, refinements, solve, solver
 from lowbit.solvers.curvature import output_loss
-from lowbit.solvers.refinement import refine
+from lowbit.solvers.refinement import Unrefined, refine
 from lowbit.solvers.row_coupling import ROWS, refine_coupled, shrunk_outputs
 from lowbit.solvers.solve import Problem
 from tests.support.layers import Layer, power_law
@@ -54,8 +54,9 @@ def test_the_gain_is_the_theoretical_one(spec, alpha, least):
     w, h, steps = layer.weight, layer.hessian, [refinements()["gptq"]]
     start = solver("rtn")(w, fmt)
 
-    alone = refine(w, fmt, start, steps, h, 0.0, "w")
-    coupled = refine_coupled(w, fmt, start, steps, h, 0.0, "w", g)
+    given = Unrefined(w, fmt, start, h, 0.0)
+    alone = refine(given, steps)
+    coupled = refine_coupled(given, steps, g)
 
     seen = shrunk_outputs(g)
     gain = 10 * math.log10(coupled_error(w, fmt, alone, h, seen) / coupled_error(w, fmt, coupled, h, seen))
@@ -90,7 +91,8 @@ def test_rows_that_share_scales_keep_them(spec):
     fmt = parse_spec(spec)
     start = solver("rtn")(layer.weight, fmt)
 
-    found = refine_coupled(layer.weight, fmt, start, [refinements()["gptq"]], layer.hessian, 0.2, "w", g)
+    given = Unrefined(layer.weight, fmt, start, layer.hessian, 0.2)
+    found = refine_coupled(given, [refinements()["gptq"]], g)
 
     fmt.check(found, (300, 256))
     for name in found.keys() - {"qdata"}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -105,35 +106,41 @@ def refinements() -> dict[str, Refinement]:
     return dict(sorted(_REGISTRY.items()))
 
 
-def refine(
-    w: Tensor,
-    fmt: Format,
-    parts: Parts,
-    steps: Sequence[Refinement],
-    hessian: Tensor,
-    amount: float,
-    where: str,
-    coupling: Coupling | None = None,
-) -> Parts:
-    """The parts of a weight [N, K] after some refinements, a bounded piece of rows at a time.
+@dataclass(frozen=True)
+class Unrefined:
+    """What is to be refined: a weight [N, K], its parts so far, and H [K, K] of its input.
 
-    hessian: H [K, K], shrunk here by `amount` toward its diagonal. With a `coupling` the last piece comes first.
-    Raises `SolverError`.
+    H is shrunk by `amount` toward its diagonal. `where` names the layer in errors.
     """
+
+    w: Tensor
+    fmt: Format
+    parts: Parts
+    hessian: Tensor
+    amount: float
+    where: str = "weight"
+
+
+def refine(given: Unrefined, steps: Sequence[Refinement], coupling: Coupling | None = None) -> Parts:
+    """The parts of a weight after some refinements, a bounded piece of rows at a time.
+
+    With a `coupling` the last piece comes first. Raises `SolverError`.
+    """
+    fmt, where = given.fmt, given.where
     if fmt.pre_quant_scale:
-        return _refine_scaled(w, fmt, parts, steps, hessian, amount, where, coupling)
+        return _refine_scaled(given, steps, coupling)
     out: Parts = {}
     curvature: Curvature | None = None
-    hessian = prepared_hessian(hessian.to(w.device), fmt)
-    shape = (w.shape[0], w.shape[1])
+    hessian = prepared_hessian(given.hessian.to(given.w.device), fmt)
+    shape = (given.w.shape[0], given.w.shape[1])
     pieces = list(row_chunks(*shape, max(fmt.row_multiple, fmt.unit(shape)[0]), DRAFT_ELEMENTS))
     for start, stop in pieces if coupling is None else reversed(pieces):
-        rows = fmt.prepared(w, start, stop, where)
-        params = narrow_rows(fmt.param_rules, parts, start, stop)
+        rows = fmt.prepared(given.w, start, stop, where)
+        params = narrow_rows(fmt.param_rules, given.parts, start, stop)
         grid = fmt.grid(rows, params)
         if curvature is None:
-            curvature = Curvature(second_moments(hessian, amount, grid.factor), where)
-        draft = Draft(grid, _values(fmt, parts, start, stop, grid), curvature)
+            curvature = Curvature(second_moments(hessian, given.amount, grid.factor), where)
+        draft = Draft(grid, _values(fmt, given.parts, start, stop, grid), curvature)
         if coupling is None:
             for step in steps:
                 step(draft)
@@ -145,22 +152,18 @@ def refine(
     return out
 
 
-def _refine_scaled(
-    w: Tensor,
-    fmt: Format,
-    parts: Parts,
-    steps: Sequence[Refinement],
-    hessian: Tensor,
-    amount: float,
-    where: str,
-    coupling: Coupling | None,
-) -> Parts:
+def _refine_scaled(given: Unrefined, steps: Sequence[Refinement], coupling: Coupling | None) -> Parts:
     """`refine` where the input is multiplied by a stored vector first: of w / scale, for the input x * scale."""
-    scale = parts["pre_quant_scale"].float()
-    scaled = hessian.to(w.device) * scale.unsqueeze(0) * scale.unsqueeze(1)
-    plain = {name: value for name, value in parts.items() if name != "pre_quant_scale"}
-    refined = refine(w.float() / scale, fmt.plain, plain, steps, scaled, amount, where, coupling)
-    return {**refined, "pre_quant_scale": parts["pre_quant_scale"]}
+    stored = given.parts["pre_quant_scale"]
+    scale = stored.float()
+    plain = replace(
+        given,
+        w=given.w.float() / scale,
+        fmt=given.fmt.plain,
+        parts={name: value for name, value in given.parts.items() if name != "pre_quant_scale"},
+        hessian=given.hessian.to(given.w.device) * scale.unsqueeze(0) * scale.unsqueeze(1),
+    )
+    return {**refine(plain, steps, coupling), "pre_quant_scale": stored}
 
 
 def _values(fmt: Format, parts: Parts, start: int, stop: int, grid: Grid) -> Tensor:

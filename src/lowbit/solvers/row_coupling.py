@@ -15,45 +15,35 @@ the order of the file 3 to 6 %.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import SolverError
-from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, gather_rows
 
 from .curvature import unit_lower
-from .refinement import Draft, Refinement, refine
+from .refinement import Draft, Refinement, Unrefined, refine
 
 ROWS = 32
 SHRUNK = 0.5  # toward the diagonal of G: 0.2 to 0.5 were alike, and gradients are noisier than inputs
 _LEAST = 1e-3  # of the mean of the diagonal: the least that a row counts
 
 
-def refine_coupled(
-    w: Tensor,
-    fmt: Format,
-    parts: Parts,
-    steps: Sequence[Refinement],
-    hessian: Tensor,
-    amount: float,
-    where: str,
-    outputs: Tensor,
-) -> Parts:
+def refine_coupled(given: Unrefined, steps: Sequence[Refinement], outputs: Tensor) -> Parts:
     """`refine` against tr(G E H E^T). outputs: G [N, N], shrunk here toward its diagonal. Raises `SolverError`.
 
     Rows are taken by rising weight, so that those that count most are free. Where blocks of rows have parts in common,
     they keep their places.
     """
-    outputs = shrunk_outputs(outputs.to(w.device))
-    if any(rule.rows_per_entry != 1 for rule in fmt.rules):
-        return refine(w, fmt, parts, steps, hessian, amount, where, RowCoupling(outputs, where))
+    rules, outputs = given.fmt.rules, shrunk_outputs(outputs.to(given.w.device))
+    if any(rule.rows_per_entry != 1 for rule in rules):
+        return refine(given, steps, RowCoupling(outputs, given.where))
     order = outputs.diagonal().argsort()
-    coupling = RowCoupling(outputs[order][:, order], where)
-    ordered = gather_rows(fmt.rules, parts, order)
-    refined = refine(w[order], fmt, ordered, steps, hessian, amount, where, coupling)
-    return gather_rows(fmt.rules, refined, order.argsort())
+    coupling = RowCoupling(outputs[order][:, order], given.where)
+    ordered = replace(given, w=given.w[order], parts=gather_rows(rules, given.parts, order))
+    return gather_rows(rules, refine(ordered, steps, coupling), order.argsort())
 
 
 class GradientsError(SolverError):

@@ -31,7 +31,7 @@ from .base import Statistics, solver
 from .curvature import NotPositiveDefiniteError, energy, output_loss, output_signal, shrinkage
 from .input_scale import input_scale, transformed
 from .pipeline import AUTO, Pipeline, parse_pipeline, pick_solver, what_is_known
-from .refinement import refine
+from .refinement import Unrefined, refine
 from .row_coupling import GradientsError, refine_coupled
 
 _TRIAL_SHARE, _TRIAL_ROWS = 8, 64  # an eighth of the rows, but at least so many
@@ -240,9 +240,8 @@ class Problem:
     ) -> Parts:
         assert hessian is not None
         steps = self.pipeline.refinements[: 1 if first_only else None]
-        if outputs is not None:
-            return refine_coupled(w, self.fmt, start, steps, hessian, amount, self.where, outputs)
-        return refine(w, self.fmt, start, steps, hessian, amount, self.where)
+        given = Unrefined(w, self.fmt, start, hessian, amount, self.where)
+        return refine(given, steps) if outputs is None else refine_coupled(given, steps, outputs)
 
     # ---- judging ----------------------------------------------------------------------------------------------------
 
