@@ -209,11 +209,11 @@ def test_threads_change_nothing():
 def test_what_they_do_not_take_is_refused():
     """Many rows, units of many rows, rules of a format's own and gaps are named, and eager takes them."""
     grid = exact_grid(E2M1, 4, 32, 4, zero=False)
-    many = exact_grid(E2M1, 4, 300, 4, zero=False)
+    many = exact_grid(E2M1, 600, 1800, 4, zero=False)
     own = replace(grid, snap=lambda step, zero: (step, zero))
     square = torch.eye(4)
     for other, hessian, why in (
-        (many, square, "300 rows"),
+        (many, torch.eye(600), "1800 rows"),
         (replace(grid, rows=2), square, "units of 2 rows"),
         (own, square, "rule of its own"),
         (grid, torch.eye(8)[::2, ::2], "gaps"),
@@ -222,6 +222,9 @@ def test_what_they_do_not_take_is_refused():
         with use_backend("cpu"), pytest.raises(UnsupportedError, match=why):
             descent_sweep(*args[:4], codes=True, scales=True, last=False)
         assert select("descent_sweep", "*", "", "cpu", args).backend == "eager"
-    for other, order, why in ((many, torch.arange(4), "300 rows"), (grid, torch.arange(8)[::2], "gaps")):
+    for other, order, lower, why in (
+        (many, torch.arange(600), torch.eye(600), "1800 rows"),
+        (grid, torch.arange(8)[::2], square, "gaps"),
+    ):
         with use_backend("cpu"), pytest.raises(UnsupportedError, match=why):
-            gptq_sweep(other, order, square, torch.zeros_like(other.target))
+            gptq_sweep(other, order, lower, torch.zeros_like(other.target))

@@ -27,7 +27,7 @@ def refuses(
         return "the format has a rule of its own for the steps that it can store"
     if not hessian.is_contiguous():
         return "the second moments have gaps"
-    return grid_columns.refuses_rows(values) or grid_columns.refuses(grid, (values, gradient), hessian)
+    return grid_columns.refuses_rows(values, refits=scales) or grid_columns.refuses(grid, (values, gradient), hessian)
 
 
 @kernel("descent_sweep", backend="cpu", refuses=refuses, tolerance=1e-3)
