@@ -14,7 +14,7 @@ import torch
 from docs_cpu import cpu_codecs, cpu_linears, cpu_machine, cpu_models, cpu_peers, cpu_plot
 from docs_dialects import dialect_pages, every_dialect_table
 from docs_formats import every_format, every_spec, format_pages
-from docs_measured import diffusion, sentences
+from docs_measured import diffusion, genres, layers, sentences
 from docs_presets import every_preset
 
 from lowbit.checkpoint.dialects import dialects
@@ -36,6 +36,8 @@ PLACES: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/manual.md", "presets"): every_preset,
     ("docs/which-format.md", "sentences"): sentences,
     ("docs/which-format.md", "diffusion"): diffusion,
+    ("docs/solvers.md", "genres"): genres,
+    ("docs/solvers.md", "layers"): layers,
     ("docs/cpu.md", "cpu_machine"): cpu_machine,
     ("docs/cpu.md", "cpu_linears"): cpu_linears,
     ("docs/cpu.md", "cpu_peers"): cpu_peers,

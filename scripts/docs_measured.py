@@ -44,3 +44,34 @@ def diffusion() -> str:
     rows = json.loads((RESULTS / "digits_dit.json").read_text())["rows"]
     lines = [(row["name"], f"{row['psnr']:.1f}") for row in rows]
     return table(("what", "PSNR of samples, dB"), lines)
+
+
+def genres() -> str:
+    """MiniLM: what is left of plain rounding's error, by the text of the calibration and that of the test."""
+    rows = json.loads((RESULTS / "minilm_quality.json").read_text())["rows"]
+    tests, lines, before = ("everyday", "novel", "reference"), [], ""
+    for row in sorted(rows, key=lambda row: _PLAIN.index(row["format"]) if row["format"] in _PLAIN else -1):
+        if row["format"] not in _PLAIN:
+            continue
+        own = row["calibrated_on"]
+        shares = (f"*{row['share'][test]:.2f}*" if test == own else f"{row['share'][test]:.2f}" for test in tests)
+        name = f"`{row['format']}`" if row["format"] != before else ""
+        lines.append((name, own, *shares, f"{row['seconds']:.0f} s"))
+        before = row["format"]
+    return table(("format", "calibrated on", *tests, "calibration and conversion"), lines)
+
+
+_PLAIN = ["fp8_e4m3", "int8(activations=none)", "awq_w4a16", "nvfp4", "svdquant_w4a4"]  # in the order of the table
+
+
+def layers() -> str:
+    """One large layer: seconds by step, and the gain."""
+    lines, before = [], None
+    for row in json.loads((RESULTS / "solve_layer.json").read_text())["rows"]:
+        seconds = row["seconds"]
+        steps = [f"{value:.1f} s" for name, value in seconds.items() if name != "solve"] or [""] * 3
+        shape = " x ".join(map(str, row["shape"])) if row["shape"] != before else ""
+        name = f"`{row['format']}`" + (" by ctq" if row["solver"] == "ctq" else "")
+        lines.append((shape, name, *steps, f"{seconds['solve']:.1f} s", f"{row['gain']:.1f} dB"))
+        before = row["shape"]
+    return table(("shape", "format", "start", "`gptq`", "`descent`", "`solve`", "gain"), lines)
