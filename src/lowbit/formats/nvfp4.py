@@ -45,7 +45,6 @@ from lowbit.numerics.levels import E2M1
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles
 
 GROUP = 16
-SMALLEST_SCALE = 2.0**-9  # above zero
 _LARGEST = 0x7E  # the code of 448; 0x7f is NaN. Codes of positive e4m3 values are ordered as their values are.
 _OCTAVE = 8  # codes from a scale to its double
 _LOWEST_NORMALS = 15  # up to this code e4m3 values lie 2**-9 apart: half an odd one is not a value

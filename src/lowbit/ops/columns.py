@@ -37,8 +37,10 @@ def descent_sweep(
     gradient  [K, n]   H (target - values), kept up to date; `last`: it is of no use afterwards
     hessian   [K, K]   H
 
-    `scales` only where units have at most WIDEST columns.
+    `scales` only where units have at most WIDEST columns. Neither `codes` nor `scales`: nothing.
     """
+    if not codes and not scales:
+        return
     args = (grid, values, gradient, hessian, codes, scales, last)
     select("descent_sweep", ANY_FORMAT, "", values.device.type, args).run(*args)
 

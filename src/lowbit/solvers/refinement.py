@@ -110,7 +110,7 @@ def refinements() -> dict[str, Refinement]:
 class Unrefined:
     """What is to be refined: a weight [N, K], its parts so far, and H [K, K] of its input.
 
-    H is shrunk by `amount` toward its diagonal. `where` names the layer in errors.
+    H is to be shrunk by `amount` toward its diagonal. `where` names the layer in errors.
     """
 
     w: Tensor

@@ -159,7 +159,7 @@ def test_steps_are_what_the_format_stores(name):
     """A unit of one code of 1 gets the step that eager's rule makes of its target, to the bit, where that is nearer."""
     n = 250
     generator = torch.Generator().manual_seed(0)
-    target = torch.exp(torch.rand(1, n, generator=generator) * 18 - 9)
+    target = torch.exp(torch.rand(1, n, generator=generator) * 24 - 12)  # beyond the largest that some can store
     if name == "signed bfloat16":
         target *= torch.where(torch.rand(1, n, generator=generator) < 0.5, -1.0, 1.0)
     rule = RULES.get(name) or E4m3Steps(
@@ -206,25 +206,72 @@ def test_threads_change_nothing():
         assert torch.equal(one, four)
 
 
+def ragged(grid: Grid, columns: int) -> Grid:
+    """The same with units of so many columns, each with the first step of the old ones that it covers."""
+    first = torch.arange(0, grid.target.shape[0], columns) // grid.columns
+    zero = None if grid.zero is None else grid.zero[first]
+    return replace(grid, step=grid.step[first], zero=zero, columns=columns)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("spec", ["nvfp4", "awq_w4a16", "svdquant_w4a4"])
+def test_units_that_are_cut_short(spec, last):
+    """The last unit may have fewer columns, the last block fewer units, and n no whole vectors."""
+    grid, hessian = of_weight(spec, 37, 192)
+    for columns in (48, 80, 130):
+        cut = ragged(grid, columns)
+        values = begin(cut)
+        found, expected = (
+            swept(cut, one, hessian, values, codes=True, scales=True, last=last) for one in ("cpu", "eager")
+        )
+        after, wanted = error(cut, hessian, found[0]), error(cut, hessian, expected[0])
+        assert bool((after <= error(cut, hessian, values) * 1.0001).all())
+        assert float(after.sum() / wanted.sum()) == pytest.approx(1, abs=5e-3)
+        assert not torch.equal(found[2], cut.step)
+
+
+def test_many_rows_go_by_blocks():
+    """With the backend forced, rows too many for one call, and steps of a rule of their own, are still worked on."""
+    grid, hessian = of_weight("nvfp4", 500, 640)
+    few, root = grid.narrow(0, 40), torch.linalg.cholesky(hessian)
+    order, lower = torch.arange(640), root / root.diagonal()
+    whole, some = rounded(grid, "cpu", order, lower), rounded(few, "cpu", order, lower)
+    assert (whole[:, :40] == some).float().mean() > 0.999
+    how = {"codes": True, "scales": False, "last": False}
+    many = swept(grid, "cpu", hessian, whole, **how)[0]
+    assert (many[:, :40] == swept(few, "cpu", hessian, some, **how)[0]).float().mean() > 0.999
+
+    def rule(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the kernel cannot look into."""
+        return few.snap(step, zero)
+
+    own = replace(few, snap=rule)
+    found = swept(own, "cpu", hessian, some, codes=True, scales=True, last=False)
+    expected = swept(few, "cpu", hessian, some, codes=True, scales=True, last=False)
+    assert (found[2] == expected[2]).float().mean() > 0.99
+
+
+def test_nothing_to_do_changes_nothing():
+    """Neither codes nor scales: values and gradients stay."""
+    grid, hessian = of_weight("nvfp4", 16, 64)
+    values = begin(grid)
+    found = swept(grid, "cpu", hessian, values, codes=False, scales=False, last=False)
+    assert torch.equal(found[0], values)
+    assert torch.equal(found[1], hessian @ (grid.target - values))
+
+
 def test_what_they_do_not_take_is_refused():
-    """Many rows, units of many rows, rules of a format's own and gaps are named, and eager takes them."""
+    """Other roundings and orders are named, and eager takes them."""
+
+    class Coarse(Grid):
+        """A grid with a rounding of its own."""
+
     grid = exact_grid(E2M1, 4, 32, 4, zero=False)
-    many = exact_grid(E2M1, 600, 1800, 4, zero=False)
-    own = replace(grid, snap=lambda step, zero: (step, zero))
-    square = torch.eye(4)
-    for other, hessian, why in (
-        (many, torch.eye(600), "1800 rows"),
-        (replace(grid, rows=2), square, "units of 2 rows"),
-        (own, square, "rule of its own"),
-        (grid, torch.eye(8)[::2, ::2], "gaps"),
-    ):
-        args = (other, torch.zeros_like(other.target), torch.zeros_like(other.target), hessian, True, True, False)
-        with use_backend("cpu"), pytest.raises(UnsupportedError, match=why):
-            descent_sweep(*args[:4], codes=True, scales=True, last=False)
-        assert select("descent_sweep", "*", "", "cpu", args).backend == "eager"
-    for other, order, lower, why in (
-        (many, torch.arange(600), torch.eye(600), "1800 rows"),
-        (grid, torch.arange(8)[::2], square, "gaps"),
-    ):
-        with use_backend("cpu"), pytest.raises(UnsupportedError, match=why):
-            gptq_sweep(other, order, lower, torch.zeros_like(other.target))
+    coarse, square = Coarse(grid.target, grid.step, grid.levels, 4), torch.eye(4)
+    args = (coarse, torch.zeros(4, 32), torch.zeros(4, 32), square, True, True, False)
+    with use_backend("cpu"), pytest.raises(UnsupportedError, match="rounding of its own"):
+        descent_sweep(*args[:4], codes=True, scales=True, last=False)
+    assert select("descent_sweep", "*", "", "cpu", args).backend == "eager"
+    for order in (torch.arange(8)[::2], torch.arange(4, dtype=torch.int32)):
+        with use_backend("cpu"), pytest.raises(UnsupportedError, match="int64 without gaps"):
+            gptq_sweep(grid, order, square, torch.zeros(4, 32))

@@ -1,4 +1,8 @@
-"""descent_sweep for few rows and grids of integers and of floating-point values; as near to eager's as gptq_columns."""
+"""descent_sweep for grids of integers and of floating-point values; as near to eager's as gptq_columns.
+
+Few rows go through all columns in one call. Many do by eager's blocks of columns, which are worked on natively, and so
+do those whose steps the kernel cannot refit: of units of many rows, or by a rule of the format's own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from torch import Tensor
 
 from lowbit.backends.cpu import grid_columns, native
 from lowbit.backends.cpu.operands import DTYPES
-from lowbit.backends.eager.descent_sweep import columns_at_once
+from lowbit.backends.eager import descent_sweep as blocks
 from lowbit.dispatch import kernel
 from lowbit.formats.grid import Grid, keep_as_they_are
 from lowbit.formats.stored_steps import LARGEST_POWER, SMALLEST_E4M3, SMALLEST_POWER, E4m3Steps, FloatSteps, PowerSteps
@@ -21,13 +25,7 @@ def refuses(
     grid: Grid, values: Tensor, gradient: Tensor, hessian: Tensor, codes: bool, scales: bool, last: bool
 ) -> str | None:
     """Why this call cannot run here, or None."""
-    if scales and grid.rows != 1:
-        return f"units of {grid.rows} rows; the kernel refits those of one row"
-    if scales and _stored(grid) is None:
-        return "the format has a rule of its own for the steps that it can store"
-    if not hessian.is_contiguous():
-        return "the second moments have gaps"
-    return grid_columns.refuses_rows(values, refits=scales) or grid_columns.refuses(grid, (values, gradient), hessian)
+    return grid_columns.refuses(grid, (values, gradient), hessian)
 
 
 @kernel("descent_sweep", backend="cpu", refuses=refuses, tolerance=1e-3)
@@ -35,9 +33,13 @@ def descent_sweep(
     grid: Grid, values: Tensor, gradient: Tensor, hessian: Tensor, codes: bool, scales: bool, last: bool
 ) -> None:
     """See `lowbit.ops.columns`."""
-    stored = _stored(grid) if scales else None
+    stored = _stored(grid) if scales and grid.rows == 1 else None
+    cannot_refit = scales and stored is None
+    if cannot_refit or not hessian.is_contiguous() or grid_columns.in_blocks(values, refits=scales):
+        blocks.descent_sweep(grid, values, gradient, hessian, codes, scales, last)
+        return
     native.module().descent_sweep(
-        *grid_columns.describe(grid), *(stored or _fields(_FLOATS)), *values.shape, columns_at_once(grid),
+        *grid_columns.describe(grid), *(stored or _fields(_FLOATS)), *values.shape, blocks.columns_at_once(grid),
         hessian.data_ptr(), gradient.data_ptr(), values.data_ptr(), codes, scales, last, native.threads(),
     )  # fmt: skip
 
@@ -51,8 +53,15 @@ def _stored(grid: Grid) -> StoredFields | None:
         return _fields(
             _FLOATS, DTYPES[snap.dtype], DTYPES[snap.zero_dtype], snap.least, snap.most, with_sign=snap.with_sign
         )
-    if isinstance(snap, E4m3Steps) and snap.global_scale.dtype == torch.float32 and snap.global_scale.is_contiguous():
-        common = (snap.global_scale.data_ptr(), bool(snap.global_scale.dim()), snap.kind.divides)
+    if isinstance(snap, E4m3Steps):
+        value, by_row = snap.global_scale, snap.kind.by_row
+        if (
+            value.dtype != torch.float32
+            or not value.is_contiguous()
+            or value.shape != (grid.target.shape[1:] if by_row else ())
+        ):
+            return None
+        common = (value.data_ptr(), by_row, snap.kind.divides)
         return _fields(_E4M3, least=SMALLEST_E4M3, most=E4M3_MAX, common=common)
     if isinstance(snap, PowerSteps):
         return _fields(_POWERS, least=SMALLEST_POWER, most=LARGEST_POWER)

@@ -6,6 +6,7 @@ value may be the next one where two are equally near but for that.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lowbit.backends.cpu import grid_columns, native
@@ -15,8 +16,8 @@ from lowbit.formats.grid import Grid
 
 def refuses(grid: Grid, columns: Tensor, wanted: Tensor, inner: Tensor, values: Tensor, error: Tensor) -> str | None:
     """Why this call cannot run here, or None."""
-    if not columns.is_contiguous():
-        return "the numbers of the columns have gaps"
+    if columns.dtype != torch.int64 or not columns.is_contiguous():
+        return "the numbers of the columns are not int64 without gaps"
     return grid_columns.refuses(grid, (wanted, values, error), inner)
 
 

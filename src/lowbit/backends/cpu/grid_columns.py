@@ -30,12 +30,10 @@ def refuses(grid: Grid, rows: tuple[Tensor, ...], inner: Tensor) -> str | None:
     return None
 
 
-def refuses_rows(values: Tensor, *, refits: bool = False) -> str | None:
-    """Why a kernel that goes through all columns by itself should not take values [K, n], or None."""
+def in_blocks(values: Tensor, *, refits: bool = False) -> bool:
+    """Whether matrix products between blocks of columns are faster for values [K, n] than going through all at once."""
     k, n = values.shape
-    if k <= CACHED_COLUMNS or n * k <= (MOST_REFITTED if refits else MOST_VALUES):
-        return None
-    return f"{n} rows of {k} columns; matrix products between blocks of columns are faster"
+    return k > CACHED_COLUMNS and n * k > (MOST_REFITTED if refits else MOST_VALUES)
 
 
 def describe(grid: Grid) -> GridFields:

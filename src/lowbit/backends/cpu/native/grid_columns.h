@@ -17,7 +17,7 @@ constexpr int kThinVectors = 2;
 #if defined(LOWBIT_ISA_AVX512)
 constexpr int kColumnsAtOnce = 12;  // 24 sums in 32 registers
 #else
-constexpr int kColumnsAtOnce = 6;  // 12 sums in 16 registers
+constexpr int kColumnsAtOnce = 6;  // 12 sums in the 16 registers that every other set has
 #endif
 
 // value = zero + step * level. step, divisor (infinite where the step is zero), zero: [units, n]; zero may be null.

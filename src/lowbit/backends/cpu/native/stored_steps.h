@@ -10,9 +10,9 @@ enum class Steps : int { kFloats = 0, kE4m3 = 1, kPowers = 2 };
 struct StoredSteps {
   Steps kind;
   int dtype, zero_dtype;  // kFloats
-  float least, most;      // of the step's magnitude
-  bool with_sign;         // a step may be negative
-  const float* common;    // kE4m3: what steps are counted by, [n] or one
+  float least, most;      // of the step; with_sign, which allows negative ones: `least` of its magnitude alone
+  bool with_sign;
+  const float* common;  // kE4m3: what steps are counted by, [n] or one
   bool common_by_row, common_divides;
 
   template <class P>
