@@ -14,9 +14,10 @@ from lowbit.formats import parse_spec
 from lowbit.formats.global_scale import GlobalScale
 from lowbit.formats.grid import Grid, Snap
 from lowbit.formats.stored_steps import E4m3Steps, FloatSteps, PowerSteps
-from lowbit.numerics.levels import E2M1, E4M3, IntegerLevels, Levels
+from lowbit.numerics.levels import E2M1, E4M3, IntegerLevels
 from lowbit.ops.columns import descent_sweep, gptq_sweep
 from tests.support import gaussian
+from tests.support.grids import exact, exact_grid
 
 pytest.importorskip("lowbit.backends.cpu", reason="no compiled kernels", exc_type=ImportError)
 
@@ -33,21 +34,6 @@ SPECS = (
     "wna16(group_size=32)",
     "wna16(bits=8,group_size=256)",
 )
-
-
-def exact(count: int, n: int, low: int, high: int, unit: float, seed: int) -> Tensor:
-    """Multiples of a power of two, few enough bits for sums of their products to be exact."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(low, high + 1, (count, n), generator=generator).float() * unit
-
-
-def exact_grid(levels: Levels, count: int, n: int, columns: int, *, zero: bool) -> Grid:
-    """A grid with steps that are powers of two, some of them zero, and with targets of few bits."""
-    units = -(-count // columns)
-    step = torch.exp2(exact(units, n, -2, 0, 1.0, 1))
-    step[:, ::7] = 0
-    zeros = exact(units, n, -4, 4, 0.25, 2) if zero else None
-    return Grid(exact(count, n, -64, 64, 2**-5, 3), step, levels, columns, zero=zeros)
 
 
 def sparse(count: int, seed: int) -> Tensor:

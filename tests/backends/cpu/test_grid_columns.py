@@ -12,29 +12,15 @@ from lowbit.dispatch import select, use_backend
 from lowbit.errors import UnsupportedError
 from lowbit.formats import parse_spec
 from lowbit.formats.grid import Grid
-from lowbit.numerics.levels import E2M1, E4M3, E5M2, IntegerLevels, Levels
+from lowbit.numerics.levels import E2M1, E4M3, E5M2, IntegerLevels
 from lowbit.ops.columns import descent_columns, gptq_columns, refit_unit
 from tests.support import gaussian
+from tests.support.grids import exact, exact_grid
 
 pytest.importorskip("lowbit.backends.cpu", reason="no compiled kernels", exc_type=ImportError)
 
 LEVELS = [IntegerLevels(-8, 7), IntegerLevels(0, 15), IntegerLevels(-127, 127), E2M1, E4M3, E5M2]
 SIZES = [(1, 1), (2, 63), (7, 65), (64, 200), (100, 24)]  # columns, rows
-
-
-def exact(count: int, n: int, low: int, high: int, unit: float, seed: int) -> Tensor:
-    """Multiples of a power of two, few enough bits for sums of their products to be exact."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(low, high + 1, (count, n), generator=generator).float() * unit
-
-
-def exact_grid(levels: Levels, count: int, n: int, columns: int, *, zero: bool) -> Grid:
-    """A grid with steps that are powers of two, some of them zero, and with targets of few bits."""
-    units = -(-count // columns)
-    step = torch.exp2(exact(units, n, -2, 0, 1.0, 1))
-    step[:, ::7] = 0
-    zeros = exact(units, n, -4, 4, 0.25, 2) if zero else None
-    return Grid(exact(count, n, -64, 64, 2**-5, 3), step, levels, columns, zero=zeros)
 
 
 def rounded(grid: Grid, backend: str, lower: Tensor) -> tuple[Tensor, Tensor]:
