@@ -43,6 +43,7 @@ COLD = (
     "refit_unit",
     "gptq_sweep",
     "descent_sweep",
+    "add_second_moment",
 )
 
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lowbit.ops.second_moment import add_second_moment
 from lowbit.solvers.base import Statistics
 
 ROWS_KEPT = 256  # rows of x in `Statistics.samples`
 BINS = 4096  # 12 of the 31 bits of |x| as float32: 8 of exponent, 4 of mantissa
 FLUSH = 1024  # rows that are gathered before a product: many thin products take several times as long as a thick one
-_PANEL = 192  # columns of one product: only the panels right of the diagonal are computed
+_BLOCK = 192  # rows that are made symmetric together
 _COUNTED = 2**16  # elements of one flush that go into the histogram; more would cost as much as the products
 
 
@@ -37,10 +38,7 @@ class Moment:
         if self.total.dim() == 1:
             self.total += x.square().sum(0)  # float32 for up to FLUSH rows, float64 from there on
             return
-        k = x.shape[1]
-        for start in range(0, k, _PANEL):
-            stop = min(start + _PANEL, k)
-            self.total[start:stop, start:].addmm_(x[:, start:stop].mT, x[:, start:])
+        add_second_moment(self.total, x)
 
     def finish(self) -> Tensor | None:
         """E[x xᵀ] as float32 on the CPU, symmetric to the bit, in the memory of the sum; None without rows."""
@@ -48,8 +46,8 @@ class Moment:
             return None
         mean = self.total.div_(self.rows).float()
         if mean.dim() == 2:
-            for start in range(0, len(mean), _PANEL):  # blocks that stay in the cache while they are transposed
-                stop = start + _PANEL
+            for start in range(0, len(mean), _BLOCK):  # what stays in the cache while it is transposed
+                stop = start + _BLOCK
                 corner = mean[start:stop, start:stop].triu_()
                 corner += corner.triu(1).mT
                 mean[stop:, start:stop] = mean[start:stop, stop:].mT

@@ -5,6 +5,7 @@ from lowbit.backends.cpu import native
 native.module()  # before any kernel is registered: a backend is there as a whole, or not at all
 
 from lowbit.backends.cpu import (
+    add_second_moment,
     dequantize,
     dequantize_gguf,
     dequantize_w4a8_codebook,
@@ -39,6 +40,7 @@ from lowbit.backends.cpu import (
 from lowbit.backends.cpu.bandwidth import copy_bandwidth, read_bandwidth
 
 __all__ = [
+    "add_second_moment",
     "copy_bandwidth",
     "dequantize",
     "dequantize_gguf",
