@@ -31,6 +31,7 @@ DIRECTIONS = (  # calibrate on the first, test on the second
     ("reference", "everyday"),
     (BUILTIN, "reference"),
     (BUILTIN, "everyday"),
+    (BUILTIN, "novel"),
 )
 Batch = dict[str, Tensor]
 

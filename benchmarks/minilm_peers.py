@@ -1,15 +1,16 @@
 """MiniLM by other quantizers: llm-compressor (plain and GPTQ), AutoRound and HQQ, beside lowbit, plain and calibrated.
 
-    python -m benchmarks.minilm_peers [--only NAME...] [--runs 2] [--output FILE]
+    python -m benchmarks.minilm_peers [--only NAME...] [--from GENRE...] [--runs 2] [--output FILE]
 
-Each method quantizes the 36 linears of all-MiniLM-L6-v2's encoder, calibrated with 256 sentences of one genre, or of
-the text that comes with lowbit, and is judged on sentences of another (`minilm_model.DIRECTIONS`). Weights only: the
-model runs in float32 with the weights that the method chose, except in the rows that say w4a4. Seconds are calibration
-and quantization together, the smallest of --runs, without imports and without loading the model.
+Each method quantizes the 36 linears of all-MiniLM-L6-v2's encoder, calibrated with 256 sentences of one genre, or with
+the 512 passages of the text that comes with lowbit, and is judged on sentences of others (`minilm_model.DIRECTIONS`);
+lowbit runs each of the 256 sentences a second time, varied, as its command does. Weights only: the model runs in
+float32 with the weights that the method chose, except in the rows that say w4a4. Seconds are calibration and
+quantization together, the smallest of --runs, without imports and without loading the model.
 
 The peers pin other versions of transformers and compressed-tensors than lowbit's own tests use, so they need an
 environment of their own; see benchmarks/README.md or `NEEDS`. What is measured is written after every method, and a
-second run keeps the rows that it does not measure itself.
+second run keeps the rows that it does not measure itself; each row has the processor and the commit of its own run.
 """
 
 from __future__ import annotations
@@ -79,19 +80,25 @@ def main() -> None:
     """Measure, print and write."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--only", nargs="+", metavar="NAME", help="methods whose row contains one of these words")
+    genres = list(dict.fromkeys(genre for genre, _ in DIRECTIONS))
+    arguments.add_argument(
+        "--from", nargs="+", dest="genres", choices=genres, default=genres,
+        help="what to calibrate on; methods that look at no data run as well",
+    )  # fmt: skip
     arguments.add_argument("--runs", type=int, default=2, help="repetitions of methods that take less than 20 s")
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--output", type=Path, default=RESULT)
     options = arguments.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(options.threads)
-    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    rows = before(options.output)
+    directions = [pair for pair in DIRECTIONS if pair[0] in options.genres]
     for fmt, name, method, data_free in methods():
         if options.only and not any(word in f"{name} {fmt}" for word in options.only):
             continue
-        for directions in [DIRECTIONS] if data_free else [(direction,) for direction in DIRECTIONS]:
-            for measured in measure(method, directions, options.runs):
-                row = {"format": fmt, "method": name, **measured, **({"calibrated_on": None} if data_free else {})}
+        for calibrated_on, tests in calibrations(directions, data_free=data_free):
+            for measured in measure(method, calibrated_on, tests, options.runs):
+                row = {"format": fmt, "method": name, **measured}
                 rows = [old for old in rows if _key(old) != _key(row)] + [row]
                 print(json.dumps(row), flush=True)
             write(options.output, rows)
@@ -106,29 +113,44 @@ def methods() -> Iterator[tuple[str, str, Method, bool]]:
     for fmt in FORMATS:
         yield fmt, "llm-compressor rtn", llm_compressor(fmt, gptq=False), True
     yield "int4 g64 asymmetric", "hqq", hqq, True
-    for fmt, spec in OURS.items():
-        yield fmt, "lowbit", lowbit_calibrated(spec), False
+    for fmt, spec in OURS.items():  # what svdquant_w4a4 runs rounds its inputs, too
+        yield fmt.replace("w4,", "w4a4,"), "lowbit", lowbit_calibrated(spec), False
     for fmt in FORMATS:
         yield fmt, "llm-compressor gptq, act-order", llm_compressor(fmt, actorder="static"), False
         yield fmt, "llm-compressor gptq", llm_compressor(fmt, actorder=None), False
     yield "int4 g64 asymmetric", "auto-round 200", auto_round, False
 
 
-def measure(method: Method, directions: Sequence[tuple[str, str]], runs: int) -> Iterator[dict[str, Any]]:
-    """Seconds of one method, and its error on the test of each direction; a slow one runs once.
+def before(path: Path) -> list[dict[str, Any]]:
+    """The rows of earlier runs, each with the processor and the commit that it was measured on."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    about = {name: found["machine"][name] for name in ("cpu", "commit")}
+    return [{**about, **row} for row in found["rows"]]
 
-    All directions share the model that the first one calibrates: several are for methods that look at no data.
-    """
+
+def calibrations(directions: Sequence[tuple[str, str]], *, data_free: bool) -> list[tuple[str | None, list[str]]]:
+    """What to calibrate on, once each, and the genres to test then; None for all tests of a method without data."""
+    found: dict[str | None, dict[str, None]] = {}
+    for calibrated_on, test in directions:
+        found.setdefault(None if data_free else calibrated_on, {})[test] = None
+    return [(calibrated_on, list(tests)) for calibrated_on, tests in found.items()]
+
+
+def measure(method: Method, calibrated_on: str | None, tests: Sequence[str], runs: int) -> Iterator[dict[str, Any]]:
+    """Seconds of one method, and the error of its model on every test; a slow one runs once."""
     tokenizer = original()[1]
+    about = machine()
     seconds: list[float] = []
     load = os.getloadavg()[0]
     while not seconds or (len(seconds) < runs and seconds[0] < 20):
         candidate = copy.deepcopy(original()[0])
         began, cpu = time.perf_counter(), time.process_time()
-        candidate = method(candidate, tokenizer, directions[0][0])
+        candidate = method(candidate, tokenizer, calibrated_on or "")
         seconds.append(time.perf_counter() - began)
         cpu_seconds = time.process_time() - cpu
-    for calibrated_on, test in directions:
+    for test in tests:
         batches, reference = original_embeddings(test)
         yield {
             "calibrated_on": calibrated_on,
@@ -137,6 +159,8 @@ def measure(method: Method, directions: Sequence[tuple[str, str]], runs: int) ->
             "seconds": min(seconds),
             "cpu_seconds": cpu_seconds,
             "load_before": load,
+            "cpu": about["cpu"],
+            "commit": about["commit"],
         }
 
 
