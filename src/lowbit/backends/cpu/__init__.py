@@ -33,6 +33,7 @@ from lowbit.backends.cpu import (
     quantize_integer_groups,
     quantize_mx,
     quantize_nvfp4,
+    quantize_w4a8_codebook,
     refit_unit,
     row_errors,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "quantize_integer_groups",
     "quantize_mx",
     "quantize_nvfp4",
+    "quantize_w4a8_codebook",
     "read_bandwidth",
     "refit_unit",
     "row_errors",
