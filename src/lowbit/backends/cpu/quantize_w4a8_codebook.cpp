@@ -29,33 +29,37 @@ struct Enclosed {
 // A sorted table of 16 levels.
 class TableLevels {
  public:
-  explicit TableLevels(const float* levels) : middle_(simd::set1_f32(levels[8])) {
-    float shifted[16];
-    const auto table = [&](int by, float last) {
-      for (int i = 0; i < 16; ++i) shifted[i] = i + by < 16 ? levels[i + by] : last;
+  explicit TableLevels(const float* levels) : largest_(std::max(levels[15], -levels[0])) {
+    // x >= level where x > the float below it: of the two, the one that a masked addition can follow.
+    float below[16], shifted[16];
+    for (int i = 0; i < 15; ++i) below[i] = std::nextafter(levels[i], -float_of(kInfinityBits));
+    below[15] = float_of(kInfinityBits);  // the last two levels enclose what is beyond them
+    const auto from = [&](const float* table, int first) {
+      for (int i = 0; i < 16; ++i) shifted[i] = table[std::min(i + first, 15)];
       return simd::make_table(shifted);
     };
-    lower_ = table(0, 0.0f);
-    upper_ = table(1, 0.0f);
-    by_four_ = table(4, 0.0f);
-    by_two_ = table(2, 0.0f);
-    for (int i = 0; i < 14; ++i) shifted[i] = levels[i + 1];
-    shifted[14] = shifted[15] = float_of(kInfinityBits);  // the last two levels enclose what is beyond them
-    by_one_ = simd::make_table(shifted);
+    lower_ = from(levels, 0);
+    upper_ = from(levels, 1);
+    by_four_ = from(below, 4);
+    by_two_ = from(below, 2);
+    by_one_ = from(below, 1);
+    middle_ = simd::set1_f32(below[8]);
   }
 
   static constexpr int kBits = 4;
+  float largest() const { return largest_; }
 
   Enclosed around(F32 x) const {
     using namespace simd;
-    I32 code = select(less(x, middle_), zero_i32(), set1_i32(8));
-    code = select(less(x, lookup(by_four_, code)), code, add(code, set1_i32(4)));
-    code = select(less(x, lookup(by_two_, code)), code, add(code, set1_i32(2)));
-    code = select(less(x, lookup(by_one_, code)), code, add(code, set1_i32(1)));
+    I32 code = select(less(middle_, x), set1_i32(8), zero_i32());
+    code = select(less(lookup(by_four_, code), x), add(code, set1_i32(4)), code);
+    code = select(less(lookup(by_two_, code), x), add(code, set1_i32(2)), code);
+    code = select(less(lookup(by_one_, code), x), add(code, set1_i32(1)), code);
     return {lookup(lower_, code), lookup(upper_, code), code};
   }
 
  private:
+  float largest_;
   F32 middle_;
   simd::Table16 lower_, upper_, by_four_, by_two_, by_one_;
 };
@@ -67,6 +71,7 @@ class UniformLevels {
   static constexpr int kBits = kBits_;
   static constexpr int kMiddle = 1 << (kBits - 1);
   static constexpr float kHigh = kMiddle - 1, kLow = kBits == 6 ? -kHigh : -kMiddle;
+  static constexpr float largest() { return -kLow; }
 
   Enclosed around(F32 x) const {
     using namespace simd;
@@ -213,14 +218,23 @@ class CodebookEncoder {
 
   F32 error(const float* target, F32 scale) const {
     using namespace simd;
-    const F32 inverse = div(set1_f32(1.0f), scale);
+    const Mask beyond = less(set1_f32(kLargestInteger), mul(scale, set1_f32(levels_.largest())));
+    return any(beyond) ? error<true>(target, scale) : error<false>(target, scale);
+  }
+
+  // The lower integer is at most 127 and the upper one at least -127 wherever their place matters: no target is beyond.
+  template <bool kClamps>
+  F32 error(const float* target, F32 scale) const {
+    using namespace simd;
+    const F32 inverse = div(set1_f32(1.0f), scale), magic = set1_f32(0x1.8p23f), limit = set1_f32(kLargestInteger);
     F32 sums[2] = {zero_f32(), zero_f32()};
     for (int64_t c = 0; c < job_.group; c += 2)
       for (int i = 0; i < 2; ++i) {
         const F32 x = load_f32(target + (c + i) * kLanes);
         const Enclosed of = levels_.around(mul(x, inverse));
-        const F32 below = abs(sub(integers(of.lower, scale), x)), above = abs(sub(integers(of.upper, scale), x));
-        const F32 miss = min(below, above);
+        F32 lower = sub(fma(of.lower, scale, magic), magic), upper = sub(fma(of.upper, scale, magic), magic);
+        if constexpr (kClamps) lower = max(lower, sub(zero_f32(), limit)), upper = min(upper, limit);
+        const F32 miss = min(sub(x, lower), sub(upper, x));  // of two magnitudes: at most one is negative, and smaller
         sums[i] = fma(miss, miss, sums[i]);
       }
     return add(sums[0], sums[1]);
