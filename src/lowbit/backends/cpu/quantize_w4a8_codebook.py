@@ -1,8 +1,8 @@
 """quantize and scale_search for w4a8_codebook: the reference's choice of scales and codes, on a row rotated natively.
 
-The rotation sums in another order than a matrix product: a value may be an ulp or two away, so a code the next one where
-its value lies as near to a tie, and a scale another one where two have the same error. The fit of the codebook is the
-format's own.
+The rotation sums in another order than a matrix product: a value may be an ulp or two away, so a code the next one
+where its value lies as near to a tie, and a scale another one where two have the same error. The fit of the codebook is
+the format's own.
 """
 
 from __future__ import annotations
@@ -20,17 +20,13 @@ from lowbit.numerics.int8_matmul import INT8_MAX
 _TOLERANCE = 2e-2  # where a code of a rotated row of 1000 is the next one, as of the other rotated formats of 4 bits
 
 
-@kernel(
-    "quantize", format="w4a8_codebook", backend="cpu", refuses=encoders.refuses_quantize, tolerance=_TOLERANCE
-)
+@kernel("quantize", format="w4a8_codebook", backend="cpu", refuses=encoders.refuses_quantize, tolerance=_TOLERANCE)
 def quantize_w4a8_codebook(fmt: W4A8Codebook, w: Tensor, seed: int | None, where: str = "weight") -> Parts:
     """w [N, K] -> parts, by rounding to nearest."""
     return _encoded(fmt, w, None, where)
 
 
-@kernel(
-    "scale_search", format="w4a8_codebook", backend="cpu", refuses=encoders.refuses_search, tolerance=_TOLERANCE
-)
+@kernel("scale_search", format="w4a8_codebook", backend="cpu", refuses=encoders.refuses_search, tolerance=_TOLERANCE)
 def scale_search_w4a8_codebook(fmt: W4A8Codebook, w: Tensor, weights: Tensor | None, where: str = "weight") -> Parts:
     """w [N, K] -> parts: rounding has the best scales already, and the format proposes no others."""
     return _encoded(fmt, w, weights, where)
