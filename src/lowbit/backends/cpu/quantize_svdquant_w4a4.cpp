@@ -2,6 +2,8 @@
 //
 // Rows are taken two vectors at a time and turned, so that lanes are rows: scales are vectors, and what is summed over
 // columns crosses no lanes. A piece stays in the cache while it is multiplied, rounded and multiplied again.
+#include <numeric>
+
 #include "native/bind.h"
 #include "native/encode.h"
 
@@ -26,50 +28,49 @@ constexpr int kTogether = 6;
 
 using Lanes = F32[kVectors];
 
-// A matrix with kRows values in a row, `stride` apart.
-struct Wide {
-  const float* at;
-  int64_t stride;
-};
-// Another, of which single numbers are wanted: at(i, j) = at[i * down + j * across].
+// A matrix of which single numbers are wanted: at(i, j) = at[i * down + j * across].
 struct Numbers {
   const float* at;
   int64_t down, across;
 };
 
-// out[j][:] (+)= the sum over i < depth of a[i][:] * b(i, j), for j < kCount.
+// out[j][:] (+)= the sum over i < depth of a[i][:] * b(i, j), for j < kCount; a and out have kRows values in a row.
 template <int kCount>
-void multiply_some(Wide a, Numbers b, int64_t depth, float* out, int64_t stride, bool add_up) {
+void multiply_some(const float* a, Numbers b, int64_t depth, float* out, bool add_up) {
   using namespace simd;
   F32 sums[kCount][kVectors];
-  for (int j = 0; j < kCount; ++j)
-    for (int v = 0; v < kVectors; ++v) sums[j][v] = add_up ? load_f32(out + j * stride + v * kLanes) : zero_f32();
+  for (auto& of : sums)
+    for (auto& sum : of) sum = zero_f32();
   for (int64_t i = 0; i < depth; ++i) {
     Lanes x;
-    for (int v = 0; v < kVectors; ++v) x[v] = load_f32(a.at + i * a.stride + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) x[v] = load_f32(a + i * kRows + v * kLanes);
     for (int j = 0; j < kCount; ++j) {
       const F32 factor = set1_f32(b.at[i * b.down + j * b.across]);
       for (int v = 0; v < kVectors; ++v) sums[j][v] = fma(x[v], factor, sums[j][v]);
     }
   }
+  if (add_up)
+    for (int j = 0; j < kCount; ++j)
+      for (int v = 0; v < kVectors; ++v)
+        sums[j][v] = add(load_f32(out + j * kRows + v * kLanes), sums[j][v]);
   for (int j = 0; j < kCount; ++j)
-    for (int v = 0; v < kVectors; ++v) store_f32(out + j * stride + v * kLanes, sums[j][v]);
+    for (int v = 0; v < kVectors; ++v) store_f32(out + j * kRows + v * kLanes, sums[j][v]);
 }
 
 template <int kCount = kTogether>
-void multiply_up_to(int64_t count, Wide a, Numbers b, int64_t depth, float* out, int64_t stride, bool add_up) {
+void multiply_up_to(int64_t count, const float* a, Numbers b, int64_t depth, float* out, bool add_up) {
   if constexpr (kCount > 1) {
-    if (count < kCount) return multiply_up_to<kCount - 1>(count, a, b, depth, out, stride, add_up);
+    if (count < kCount) return multiply_up_to<kCount - 1>(count, a, b, depth, out, add_up);
   }
-  multiply_some<kCount>(a, b, depth, out, stride, add_up);
+  multiply_some<kCount>(a, b, depth, out, add_up);
 }
 
 // The same for any number of j.
-void multiply(Wide a, Numbers b, int64_t depth, float* out, int64_t stride, int64_t count, bool add_up) {
+void multiply(const float* a, Numbers b, int64_t depth, float* out, int64_t count, bool add_up) {
   const int64_t steps = (count + kTogether - 1) / kTogether;
   for (int64_t step = 0, j = 0; step < steps; ++step) {
     const int64_t some = (count - j) / (steps - step);
-    multiply_up_to(some, a, {b.at + j * b.across, b.down, b.across}, depth, out + j * stride, stride, add_up);
+    multiply_up_to(some, a, {b.at + j * b.across, b.down, b.across}, depth, out + j * kRows, add_up);
     j += some;
   }
 }
@@ -129,7 +130,7 @@ void round_group(const float* x, const float* rest, const float* weights, float*
 void subtract_low_rank(const float* x, const float* low, const float* basis, int64_t columns, int64_t c, int64_t rank,
                        float* rest) {
   using namespace simd;
-  multiply({low, kRows}, {basis + c * columns, 1, columns}, rank, rest, kRows, kGroup, false);
+  multiply(low, {basis + c * columns, 1, columns}, rank, rest, kGroup, false);
   for (int64_t i = 0; i < kGroup * kRows; i += kLanes)
     store_f32(rest + i, sub(load_f32(x + c * kRows + i), load_f32(rest + i)));
 }
@@ -144,7 +145,7 @@ struct Pass {
   bool step;                       // whether E^T E V is wanted
 };
 
-// Adds a piece of rows to image, [columns][K], and returns its error.
+// Adds a piece of rows to image, [K / kRows][columns][kRows], and returns its error.
 class PassPiece {
  public:
   explicit PassPiece(const Pass& pass)
@@ -161,7 +162,7 @@ class PassPiece {
     float* x = x_.data();
     turn_rows<kDtype>(pass_.w, row, pass_.factors, x);
     for (int64_t c = 0; rank && c < k; c += kGroup)
-      multiply({x + c * kRows, kRows}, {pass_.basis + c * q, q, 1}, kGroup, low_.data(), kRows, rank, c > 0);
+      multiply(x + c * kRows, {pass_.basis + c * q, q, 1}, kGroup, low_.data(), rank, c > 0);
     Lanes errors = {simd::zero_f32(), simd::zero_f32()};
     for (int64_t c = 0; c < k; c += kGroup) {
       float* group = x + c * kRows;
@@ -169,7 +170,7 @@ class PassPiece {
         subtract_low_rank(x, low_.data(), pass_.basis, q, c, rank, rest_.data());
         round_group(group, rest_.data(), pass_.weights + c, group, errors);
       }
-      if (pass_.step) multiply({group, kRows}, {pass_.basis + c * q, q, 1}, kGroup, seen_.data(), kRows, q, c > 0);
+      if (pass_.step) multiply(group, {pass_.basis + c * q, q, 1}, kGroup, seen_.data(), q, c > 0);
     }
     if (pass_.step) add_image(image);
     return static_cast<double>(simd::reduce_add(simd::add(errors[0], errors[1])));
@@ -189,7 +190,7 @@ class PassPiece {
           for (int i = 0; i < kLanes; ++i)
             simd::store_f32(lines_.data() + (v * kLanes + i) * kRows + first, square[i]);
         }
-      multiply({lines_.data(), kRows}, {seen_.data(), 1, kRows}, kRows, image + c, k, pass_.columns, true);
+      multiply(lines_.data(), {seen_.data(), 1, kRows}, kRows, image + c * pass_.columns, pass_.columns, true);
     }
   }
 
@@ -259,8 +260,7 @@ class RowsPiece {
   }
 
   void project(const float* group, int64_t c) {
-    multiply({group, kRows}, {rows_.solve + c * rows_.rank, rows_.rank, 1}, kGroup, next_.data(), kRows, rows_.rank,
-             c > 0);
+    multiply(group, {rows_.solve + c * rows_.rank, rows_.rank, 1}, kGroup, next_.data(), rows_.rank, c > 0);
   }
 
   F32 as_stored(const float* from) const {
@@ -332,21 +332,35 @@ class RowsPiece {
 
 }  // namespace
 
-// images: [slabs, columns, K], which are added to; errors: [slabs]. Each slab is a run of rows, however many threads
-// there are.
+// image: [K, columns], where `step`; error: one number. room: [slabs, K * columns]. Each slab is a run of rows, however
+// many threads there are, and what they give is added up in their order.
 void svdquant_pass(Ptr<const void> w, int dtype, int64_t n, int64_t k, Ptr<const float> factors,
                    Ptr<const float> weights, Ptr<const float> basis, int64_t columns, int64_t rank, bool step,
-                   int64_t slabs, Ptr<float> images, Ptr<double> errors, int threads) {
+                   int64_t slabs, Ptr<float> room, Ptr<float> image, Ptr<double> error, int threads) {
   const Pass pass{{w, dtype, n, k}, factors, weights, basis, columns, rank, step};
   const int64_t rows = round_up((n + slabs - 1) / slabs, kRows);
+  std::vector<double> errors(static_cast<size_t>(slabs), 0.0);
   with_dtype(dtype, [&](auto known) {
     parallel_for(slabs, threads, [&](int64_t slab) {
+      float* sums = room + slab * columns * k;
+      if (step) std::fill_n(sums, columns * k, 0.0f);
       PassPiece piece(pass);
-      double error = 0.0;
       for (int64_t row = slab * rows; row < std::min(n, (slab + 1) * rows); row += kRows)
-        error += piece.run<known.value>(row, images + slab * columns * k);
-      errors[slab] = error;
+        errors[static_cast<size_t>(slab)] += piece.run<known.value>(row, sums);
     });
+  });
+  error[0] = std::accumulate(errors.begin(), errors.end(), 0.0);
+  if (!step) return;
+  parallel_for(k / kRows, threads, [&](int64_t block) {
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t c = 0; c < kRows; c += kLanes) {
+        const int64_t at = (block * columns + j) * kRows + c;
+        F32 sum = simd::load_f32(room + at);
+        for (int64_t slab = 1; slab < slabs; ++slab) sum = simd::add(sum, simd::load_f32(room + slab * columns * k + at));
+        alignas(64) float lanes[kLanes];
+        simd::store_f32(lanes, sum);
+        for (int i = 0; i < kLanes; ++i) image[(block * kRows + c + i) * columns + j] = lanes[i];
+      }
   });
 }
 
@@ -356,10 +370,13 @@ bool svdquant_rows(Ptr<const void> w, int dtype, int64_t n, int64_t k, Ptr<const
                    int64_t rank, int64_t turns, int stored, Ptr<void> up, Ptr<void> scale, Ptr<uint8_t> codes,
                    int threads) {
   const Rows rows{{w, dtype, n, k}, smooth, weights, basis, solve, down, rank, turns, stored, up, scale, codes};
+  const int64_t pieces = (n + kRows - 1) / kRows, run = std::max<int64_t>(1, std::min<int64_t>(8, pieces / (4 * threads)));
   std::atomic<bool> finite{true};
   with_dtype(dtype, [&](auto known) {
-    parallel_for((n + kRows - 1) / kRows, threads, [&](int64_t piece) {
-      if (!RowsPiece(rows).run<known.value>(piece * kRows)) finite = false;
+    parallel_for((pieces + run - 1) / run, threads, [&](int64_t task) {
+      RowsPiece piece(rows);
+      for (int64_t i = task * run; i < std::min(pieces, (task + 1) * run); ++i)
+        if (!piece.run<known.value>(i * kRows)) finite = false;
     });
   });
   return finite;
@@ -368,7 +385,7 @@ bool svdquant_rows(Ptr<const void> w, int dtype, int64_t n, int64_t k, Ptr<const
 void bind_quantize_svdquant_w4a4(nb::module_& m) {
   m.def("svdquant_pass", &svdquant_pass, nb::call_guard<nb::gil_scoped_release>(), nb::arg("w"), nb::arg("dtype"),
         nb::arg("n"), nb::arg("k"), nb::arg("factors"), nb::arg("weights"), nb::arg("basis"), nb::arg("columns"),
-        nb::arg("rank"), nb::arg("step"), nb::arg("slabs"), nb::arg("images"), nb::arg("errors"), nb::arg("threads"));
+        nb::arg("rank"), nb::arg("step"), nb::arg("slabs"), nb::arg("room"), nb::arg("image"), nb::arg("error"), nb::arg("threads"));
   m.def("svdquant_rows", &svdquant_rows, nb::call_guard<nb::gil_scoped_release>(), nb::arg("w"), nb::arg("dtype"),
         nb::arg("n"), nb::arg("k"), nb::arg("smooth"), nb::arg("weights"), nb::arg("basis"), nb::arg("solve"),
         nb::arg("down"), nb::arg("rank"), nb::arg("turns"), nb::arg("stored"), nb::arg("up"), nb::arg("scale"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit import memory
 from lowbit.backends.cpu import encoders, native
 from lowbit.backends.cpu.operands import DTYPES
 from lowbit.dispatch import kernel
@@ -29,28 +30,29 @@ class _NativePasses(Passes):
 
     def __init__(self, w: Tensor, factor: Tensor, weights: Tensor) -> None:
         self._w, self._factor, self._weights = w, factor.contiguous(), weights.contiguous()
+        self._slabs = max(1, min(_SLABS, w.shape[0] // _LEAST_ROWS))
+        self._room = torch.empty(0)
 
     def step(self, basis: Tensor) -> Products:
-        _, products = self._pass(basis, 0, step=True)
-        assert products is not None
-        return products
+        """See `Passes`."""
+        return self._pass(basis.contiguous(), 0, step=True)[1]
 
     def refinement(self, basis: Tensor, rank: int, *, step: bool) -> tuple[float, Products | None]:
-        return self._pass(basis, rank, step=step)
+        """See `Passes`."""
+        error, products = self._pass(basis.contiguous(), rank, step=step)
+        return error, products if step else None
 
-    def _pass(self, basis: Tensor, rank: int, *, step: bool) -> tuple[float, Products | None]:
-        (n, k), columns, basis = self._w.shape, basis.shape[1], basis.contiguous()
-        slabs = max(1, min(_SLABS, n // _LEAST_ROWS))
-        images = torch.zeros((slabs, columns, k) if step else (0,), dtype=torch.float32)
-        errors = torch.zeros(slabs, dtype=torch.float64)
+    def _pass(self, basis: Tensor, rank: int, *, step: bool) -> tuple[float, Products]:
+        (n, k), columns = self._w.shape, basis.shape[1]
+        if self._room.numel() < self._slabs * k * columns:
+            self._room = memory.empty((self._slabs, k, columns), torch.float32)
+        image, error = torch.zeros((k, columns) if step else (0, columns)), torch.zeros((), dtype=torch.float64)
         native.module().svdquant_pass(
             self._w.data_ptr(), DTYPES[self._w.dtype], n, k, self._factor.data_ptr(), self._weights.data_ptr(),
-            basis.data_ptr(), columns, rank, step, slabs, images.data_ptr(), errors.data_ptr(), native.threads(),
+            basis.data_ptr(), columns, rank, step, self._slabs, self._room.data_ptr(), image.data_ptr(),
+            error.data_ptr(), native.threads(),
         )  # fmt: skip
-        if not step:
-            return float(errors.sum()), None
-        image = images.sum(0).t().contiguous()
-        return float(errors.sum()), Products(image, basis.t() @ image)
+        return float(error), Products(image, basis[: image.shape[0]].t() @ image)
 
 
 @kernel("quantize", format="svdquant_w4a4", backend="cpu", refuses=encoders.refuses_quantize, tolerance=0.15)
@@ -61,10 +63,10 @@ def quantize_svdquant_w4a4(fmt: SvdquantW4A4, w: Tensor, seed: int | None, where
     amax = column_amax(iter((source,)), k, source.device)
     if not bool(amax.isfinite().all()):
         check_finite(source, where)
+    shared = fmt.shared(source, amax, source.dtype, lambda factor, weights: _NativePasses(source, factor, weights))
     dtype = parts["proj_down"].dtype
-    shared = fmt.shared(source, amax, dtype, lambda factor, weights: _NativePasses(source, factor, weights))
-    parts.update(shared)
-    smooth, down = shared["smooth_factor"].float(), shared["proj_down"].float().contiguous()
+    parts.update({name: part.to(dtype) for name, part in shared.items()})
+    smooth, down = parts["smooth_factor"].float(), parts["proj_down"].float().contiguous()
     basis = down * smooth.unsqueeze(1)
     weights, solve = smooth.square().reciprocal(), least_squares(basis)
     finite = native.module().svdquant_rows(
