@@ -22,7 +22,7 @@ squares, alternating with its rounding. A scale search may choose negative scale
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -48,7 +48,7 @@ from lowbit.numerics.int4_matmul import (
 )
 from lowbit.numerics.integers import round_clamp_
 from lowbit.numerics.levels import IntegerLevels
-from lowbit.numerics.low_rank import leading_basis, refined_basis, refined_rows
+from lowbit.numerics.low_rank import Passes, PiecePasses, leading_basis_of, refined_basis, refined_rows
 from lowbit.numerics.packing import pack_nibbles
 from lowbit.numerics.smoothing import choose_smoothing, column_amax
 
@@ -131,6 +131,21 @@ class SvdquantW4A4(Format):
         n, k = w.shape
         dtype = w.dtype if w.dtype in _DTYPES else torch.float32
         amax = column_amax((w[a:b] for a, b in self.row_ranges(n, k)), k, w.device)
+
+        def passes(factor: Tensor, weights: Tensor) -> Passes:
+            def pieces() -> Iterator[Tensor]:
+                return (w[a:b].contiguous().float() * factor for a, b in self.row_ranges(n, k))
+
+            return PiecePasses(pieces, round_groups, weights)
+
+        return self.shared(w, amax, dtype, passes)
+
+    def shared(self, w: Tensor, amax: Tensor, dtype: torch.dtype, passes: Callable[[Tensor, Tensor], Passes]) -> Parts:
+        """smooth_factor and proj_down of a weight [N, K] with these largest magnitudes of columns [K], in `dtype`.
+
+        passes(factor [K], weights [K]): the way to go through w * factor, rounded by `round_groups`.
+        """
+        n, k = w.shape
         if not bool(amax.isfinite().all()):  # an error that names the layer follows, when the rows are read
             return {
                 "smooth_factor": amax.new_ones(k, dtype=dtype),
@@ -141,12 +156,9 @@ class SvdquantW4A4(Format):
         sample = w[torch.arange(count, device=w.device) * n // count].contiguous().float() / size
         smooth = choose_smoothing(sample, amax, self.rank, self.act_unsigned, dtype)
         factor = smooth.float()
-
-        def pieces() -> Iterator[Tensor]:
-            return (w[a:b].contiguous().float() * (factor / size) for a, b in self.row_ranges(n, k))
-
-        basis = leading_basis(pieces, k, self.rank, PASSES, w.device)
-        basis = refined_basis(pieces, basis, self.rank, round_groups, factor.square().reciprocal(), REFINEMENTS)
+        through = passes(factor / size, factor.square().reciprocal())
+        basis = leading_basis_of(through.step, k, self.rank, PASSES, w.device)
+        basis = refined_basis(through, basis, self.rank, REFINEMENTS)
         return {"smooth_factor": smooth, "proj_down": (basis / factor.unsqueeze(1)).to(dtype)}
 
     def fit(self, rows: Tensor, shared: Parts) -> Parts:

@@ -46,7 +46,7 @@ from lowbit.numerics.levels import IntegerLevels
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles
 from lowbit.numerics.rotations import REGULAR_SIZES, rotate_groups
 
-_UNIFORM = {4: (-8, 7), 6: (-31, 31)}  # levels that are used without a codebook
+UNIFORM = {4: (-8, 7), 6: (-31, 31)}  # levels that are used without a codebook
 _LARGEST = 0x7E  # the e4m3 code of 448; those of positive values are ordered as the values are
 _NEIGHBOURS = (0, -1, 1, -2, 2)  # e4m3 codes to try, from that of the scale that just fits
 _SAMPLE = 1 << 16  # elements that the choice of a codebook looks at
@@ -220,7 +220,7 @@ class W4A8Codebook(Format):
         """What the codes stand for under a scale."""
         if self.codebook:
             return IntegerCodebook(params["codebook"], INT8_MAX)
-        return IntegerCodebook(None, INT8_MAX, *_UNIFORM[self.bits], zero=1 << (self.bits - 1))
+        return IntegerCodebook(None, INT8_MAX, *UNIFORM[self.bits], zero=1 << (self.bits - 1))
 
     # ---- linear -----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,9 @@ float32 and starts from a fixed seed: the same matrix gives the same basis.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,41 +26,90 @@ _SPARE = 8  # columns beyond the rank: they make the leading ones converge
 _SEED = 0x10B17
 
 
+class Products(NamedTuple):
+    """What a step of subspace iteration needs of a matrix E and a basis V [K, q]."""
+
+    image: Tensor  # E^T E V, [K, q]
+    gram: Tensor  # V^T E^T E V, [q, q]
+
+    def next_basis(self) -> Tensor:
+        """The next V, its columns in falling order of singular values (Rayleigh-Ritz)."""
+        _, turn = torch.linalg.eigh(self.gram)  # rising
+        return orthonormal(self.image @ turn.flip(1))
+
+
+class Passes(ABC):
+    """A matrix M [N, K] that is gone through once for each step of an iteration."""
+
+    @abstractmethod
+    def step(self, basis: Tensor) -> Products:
+        """Those of M with a basis V [K, q]."""
+
+    @abstractmethod
+    def refinement(self, basis: Tensor, rank: int, *, step: bool) -> tuple[float, Products | None]:
+        """The weighted squared error of L + rounded(M - L), L of the first `rank` columns of the basis.
+
+        And unless `step` is false the products of E = M - rounded(M - L) with the basis.
+        """
+
+
+class PiecePasses(Passes):
+    """Of a matrix whose rows `pieces()` yields as float32 [n, K], the same in every pass.
+
+    They are overwritten, so they must be new ones. `lossy` rounds rows, `weights` [K] are those of squared errors.
+    """
+
+    def __init__(self, pieces: Pieces, lossy: Lossy, weights: Tensor) -> None:
+        self._pieces, self._lossy, self._weights = pieces, lossy, weights
+
+    def step(self, basis: Tensor) -> Products:
+        """See `Passes`."""
+        return _products(self._pieces, basis)
+
+    def refinement(self, basis: Tensor, rank: int, *, step: bool) -> tuple[float, Products | None]:
+        """See `Passes`."""
+        kept, made, error = basis[:, :rank].contiguous(), _no_products(basis), 0.0
+        for rows in self._pieces():
+            residual = rows - (rows @ kept) @ kept.t()
+            rounded = self._lossy(residual)
+            error += float(residual.sub_(rounded).square_().sum(0) @ self._weights)
+            if step:
+                _add(made, basis, rows.sub_(rounded))
+        return error, made if step else None
+
+
 def leading_basis(pieces: Pieces, columns: int, rank: int, passes: int, device: torch.device) -> Tensor:
     """An orthonormal basis [K, rank + spare] of about the leading right singular vectors of M, the best first.
 
     `pieces()` yields the rows of M as float32 [n, K], the same in every pass. They are not written to.
     """
+    return leading_basis_of(lambda basis: _products(pieces, basis), columns, rank, passes, device)
+
+
+def leading_basis_of(
+    step: Callable[[Tensor], Products], columns: int, rank: int, passes: int, device: torch.device
+) -> Tensor:
+    """The same, of a matrix whose products with a basis `step` gives."""
     generator = torch.Generator().manual_seed(_SEED)
     start = torch.randn((columns, min(columns, rank + _SPARE)), generator=generator, dtype=torch.float32, device="cpu")
     basis = orthonormal(start.to(device))
     for _ in range(passes):
-        step = _Step(basis)
-        for rows in pieces():
-            step.add(rows)
-        basis = step.next_basis()
+        basis = step(basis).next_basis()
     return basis
 
 
-def refined_basis(pieces: Pieces, basis: Tensor, rank: int, lossy: Lossy, weights: Tensor, passes: int) -> Tensor:
-    """The basis [K, rank] with the smallest error of `passes` refinements, the start among them.
+def refined_basis(passes: Passes, basis: Tensor, rank: int, count: int) -> Tensor:
+    """The basis [K, rank] with the smallest error of `count` refinements, the start among them.
 
-    basis: [K, >= rank], best columns first. Pieces are overwritten, so they must be new ones. The error is that of L +
-    lossy(M - L), squares weighted by `weights` [K].
+    basis: [K, >= rank], best columns first.
     """
     best, least = basis[:, :rank], torch.inf
-    for last in range(passes + 1):
-        kept, step, error = basis[:, :rank].contiguous(), _Step(basis), 0.0
-        for rows in pieces():
-            residual = rows - (rows @ kept) @ kept.t()
-            rounded = lossy(residual)
-            error += float(residual.sub_(rounded).square_().sum(0) @ weights)
-            if last < passes:
-                step.add(rows.sub_(rounded))
+    for last in range(count + 1):
+        error, products = passes.refinement(basis, rank, step=last < count)
         if error < least:
-            best, least = kept, error
-        if last < passes:
-            basis = step.next_basis()
+            best, least = basis[:, :rank].contiguous(), error
+        if products is not None:
+            basis = products.next_basis()
     return best
 
 
@@ -69,7 +120,7 @@ def refined_rows(rows: Tensor, basis: Tensor, lossy: Lossy, weights: Tensor, tur
     over. Of all these the best one is kept, row by row. Squared errors are weighted by `weights` [K]. basis: [K, r],
     any full rank.
     """
-    solve = basis @ torch.linalg.pinv(basis.t() @ basis, hermitian=True)
+    solve = least_squares(basis)
     best = (rows @ solve).to(dtype)
     rounded, least = _rounded_rest(rows, best, basis, lossy, weights)
     for _ in range(turns):
@@ -81,6 +132,11 @@ def refined_rows(rows: Tensor, basis: Tensor, lossy: Lossy, weights: Tensor, tur
     return best
 
 
+def least_squares(basis: Tensor) -> Tensor:
+    """What rows [n, K] are multiplied with to give the factors [n, r] of a basis [K, r] that fit them best: [K, r]."""
+    return basis @ torch.linalg.pinv(basis.t() @ basis, hermitian=True)
+
+
 def _rounded_rest(rows: Tensor, factors: Tensor, basis: Tensor, lossy: Lossy, weights: Tensor) -> tuple[Tensor, Tensor]:
     """`lossy` of what the factors leave of the rows, and its weighted squared error [n]."""
     rest = rows - factors.float() @ basis.t()
@@ -88,24 +144,22 @@ def _rounded_rest(rows: Tensor, factors: Tensor, basis: Tensor, lossy: Lossy, we
     return rounded, rest.sub_(rounded).square_() @ weights
 
 
-class _Step:
-    """One pass of subspace iteration over the pieces of a matrix."""
+def _products(pieces: Pieces, basis: Tensor) -> Products:
+    made = _no_products(basis)
+    for rows in pieces():
+        _add(made, basis, rows)
+    return made
 
-    def __init__(self, basis: Tensor) -> None:
-        self.basis = basis
-        self.image = torch.zeros_like(basis)  # M^T M V
-        self.gram = basis.new_zeros((basis.shape[1], basis.shape[1]))  # V^T M^T M V
 
-    def add(self, rows: Tensor) -> None:
-        """Take in some rows."""
-        seen = rows @ self.basis
-        self.image.addmm_(rows.t(), seen)
-        self.gram.addmm_(seen.t(), seen)
+def _no_products(basis: Tensor) -> Products:
+    return Products(torch.zeros_like(basis), basis.new_zeros((basis.shape[1], basis.shape[1])))
 
-    def next_basis(self) -> Tensor:
-        """The next V, its columns in falling order of singular values (Rayleigh-Ritz)."""
-        _, turn = torch.linalg.eigh(self.gram)  # rising
-        return orthonormal(self.image @ turn.flip(1))
+
+def _add(made: Products, basis: Tensor, rows: Tensor) -> None:
+    """Take in some rows [n, K]."""
+    seen = rows @ basis
+    made.image.addmm_(rows.t(), seen)
+    made.gram.addmm_(seen.t(), seen)
 
 
 def orthonormal(x: Tensor) -> Tensor:

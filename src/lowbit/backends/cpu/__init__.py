@@ -34,6 +34,8 @@ from lowbit.backends.cpu import (
     quantize_integer_groups,
     quantize_mx,
     quantize_nvfp4,
+    quantize_svdquant_w4a4,
+    quantize_w4a8_codebook,
     refit_unit,
     row_errors,
 )
@@ -71,6 +73,8 @@ __all__ = [
     "quantize_integer_groups",
     "quantize_mx",
     "quantize_nvfp4",
+    "quantize_svdquant_w4a4",
+    "quantize_w4a8_codebook",
     "read_bandwidth",
     "refit_unit",
     "row_errors",

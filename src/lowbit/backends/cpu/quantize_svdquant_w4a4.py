@@ -1,0 +1,80 @@
+"""quantize for svdquant_w4a4: the reference's search for the low rank, each pass over the weight in one kernel.
+
+Sums are made in another order than in the reference's matrix products, and each step of the search feeds the next one:
+the factors that it ends with are others as good, so codes differ and errors do not. Factors of a float32 weight are
+those that are stored, bfloat16, from the first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit import memory
+from lowbit.backends.cpu import encoders, native
+from lowbit.backends.cpu.operands import DTYPES
+from lowbit.dispatch import kernel
+from lowbit.errors import WeightError
+from lowbit.formats.base import check_finite
+from lowbit.formats.parts import Parts
+from lowbit.formats.svdquant_w4a4 import TURNS, SvdquantW4A4
+from lowbit.numerics.low_rank import Passes, Products, least_squares
+from lowbit.numerics.smoothing import column_amax
+
+_SLABS = 16  # runs of rows whose sums are added up: fixed, so that results do not depend on the number of threads
+_LEAST_ROWS = 32  # of a slab
+
+
+class _NativePasses(Passes):
+    """Of w * factor [N, K], w without gaps; `weights` [K] are those of squared errors."""
+
+    def __init__(self, w: Tensor, factor: Tensor, weights: Tensor) -> None:
+        self._w, self._factor, self._weights = w, factor.contiguous(), weights.contiguous()
+        self._slabs = max(1, min(_SLABS, w.shape[0] // _LEAST_ROWS))
+        self._room = torch.empty(0)
+
+    def step(self, basis: Tensor) -> Products:
+        """See `Passes`."""
+        return self._pass(basis.contiguous(), 0, step=True)[1]
+
+    def refinement(self, basis: Tensor, rank: int, *, step: bool) -> tuple[float, Products | None]:
+        """See `Passes`."""
+        error, products = self._pass(basis.contiguous(), rank, step=step)
+        return error, products if step else None
+
+    def _pass(self, basis: Tensor, rank: int, *, step: bool) -> tuple[float, Products]:
+        (n, k), columns = self._w.shape, basis.shape[1]
+        if self._room.numel() < self._slabs * k * columns:
+            self._room = memory.empty((self._slabs, k, columns), torch.float32)
+        image, error = torch.zeros((k, columns) if step else (0, columns)), torch.zeros((), dtype=torch.float64)
+        native.module().svdquant_pass(
+            self._w.data_ptr(), DTYPES[self._w.dtype], n, k, self._factor.data_ptr(), self._weights.data_ptr(),
+            basis.data_ptr(), columns, rank, step, self._slabs, self._room.data_ptr(), image.data_ptr(),
+            error.data_ptr(), native.threads(),
+        )  # fmt: skip
+        return float(error), Products(image, basis[: image.shape[0]].t() @ image)
+
+
+@kernel("quantize", format="svdquant_w4a4", backend="cpu", refuses=encoders.refuses_quantize, tolerance=0.15)
+def quantize_svdquant_w4a4(fmt: SvdquantW4A4, w: Tensor, seed: int | None, where: str = "weight") -> Parts:
+    """w [N, K] -> parts, with scales of absmax / 7."""
+    source, _, parts = encoders.begin(fmt, w, None, where)
+    n, k = source.shape
+    amax = column_amax(iter((source,)), k, source.device)
+    if not bool(amax.isfinite().all()):
+        check_finite(source, where)
+    shared = fmt.shared(source, amax, source.dtype, lambda factor, weights: _NativePasses(source, factor, weights))
+    dtype = parts["proj_down"].dtype
+    parts.update({name: part.to(dtype) for name, part in shared.items()})
+    smooth, down = parts["smooth_factor"].float(), parts["proj_down"].float().contiguous()
+    basis = down * smooth.unsqueeze(1)
+    weights, solve = smooth.square().reciprocal(), least_squares(basis)
+    finite = native.module().svdquant_rows(
+        source.data_ptr(), DTYPES[source.dtype], n, k, smooth.data_ptr(), weights.data_ptr(),
+        basis.data_ptr(), solve.data_ptr(), down.data_ptr(), fmt.rank, TURNS, DTYPES[dtype],
+        parts["proj_up"].data_ptr(), parts["scale"].data_ptr(), parts["qdata"].data_ptr(), native.threads(),
+    )  # fmt: skip
+    if not finite:
+        kind = str(dtype).removeprefix("torch.")
+        raise WeightError(f"{where}: its low-rank factors exceed {kind}; repair the source or keep this layer")
+    return parts
