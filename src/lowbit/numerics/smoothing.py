@@ -9,7 +9,8 @@ input of unit variance.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from lowbit.numerics.int4_matmul import round_groups, rounded_input
 from lowbit.numerics.low_rank import leading_basis
 
 EXPONENTS = tuple(i / 8 for i in range(9))
+_USUAL = 1  # the index of the exponent that trained layers are nearest to
 _PASSES = 2  # a rough low rank is enough to tell the candidates apart
 _TOKENS = 64  # of simulated input
 _SEED = 0x5D0
@@ -48,7 +50,7 @@ def smoothing_factors(amax: Tensor, exponent: float) -> Tensor:
 
 
 def choose_smoothing(rows: Tensor, amax: Tensor, rank: int, unsigned: bool, dtype: torch.dtype) -> Tensor:
-    """The candidate [K], as `dtype` holds it, with the smallest `smoothed_error`; the first of equals.
+    """The candidate [K], as `dtype` holds it, with the smallest `smoothed_error`.
 
     rows: a sample [n, K] of the weight. amax: of all its columns [K]. With `unsigned` the simulated input has been
     through a GELU, and is shifted and quantized without a sign.
@@ -56,13 +58,29 @@ def choose_smoothing(rows: Tensor, amax: Tensor, rank: int, unsigned: bool, dtyp
     generator = torch.Generator().manual_seed(_SEED)
     x = torch.randn((_TOKENS, rows.shape[1]), generator=generator, dtype=torch.float32, device="cpu").to(rows.device)
     x = gelu(x) if unsigned else x
-    best, least = torch.ones_like(amax).to(dtype), torch.inf
-    for exponent in EXPONENTS:
-        stored = smoothing_factors(amax, exponent).to(dtype)
-        error = smoothed_error(rows, stored.float(), x, rank, unsigned)
-        if error < least:
-            best, least = stored, error
-    return best
+
+    def candidate(index: int) -> Tensor:
+        return smoothing_factors(amax, EXPONENTS[index]).to(dtype)
+
+    def error(index: int) -> float:
+        return smoothed_error(rows, candidate(index).float(), x, rank, unsigned)
+
+    return candidate(bottom(error, len(EXPONENTS), _USUAL))
+
+
+def bottom(error: Callable[[int], float], count: int, start: int) -> int:
+    """The index below `count` where a walk from `start` finds no neighbour with a smaller error.
+
+    Errors along an exponent have one valley: of all layers of a sentence model the walk missed no best candidate, with
+    a third to a half of the evaluations.
+    """
+    known, best = cache(error), start
+    while True:
+        near = [index for index in (best - 1, best, best + 1) if 0 <= index < count]
+        least = min(near, key=known)  # the first of equals
+        if least == best or not known(least) <= known(best):  # NaN is smaller than nothing
+            return best
+        best = least
 
 
 def smoothed_error(

@@ -11,13 +11,16 @@ most of the columns' unevenness.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from lowbit.numerics.int4_matmul import rounded_input
-from lowbit.numerics.smoothing import smoothed_error, smoothing_factors
+from lowbit.numerics.smoothing import bottom, smoothed_error, smoothing_factors
 
 _EXPONENTS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+_USUAL = 4  # the index of the exponent that trained layers are nearest to
 _WEIGHT_EXPONENTS = (0.3,)
 _STEP = 0.1
 _RANGE = (2.0**-14, 2.0**15)  # of the factors: normal numbers in every stored dtype
@@ -44,16 +47,13 @@ def calibrated_smoothing(
     def factors(a: float, b: float) -> Tensor:
         return (smoothing_factors(size, -a) * smoothing_factors(columns, b)).clamp_(*_RANGE).to(dtype)
 
-    def best(options: list[tuple[float, float]]) -> tuple[float, float]:
-        for option in options:
-            if option not in errors:
-                errors[option] = smoothed_error(rows, factors(*option).float(), x, rank, unsigned, moments)
-        return min(errors, key=errors.__getitem__)
+    @cache
+    def error(a: float, b: float) -> float:
+        return smoothed_error(rows, factors(a, b).float(), x, rank, unsigned, moments)
 
-    errors: dict[tuple[float, float], float] = {}
-    a, _ = best([(exponent, 0.0) for exponent in _EXPONENTS])
-    a, _ = best([(near, 0.0) for near in (a - _STEP, a + _STEP) if 0 <= near <= 1])
-    return factors(*best([(a, b) for b in _WEIGHT_EXPONENTS]))
+    a = _EXPONENTS[bottom(lambda index: error(_EXPONENTS[index], 0.0), len(_EXPONENTS), _USUAL)]
+    a = min((near for near in (a, a - _STEP, a + _STEP) if 0 <= near <= 1), key=lambda near: error(near, 0.0))
+    return factors(a, min((0.0, *_WEIGHT_EXPONENTS), key=lambda b: error(a, b)))
 
 
 def simulated_input(moments: Tensor, unsigned: bool) -> Tensor:
