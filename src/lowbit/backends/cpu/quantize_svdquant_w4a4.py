@@ -71,7 +71,7 @@ def scale_search_svdquant_w4a4(fmt: SvdquantW4A4, w: Tensor, weights: Tensor | N
 def _encoded(fmt: SvdquantW4A4, w: Tensor, weights: Tensor | None, factors: tuple[float, ...], where: str) -> Parts:
     source, columns, parts = encoders.begin(fmt, w, weights, where)
     n, k = source.shape
-    amax = column_amax(iter((source,)), k, source.device)
+    amax = column_amax((source[a:b] for a, b in fmt.row_ranges(n, k)), k, source.device)
     if not bool(amax.isfinite().all()):
         check_finite(source, where)
     shared = fmt.shared(source, amax, source.dtype, lambda factor, weights: NativePasses(source, factor, weights))
