@@ -65,7 +65,7 @@ _SAMPLE = 1 << 18  # elements of the rows that the smoothing search looks at
 # Scales that put the largest weight of a group beyond or short of code -8, times these; found greedily on Gaussian
 # groups. Each in turn lowers the squared error most: from 19.36 dB at absmax / 7 by 20.63, 20.75, 20.84, .. to 20.89
 # of 20.93.
-_FACTORS = (0.95, 1.0, 0.9, 1.03, 0.97, 0.93)
+FACTORS = (0.95, 1.0, 0.9, 1.03, 0.97, 0.93)
 
 
 @register
@@ -187,7 +187,7 @@ class SvdquantW4A4(Format):
         low, high = groups.amin(dim=-1), groups.amax(dim=-1)
         to_lowest = torch.where(high > -low, high, low) / LOWEST
         floor = torch.full_like(to_lowest, MIN_STORED_SCALE)
-        for factor in _FACTORS:
+        for factor in FACTORS:
             scale = to_lowest * factor
             scale = torch.where(scale.abs() < floor, floor, scale)
             yield Candidate({**params, "scale": scale.t().contiguous().to(params["scale"].dtype)})

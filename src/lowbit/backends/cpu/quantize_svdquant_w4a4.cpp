@@ -1,4 +1,4 @@
-// quantize for svdquant_w4a4: the passes that its low rank is found by, and the rows beside it.
+// quantize and scale_search for svdquant_w4a4: the passes that its low rank is found by, and the rows beside it.
 //
 // Rows are taken two vectors at a time and turned, so that lanes are rows: scales are vectors, and what is summed over
 // columns crosses no lanes. A piece stays in the cache while it is multiplied, rounded and multiplied again.
@@ -15,10 +15,10 @@ using simd::I32;
 using simd::kLanes;
 
 constexpr int64_t kGroup = 64;
-constexpr int kVectors = 2;                    // that the inner loop of a product takes together
-constexpr int64_t kRows = kVectors * kLanes;   // of a piece
-constexpr float kMinLargest = 1e-10f;          // of a group, where it is rounded to find the low rank
-constexpr float kMinScale = 0x1p-24f;          // as it is stored
+constexpr int kVectors = 2;                   // that the inner loop of a product takes together
+constexpr int64_t kRows = kVectors * kLanes;  // of a piece
+constexpr float kMinLargest = 1e-10f;         // of a group, where it is rounded to find the low rank
+constexpr float kMinScale = 0x1p-24f;         // as it is stored
 constexpr float kMost = 7.0f, kLowest = -8.0f;
 #if defined(LOWBIT_ISA_AVX512) || defined(LOWBIT_ISA_NEON)
 constexpr int kTogether = 12;  // times two vectors of sums, in 32 registers
@@ -51,8 +51,7 @@ void multiply_some(const float* a, Numbers b, int64_t depth, float* out, bool ad
   }
   if (add_up)
     for (int j = 0; j < kCount; ++j)
-      for (int v = 0; v < kVectors; ++v)
-        sums[j][v] = add(load_f32(out + j * kRows + v * kLanes), sums[j][v]);
+      for (int v = 0; v < kVectors; ++v) sums[j][v] = add(load_f32(out + j * kRows + v * kLanes), sums[j][v]);
   for (int j = 0; j < kCount; ++j)
     for (int v = 0; v < kVectors; ++v) store_f32(out + j * kRows + v * kLanes, sums[j][v]);
 }
@@ -184,11 +183,9 @@ class PassPiece {
       for (int64_t first = 0; first < kRows; first += kLanes)
         for (int v = 0; v < kVectors; ++v) {
           F32 square[kLanes];
-          for (int i = 0; i < kLanes; ++i)
-            square[i] = simd::load_f32(x_.data() + (c + first + i) * kRows + v * kLanes);
+          for (int i = 0; i < kLanes; ++i) square[i] = simd::load_f32(x_.data() + (c + first + i) * kRows + v * kLanes);
           simd::transpose(square);
-          for (int i = 0; i < kLanes; ++i)
-            simd::store_f32(lines_.data() + (v * kLanes + i) * kRows + first, square[i]);
+          for (int i = 0; i < kLanes; ++i) simd::store_f32(lines_.data() + (v * kLanes + i) * kRows + first, square[i]);
         }
       multiply(lines_.data(), {seen_.data(), 1, kRows}, kRows, image + c * pass_.columns, pass_.columns, true);
     }
@@ -202,10 +199,12 @@ class PassPiece {
 
 struct Rows {
   Matrix w;
-  const float *smooth, *weights;        // of columns
-  const float *basis, *solve, *down;    // [K, rank]
+  const float *smooth, *weights;      // of columns
+  const float *basis, *solve, *down;  // [K, rank]
   int64_t rank, turns;
-  int dtype;  // of up and scale
+  const float *factors, *searched;  // [count] of scales to try; the weights [K] of errors in doing so
+  int64_t count;
+  int dtype;         // of up and scale
   void *up, *scale;  // [n, rank], [K/64, n]
   uint8_t* codes;    // [n, K/2]
 };
@@ -242,7 +241,8 @@ class RowsPiece {
     for (auto& lane : least) lane = as_f32(set1_i32(kInfinityBits));
     for (int64_t c = 0; c < k; c += kGroup) project(x_.data() + c * kRows, c);
     for (int64_t turn = 0; turn <= rows_.turns; ++turn) {
-      for (int64_t i = 0; i < rank * kRows; i += kLanes) store_f32(tried_.data() + i, as_stored(next_.data() + i));
+      for (int64_t i = 0; i < rank * kRows; i += kLanes)
+        store_f32(tried_.data() + i, as_stored(load_f32(next_.data() + i)));
       Lanes errors = {zero_f32(), zero_f32()};
       for (int64_t c = 0; c < k; c += kGroup) {
         subtract_low_rank(x_.data(), tried_.data(), rows_.basis, rank, c, rank, rest_.data());
@@ -253,8 +253,8 @@ class RowsPiece {
         const Mask better = less(errors[v], least[v]);
         least[v] = select(better, errors[v], least[v]);
         for (int64_t i = v * kLanes; i < rank * kRows; i += kRows)
-          store_f32(up_.data() + i,
-                    turn ? select(better, load_f32(tried_.data() + i), load_f32(up_.data() + i)) : load_f32(tried_.data() + i));
+          store_f32(up_.data() + i, turn ? select(better, load_f32(tried_.data() + i), load_f32(up_.data() + i))
+                                         : load_f32(tried_.data() + i));
       }
     }
   }
@@ -263,9 +263,9 @@ class RowsPiece {
     multiply(group, {rows_.solve + c * rows_.rank, rows_.rank, 1}, kGroup, next_.data(), rows_.rank, c > 0);
   }
 
-  F32 as_stored(const float* from) const {
+  F32 as_stored(F32 exact) const {
     alignas(64) unsigned char room[4 * kLanes];
-    simd::store_from_f32(room, 0, simd::load_f32(from), rows_.dtype);
+    simd::store_from_f32(room, 0, exact, rows_.dtype);
     return simd::load_as_f32(room, 0, rows_.dtype);
   }
 
@@ -287,23 +287,56 @@ class RowsPiece {
     for (int64_t i = 0; i < kGroup; ++i)
       for (int64_t at = i * kRows; at < (i + 1) * kRows; at += kLanes)
         store_f32(rest_.data() + at, mul(load_f32(rest_.data() + at), set1_f32(rows_.smooth[c + i])));
-    Lanes scale;
-    largest_of(rest_.data(), scale);
-    alignas(64) float scales[kRows];
-    for (int v = 0; v < kVectors; ++v)
-      store_f32(scales + v * kLanes, max(div(scale[v], set1_f32(kMost)), set1_f32(kMinScale)));
     bool finite = true;
-    for (int i = 0; i < count; ++i) {
-      const Stored stored(scales[i], rows_.dtype);
-      finite &= std::isfinite(stored.value);
-      stored.put(rows_.scale, c / kGroup * rows_.w.n + row + i, rows_.dtype);
-      scales[i] = stored.value;
-    }
-    for (int v = 0; v < kVectors; ++v) {
-      const Divisor by(load_f32(scales + v * kLanes));
-      store_codes(by, v, row, std::min(count - v * kLanes, kLanes), c);
+    for (int v = 0; v < kVectors && v * kLanes < count; ++v) {
+      const F32 scale = chosen_scale(v, c);
+      const int some = std::min(count - v * kLanes, kLanes);
+      alignas(64) float scales[kLanes];
+      store_f32(scales, scale);
+      for (int i = 0; i < some; ++i) {
+        finite &= std::isfinite(scales[i]);
+        Stored(scales[i], rows_.dtype).put(rows_.scale, c / kGroup * rows_.w.n + row + v * kLanes + i, rows_.dtype);
+      }
+      store_codes(Divisor(scale), v, row, some, c);
     }
     return finite;
+  }
+
+  // absmax / 7, or of it and scales that put the largest value beyond or short of code -8 the one with the least error.
+  F32 chosen_scale(int v, int64_t c) const {
+    using namespace simd;
+    const float* rest = rest_.data() + v * kLanes;
+    F32 low = load_f32(rest), high = low;
+    for (int64_t i = 1; i < kGroup; ++i) {
+      low = min(low, load_f32(rest + i * kRows));
+      high = max(high, load_f32(rest + i * kRows));
+    }
+    const F32 least = sub(zero_f32(), low), floor = set1_f32(kMinScale);
+    F32 best = as_stored(max(div(max(least, high), set1_f32(kMost)), floor));
+    if (!rows_.count) return best;
+    const F32 to_lowest = div(select(less(least, high), high, low), set1_f32(kLowest));
+    F32 error = error_of(rest, best, c);
+    for (int64_t i = 0; i < rows_.count; ++i) {
+      const F32 wanted = mul(to_lowest, set1_f32(rows_.factors[i]));
+      const F32 scale = as_stored(select(less(abs(wanted), floor), floor, wanted));
+      const F32 found = error_of(rest, scale, c);
+      const Mask better = less(found, error);
+      best = select(better, scale, best);
+      error = select(better, found, error);
+    }
+    return best;
+  }
+
+  F32 error_of(const float* rest, F32 scale, int64_t c) const {
+    using namespace simd;
+    const F32 inverse = div(set1_f32(1.0f), scale), low = set1_f32(kLowest), high = set1_f32(kMost);
+    F32 sums[2] = {zero_f32(), zero_f32()};
+    for (int64_t i = 0; i < kGroup; i += 2)
+      for (int j = 0; j < 2; ++j) {
+        const F32 miss = integer_miss(mul(load_f32(rest + (i + j) * kRows), inverse), low, high);
+        sums[j] = fma(mul(miss, set1_f32(rows_.searched[c + i + j])), miss, sums[j]);
+      }
+    return mul(add(sums[0], sums[1]), mul(scale, scale));
   }
 
   void store_codes(const Divisor& by, int v, int64_t row, int count, int64_t c) const {
@@ -356,7 +389,8 @@ void svdquant_pass(Ptr<const void> w, int dtype, int64_t n, int64_t k, Ptr<const
       for (int64_t c = 0; c < kRows; c += kLanes) {
         const int64_t at = (block * columns + j) * kRows + c;
         F32 sum = simd::load_f32(room + at);
-        for (int64_t slab = 1; slab < slabs; ++slab) sum = simd::add(sum, simd::load_f32(room + slab * columns * k + at));
+        for (int64_t slab = 1; slab < slabs; ++slab)
+          sum = simd::add(sum, simd::load_f32(room + slab * columns * k + at));
         alignas(64) float lanes[kLanes];
         simd::store_f32(lanes, sum);
         for (int i = 0; i < kLanes; ++i) image[(block * kRows + c + i) * columns + j] = lanes[i];
@@ -367,10 +401,12 @@ void svdquant_pass(Ptr<const void> w, int dtype, int64_t n, int64_t k, Ptr<const
 // False: factors or scales are not finite.
 bool svdquant_rows(Ptr<const void> w, int dtype, int64_t n, int64_t k, Ptr<const float> smooth,
                    Ptr<const float> weights, Ptr<const float> basis, Ptr<const float> solve, Ptr<const float> down,
-                   int64_t rank, int64_t turns, int stored, Ptr<void> up, Ptr<void> scale, Ptr<uint8_t> codes,
-                   int threads) {
-  const Rows rows{{w, dtype, n, k}, smooth, weights, basis, solve, down, rank, turns, stored, up, scale, codes};
-  const int64_t pieces = (n + kRows - 1) / kRows, run = std::max<int64_t>(1, std::min<int64_t>(8, pieces / (4 * threads)));
+                   int64_t rank, int64_t turns, Ptr<const float> factors, Ptr<const float> searched, int64_t count,
+                   int stored, Ptr<void> up, Ptr<void> scale, Ptr<uint8_t> codes, int threads) {
+  const Rows rows{{w, dtype, n, k}, smooth,   weights, basis,  solve, down,  rank, turns,
+                  factors,          searched, count,   stored, up,    scale, codes};
+  const int64_t pieces = (n + kRows - 1) / kRows,
+                run = std::max<int64_t>(1, std::min<int64_t>(8, pieces / (4 * threads)));
   std::atomic<bool> finite{true};
   with_dtype(dtype, [&](auto known) {
     parallel_for((pieces + run - 1) / run, threads, [&](int64_t task) {
@@ -385,11 +421,12 @@ bool svdquant_rows(Ptr<const void> w, int dtype, int64_t n, int64_t k, Ptr<const
 void bind_quantize_svdquant_w4a4(nb::module_& m) {
   m.def("svdquant_pass", &svdquant_pass, nb::call_guard<nb::gil_scoped_release>(), nb::arg("w"), nb::arg("dtype"),
         nb::arg("n"), nb::arg("k"), nb::arg("factors"), nb::arg("weights"), nb::arg("basis"), nb::arg("columns"),
-        nb::arg("rank"), nb::arg("step"), nb::arg("slabs"), nb::arg("room"), nb::arg("image"), nb::arg("error"), nb::arg("threads"));
+        nb::arg("rank"), nb::arg("step"), nb::arg("slabs"), nb::arg("room"), nb::arg("image"), nb::arg("error"),
+        nb::arg("threads"));
   m.def("svdquant_rows", &svdquant_rows, nb::call_guard<nb::gil_scoped_release>(), nb::arg("w"), nb::arg("dtype"),
         nb::arg("n"), nb::arg("k"), nb::arg("smooth"), nb::arg("weights"), nb::arg("basis"), nb::arg("solve"),
-        nb::arg("down"), nb::arg("rank"), nb::arg("turns"), nb::arg("stored"), nb::arg("up"), nb::arg("scale"),
-        nb::arg("codes"), nb::arg("threads"));
+        nb::arg("down"), nb::arg("rank"), nb::arg("turns"), nb::arg("factors"), nb::arg("searched"), nb::arg("count"),
+        nb::arg("stored"), nb::arg("up"), nb::arg("scale"), nb::arg("codes"), nb::arg("threads"));
 }
 
 }  // namespace lowbit

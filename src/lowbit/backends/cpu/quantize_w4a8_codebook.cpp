@@ -1,5 +1,5 @@
-// quantize for w4a8_codebook: rows are rotated; each group's float8_e4m3fn scale is the best of the five codes around the
-// one that just fits, by the error after all roundings.
+// quantize for w4a8_codebook: rows are rotated; each group's float8_e4m3fn scale is the best of the five codes around
+// the one that just fits, by the error after all roundings.
 //
 // Lanes are groups, as in quantize_nvfp4: a vector holds one column of each, so that nothing is summed across lanes and
 // the levels, which all groups share, stay in registers.
@@ -98,9 +98,9 @@ struct Job {
   float low;      // the lowest level
   float to_rows;  // the largest scale of a row's groups times this is the row's
   uint8_t *codes, *scales;
-  int64_t stride;      // bytes of a row of codes
-  float* row_scales;   // [n]
-  void* corrections;   // [K/g, n], or null
+  int64_t stride;     // bytes of a row of codes
+  float* row_scales;  // [n]
+  void* corrections;  // [K/g, n], or null
   int correction_dtype;
 };
 
@@ -114,9 +114,10 @@ class CodebookEncoder {
     const int64_t padded = turns_ * job_.group;
     std::atomic<bool> finite{true};
     with_dtype(job_.w.dtype, [&](auto dtype) {
-      for_rows(job_.w.n, job_.w.k, 2 * padded + job_.group * kLanes + 2 * turns_, threads, [&](int64_t row, float* room) {
-        if (!encode_row<dtype.value>(row, room, padded)) finite = false;
-      });
+      for_rows(job_.w.n, job_.w.k, 2 * padded + job_.group * kLanes + 2 * turns_, threads,
+               [&](int64_t row, float* room) {
+                 if (!encode_row<dtype.value>(row, room, padded)) finite = false;
+               });
     });
     return finite;
   }
@@ -127,7 +128,8 @@ class CodebookEncoder {
   template <int kDtype>
   bool encode_row(int64_t row, float* room, int64_t padded) const {
     const int64_t group = job_.group, k = job_.w.k;
-    float *turned = room + padded, *target = turned + padded, *steps = target + group * kLanes, *shifts = steps + turns_;
+    float *turned = room + padded, *target = turned + padded, *steps = target + group * kLanes,
+          *shifts = steps + turns_;
     const int32_t largest = load_row<kDtype>(job_.w.values, row * k, k, room, padded);
     if (largest >= kInfinityBits) return false;
     rotate_groups(room, k, job_.rotation);
@@ -278,7 +280,8 @@ class CodebookEncoder {
     using namespace simd;
     constexpr bool kUpper = Levels::kBits == 6;
     const int64_t group = job_.group;
-    uint8_t *low = job_.codes + row * job_.stride + g * group / 2, *high = low + (job_.w.k - g * group) / 2 + g * group / 4;
+    uint8_t *low = job_.codes + row * job_.stride + g * group / 2,
+            *high = low + (job_.w.k - g * group) / 2 + g * group / 4;
     const Divisor by_scale(scale);
     I32 upper = zero_i32();
     for (int64_t c = 0; c < group; c += 8) {
@@ -329,8 +332,8 @@ bool quantize_w4a8_codebook(Ptr<const void> w, int dtype, int64_t n, int64_t k, 
                             int64_t rotation, Ptr<const float> levels, float reach, float low, float to_rows,
                             Ptr<uint8_t> codes, int64_t stride, Ptr<uint8_t> scales, Ptr<float> row_scales,
                             Ptr<void> corrections, int correction_dtype, int threads) {
-  const Job job{{w, dtype, n, k}, group,  rotation,   reach,       low,         to_rows, codes,
-                scales,           stride, row_scales, corrections, correction_dtype};
+  const Job job{{w, dtype, n, k}, group,      rotation,    reach,           low, to_rows, codes, scales,
+                stride,           row_scales, corrections, correction_dtype};
   if (levels) return encode(job, TableLevels(levels), threads);
   if (bits == 6) return encode(job, UniformLevels<6>(), threads);
   return encode(job, UniformLevels<4>(), threads);
