@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -90,12 +91,19 @@ def leading_basis_of(
     step: Callable[[Tensor], Products], columns: int, rank: int, passes: int, device: torch.device
 ) -> Tensor:
     """The same, of a matrix whose products with a basis `step` gives."""
-    generator = torch.Generator().manual_seed(_SEED)
-    start = torch.randn((columns, min(columns, rank + _SPARE)), generator=generator, dtype=torch.float32, device="cpu")
-    basis = orthonormal(start.to(device))
+    basis = _start(columns, min(columns, rank + _SPARE), device)
     for _ in range(passes):
         basis = step(basis).next_basis()
     return basis
+
+
+@lru_cache(maxsize=4)
+def _start(columns: int, count: int, device: torch.device) -> Tensor:
+    """Where every search begins. Do not write to it: it is kept, as each weight asks for the same ten times."""
+    with torch.inference_mode(False):
+        generator = torch.Generator().manual_seed(_SEED)
+        start = torch.randn((columns, count), generator=generator, dtype=torch.float32, device="cpu")
+        return orthonormal(start.to(device))
 
 
 def refined_basis(passes: Passes, basis: Tensor, rank: int, count: int) -> Tensor:
