@@ -93,16 +93,17 @@ def leading_basis_of(
     """The same, of a matrix whose products with a basis `step` gives."""
     basis = _start(columns, min(columns, rank + _SPARE), device)
     for _ in range(passes - 1):
-        basis = orthonormal(step(basis).image)  # in any order
+        basis = orthonormal(step(basis).image)  # its columns in any order
     return step(basis).next_basis() if passes else basis
 
 
 @lru_cache(maxsize=4)
 def _start(columns: int, count: int, device: torch.device) -> Tensor:
-    """A random orthonormal basis [columns, count], the same each time; not to be written to."""
-    generator = torch.Generator().manual_seed(_SEED)
-    start = torch.randn((columns, count), generator=generator, dtype=torch.float32, device="cpu")
-    return orthonormal(start.to(device))
+    """Where every search begins. Do not write to it: it is kept, as each weight asks for the same ten times."""
+    with torch.inference_mode(False):
+        generator = torch.Generator().manual_seed(_SEED)
+        start = torch.randn((columns, count), generator=generator, dtype=torch.float32, device="cpu")
+        return orthonormal(start.to(device))
 
 
 def refined_basis(passes: Passes, basis: Tensor, rank: int, count: int) -> Tensor:

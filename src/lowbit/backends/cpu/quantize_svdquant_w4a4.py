@@ -22,7 +22,7 @@ from lowbit.numerics.low_rank import Passes, Products, least_squares
 from lowbit.numerics.smoothing import column_amax
 
 _SLABS = 16  # runs of rows whose sums are added up: fixed, so that these do not depend on the number of threads
-_LEAST_ROWS = 32  # of a slab
+_LEAST_ROWS = 128  # of a slab: its sums are cleared and added to the others', whatever it holds
 _TOLERANCE = 0.15  # two results that are each 0.1 away from the weight, with other factors; see the tests of errors
 
 
