@@ -87,10 +87,10 @@ def test_many_samples_help(spec):
     assert found.error < 0.7 * found.rtn_error
 
 
-@pytest.mark.parametrize("spec", ["int8", "svdquant_w4a4(rank=4)"])
-def test_rounding_of_the_input_counts(spec):
+@pytest.mark.parametrize(("spec", "shape"), [("int8", (32, 64)), ("svdquant_w4a4(rank=4)", (64, 128))])
+def test_rounding_of_the_input_counts(spec, shape):
     """Formats that round their input are judged by that too, as far as samples of it are known."""
-    layer = Layer.make(64, 128, 1.0)
+    layer = Layer.make(*shape, 1.0)
     with_samples, without = (
         solve(layer.weight, parse_spec(spec), "scale_search", layer.statistics(256, kept=kept)) for kept in (256, 0)
     )
