@@ -25,6 +25,7 @@ from lowbit.errors import SolverError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, narrow_rows
 from lowbit.numerics.groups import round_up
+from lowbit.ops.encode import encode
 
 from .activations import activation_loss
 from .base import Statistics, solver
@@ -153,7 +154,7 @@ class Problem:
 
     def best(self) -> Solution:
         """The first attempt that is no worse than rounding to nearest on the samples held out."""
-        plain = self.fmt.quantize(self.w, where=self.where, seed=self.seed)
+        plain = encode(self.w, self.fmt, where=self.where, seed=self.seed)
         if self.fmt.pre_quant_scale:
             dtype = self.fmt.part_dtypes(self.w.dtype)["pre_quant_scale"]
             plain["pre_quant_scale"] = torch.ones(self.w.shape[1], dtype=dtype, device=self.w.device)
