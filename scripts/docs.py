@@ -14,7 +14,7 @@ import torch
 from docs_cpu import cpu_codecs, cpu_linears, cpu_machine, cpu_models, cpu_peers, cpu_plot
 from docs_dialects import dialect_pages, every_dialect_table
 from docs_formats import every_format, every_spec, format_pages
-from docs_measured import diffusion, genres, layers, sentences
+from docs_measured import diffusion, genres, layers, peers, sentences
 from docs_presets import every_preset
 
 from lowbit.checkpoint.dialects import dialects
@@ -38,6 +38,7 @@ PLACES: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/which-format.md", "diffusion"): diffusion,
     ("docs/solvers.md", "genres"): genres,
     ("docs/solvers.md", "layers"): layers,
+    ("docs/solvers.md", "peers"): peers,
     ("docs/cpu.md", "cpu_machine"): cpu_machine,
     ("docs/cpu.md", "cpu_linears"): cpu_linears,
     ("docs/cpu.md", "cpu_peers"): cpu_peers,

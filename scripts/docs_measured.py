@@ -64,6 +64,46 @@ def genres() -> str:
 _PLAIN = ["fp8_e4m3", "int8(activations=none)", "awq_w4a16", "nvfp4", "svdquant_w4a4"]  # in the order of the table
 
 
+def peers() -> str:
+    """MiniLM: what is left of plain rounding's error and the seconds, beside other tools in the same run."""
+    found: dict[tuple[str, str, str], dict[str, dict]] = {}
+    rows = json.loads((RESULTS / "minilm_peers.json").read_text())["rows"]
+    calibrated = [row for row in rows if row["calibrated_on"] and row["format"] in _PEERS]
+    for row in calibrated:
+        place = row["format"], row["calibrated_on"], row["tested_on"]
+        found.setdefault(place, {}).setdefault(_tool(row), row)
+        found[place][_tool(row)] = min(found[place][_tool(row)], row, key=lambda one: one["error"])
+    for row in rows:  # those without data are the same whatever the others saw
+        for (spec, _, test), tools in found.items():
+            if row["method"] == "hqq" and (spec, test) == (row["format"], row["tested_on"]):
+                tools["hqq"] = row
+    lines, before = [], ""
+    for spec, genre, test in sorted(found, key=lambda place: (list(_PEERS).index(place[0]), _GENRES.index(place[1]))):
+        tools = found[spec, genre, test]
+        shares = [f"{tools[name]['of_plain']:.2f}" if name in tools else "" for name in _TOOLS]
+        seconds = [f"{tools[name]['seconds']:.0f} s" if name in tools else "" for name in _TOOLS]
+        best = min((share for share in shares if share), key=float)
+        shares = [f"**{share}**" if share == best else share for share in shares]
+        lines.append((_PEERS[spec] if spec != before else "", genre, test, *shares, *seconds))
+        before = spec
+    head = ("format", "calibrated on", "tested on", *_TOOLS.values(), *_TOOLS.values())
+    return table(head, lines)
+
+
+def _tool(row: dict) -> str:
+    return next((name for name in _TOOLS if name in row["method"]), row["method"])
+
+
+_PEERS = {
+    "fp8_e4m3 tensor": "`fp8_e4m3` tensor",
+    "int8 row": "`int8(activations=none)`",
+    "int4 g64 asymmetric": "`awq_w4a16` g64",
+    "nvfp4": "`nvfp4`",
+}
+_TOOLS = {"lowbit": "lowbit", "gptq": "GPTQ", "auto-round": "AutoRound", "hqq": "HQQ"}
+_GENRES = ["built-in", "everyday", "reference"]
+
+
 def layers() -> str:
     """One large layer: seconds by step, and the gain."""
     lines, before = [], None
