@@ -27,7 +27,6 @@ def taken(x, y, *, full=True, step=100):
 
 @pytest.mark.parametrize("k", [1, 7, 600])
 @pytest.mark.parametrize("full", [True, False])
-@pytest.mark.usefixtures("exact_sums")
 def test_second_moments_are_those_of_float64(k, full):
     """H of each half is E[x xᵀ] within float32's precision of its scale, symmetric to the bit."""
     x, y = rows(2500, k, 1), rows(900, k, 2)
@@ -42,20 +41,6 @@ def test_second_moments_are_those_of_float64(k, full):
             assert ((moment.double() - true).abs() / (scale[:, None] * scale)).max() < 2e-6
         else:
             torch.testing.assert_close(moment.double(), true.diagonal(), rtol=1e-6, atol=0)
-
-
-def test_second_moments_of_this_processor_add_no_noise_that_damping_would_not_drown():
-    """However H is summed here, channels keep their sizes to 2e-6 on average, correlations are right to 2e-4."""
-    x, y = rows(2500, 300, 1), rows(900, 300, 2)
-    x[7] *= 1000  # one token that dwarfs the others of every channel
-
-    found = taken(x, y)
-
-    for moment, data in ((found.hessian, x), (found.held_out, y)):
-        true = data.double().mT @ data.double() / len(data)
-        scale = true.diagonal().sqrt()
-        assert abs(((moment.double() - true).diagonal() / true.diagonal()).mean()) < 2e-6
-        assert ((moment.double() - true).abs() / (scale[:, None] * scale)).max() < 2e-4
 
 
 def test_many_batches_lose_no_accuracy():

@@ -24,7 +24,6 @@ def test_linears_of_one_input_share_its_statistics():
     assert found.shape("q") == (24, 24)
 
 
-@pytest.mark.usefixtures("exact_sums")
 def test_samples_go_to_the_halves_in_turn():
     """Rows 0, 2, ... of all batches make the first half, the others the held-out one, whatever the batches' sizes."""
     data = batches(1, size=9)[0]
@@ -38,7 +37,6 @@ def test_samples_go_to_the_halves_in_turn():
     assert (found.tokens, found.held_out_tokens) == (25, 20)
 
 
-@pytest.mark.usefixtures("exact_sums")
 def test_padding_does_not_count():
     """Rows that the attention mask marks by 0 are in no statistics, not even when they are NaN."""
     model, data = Attention(), batches(2)
@@ -96,7 +94,6 @@ class Switching(nn.Module):
         return self.a(x) + self.b(other) + self.c(other)
 
 
-@pytest.mark.usefixtures("exact_sums")
 def test_a_layer_that_shares_only_at_first_gets_its_own(tmp_path):
     """Sharing is checked at every call; b and c are split off and taken in a second pass, from the first batch on."""
     data = batches(4, width=8)
@@ -175,7 +172,6 @@ def test_a_bare_linear_is_called_weight():
     assert set(lowbit.calibrate(nn.Linear(8, 4), [torch.randn(6, 8)])) == {"weight"}
 
 
-@pytest.mark.usefixtures("exact_sums")
 def test_wide_inputs_keep_the_diagonal():
     """Where H does not fit into the memory, or K is above full_up_to, the diagonal is kept, and the facts say so."""
     data = batches(width=64)

@@ -108,7 +108,6 @@ def halves_apart():
     return (lowbit.calibrate(model, part) for part in (data, data[:2], data[2:]))
 
 
-@pytest.mark.usefixtures("exact_sums")
 def test_merged_parts_are_the_whole(tmp_path):
     """Moments, ranges, means, counts and tokens of two runs together are those of one run over both's batches."""
     whole, first, second = halves_apart()
@@ -139,7 +138,6 @@ def test_many_kept_rows_are_merged_by_tokens():
     assert fits[0] == pytest.approx(64, abs=2)
 
 
-@pytest.mark.usefixtures("exact_sums")
 def test_a_diagonal_makes_the_result_diagonal():
     """Merged with a diagonal, a full second moment counts by its diagonal."""
     model, data = Attention(), batches(6)

@@ -1,4 +1,4 @@
-"""add_second_moment on the CPU: exact where 13 bits are, else within them."""
+"""add_second_moment on the CPU, by the compiled kernel of each instruction set."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from tests.support import gaussian
 pytest.importorskip("lowbit.backends.cpu", reason="no compiled kernels", exc_type=ImportError)
 
 from lowbit.backends.cpu import native
-from lowbit.backends.cpu.add_second_moment import FAST, refuses
+from lowbit.backends.cpu.add_second_moment import MEASURED, refuses
 
 SIZES = [(1, 1), (2, 3), (127, 15), (128, 16), (129, 17), (255, 48), (300, 49), (1024, 100), (77, 200), (513, 131)]
-LARGEST = 4095
 
 
 def summed(x: Tensor, total: Tensor | None = None, threads: int = 1) -> Tensor:
@@ -27,35 +26,20 @@ def summed(x: Tensor, total: Tensor | None = None, threads: int = 1) -> Tensor:
     return total.triu()
 
 
-def integers(rows: int, k: int) -> Tensor:
-    """Integers of 13 bits; in each run of 128 rows of a column one is the largest, so that its unit is 1."""
-    x = torch.randint(-LARGEST, LARGEST + 1, (rows, k), generator=torch.Generator().manual_seed(rows + k)).float()
-    x[::128] = LARGEST * (1 - 2 * (torch.arange(k) % 2)).float()
-    return x
+@pytest.mark.parametrize(("rows", "k"), SIZES)
+def test_integers_are_summed_exactly(rows, k):
+    """Where float32 rounds no sum the result is exact, odd rows and columns too."""
+    x = torch.randint(-100, 101, (rows, k), generator=torch.Generator().manual_seed(rows + k)).float()
+    assert torch.equal(summed(x), (x.double().t() @ x.double()).float().triu())
 
 
 @pytest.mark.parametrize(("rows", "k"), SIZES)
-def test_integers_of_13_bits_are_summed_exactly(rows, k):
-    """Runs of rows fit into int32, odd rows and columns too; only the sum over runs is rounded to float32."""
-    x = integers(rows, k)
-    exact = x.double().t() @ x.double()
-    rounded = -(-rows // 128) * 2.0**-24 * float(exact.abs().max())
-    assert torch.allclose(summed(x).double(), exact.triu(), rtol=0, atol=rounded)
-    if rows <= 128:
-        assert torch.equal(summed(x), exact.float().triu())
-
-
-@pytest.mark.parametrize(("rows", "k"), SIZES)
-def test_any_values_are_rounded_to_13_bits_of_their_columns_largest(rows, k):
-    """No sum is off by more than its values' rounding allows, whatever the columns' sizes."""
+def test_any_values_are_summed_as_float32_does(rows, k):
+    """Columns of very different sizes, each sum within float32's precision of its channels' sizes."""
     x = gaussian(rows, k) * torch.logspace(-8, 6, k)
     found, exact = summed(x).double(), (x.double().t() @ x.double()).triu()
-    off = x.abs().amax(0).double() / (2 * LARGEST)  # at most so much at each value
-    bound = off[:, None] * x.abs().sum(0) + x.abs().sum(0)[:, None] * off + rows * off[:, None] * off
-    assert bool(((found - exact).abs() <= bound * 1.01 + 1e-30).all())
     size = exact.diagonal().sqrt()
-    relative = (found - exact) / (size[:, None] * size)
-    assert float(relative.square().mean().sqrt()) < 2e-4
+    assert float(((found - exact) / (size[:, None] * size)).abs().max()) < 1e-6
 
 
 def test_sums_go_on_from_what_is_there_and_do_not_depend_on_threads():
@@ -69,36 +53,26 @@ def test_sums_go_on_from_what_is_there_and_do_not_depend_on_threads():
     assert summed(torch.zeros(5, 0)).shape == (0, 0)
 
 
-def test_sums_of_rounded_rows_are_positive_semidefinite():
-    """Fewer rows than columns: half of the eigenvalues are zero, and none is below by more than float32 rounds."""
-    upper = summed(gaussian(64, 128) * torch.logspace(-3, 3, 128))
-    whole = (upper + upper.triu(1).t()).double()
-    size = whole.diagonal().sqrt()
-    assert float(torch.linalg.eigvalsh(whole / (size[:, None] * size)).min()) > -1e-5
-
-
 def test_columns_without_values_give_zeros_and_broken_ones_nan():
-    """A NaN or an infinity is not rounded away, and reaches no sum of other columns."""
+    """A NaN or an infinity reaches all sums of its column and no others."""
     x = gaussian(200, 40)
     x[:, 3] = 0
-    x[:, 4] *= 1e-38
     x[150, 7], x[10, 20] = torch.nan, torch.inf
     found = summed(x)
     broken = torch.zeros(40, 40, dtype=torch.bool)
     broken[[7, 20], :] = broken[:, [7, 20]] = True
-    assert torch.equal(found.isnan(), broken.triu())
+    assert torch.equal(~found.isfinite(), broken.triu())
     assert not found[3, 4:7].any()
     assert not found[:4, 3].any()
-    assert not found[4, 4:7].any()
 
 
 def test_dispatch_takes_it_where_it_is_faster():
-    """Sets without a product of pairs in one step leave the sum to PyTorch; so do rows with gaps and other dtypes."""
+    """Sets that nobody measured leave the sum to PyTorch; so do rows with gaps and other dtypes."""
     x, total = gaussian(300, 64), torch.zeros(64, 64)
-    takes = native.isa().startswith(FAST)
+    takes = native.isa().startswith(MEASURED)
     assert select("add_second_moment", "*", "", "cpu", (total, x)).backend == ("cpu" if takes else "eager")
     if not takes:
-        assert "as fast" in str(refuses(total, x))
+        assert "only measured" in str(refuses(total, x))
         return
     add_second_moment(total, x)
     assert torch.equal(total.triu(), summed(x))

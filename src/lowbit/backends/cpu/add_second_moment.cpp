@@ -1,8 +1,10 @@
-// add_second_moment: x^T x of rows of float32 added to the upper triangle of a sum, by products of pairs of int16.
+// add_second_moment: x^T x of rows of float32 added to the upper triangle of a sum.
 //
-// A run of 128 rows of a column becomes integers of up to 4095, in units of its own: 128 products of two of them fit
-// in int32. Two rows share a 32-bit lane, as dot2 multiplies them. Packed once, the columns are factors of both sides:
-// a vector of them from one panel, and one at a time, in all lanes, from another.
+// Both factors are the same columns, packed once: of a vector of them beside each other in one panel, and of one at a
+// time, in all lanes, in another. A tile's sums of a run of rows lie in registers, those of all runs in the first-level
+// cache beside the panels of a run.
+#include <vector>
+
 #include "native/bind.h"
 #include "native/float_gemm.h"
 
@@ -11,107 +13,100 @@ namespace {
 
 using simd::kLanes;
 
-constexpr int64_t kRun = 128;  // rows
-constexpr float kLargest = 4095;
-static_assert(kRun * 4095 * 4095 <= INT32_MAX, "sums of a run fit");
-constexpr float kSmallest = 0x1p-100F;  // columns that nowhere exceed it have squares that float32 cannot tell from 0
+constexpr int64_t kRun = 64;   // rows
+constexpr int64_t kHigh = 64;  // columns of a task, as the left factor
+constexpr int kAcross = 3;     // panels that a tile is wide
+constexpr int kDown =
+    kLanes >= 16 ? 8 : 4;  // columns that it is high: its sums and what they are made of fit registers
+constexpr int64_t kWide = kAcross * kLanes;
+static_assert(kLanes % kDown == 0 && kHigh % kLanes == 0, "a task begins with a panel, a tile's columns are of one");
 
-constexpr int kAcross = 3;                   // panels that a tile is wide
-constexpr int kDown = kLanes >= 16 ? 8 : 2;  // columns that it is high: all sums lie in registers
-constexpr int64_t kPairs = kRun / 2, kWide = kAcross * kLanes;
-constexpr int64_t kHigh = 64;  // columns, on the left side, of a task: its panels stay in the first cache for a run
-
-// Columns as integers. A panel is kLanes columns: of each run of rows [kPairs][kLanes] pairs, and a unit a column.
+// Panels of kLanes columns, of each run of rows [kRun, kLanes]; zeros fill up the last panels and the last run.
 class Packed {
  public:
   Packed(const float* x, int64_t rows, int64_t k, int threads)
-      : panels_((k + kWide - 1) / kWide * kAcross),
-        runs_((rows + kRun - 1) / kRun),
-        room_(runs_ * panels_ * (kPairs + 1) * kLanes) {
-    parallel_for(panels_, threads, [&](int64_t panel) {
-      for (int64_t run = 0; run < runs_; ++run) {
-        const int64_t first = run * kRun;
-        pack(x + first * k, std::min(kRun, rows - first), k, run, panel);
-      }
-    });
+      : panels_((k + kWide - 1) / kWide * kAcross), runs_((rows + kRun - 1) / kRun), room_(runs_ * panels_ * kPanel) {
+    parallel_for(runs_, threads,
+                 [&](int64_t run) { pack(x + run * kRun * k, std::min(kRun, rows - run * kRun), k, run); });
   }
 
   int64_t runs() const { return runs_; }
-  const int32_t* pairs(int64_t run, int64_t panel) const {
-    return reinterpret_cast<int32_t*>(units(run, panel)) + kLanes;
-  }
-  float* units(int64_t run, int64_t panel) const {
-    return room_.data() + (run * panels_ + panel) * (kPairs + 1) * kLanes;
-  }
+  const float* panel(int64_t run, int64_t panel) const { return room_.data() + (run * panels_ + panel) * kPanel; }
+  // From a panel to the next; a line more than its values, so that equal rows of panels share no set of a cache.
+  static constexpr int64_t kPanel = (kRun + 1) * kLanes;
 
  private:
-  void pack(const float* x, int64_t rows, int64_t k, int64_t run, int64_t panel) {
+  void pack(const float* x, int64_t rows, int64_t k, int64_t run) {
     using namespace simd;
-    const int64_t column = panel * kLanes;
-    const int count = static_cast<int>(std::clamp<int64_t>(k - column, 0, kLanes));
-    const auto load = [&](int64_t row) {
-      if (row >= rows || count == 0) return zero_f32();
-      const float* at = x + row * k + column;
-      return count == kLanes ? load_f32(at) : load_first(at, 0, count, kFloat32);
-    };
-    F32 most = zero_f32(), broken = zero_f32();  // NaN where a value is infinite or NaN
-    for (int64_t row = 0; row < rows; ++row) {
-      const F32 value = load(row);
-      most = max(most, abs(value));
-      broken = fma(value, zero_f32(), broken);
-    }
-    const Mask none = less(most, set1_f32(kSmallest));
-    const F32 inverse = select(none, zero_f32(), div(set1_f32(kLargest), most));
-    store_f32(units(run, panel), add(select(none, zero_f32(), mul(most, set1_f32(1 / kLargest))), broken));
-    auto* to = reinterpret_cast<int32_t*>(units(run, panel)) + kLanes;
-    for (int64_t pair = 0; pair < kPairs; ++pair, to += kLanes) {
-      const I32 low = to_i32(mul(load(2 * pair), inverse)), high = to_i32(mul(load(2 * pair + 1), inverse));
-      store_i32(to, bit_or(bit_and(low, set1_i32(0xffff)), shift_left<16>(high)));
+    float* const to = room_.data() + run * panels_ * kPanel;
+    const int64_t whole = k / kLanes;
+    for (int64_t begin = 0; begin < panels_; begin += kTogether) {
+      const int64_t end = std::min(begin + kTogether, panels_);
+      for (int64_t row = 0; row < kRun; ++row) {
+        for (int64_t panel = begin; panel < end; ++panel) {
+          const float* from = x + row * k + panel * kLanes;
+          F32 value = zero_f32();
+          if (row < rows && panel < whole) value = load_f32(from);
+          if (row < rows && panel == whole && k % kLanes)
+            value = load_first(from, 0, static_cast<int>(k % kLanes), kFloat32);
+          store_f32(to + panel * kPanel + row * kLanes, value);
+        }
+      }
     }
   }
 
+  static constexpr int64_t kTogether = 8;  // panels: so much of a row is read at once
   int64_t panels_, runs_;
   Room room_;
 };
 
-// sums[kDown][kWide] += the products of one run: of kDown columns of a panel with those of kAcross panels.
-void add_products(const int32_t* left, const float* left_units, const int32_t* right, const float* right_units,
-                  int64_t next_panel, float* sums) {
+// sums[kDown][kWide] += the products, over a run, of kDown columns of a panel with the kAcross panels at `right`. This
+// call's share of the next run's panels, at `next_left` and `next_right`, is asked for meanwhile: kDown values a row
+// are all of the left factor, and more than all of the right one.
+void add_products(const float* left, const float* right, const float* next_left, const float* next_right, float* sums) {
   using namespace simd;
-  I32 found[kDown][kAcross];
+  F32 found[kDown][kAcross];
   for (auto& row : found)
-    for (auto& sum : row) sum = zero_i32();
-  for (int64_t pair = 0; pair < kPairs; ++pair, left += kLanes, right += kLanes) {
-    I32 across[kAcross];
-    for (int v = 0; v < kAcross; ++v) across[v] = load_i32(right + v * next_panel);
+    for (auto& sum : row) sum = zero_f32();
+  for (int64_t row = 0; row < kRun; ++row, left += kLanes, right += kLanes) {
+    __builtin_prefetch(next_left + row * kDown);
+    __builtin_prefetch(next_right + row * kDown);
+    F32 across[kAcross];
+    for (int v = 0; v < kAcross; ++v) across[v] = load_f32(right + v * Packed::kPanel);
     for (int i = 0; i < kDown; ++i) {
-      const I32 one = set1_i32(left[i]);
-      for (int v = 0; v < kAcross; ++v) found[i][v] = dot2(found[i][v], one, across[v]);
+      const F32 one = set1_f32(left[i]);
+      for (int v = 0; v < kAcross; ++v) found[i][v] = fma(one, across[v], found[i][v]);
     }
   }
-  for (int v = 0; v < kAcross; ++v) {
-    const F32 unit = load_f32(right_units + v * next_panel);
-    for (int i = 0; i < kDown; ++i) {
+  for (int i = 0; i < kDown; ++i)
+    for (int v = 0; v < kAcross; ++v) {
       float* at = sums + i * kWide + v * kLanes;
-      store_f32(at, fma(to_f32(found[i][v]), mul(unit, set1_f32(left_units[i])), load_f32(at)));
+      store_f32(at, add(load_f32(at), found[i][v]));
     }
-  }
 }
 
-// Columns first.. (at most kHigh) times the kWide columns from `wide` on, of all runs.
+// Columns first.. (at most kHigh) times the kWide columns from `wide` on, of all runs, added to the sum.
 void add_block(const Packed& x, int64_t first, int64_t wide, int64_t k, float* total) {
   alignas(64) float sums[kHigh][kWide] = {};
   const int64_t high = std::min({kHigh, k - first, wide + kWide - first});
   for (int64_t run = 0; run < x.runs(); ++run) {
-    const int64_t right = wide / kLanes, next = x.pairs(run, right + 1) - x.pairs(run, right);
+    const float *left = x.panel(run, first / kLanes), *right = x.panel(run, wide / kLanes);
+    const int64_t next = std::min(run + 1, x.runs() - 1);
+    const float *next_left = x.panel(next, first / kLanes), *next_right = x.panel(next, wide / kLanes);
     for (int64_t i = 0; i < high; i += kDown) {
-      const int64_t left = (first + i) / kLanes, within = (first + i) % kLanes;
-      add_products(x.pairs(run, left) + within, x.units(run, left) + within, x.pairs(run, right), x.units(run, right),
-                   next, sums[i]);
+      const int64_t asked = i * kRun;
+      add_products(left + i / kLanes * Packed::kPanel + i % kLanes, right, next_left + asked, next_right + asked,
+                   sums[i]);
     }
   }
-  for (int64_t i = 0; i < high; ++i)
-    for (int64_t j = 0; j < std::min(kWide, k - wide); ++j) total[(first + i) * k + wide + j] += sums[i][j];
+  const int64_t columns = std::min(kWide, k - wide);
+  for (int64_t i = 0; i < high; ++i) {
+    float* to = total + (first + i) * k + wide;
+    int64_t j = 0;
+    for (; j + simd::kLanes <= columns; j += simd::kLanes)
+      simd::store_f32(to + j, simd::add(simd::load_f32(to + j), simd::load_f32(sums[i] + j)));
+    for (; j < columns; ++j) to[j] += sums[i][j];
+  }
 }
 
 }  // namespace
