@@ -50,9 +50,8 @@ def genres() -> str:
     """MiniLM: what is left of plain rounding's error, by the text of the calibration and that of the test."""
     rows = json.loads((RESULTS / "minilm_quality.json").read_text())["rows"]
     tests, lines, before = ("everyday", "novel", "reference"), [], ""
-    for row in sorted(rows, key=lambda row: _PLAIN.index(row["format"]) if row["format"] in _PLAIN else -1):
-        if row["format"] not in _PLAIN:
-            continue
+    shown = [row for row in rows if row["format"] in _PLAIN]
+    for row in sorted(shown, key=lambda row: (_PLAIN.index(row["format"]), _GENRES.index(row["calibrated_on"]))):
         own = row["calibrated_on"]
         shares = (f"*{row['share'][test]:.2f}*" if test == own else f"{row['share'][test]:.2f}" for test in tests)
         name = f"`{row['format']}`" if row["format"] != before else ""
@@ -80,6 +79,8 @@ def peers() -> str:
     lines, before = [], ""
     for spec, genre, test in sorted(found, key=lambda place: (list(_PEERS).index(place[0]), _GENRES.index(place[1]))):
         tools = found[spec, genre, test]
+        if "lowbit" not in tools:  # measured by themselves, elsewhere
+            continue
         shares = [f"{tools[name]['of_plain']:.2f}" if name in tools else "" for name in _TOOLS]
         seconds = [f"{tools[name]['seconds']:.0f} s" if name in tools else "" for name in _TOOLS]
         best = min((share for share in shares if share), key=float)
@@ -101,7 +102,7 @@ _PEERS = {
     "nvfp4": "`nvfp4`",
 }
 _TOOLS = {"lowbit": "lowbit", "gptq": "GPTQ", "auto-round": "AutoRound", "hqq": "HQQ"}
-_GENRES = ["built-in", "everyday", "reference"]
+_GENRES = ["built-in", "everyday", "novel", "reference"]
 
 
 def layers() -> str:
