@@ -8,6 +8,7 @@ import torch
 from lowbit.errors import FormatError, WeightError
 from lowbit.formats import parse_spec
 from lowbit.formats.base import MIN_SCALE
+from lowbit.formats.scale_search import best_params
 from lowbit.numerics.rotations import rotate_groups
 from lowbit.ops.encode import encode
 from lowbit.solvers.scale_search import scale_search
@@ -146,10 +147,14 @@ def test_rotation_spreads_outliers():
     assert sqnr(w, decoded(parse_spec("int8(rotation=256)"), w)) > sqnr(w, decoded(parse_spec("int8"), w)) + 6
 
 
-def test_rotation_that_overflows_float32_is_an_error():
-    """Rotated values beyond float32 raise instead of giving NaN codes."""
-    with pytest.raises(WeightError, match="rotated values exceed float32"):
-        parse_spec("int8(rotation=16)").quantize(torch.full((2, 16), 3e38))
+@pytest.mark.parametrize("spec", ["int8(rotation=16)", "convrot_w4a4(rotation=16)", "w4a8_codebook(rotation=16)"])
+def test_rotation_that_overflows_float32_is_an_error(spec):
+    """Rotated values beyond float32 raise, with the layer's name, instead of giving NaN codes."""
+    fmt, w = parse_spec(spec), torch.full((2, 64), 3e38)
+    with pytest.raises(WeightError, match=r"^proj: its rotated values exceed float32"):
+        fmt.quantize(w, where="proj")
+    with pytest.raises(WeightError, match=r"^proj: its rotated values exceed float32"):
+        best_params(w, fmt, None, "proj")
 
 
 def test_a_rotation_needs_whole_groups():

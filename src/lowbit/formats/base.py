@@ -150,10 +150,13 @@ class Format(ABC):
         check_finite(rows, where)
         return self.prepare(rows)
 
-    def fit_stored(self, rows: Tensor, shared: Parts, source: torch.dtype) -> Parts:
-        """`fit`, with each parameter in the dtype in which a weight of dtype `source` stores it."""
+    def fit_stored(self, rows: Tensor, shared: Parts, source: torch.dtype, where: str = "weight") -> Parts:
+        """`fit`, each parameter in the dtype in which a `source` weight stores it; its "weight: .." names `where`."""
         dtypes = self.part_dtypes(source)
-        return {name: value.to(dtypes[name]) for name, value in self.fit(rows, shared).items()}
+        try:
+            return {name: value.to(dtypes[name]) for name, value in self.fit(rows, shared).items()}
+        except WeightError as error:
+            raise WeightError(f"{where}: {str(error).removeprefix('weight: ')}") from None
 
     def project(self, rows: Tensor, params: Parts) -> Tensor:
         """What the rows become: encoded and decoded again, float32. A format may have a shorter way."""
@@ -185,7 +188,7 @@ class Format(ABC):
         for start, stop in self.row_ranges(w.shape[0], w.shape[1]):
             rows = self.prepared(w, start, stop, where)
             if params is None:
-                chosen = self.fit_stored(rows, shared, w.dtype)
+                chosen = self.fit_stored(rows, shared, w.dtype, where)
             else:
                 chosen = narrow_rows(self.param_rules, params, start, stop)
             noise = None if seed is None else uniform_noise(tuple(rows.shape), seed, start, w.device)

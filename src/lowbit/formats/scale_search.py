@@ -30,7 +30,8 @@ def best_params(w: Tensor, fmt: Format, weights: Tensor | None, where: str) -> P
     found: Parts = {}
     for start, stop in fmt.row_ranges(*shape):
         rows = fmt.prepared(w, start, stop, where)
-        fmt.store_rows(found, search_rows(rows, fmt, fmt.fit_stored(rows, shared, w.dtype), weights), shape, start)
+        params = fmt.fit_stored(rows, shared, w.dtype, where)
+        fmt.store_rows(found, search_rows(rows, fmt, params, weights), shape, start)
     return found
 
 
@@ -57,7 +58,7 @@ def _search_whole(w: Tensor, fmt: Format, shared: Parts, weights: Tensor | None,
     totals = torch.zeros(0, dtype=torch.float64)
     for start, stop in fmt.row_ranges(w.shape[0], w.shape[1]):
         rows = fmt.prepared(w, start, stop, where)
-        params = fmt.fit_stored(rows, shared, w.dtype)
+        params = fmt.fit_stored(rows, shared, w.dtype, where)
         options = [params, *(candidate.params for candidate in fmt.candidates(rows, params))]
         sums = torch.stack([_errors(rows, fmt, option, weights).sum(dtype=torch.float64).cpu() for option in options])
         totals = sums if not totals.numel() else totals + sums

@@ -142,7 +142,7 @@ class WNA16(Format):
     def fit(self, rows: Tensor, shared: Parts) -> Parts:
         return self._fit(rows, torch.float32)
 
-    def fit_stored(self, rows: Tensor, shared: Parts, source: torch.dtype) -> Parts:
+    def fit_stored(self, rows: Tensor, shared: Parts, source: torch.dtype, where: str = "weight") -> Parts:
         return self._fit(rows, self.part_dtypes(source)["scale"])
 
     def encode(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:

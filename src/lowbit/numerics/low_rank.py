@@ -35,8 +35,8 @@ class Products(NamedTuple):
 
     def next_basis(self) -> Tensor:
         """The next V, its columns in falling order of singular values (Rayleigh-Ritz)."""
-        _, turn = torch.linalg.eigh(self.gram)  # rising
-        return orthonormal(self.image @ turn.flip(1))
+        _, turn = torch.linalg.eigh(self.gram.double())  # rising; in float32 LAPACK fails on what is nearly nothing
+        return orthonormal(self.image @ turn.flip(1).float())
 
 
 class Passes(ABC):

@@ -104,7 +104,7 @@ def shared_fit(
         found: Parts = {}
         for start, stop in fmt.row_ranges(w.shape[0], w.shape[1]):
             rows = fmt.prepared(w, start, stop, where)
-            params = fmt.fit_stored(rows, shared, w.dtype)
+            params = fmt.fit_stored(rows, shared, w.dtype, where)
             params = search_rows(rows, fmt, params, columns) if search else params
             fmt.store_rows(found, params, tuple(w.shape), start)
         made.append(fmt.quantize(w, params=found, seed=None if seed is None else seed + i, where=where))
