@@ -6,6 +6,8 @@ differ between any two orders of summation.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -42,6 +44,7 @@ def error(fmt: SvdquantW4A4, parts: Parts, w: torch.Tensor, columns: torch.Tenso
     return float((missed if columns is None else missed * columns.double().sqrt()).norm())
 
 
+@pytest.mark.skipif("LOWBIT_KERNELS" in os.environ, reason="150 GFLOP in an emulator; a pass is compared below")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rank", "n", "k"), [(32, 512, 768), (16, 333, 512), (33, 1000, 320)])
 def test_errors_are_those_of_the_reference(rank, n, k, dtype):

@@ -37,7 +37,7 @@ def _encoded(fmt: W4A8Codebook, w: Tensor, weights: Tensor | None, where: str) -
     n, k = source.shape
     parts.update(fmt.fit_shared(source))
     codebook, correction = parts.get("codebook"), parts.get("correction")
-    low, high = UNIFORM[fmt.bits] if codebook is None else (float(codebook[0]), float(codebook[-1]))
+    low, high = map(float, UNIFORM[fmt.bits] if codebook is None else (codebook[0], codebook[-1]))
     reach = 0.5 * (high - low) if fmt.correction else min(high, -low)
     finite = native.module().quantize_w4a8_codebook(
         source.data_ptr(), DTYPES[source.dtype], n, k, fmt.bits, fmt.group_size, fmt.rotation,
