@@ -16,8 +16,8 @@ using simd::kLanes;
 constexpr int64_t kRun = 64;   // rows
 constexpr int64_t kHigh = 64;  // columns of a task, as the left factor
 constexpr int kAcross = 3;     // panels that a tile is wide
-constexpr int kDown =
-    kLanes >= 16 ? 8 : 4;  // columns that it is high: its sums and what they are made of fit registers
+// Columns that it is high: its sums, and what they are made of, fit the registers.
+constexpr int kDown = kLanes >= 16 ? 8 : 4;
 constexpr int64_t kWide = kAcross * kLanes;
 static_assert(kLanes % kDown == 0 && kHigh % kLanes == 0, "a task begins with a panel, a tile's columns are of one");
 
