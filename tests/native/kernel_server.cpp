@@ -18,7 +18,7 @@
 namespace lowbit {
 
 // One thread: what emulates a processor need not emulate several.
-bool run_on_pool(int, void (*)(void*), void*) { return false; }
+bool run_on_pool(int, void (*)(void*, int), void*) { return false; }
 std::string describe_pool(bool& used) {
   used = false;
   return "one thread";

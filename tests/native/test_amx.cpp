@@ -7,7 +7,7 @@
 #include <random>
 
 // Nothing here runs on several threads.
-bool lowbit::run_on_pool(int, void (*)(void*), void*) { return false; }
+bool lowbit::run_on_pool(int, void (*)(void*, int), void*) { return false; }
 
 namespace {
 

@@ -27,6 +27,37 @@ int probe_tasks(int64_t tasks, int threads, int32_t* counts) {
   return used;
 }
 
+// workers[t]: which worker ran task t, order[t]: as its how manieth. With `slow` a worker, it does not end its first
+// task before all tasks of others have; else nobody does before all have begun one.
+void probe_shares(int64_t tasks, int threads, int slow, int32_t* workers, int32_t* order) {
+  std::atomic<int64_t> begun{0}, done{0};
+  int32_t count[64] = {};
+  lowbit::parallel_for(tasks, threads, [&](int64_t task, int worker) {
+    workers[task] = worker;
+    order[task] = count[worker]++;
+    if (order[task] == 0) {
+      ++begun;
+      while (slow < 0 ? begun < threads : worker == slow && done + 1 < tasks) wait_a_little();
+    }
+    wait_a_little();
+    ++done;
+  });
+}
+
+// 1 if every worker is the same thread in all of some regions, and this one is number 0.
+int probe_numbers(int threads) {
+  std::thread::id ids[64] = {};
+  std::atomic<int> wrong{0};
+  for (int round = 0; round < 5; ++round)
+    lowbit::parallel_for(4 * threads, threads, [&](int64_t, int worker) {
+      wait_a_little();
+      const auto here = std::this_thread::get_id();
+      if (ids[worker] == std::thread::id()) ids[worker] = here;
+      wrong += ids[worker] != here;
+    });
+  return !wrong && ids[0] == std::this_thread::get_id();
+}
+
 // Regions in a region: on how many other threads their tasks ran than on the one that began them.
 int probe_nested(int threads) {
   std::atomic<int> elsewhere{0};

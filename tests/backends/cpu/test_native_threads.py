@@ -115,6 +115,40 @@ def test_every_task_runs_once_on_as_many_threads_as_asked(probe, tasks, threads)
     assert used == threads if tasks == 40 else used <= min(tasks, threads)
 
 
+def shares(probe, tasks, threads, slow=-1):
+    """Which worker ran each task, and as its how manieth."""
+    workers, order = torch.full((2, tasks), -1, dtype=torch.int32)
+    pointers = (ctypes.c_void_p(part.data_ptr()) for part in (workers, order))
+    probe.probe_shares(ctypes.c_int64(tasks), threads, slow, *pointers)
+    return workers.tolist(), order.tolist()
+
+
+@pytest.mark.parametrize(("tasks", "threads"), [(12, 2), (13, 3), (4, 4)])
+def test_a_thread_begins_with_its_own_share_in_order(probe, tasks, threads):
+    """Neighbouring tasks are one thread's, which reads on where it has read."""
+    workers, order = shares(probe, tasks, threads)
+
+    for worker in range(threads):
+        first, last = tasks * worker // threads, tasks * (worker + 1) // threads
+        own = [order[task] for task in range(first, last) if workers[task] == worker]
+        assert workers[first] == worker
+        assert own == list(range(len(own)))
+
+
+def test_idle_threads_take_what_a_slow_one_has_not_begun(probe):
+    """A thread that is held up keeps one task; all others of its share are done without it."""
+    workers, _ = shares(probe, 20, 2, slow=0)
+
+    assert workers.count(0) == 1
+    assert workers.count(1) == 19
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_worker_is_the_same_thread_in_every_call(probe, threads):
+    """It finds what it read last time in its cache; the calling thread is number 0."""
+    assert probe.probe_numbers(threads) == 1
+
+
 def test_a_region_in_a_region_runs_on_its_own_thread(probe):
     """A kernel that is called on a thread of a region does not begin another one."""
     assert probe.probe_nested(3) == 0

@@ -19,6 +19,7 @@ std::atomic<bool> g_forked{false};
 struct Pool {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;  // GOMP_parallel
   int (*in_parallel)() = nullptr;                                          // omp_in_parallel
+  int (*thread_number)() = nullptr;                                        // omp_get_thread_num
   std::string about = "torch's OpenMP library is only looked for on Linux and macOS";
 
   Pool() {
@@ -34,12 +35,14 @@ struct Pool {
     // whatever other OpenMP libraries the process holds. LLVM's and Intel's libraries have GCC's entry points, too.
     auto* start = dlsym(torch, "GOMP_parallel");
     auto* inside = dlsym(torch, "omp_in_parallel");
-    if (!start || !inside) {
+    auto* number = dlsym(torch, "omp_get_thread_num");
+    if (!start || !inside || !number) {
       about = "torch depends on no OpenMP library that has GOMP_parallel";
       return;
     }
     parallel = reinterpret_cast<decltype(parallel)>(start);
     in_parallel = reinterpret_cast<decltype(in_parallel)>(inside);
+    thread_number = reinterpret_cast<decltype(thread_number)>(number);
     Dl_info info{};
     const std::string path = dladdr(start, &info) && info.dli_fname ? info.dli_fname : "OpenMP library";
     about = "torch's " + path.substr(path.rfind('/') + 1);
@@ -54,12 +57,22 @@ const Pool& pool() {
   return found;
 }
 
+struct Team {
+  void (*work)(void*, int);
+  void* context;
+};
+
 }  // namespace
 
-bool run_on_pool(int threads, void (*work)(void*), void* context) {
+bool run_on_pool(int threads, void (*work)(void*, int), void* context) {
   const Pool& found = pool();
   if (!found.parallel || g_forked || found.in_parallel()) return false;
-  found.parallel(work, context, static_cast<unsigned>(threads), 0);
+  Team team{work, context};
+  const auto run = [](void* at) {
+    const Team& of = *static_cast<Team*>(at);
+    of.work(of.context, pool().thread_number());
+  };
+  found.parallel(run, &team, static_cast<unsigned>(threads), 0);
   return true;
 }
 

@@ -5,6 +5,7 @@
 // torch depends on is asked for its own entry points.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -13,30 +14,44 @@
 
 namespace lowbit {
 
-// Runs work(context) once on each of `threads` threads, this one among them, or returns false: there is no pool, this
-// is inside a parallel region, or this process was forked (a child has none of its parent's threads).
-bool run_on_pool(int threads, void (*work)(void*), void* context);
+// Runs work(context, i) once on each of `threads` threads, this one among them as number 0, or returns false: there is
+// no pool, this is inside a parallel region, or this process was forked (a child has none of its parent's threads).
+// A thread of the pool has the same number in every call.
+bool run_on_pool(int threads, void (*work)(void*, int), void* context);
 
 // The library whose pool is used, or why there is none, in words; `used` tells which it is.
 std::string describe_pool(bool& used);
 
+constexpr int kMostShares = 64;  // of tasks; of more threads some have one in common
+
 // f(task) for every task in [0, tasks), on up to `threads` threads; or f(task, worker) with worker in [0, threads), for
-// room that a thread keeps from task to task. Tasks are claimed one after another as threads become free, so no result
-// may depend on which thread takes which: a task owns its outputs. The first exception is thrown here, after all
-// threads have left; tasks that had not begun are dropped.
+// room that a thread keeps from task to task.
+//
+// A thread first takes a share of its own, in order: it reads on where it has read, so that what was asked for ahead of
+// time serves it and not another, and in the next call it finds the same part of a weight in its cache. Then it takes
+// what others have not begun. So no result may depend on which thread takes which: a task owns its outputs. The first
+// exception is thrown here, after all threads have left; tasks that had not begun are dropped.
 template <class F>
 void parallel_for(int64_t tasks, int threads, const F& f) {
+  struct alignas(64) Share {  // a line of the cache for each counter, as each is one thread's for most of the time
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
   struct Region {
     const F& f;
-    const int64_t tasks;
-    std::atomic<int64_t> next{0};
-    std::atomic<int> workers{0};
+    const int count;
     std::atomic<bool> failed{false};
     std::exception_ptr error;
+    Share shares[kMostShares];
 
-    Region(const F& f, int64_t tasks) : f(f), tasks(tasks) {}
+    Region(const F& f, int64_t tasks, int threads) : f(f), count(std::min(threads, kMostShares)) {
+      for (int64_t i = 0; i < count; ++i) {
+        shares[i].next.store(tasks * i / count, std::memory_order_relaxed);
+        shares[i].end = tasks * (i + 1) / count;
+      }
+    }
 
-    void call(int64_t task, int worker) const {
+    static void call(const F& f, int64_t task, int worker) {
       if constexpr (std::is_invocable_v<const F&, int64_t, int>) {
         f(task, worker);
       } else {
@@ -44,26 +59,29 @@ void parallel_for(int64_t tasks, int threads, const F& f) {
       }
     }
 
-    void work() noexcept {
-      const int worker = workers.fetch_add(1, std::memory_order_relaxed);
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-        try {
-          call(task, worker);
-        } catch (...) {
-          if (!failed.exchange(true)) error = std::current_exception();
-          next.store(tasks, std::memory_order_relaxed);
+    void work(int worker) noexcept {
+      try {
+        for (int i = 0; i < count; ++i) {
+          Share& share = shares[(worker + i) % count];
+          for (int64_t task; !failed.load(std::memory_order_relaxed) &&
+                             (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+            call(f, task, worker);
         }
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
       }
     }
   };
-  Region region(f, tasks);
   // All threads are asked for even if there are fewer tasks: OpenMP ends the threads that a smaller team does not
   // need, and the next operation of torch would have to start them again.
-  if (threads > 1 && tasks > 1 && run_on_pool(threads, [](void* at) { static_cast<Region*>(at)->work(); }, &region)) {
-    if (region.error) std::rethrow_exception(region.error);
-    return;
+  if (threads > 1 && tasks > 1) {
+    Region region(f, tasks, threads);
+    if (run_on_pool(threads, [](void* at, int worker) { static_cast<Region*>(at)->work(worker); }, &region)) {
+      if (region.error) std::rethrow_exception(region.error);
+      return;
+    }
   }
-  for (int64_t task = 0; task < tasks; ++task) region.call(task, 0);
+  for (int64_t task = 0; task < tasks; ++task) Region::call(f, task, 0);
 }
 
 }  // namespace lowbit
