@@ -17,6 +17,19 @@ struct Nvfp4Scales {
   simd::F32 own(int64_t block, int64_t group, int v) const {
     return simd::load_e4m3(codes + (block * groups + group) * kBlockRows + v * simd::kLanes);
   }
+  void read_own(int64_t block, float* to) const {
+    using namespace simd;
+    const uint8_t* from = codes + block * groups * kBlockRows;
+    int64_t g = 0;
+    for (; g + kFp8Columns <= groups; g += kFp8Columns) {
+      F32 columns[kFp8Columns][kBlockVectors];
+      load_e4m3_columns(from + g * kBlockRows, columns);
+      for (int i = 0; i < kFp8Columns; ++i)
+        for (int v = 0; v < kBlockVectors; ++v, to += kLanes) store_f32(to, columns[i][v]);
+    }
+    for (; g < groups; ++g)
+      for (int v = 0; v < kBlockVectors; ++v, to += kLanes) store_f32(to, own(block, g, v));
+  }
   simd::F32 common(int64_t block, int v) const { return simd::load_f32(factors + block * step + v * simd::kLanes); }
   simd::F32 halves(int64_t block, int64_t group, int v) const {
     return simd::mul(own(block, group, v), common(block, v));

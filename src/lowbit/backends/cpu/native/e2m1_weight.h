@@ -19,7 +19,8 @@ alignas(16) constexpr int8_t kE2m1SignedHalves[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0
 template <class Scales>
 struct E2m1Weight {
   static constexpr int kWordCodes = 8, kZero = 12;
-  static constexpr int kSteps = std::min(simd::kDot4Steps, 4);  // 4 * 2 * 24 * 128 < 2**15
+  // Sums that hold kDot4Steps products of codes up to 15 hold fewer of codes up to 24.
+  static constexpr int kSteps = simd::kDot4Steps / 2;
 
   const uint32_t* words;  // [blocks, stride]: k / 8 words of 16 rows, and what fills up
   int64_t stride;
@@ -43,14 +44,9 @@ struct E2m1Weight {
   }
   static constexpr bool kOffsets = false, kSpans = Scales::kSpans;
   void read_factors(int64_t block, float* to, float*) const {
+    if constexpr (kSpans) return scales.read_own(block, to);
     for (int64_t g = 0; g < k / group; ++g)
-      for (int v = 0; v < kBlockVectors; ++v, to += simd::kLanes) {
-        if constexpr (kSpans) {
-          simd::store_f32(to, scales.own(block, g, v));
-        } else {
-          simd::store_f32(to, scales.halves(block, g, v));
-        }
-      }
+      for (int v = 0; v < kBlockVectors; ++v, to += simd::kLanes) simd::store_f32(to, scales.halves(block, g, v));
   }
   simd::F32 span_scale(int64_t block, int v) const { return scales.common(block, v); }
   simd::F32 scale(int64_t block, int64_t g, int v) const { return scales.halves(block, g, v); }

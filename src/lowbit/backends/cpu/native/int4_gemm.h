@@ -301,8 +301,9 @@ inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&fr
       for_each_place<kParts>(step);
     }
   } else {
-    // Few sums are two each, of even and of odd columns: an addition waits for the last one to the same sum.
-    constexpr int kPieces = Tokens::kPieces, kChains = kTokens * kVectors * kPieces <= 8 ? 2 : 1;
+    // Few sums are two each, of even and of odd columns: an addition waits for the last one to the same sum. Not so in
+    // units of two words, which are as many additions of other units at once.
+    constexpr int kPieces = Tokens::kPieces, kChains = kTokens * kVectors * kPieces <= 8 && kUnit != 2 ? 2 : 1;
     bool first = true;
     for (int64_t word = 0; word < count; first = false) {
       Dot4 dots[kTokens][kVectors][kPieces][kChains];
@@ -558,8 +559,12 @@ void int4_gemm_by(const WeightOf& weight_of, const Tokens& tokens, int64_t n, co
 
 template <class Weight, bool kWhole, class Tokens, class WeightOf>
 void int4_gemm_of(const WeightOf& weight_of, const Tokens& x, int64_t n, const Output& out, int threads) {
-  if constexpr (!Tokens::kPairs && Weight::kSteps >= 8)
+  // Loops over the words of a block, unrolled for the usual sizes.
+  if constexpr (!Tokens::kPairs && Weight::kSpans) {
+    if (x.block == 16) return int4_gemm_by<Weight, kWhole, 2>(weight_of, x, n, out, threads);
+  } else if constexpr (!Tokens::kPairs && Weight::kSteps >= 8) {
     if (x.block == 32) return int4_gemm_by<Weight, kWhole, 4>(weight_of, x, n, out, threads);
+  }
   int4_gemm_by<Weight, kWhole, 0>(weight_of, x, n, out, threads);
 }
 
