@@ -48,12 +48,11 @@ void interleave(const T* from, int64_t stride, int64_t count, T* to) {
 
 // Room for blocks of rows in the arrangement of rows16.
 struct Arranged {
-  int64_t blocks, ahead;            // `ahead`: to the block that is arranged next, from any
+  int64_t blocks;
   Room words, scales, zeros, rows;  // `rows`: one block's codes, scales or zero points where they must be copied first
 
-  Arranged(const PlainRows& w, int64_t blocks, int64_t ahead)
+  Arranged(const PlainRows& w, int64_t blocks)
       : blocks(blocks),
-        ahead(ahead),
         words(blocks * w.words() * kBlockRows),
         scales(blocks * w.groups() * kBlockRows),
         zeros(blocks * w.groups() * kBlockRows),
@@ -69,9 +68,9 @@ struct Arranged {
         codes = reinterpret_cast<const uint32_t*>(rows.data());
       }
       auto* to = reinterpret_cast<uint32_t*>(words.data()) + at * w.words() * kBlockRows;
-      // 16 rows at a time are more than the processor fetches by itself; what this thread is likely to need next is
-      // asked for meanwhile. Its rows lie behind each other, so that a strip stands for as much of them.
-      const uint8_t* next = w.codes + std::min(row + ahead * kBlockRows, w.n - 1) * w.k / 2;
+      // 16 rows at a time are more than the processor fetches by itself; the block that this thread needs next is asked
+      // for meanwhile. Its rows lie behind each other, so that a strip stands for as much of them.
+      const uint8_t* next = w.codes + std::min(row + kBlockRows, w.n - 1) * w.k / 2;
       for (int64_t word = 0; word < w.words(); word += kStrip) {
         const int64_t some = std::min(kStrip, w.words() - word);
         for (int64_t line = 0; line < some; ++line) __builtin_prefetch(next + (word + line) * 64, 0, 2);
@@ -231,8 +230,7 @@ void int4_plain_mm(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t
   std::vector<std::unique_ptr<Arranged>> rooms(std::max(threads, 1));
   const auto weight_of = [&](int64_t first, int64_t last, int worker) {
     auto& room = rooms[worker];
-    if (!room || room->blocks < last - first)
-      room = std::make_unique<Arranged>(rows, last - first, last - first > 1 ? 1 : threads);
+    if (!room || room->blocks < last - first) room = std::make_unique<Arranged>(rows, last - first);
     room->arrange(rows, first, last);
     return room->weight(rows);
   };
