@@ -195,17 +195,24 @@ struct E5m2Grid {
 //
 // To a magnitude a power of two is added in whose binade the last bit is worth the step of the codes near that
 // magnitude, so that the addition rounds and the low byte of the sum counts steps; it begins where, with the exponent
-// shifted in beside it, the codes do. `sign` is the value, or what it is a quotient of: zeros keep their sign.
+// shifted in beside it, the codes do. The low seven bits are the code; what is above them means nothing.
 template <class Grid>
-inline simd::I32 float8_codes(simd::F32 value, simd::F32 sign) {
+inline simd::I32 float8_magnitudes(simd::F32 size) {
   using namespace simd;
   constexpr int kMantissa = 23 - Grid::kShift;
   constexpr int32_t kBegin = -(Grid::kBias + (1 << kMantissa)) & 0xff;
   static_assert(kBegin % 2 == 0, "half to even");
-  const F32 size = min(abs(value), set1_f32(Grid::kLargest));
+  size = min(size, set1_f32(Grid::kLargest));
   const I32 power = max(bit_and(as_i32(size), set1_i32(0x7f800000)), as_i32(set1_f32(Grid::kSmallestNormal)));
   const F32 magic = as_f32(add(power, set1_i32((Grid::kShift << 23) + (1 << 22) + kBegin)));
-  const I32 code = add(as_i32(add(size, magic)), shift_right<Grid::kShift>(power));
+  return add(as_i32(add(size, magic)), shift_right<Grid::kShift>(power));
+}
+
+// Codes of values. `sign` is the value, or what it is a quotient of: zeros keep their sign.
+template <class Grid>
+inline simd::I32 float8_codes(simd::F32 value, simd::F32 sign) {
+  using namespace simd;
+  const I32 code = float8_magnitudes<Grid>(abs(value));
   return bit_or(bit_and(code, set1_i32(0x7f)), bit_and(shift_right<24>(as_i32(sign)), set1_i32(0x80)));
 }
 

@@ -124,6 +124,10 @@ inline __m128i low_bytes(I32 a) {
 }
 // The same, to kLanes bytes.
 inline void store_low_bytes(uint8_t* to, I32 a) { _mm_storel_epi64(reinterpret_cast<__m128i*>(to), low_bytes(a)); }
+// The low 16 bits of every lane of a, then of b, as 4 * kLanes bytes; the upper ones are zero.
+inline void store_low_halves(uint8_t* to, I32 a, I32 b) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(_mm256_packus_epi32(a.v, b.v), 0xd8));
+}
 // The low nibble of every lane, kLanes / 2 bytes, the first in a byte's low half.
 inline void store_nibbles(uint8_t* to, I32 a) {
   const __m128i codes = _mm_and_si128(low_bytes(a), _mm_set1_epi8(15));

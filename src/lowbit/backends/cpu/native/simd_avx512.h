@@ -137,6 +137,11 @@ inline I32 widen_u16(const uint16_t* from) {
 inline void store_low_bytes(uint8_t* to, I32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a.v));
 }
+// The low 16 bits of every lane of a, then of b, as 4 * kLanes bytes; the upper ones are zero.
+inline void store_low_halves(uint8_t* to, I32 a, I32 b) {
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi64(order, _mm512_packus_epi32(a.v, b.v)));
+}
 // The low nibble of every lane, kLanes / 2 bytes, the first in a byte's low half.
 inline void store_nibbles(uint8_t* to, I32 a) {
   const __m128i codes = _mm_and_si128(_mm512_cvtepi32_epi8(a.v), _mm_set1_epi8(15));

@@ -114,6 +114,11 @@ inline void store_low_bytes(uint8_t* to, I32 a) {
   const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);
   std::memcpy(to, &four, 4);
 }
+// The low 16 bits of every lane of a, then of b, as 4 * kLanes bytes; the upper ones are zero.
+inline void store_low_halves(uint8_t* to, I32 a, I32 b) {
+  const uint16x8_t halves = vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(a.v)), vmovn_u32(vreinterpretq_u32_s32(b.v)));
+  vst1q_u8(to, vreinterpretq_u8_u16(halves));
+}
 // The low nibble of every lane, kLanes / 2 bytes, the first in a byte's low half.
 inline void store_nibbles(uint8_t* to, I32 a) {
   uint8_t codes[kLanes];

@@ -145,6 +145,15 @@ inline I32 widen_u16(const uint16_t* from) { return {plain::Ints{from[0], from[1
 inline void store_low_bytes(uint8_t* to, I32 a) {
   for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint8_t>(a.v[i]);
 }
+// The low 16 bits of every lane of a, then of b, as 4 * kLanes bytes; the upper ones are zero.
+inline void store_low_halves(uint8_t* to, I32 a, I32 b) {
+  uint16_t halves[2 * kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    halves[i] = static_cast<uint16_t>(a.v[i]);
+    halves[kLanes + i] = static_cast<uint16_t>(b.v[i]);
+  }
+  std::memcpy(to, halves, sizeof halves);
+}
 // The low nibble of every lane, kLanes / 2 bytes, the first in a byte's low half.
 inline void store_nibbles(uint8_t* to, I32 a) {
   uint8_t codes[kLanes];
