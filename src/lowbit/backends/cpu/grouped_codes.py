@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.cpu import native
-from lowbit.backends.cpu.operands import DTYPES, Operands, refuses_input
+from lowbit.backends.cpu.operands import DTYPES, Operands
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 from lowbit.layouts import rows16
@@ -23,12 +23,13 @@ _MOST_COLUMNS = {INT16: 128, INT8: w4a8.BLOCK}  # that share a scale of the acti
 _SIZES = {4: 8, 8: 4}  # columns in a word
 
 
-def refuses(group: int, bits: int, fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
-    """Why codes in groups of so many columns cannot be multiplied in this call, or None."""
+@functools.cache
+def refuses_group(group: int, bits: int) -> str | None:
+    """Why groups of so many columns cannot be multiplied, or None."""
     columns = _SIZES[bits]
     if group % columns:
         return f"groups of {group} columns; the kernel takes multiples of {columns}, as a word has"
-    return refuses_input(fmt, x, parts, bias)
+    return None
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowbit.backends.cpu import grouped_codes
+from lowbit.backends.cpu.operands import refuses_input
 from lowbit.dispatch import kernel
 from lowbit.formats.awq_w4a16 import AwqW4A16
 from lowbit.formats.parts import Parts
@@ -15,7 +16,7 @@ _BITS = 4
 
 def refuses(fmt: AwqW4A16, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why this call cannot run here, or None."""
-    return grouped_codes.refuses(fmt.group_size, _BITS, fmt, x, parts, bias)
+    return grouped_codes.refuses_group(fmt.group_size, _BITS) or refuses_input(fmt, x, parts, bias)
 
 
 @kernel("linear", format="awq_w4a16", backend="cpu", layout=rows16.NAME, refuses=refuses, tolerance=6e-3)

@@ -28,7 +28,7 @@ def linear_gguf(fmt: GgufBlock, x: Tensor, parts: Parts, bias: Tensor | None) ->
     Activations of 16 bits become integers of 16 bits with a scale for up to 128 columns, which is more exact than
     they are themselves; sums are float32.
     """
-    blocks = Blocks.of(fmt, parts)
+    blocks = Blocks(fmt, parts)
     operands = Operands(x, blocks.n, bias)
     shared = 0 if x.dtype == torch.float32 else integer_block(operands.k)
     native.module().linear_gguf(

@@ -34,7 +34,7 @@ def linear_w4a8_codebook(fmt: W4A8Codebook, x: Tensor, parts: Parts, bias: Tenso
     The integers and their sums are those of the reference; the rotation of x sums in another order than a matrix
     product, so that a code of the activations may be the next one where its value lies between the two.
     """
-    weight = Coded.of(fmt, parts)
+    weight = Coded(fmt, parts)
     operands = Operands(x, weight.n, bias)
     native.module().linear_w4a8_codebook(
         *operands.rows, *weight.fields, fmt.rotation, *operands.bias_out, _FEW_BYTES, native.threads()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowbit.backends.cpu import grouped_codes
+from lowbit.backends.cpu.operands import refuses_input
 from lowbit.dispatch import kernel
 from lowbit.formats.parts import Parts
 from lowbit.formats.wna16 import WNA16
@@ -13,7 +14,7 @@ from lowbit.layouts import rows16, rows16_w4a8
 
 def refuses(fmt: WNA16, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why this call cannot run here, or None."""
-    return grouped_codes.refuses(_group(fmt, x), fmt.bits, fmt, x, parts, bias)
+    return grouped_codes.refuses_group(_group(fmt, x), fmt.bits) or refuses_input(fmt, x, parts, bias)
 
 
 def _group(fmt: WNA16, x: Tensor) -> int:

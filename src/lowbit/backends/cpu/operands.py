@@ -16,15 +16,16 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype o
 class Operands:
     """x [..., K], bias [N] or None, and room for the result [..., N] of a linear, as its kernel is told of them.
 
-    It holds what it points into, and so has to outlive the call.
+    It holds what it points into, so it has to outlive the call. One object rather than a function for each of these:
+    see `generic.multiply` for what a call of ours costs there.
     """
 
     __slots__ = ("_held", "bias_out", "k", "m", "out", "rows")
 
     rows: tuple[int, int, int, int, int]
-    """What every kernel takes first: the address and dtype of x as rows without gaps, then M, N and K."""
+    """What a kernel takes first: the address and the dtype of x as rows without gaps, then M, N and K."""
     bias_out: tuple[int, int, int]
-    """The address and dtype of the bias, 0 for none, and the address of the result."""
+    """The address and the dtype of the bias, both 0 for none, and the address of the result."""
 
     def __init__(self, x: Tensor, n: int, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
         """`dtype` is that of the result, by default the one of x."""
