@@ -57,6 +57,28 @@ def test_a_preferred_backend_runs_unless_it_refuses(kernels):
     assert dispatch.explain("linear", "fp8_e4m3", "", "cpu", args)["cpu:linear_fp8"] == why[0]
 
 
+def test_what_was_selected_is_forgotten_when_it_may_change(kernels):
+    """A kernel that is registered after a call takes the next one, and use_backend decides while it is in force."""
+    kernels.loaded["cpu"] = None
+    args = _call()
+
+    def chosen():
+        return dispatch.select("linear", "fp8_e4m3", "", "cpu", args).name
+
+    assert chosen() == "eager:linear"
+
+    @dispatch.kernel("linear", backend="cpu", format="fp8_e4m3")
+    def linear_fp8(fmt, x, parts, bias):
+        return "cpu ran"
+
+    assert chosen() == "cpu:linear_fp8"
+    with dispatch.use_backend("eager"):
+        assert chosen() == "eager:linear"
+        with dispatch.use_backend("cpu"):
+            assert chosen() == "cpu:linear_fp8"
+    assert chosen() == "cpu:linear_fp8"
+
+
 def test_use_backend_is_strict(kernels):
     """A forced backend that refuses raises with its reason rather than let another one run."""
     kernels.loaded["cpu"] = None

@@ -274,6 +274,29 @@ def test_wrong_parts_are_refused_with_the_remedy(pair):
         assert torch.equal(F.linear(X, packed.with_parts(parts).in_layout("").in_layout("toy")), F.linear(X, plain))
 
 
+def test_parts_are_looked_at_at_every_call(pair):
+    """A part that is replaced, set, resized or freed between two calls is found, and the right one is taken again."""
+    packed = pair[1].map_parts(torch.clone)
+    y, kept = F.linear(X, packed), packed.parts
+
+    packed.scale = kept["scale"][:1].clone()
+    with pytest.raises(UnsupportedError, match="scale has shape"):
+        F.linear(X, packed)
+    packed.scale = kept["scale"]
+    assert torch.equal(F.linear(X, packed), y)
+
+    codes = packed.qdata.data
+    packed.qdata.data = codes[:-1].clone()
+    with pytest.raises(UnsupportedError, match=r"qdata has shape|cannot be in"):
+        F.linear(X, packed)
+    packed.qdata.data = codes
+    assert torch.equal(F.linear(X, packed), y)
+
+    packed.scale.untyped_storage().resize_(0)
+    with pytest.raises(UnsupportedError, match="scale has no memory, which was freed"):
+        F.linear(X, packed)
+
+
 def test_packing_brings_passed_on_parts_into_order():
     """A part that packing only passes on is copied where it lies as the kernels cannot read it."""
     plain = QuantizedTensor.quantize(gaussian(N, K), "fp8_e4m3(granularity=row)")

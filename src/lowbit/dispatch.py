@@ -65,7 +65,8 @@ class Kernel:
 class _State:
     kernels: dict[tuple[str, str], list[Kernel]] = field(default_factory=dict)
     loaded: dict[str, str | None] = field(default_factory=dict)  # backend -> None, or why it is not there
-    candidates: dict[tuple[str, str, str], tuple[Kernel, ...]] = field(default_factory=dict)
+    candidates: dict[tuple[str | None, ...], tuple[Kernel, ...]] = field(default_factory=dict)
+    """What `candidates` and `select` have found, by what they were asked."""
 
 
 _STATE = _State()
@@ -134,16 +135,20 @@ def candidates(op: str, format: str, device: str) -> tuple[Kernel, ...]:
 
 def select(op: str, format: str, layout: str, device: str, args: tuple[Any, ...]) -> Kernel:
     """The kernel that runs this call. Raises `UnsupportedError` with every refusal when there is none."""
-    forced = _forced.get()
-    for entry in candidates(op, format, device):
-        if forced is not None and entry.backend != forced:
-            continue
-        if not entry.reads(layout):
-            continue
+    key = (op, format, device, layout, _forced.get())
+    for entry in _STATE.candidates.get(key) or _readers(*key):
         if entry.refuses is None or entry.refuses(*args) is None:
             return entry
     what = f"{op} for {format}@{layout}" if layout else f"{op} for {format}"
     raise UnsupportedError(f"no kernel can run {what} on {device}:", explain(op, format, layout, device, args))
+
+
+def _readers(op: str, format: str, device: str, layout: str, forced: str | None) -> tuple[Kernel, ...]:
+    """The candidates that take parts in this layout, of one backend where it is forced; remembered for `select`."""
+    entries = candidates(op, format, device)
+    found = tuple(entry for entry in entries if forced in (None, entry.backend) and entry.reads(layout))
+    _STATE.candidates[op, format, device, layout, forced] = found
+    return found
 
 
 def explain(op: str, format: str, layout: str, device: str, args: tuple[Any, ...]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from lowbit import QuantizedTensor
 from lowbit.errors import PartsError
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
 from lowbit.layouts import svdquant_fragments as fragments
-from lowbit.layouts.base import get_layout, read_tag
+from lowbit.layouts.base import get_layout, misfit, read_tag
 from tests.support import gaussian
 
 FMT = SvdquantW4A4(rank=5)
@@ -90,8 +90,8 @@ def test_other_arrangements_are_refused():
         with pytest.raises(PartsError, match=expected):
             fragments.unpack(FMT, {**packed, "qdata": wrong})
     layout = get_layout(fragments.NAME, FMT)
-    assert layout.misfit(FMT, layout.packed(FMT, plain), 70, 128) is None
-    assert "repack the plain parts" in layout.misfit(FMT, plain, 70, 128)
+    assert misfit(FMT, fragments.NAME, layout.packed(FMT, plain), 70, 128) is None
+    assert "repack the plain parts" in misfit(FMT, fragments.NAME, plain, 70, 128)
 
 
 def test_versions():

@@ -15,7 +15,7 @@ from lowbit.errors import PartsError
 from lowbit.formats import parse_spec
 from lowbit.formats.parts import raw_bytes
 from lowbit.layouts import words128
-from lowbit.layouts.base import get_layout, read_tag
+from lowbit.layouts.base import get_layout, misfit, read_tag
 from lowbit.numerics.packing import unpack_nibbles
 from tests.support import gaussian
 
@@ -147,8 +147,8 @@ def test_plain_parts_are_no_packed_ones(spec):
     fmt = parse_spec(spec)
     layout = get_layout(words128.NAME, fmt)
     plain = fmt.quantize(gaussian(17, 256))
-    assert layout.misfit(fmt, layout.packed(fmt, plain), 17, 256) is None
-    assert "repack the plain parts" in layout.misfit(fmt, plain, 17, 256)
+    assert misfit(fmt, words128.NAME, layout.packed(fmt, plain), 17, 256) is None
+    assert "repack the plain parts" in misfit(fmt, words128.NAME, plain, 17, 256)
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -69,7 +69,7 @@ def check_linear(spec: str, n: int, k: int, m: int, dtype: torch.dtype, *, layou
 
 
 def check_properties(spec: str, n: int, k: int, *, layout: str = "rows16") -> None:
-    """Assert what holds beside the numbers: gaps in x, leading axes, no tokens, any number of threads, no bias."""
+    """Assert what holds beside the numbers: gaps in x and bias, leading axes, no tokens, any number of threads."""
     packed, _ = packed_weight(spec, n, k, layout)
     fmt = parse_spec(spec)
     assert torch.equal(
@@ -88,6 +88,8 @@ def check_properties(spec: str, n: int, k: int, *, layout: str = "rows16") -> No
             gaps[:, ::2] = x
             assert torch.equal(linear(gaps[:, ::2], packed), whole)
             assert torch.equal(linear(x.view(1, m, 1, k), packed), whole.view(1, m, 1, n))
+            bias = torch.randn(2 * n).to(x.dtype)[::2]
+            assert torch.equal(linear(x, packed, bias), linear(x, packed, bias.clone()))
             try:
                 torch.set_num_threads(1)
                 assert torch.equal(linear(x, packed), whole)

@@ -71,27 +71,20 @@ class Layout:
         shapes = self.shapes(fmt, n, k)
         return {name: torch.empty(shapes[name], dtype=part.dtype, device=device) for name, part in sample.items()}
 
-    def misfit(self, fmt: Format, parts: Mapping[str, Tensor], n: int, k: int) -> str | None:
-        """Why these are not the packed parts of a weight [n, k], with the remedy, or None."""
-        key = (self.name, self.version, fmt.spec, n, k)  # strings keep their hashes: a format's takes a microsecond
-        expected = _SHAPES.get(key)
-        if expected is None:
-            expected = _SHAPES[key] = _packed_shapes(self, fmt, n, k)
-        if isinstance(expected, str):
-            return expected
-        for name, shape in expected:
-            part = parts[name]
-            if part.shape != shape:
-                return (
-                    f"{name} has shape {list(part.shape)}, expected {list(shape)} for a weight [{n}, {k}] in version "
-                    f"{self.version} of {self.name}; repack the plain parts with lowbit.layouts or "
-                    f"QuantizedTensor.in_layout({self.name!r})"
-                )
-            if not _is_aligned(part, self.alignment):
-                return (
-                    f"{name} must be contiguous and begin at a multiple of {self.alignment} bytes for {self.name}; "
-                    f"clone it, or repack the weight: .in_layout('').in_layout({self.name!r})"
-                )
+    def why_not(self, name: str, part: Tensor, shape: tuple[int, ...]) -> str | None:
+        """Why this is not the packed part of that name, which should have this shape, with the remedy, or None."""
+        if part.shape != shape:
+            return (
+                f"{name} has shape {list(part.shape)}, expected {list(shape)} in version {self.version} of "
+                f"{self.name}; repack the plain parts with lowbit.layouts or QuantizedTensor.in_layout({self.name!r})"
+            )
+        if not _is_aligned(part, self.alignment):
+            return (
+                f"{name} must be contiguous and begin at a multiple of {self.alignment} bytes for {self.name}; "
+                f"clone it, or repack the weight: .in_layout('').in_layout({self.name!r})"
+            )
+        if self.alignment and part.numel() and not part.data_ptr() and not part.is_meta:
+            return f"{name} has no memory, which was freed; bring the weight back, or load it again, before it is used"
         return None
 
 
@@ -103,20 +96,9 @@ def _compact(part: Tensor) -> Tensor:
     return part.clone(memory_format=torch.contiguous_format)
 
 
-_SHAPES: dict[tuple[str, int, str, int, int], tuple[tuple[str, tuple[int, ...]], ...] | str] = {}
-
-
-def _packed_shapes(layout: Layout, fmt: Format, n: int, k: int) -> tuple[tuple[str, tuple[int, ...]], ...] | str:
-    """(name, shape) of each packed part of a weight [n, k], or why it has none."""
-    if why := fmt.check_shape(n, k) or layout.refuses(fmt, n, k):
-        return f"a weight [{n}, {k}] {why}, so it cannot be in {layout.name}"
-    if layout.shapes is not None:
-        return tuple((name, tuple(shape)) for name, shape in layout.shapes(fmt, n, k).items())
-    made = layout.pack(fmt, fmt.empty_parts((n, k), torch.device("meta")))
-    return tuple((name, tuple(part.shape)) for name, part in made.items())
-
-
 _REGISTRY: dict[str, Layout] = {}
+_Expected = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]  # the alignment of parts, their names and shapes
+_EXPECTED: dict[tuple[str, str, int, int], _Expected | str] = {}
 
 
 def register_layout(layout: Layout) -> Layout:
@@ -141,6 +123,46 @@ def get_layout(name: str, fmt: Format) -> Layout:
             f"{fmt.name} has no layout {name!r}; it has {', '.join(sorted(known)) or 'only the plain one'}"
         )
     return layout
+
+
+def misfit(fmt: Format, layout: str, parts: Mapping[str, Tensor], n: int, k: int) -> str | None:
+    """Why these are not the parts of a weight [n, k] in a layout, or None; of plain parts ("") the codes are looked at.
+
+    Asked at every call: parts may be replaced, written and freed. What they must be is remembered.
+    """
+    key = (fmt.spec, layout, n, k)  # strings keep their hashes: a format's takes a microsecond
+    expected = _EXPECTED.get(key)
+    if expected is None:
+        expected = _EXPECTED[key] = _expect(fmt, layout, n, k)
+    if isinstance(expected, str):
+        return expected
+    alignment, shapes = expected
+    for name, shape in shapes:
+        part = parts[name]
+        fits = part.shape == shape
+        if fits and alignment:
+            address = part.data_ptr()
+            fits = address != 0 and address % alignment == 0 and part.is_contiguous()
+        if not fits:
+            if not layout:
+                return f"{name} has shape {list(part.shape)}, expected {list(shape)}"
+            if why := get_layout(layout, fmt).why_not(name, part, shape):
+                return why
+    return None
+
+
+def _expect(fmt: Format, layout: str, n: int, k: int) -> _Expected | str:
+    """What the parts of a weight [n, k] must be, or why it cannot be in the layout."""
+    if not layout:
+        codes = fmt.rules[0]
+        return 0, ((codes.name, codes.shape(fmt.sizes(n, k))),)
+    known = get_layout(layout, fmt)
+    if why := fmt.check_shape(n, k) or known.refuses(fmt, n, k):
+        return f"a weight [{n}, {k}] {why}, so it cannot be in {layout}"
+    if known.shapes is not None:
+        return known.alignment, tuple((name, tuple(shape)) for name, shape in known.shapes(fmt, n, k).items())
+    made = known.pack(fmt, fmt.empty_parts((n, k), torch.device("meta")))
+    return known.alignment, tuple((name, tuple(part.shape)) for name, part in made.items())
 
 
 def fitting_layout(name: str, fmt: Format, n: int, k: int) -> Layout | None:

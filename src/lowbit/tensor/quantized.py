@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, raw_bytes
@@ -124,7 +125,10 @@ class QuantizedTensor(torch.Tensor):
     @property
     def parts(self) -> Parts:
         """The stored tensors by name, in the format's order."""
-        return {name: getattr(self, name) for name in self.format.part_names}
+        parts: Parts = {}
+        for name in self.format.part_names:  # a comprehension is a call of its own before Python 3.12
+            parts[name] = getattr(self, name)
+        return parts
 
     @property
     def part_list(self) -> list[Tensor]:
@@ -244,7 +248,7 @@ class QuantizedTensor(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # The short way: one Python call instead of the several aten ops that F.linear becomes. Not while tracing, where
         # the aten ops are what the compiler must see.
-        handler = None if torch.compiler.is_compiling() else handlers.TORCH.get(func)
+        handler = None if is_compiling() else handlers.TORCH.get(func)
         if handler is not None:
             result = handler(*args, **(kwargs or {}))
             if result is not NotImplemented:

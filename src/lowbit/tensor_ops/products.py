@@ -17,6 +17,8 @@ from lowbit.ops import generic
 from lowbit.tensor import QuantizedTensor, implements, shortcut
 
 aten = torch.ops.aten
+_modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001
+_autocasts = torch._C._is_any_autocast_enabled  # noqa: SLF001  (the public ones refuse devices such as meta)
 
 
 def _linear(x: Tensor, w: QuantizedTensor, bias: Tensor | None) -> Tensor:
@@ -28,9 +30,13 @@ def _linear(x: Tensor, w: QuantizedTensor, bias: Tensor | None) -> Tensor:
 def _check_columns(x: Tensor, wanted: int, w: QuantizedTensor) -> None:
     """The parts of some formats are padded: a product over the wrong length would go unnoticed."""
     if not x.dim() or x.shape[-1] != wanted:
-        raise UnsupportedError(
-            f"a tensor of shape {list(x.shape)} cannot be multiplied with {w!r}: its last axis must be {wanted} long"
-        )
+        raise _wrong_columns(x, wanted, w)
+
+
+def _wrong_columns(x: Tensor, wanted: int, w: QuantizedTensor) -> UnsupportedError:
+    return UnsupportedError(
+        f"a tensor of shape {list(x.shape)} cannot be multiplied with {w!r}: its last axis must be {wanted} long"
+    )
 
 
 def _is_matrix(w: object) -> bool:
@@ -41,22 +47,32 @@ def _is_matrix(w: object) -> bool:
 @shortcut(F.linear)
 def _short_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     x = input
-    if isinstance(x, QuantizedTensor) or not _is_matrix(weight) or weight.transposed:  # type: ignore[attr-defined]
+    if not isinstance(weight, QuantizedTensor) or not weight.is_matrix or weight.transposed:
         return NotImplemented
-    autocast = torch._C._is_any_autocast_enabled()  # noqa: SLF001  (the public ones refuse devices such as meta)
-    if autocast:
+    # FakeTensorMode and its like must see the op, and autocast a tensor of the region's dtype.
+    watched = _modes() or _autocasts()
+    if watched or type(x) is not Tensor:
+        return _watched_linear(x, weight, bias)
+    # Nobody watches: the kernel is called without PyTorch's dispatcher, which would take longer than a small product.
+    (n, k), shape = weight.matrix, x.shape
+    if not shape or shape[-1] != k:
+        raise _wrong_columns(x, k, weight)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
+        return _ShortLinear.apply(x, bias, weight.spec, *weight.part_list)  # type: ignore[no-untyped-call]
+    return generic.multiply(x, weight.format, weight.kernel_layout, weight.parts, bias, n, k)
+
+
+def _watched_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Any:
+    """F.linear by the op `linear`."""
+    if isinstance(x, QuantizedTensor):
+        return NotImplemented
+    if _autocasts():
         x = autocast_input(x)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    watched = torch._C._len_torch_dispatch_stack()  # noqa: SLF001  (FakeTensorMode and its like must see the op)
-    if autocast or type(x) is not Tensor or watched:
-        return _linear(x, weight, bias)  # type: ignore[arg-type]
-    # Nobody watches: the kernel is called without PyTorch's dispatcher, which would take longer than a small product.
-    _check_columns(x, weight.matrix[1], weight)  # type: ignore[attr-defined, arg-type]
-    if needs_grad:
-        return _ShortLinear.apply(x, bias, weight.spec, *weight.part_list)  # type: ignore[attr-defined, no-untyped-call]
-    return generic.run_linear(x, weight.part_list, bias, weight.spec)  # type: ignore[attr-defined]
+    return _linear(x, weight, bias)
 
 
 class _ShortLinear(torch.autograd.Function):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -14,35 +12,29 @@ from lowbit.formats.parts import Parts
 from lowbit.formats.w4a8_codebook import W4A8Codebook
 
 
-@dataclass(frozen=True)
 class Coded:
-    """Plain parts without gaps within a row."""
+    """The parts of a weight, plain and without gaps within a row, which it holds for the time of a call."""
 
-    codes: Tensor
-    scales: Tensor
-    levels: Tensor | None
-    rows: Tensor
+    __slots__ = ("_held", "fields", "n")
+
+    n: int
+    """Rows."""
     fields: tuple[int, ...]
     """What follows the sizes in a call: the fields of CodebookWeight of native/codebook_rows.h."""
 
-    @classmethod
-    def of(cls, fmt: W4A8Codebook, parts: Parts) -> Coded:
-        """The parts of a weight."""
-        codes, scales = (
-            part if part.stride(-1) == 1 else part.contiguous() for part in (parts["qdata"], parts["s_rel"])
-        )
+    def __init__(self, fmt: W4A8Codebook, parts: Parts) -> None:
+        codes, scales, rows = parts["qdata"], parts["s_rel"], parts["s_channel"].contiguous()
+        if codes.stride(-1) != 1:
+            codes = codes.contiguous()
+        if scales.stride(-1) != 1:
+            scales = scales.contiguous()
         levels = parts["codebook"].contiguous() if fmt.codebook else None
-        rows = parts["s_channel"].contiguous()
-        fields = (
+        self.n = codes.shape[0]
+        self.fields = (
             codes.data_ptr(), codes.stride(0), fmt.bits, fmt.group_size, scales.data_ptr(), scales.stride(0),
             scales.dtype == torch.float32, address(levels), rows.data_ptr(),
         )  # fmt: skip
-        return cls(codes, scales, levels, rows, fields)
-
-    @property
-    def n(self) -> int:
-        """Rows."""
-        return self.codes.shape[0]
+        self._held = (codes, scales, levels, rows)
 
 
 def refuses(dtype: torch.dtype, k: int) -> str | None:
@@ -54,7 +46,7 @@ def decode(
     fmt: W4A8Codebook, parts: Parts, k: int, dtype: torch.dtype, indices: Tensor | None, shape: tuple[int, ...]
 ) -> Tensor:
     """The rows that indices name, or all of them -> `shape` in `dtype`. Raises `IndexError` for one that is none."""
-    weight, out = Coded.of(fmt, parts), memory.empty(shape, dtype)
+    weight, out = Coded(fmt, parts), memory.empty(shape, dtype)
     indices = None if indices is None else indices.contiguous()
     correction = parts["correction"].contiguous() if fmt.correction else None
     columns = parts["pre_quant_scale"].contiguous() if fmt.pre_quant_scale else None

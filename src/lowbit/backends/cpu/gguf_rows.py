@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -17,27 +15,23 @@ from lowbit.formats.parts import Parts
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "NVFP4")
 
 
-@dataclass(frozen=True)
 class Blocks:
-    """Blocks uint8 [N, row bytes], whose rows may have gaps between them, and the scale of all."""
+    """The plain parts of a weight: blocks uint8 [N, row bytes], whose rows may have gaps between them, and a scale."""
+
+    __slots__ = ("codes", "global_scale", "n", "type")
 
     type: int
     """The number of the type: its place in `TYPES`."""
     codes: Tensor
     global_scale: Tensor | None
+    """That of all blocks."""
+    n: int
+    """Rows."""
 
-    @classmethod
-    def of(cls, fmt: GgufBlock, parts: Parts) -> Blocks:
-        """The blocks of a weight in plain parts."""
+    def __init__(self, fmt: GgufBlock, parts: Parts) -> None:
         codes = parts["qdata"]
-        return cls(
-            TYPES.index(fmt.type), codes if codes.stride(-1) == 1 else codes.contiguous(), parts.get("global_scale")
-        )
-
-    @property
-    def n(self) -> int:
-        """Rows."""
-        return self.codes.shape[0]
+        self.type, self.global_scale, self.n = TYPES.index(fmt.type), parts.get("global_scale"), codes.shape[0]
+        self.codes = codes if codes.stride(-1) == 1 else codes.contiguous()
 
 
 def refuses_type(fmt: GgufBlock) -> str | None:
@@ -56,7 +50,7 @@ def decode(
     fmt: GgufBlock, parts: Parts, k: int, dtype: torch.dtype, indices: Tensor | None, shape: tuple[int, ...]
 ) -> Tensor:
     """The rows that indices name, or all of them -> `shape` in `dtype`. Raises `IndexError` for one that is none."""
-    blocks, out = Blocks.of(fmt, parts), memory.empty(shape, dtype)
+    blocks, out = Blocks(fmt, parts), memory.empty(shape, dtype)
     indices = None if indices is None else indices.contiguous()
     columns = parts["pre_quant_scale"].contiguous() if fmt.pre_quant_scale else None
     wrong = native.module().dequantize_gguf(

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.cpu import native
-from lowbit.backends.cpu.operands import address, dtype_code, output_of, rows_of
+from lowbit.backends.cpu.operands import DTYPES, Operands
+from lowbit.formats.base import Format
+from lowbit.formats.parts import Parts
+from lowbit.layouts import rows16
 from lowbit.numerics import w4a8
 
 INT16, REGISTERS, PANELS, INT8 = range(4)  # enum Way of linear_grouped_codes.cpp
@@ -20,6 +23,7 @@ _MOST_COLUMNS = {INT16: 128, INT8: w4a8.BLOCK}  # that share a scale of the acti
 _SIZES = {4: 8, 8: 4}  # columns in a word
 
 
+@functools.cache
 def refuses_group(group: int, bits: int) -> str | None:
     """Why groups of so many columns cannot be multiplied, or None."""
     columns = _SIZES[bits]
@@ -38,21 +42,19 @@ def integer_block(group: int, bits: int, way: int) -> int:
 
 
 def linear(
-    x: Tensor, n: int, words: Tensor, bits: int, scale: Tensor, zeros: Tensor | None, kind: int, group: int,
-    bias: Tensor | None, *, int8: bool = False,
-) -> Tensor:  # fmt: skip
-    """x [..., K], words int32 [B, ..], scale and zeros [B, G, 16], bias [N] or None -> [..., N] in the dtype of x.
+    fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None, bits: int, group: int, kind: int, *, int8: bool
+) -> Tensor:
+    """x [..., K], parts in rows16, bias [N] or None -> [..., N] in the dtype of x.
 
     int8: activations are rounded to 8 bits.
     """
-    rows, out = rows_of(x), output_of(x, n)
-    m, k = rows.shape
-    floats = REGISTERS if m <= _FEW_FLOAT32[bits] else PANELS
+    words, scale = parts["qdata"], parts["scale"]
+    zeros = 0 if kind == NO_ZEROS else parts["zero_point" if kind == CODES else "zero"].data_ptr()
+    operands = Operands(x, rows16.rows(fmt, parts), bias)
+    floats = REGISTERS if operands.m <= _FEW_FLOAT32[bits] else PANELS
     way = INT8 if int8 else floats if x.dtype == torch.float32 else INT16
-    block = integer_block(group, bits, way)
     native.module().linear_grouped_codes(
-        rows.data_ptr(), dtype_code(x), m, n, k, words.data_ptr(), words.shape[1], bits, scale.data_ptr(),
-        dtype_code(scale), address(zeros), kind, group, block, address(bias), dtype_code(bias),
-        out.data_ptr(), way, native.threads(),
+        *operands.rows, words.data_ptr(), words.shape[1], bits, scale.data_ptr(), DTYPES[scale.dtype], zeros, kind,
+        group, integer_block(group, bits, way), *operands.bias_out, way, native.threads(),
     )  # fmt: skip
-    return out
+    return operands.out

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lowbit.backends import coalesced_linear
 from lowbit.backends.cpu import native
-from lowbit.backends.cpu.operands import DTYPES, address, dtype_code, output_of, rows_of
+from lowbit.backends.cpu.operands import DTYPES, Operands
 from lowbit.dispatch import kernel
 
 _TOLERANCE = 1e-3
@@ -29,14 +29,12 @@ def int4_plain_mm(
     x: Tensor, qdata: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
     """x [..., K], bytes [N, K/2], scale and zero [N, K/g], bias [N] or None -> [..., N] in the dtype of x."""
-    rows, n = rows_of(x), qdata.shape[0]
-    out = output_of(x, n)
-    m, k = rows.shape
+    operands = Operands(x, qdata.shape[0], bias)
     native.module().int4_plain_mm(
-        rows.data_ptr(), dtype_code(x), m, n, k, qdata.data_ptr(), scale.data_ptr(), zero.data_ptr(),
-        dtype_code(scale), group_size, address(bias), dtype_code(bias), out.data_ptr(), native.threads(),
+        *operands.rows, qdata.data_ptr(), scale.data_ptr(), zero.data_ptr(), DTYPES[scale.dtype], group_size,
+        *operands.bias_out, native.threads(),
     )  # fmt: skip
-    return out
+    return operands.out
 
 
 coalesced_linear.serve("cpu", int4_plain_mm, refuses, tolerance=_TOLERANCE)

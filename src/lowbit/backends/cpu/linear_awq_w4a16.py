@@ -22,18 +22,11 @@ def refuses(fmt: AwqW4A16, x: Tensor, parts: Parts, bias: Tensor | None) -> str 
 @kernel("linear", format="awq_w4a16", backend="cpu", layout=rows16.NAME, refuses=refuses, tolerance=6e-3)
 def linear_awq_w4a16(fmt: AwqW4A16, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     """x [..., K], parts in rows16, bias [N] or None -> [..., N] in the dtype of x."""
-    return _linear(fmt, x, parts, bias, int8=False)
+    return grouped_codes.linear(fmt, x, parts, bias, _BITS, fmt.group_size, grouped_codes.VALUES, int8=False)
 
 
 # Registered after the one above, which therefore is the one that weights are packed for where nobody asks.
 @kernel("linear", format="awq_w4a16", backend="cpu", layout=rows16_w4a8.NAME, refuses=refuses, tolerance=3e-2)
 def linear_awq_w4a8(fmt: AwqW4A16, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     """x [..., K], which is rounded to int8, parts in rows16_w4a8, bias [N] or None -> [..., N] in the dtype of x."""
-    return _linear(fmt, x, parts, bias, int8=True)
-
-
-def _linear(fmt: AwqW4A16, x: Tensor, parts: Parts, bias: Tensor | None, *, int8: bool) -> Tensor:
-    n, zeros, kind = rows16.rows(fmt, parts), parts["zero"], grouped_codes.VALUES
-    return grouped_codes.linear(
-        x, n, parts["qdata"], _BITS, parts["scale"], zeros, kind, fmt.group_size, bias, int8=int8
-    )
+    return grouped_codes.linear(fmt, x, parts, bias, _BITS, fmt.group_size, grouped_codes.VALUES, int8=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowbit.backends.cpu import native
-from lowbit.backends.cpu.operands import address, dtype_code, output_of, refuses_input, rows_of
+from lowbit.backends.cpu.operands import Operands, refuses_input
 from lowbit.dispatch import kernel
 from lowbit.formats.convrot_w4a4 import LARGEST, ConvrotW4A4
 from lowbit.formats.parts import Parts
@@ -29,13 +29,9 @@ def linear_convrot_w4a4(fmt: ConvrotW4A4, x: Tensor, parts: Parts, bias: Tensor 
     Without a rotation the result is the reference's, bit for bit; a rotation sums in another order than a matrix
     product does, so that a code of the activations may be the next one where its value lies between the two.
     """
-    rows, n = rows_of(x), rows16.rows(fmt, parts)
-    out = output_of(x, n)
-    m, k = rows.shape
-    words, added = parts["qdata"], None if bias is None else bias.contiguous()
+    words, operands = parts["qdata"], Operands(x, rows16.rows(fmt, parts), bias)
     native.module().linear_convrot_w4a4(
-        rows.data_ptr(), dtype_code(x), m, n, k, words.data_ptr(), words.shape[1], parts["scale"].data_ptr(),
-        fmt.rotation, LARGEST if fmt.linear_dtype == "int4" else INT8_MAX, address(added), dtype_code(added),
-        out.data_ptr(), native.threads(),
+        *operands.rows, words.data_ptr(), words.shape[1], parts["scale"].data_ptr(), fmt.rotation,
+        LARGEST if fmt.linear_dtype == "int4" else INT8_MAX, *operands.bias_out, native.threads(),
     )  # fmt: skip
-    return out
+    return operands.out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowbit.backends.cpu import native
-from lowbit.backends.cpu.operands import address, dtype_code, output_of, refuses_input, rows_of
+from lowbit.backends.cpu.operands import Operands, refuses_input
 from lowbit.dispatch import kernel
 from lowbit.formats.fp8 import Fp8E4M3, Fp8E5M2
 from lowbit.formats.granular import GRANULARITIES
@@ -37,14 +37,11 @@ def refuses(fmt: Fp8E4M3 | Fp8E5M2, x: Tensor, parts: Parts, bias: Tensor | None
 @kernel("linear", format="fp8_e4m3", backend="cpu", layout=rows16.NAME, refuses=refuses, tolerance=6e-3)
 def linear_fp8(fmt: Fp8E4M3 | Fp8E5M2, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     """x [..., K], parts in rows16, bias [N] or None -> [..., N] in the dtype of x."""
-    rows, n = rows_of(x), rows16.rows(fmt, parts)
-    out = output_of(x, n)
-    m, k = rows.shape
-    codes = parts["qdata"]
-    tile_rows, tile_columns = fmt.block_size if fmt.granularity == "block" else (n, k)
+    codes, n = parts["qdata"], rows16.rows(fmt, parts)
+    operands = Operands(x, n, bias)
+    tile = fmt.block_size if fmt.granularity == "block" else (n, operands.k)
     native.module().linear_fp8(
-        rows.data_ptr(), dtype_code(x), m, n, k, codes.data_ptr(), codes.shape[1] * 4, fmt.name == "fp8_e5m2",
-        parts["scale"].data_ptr(), GRANULARITIES.index(fmt.granularity), tile_rows, tile_columns, address(bias),
-        dtype_code(bias), out.data_ptr(), few(m), native.threads(),
+        *operands.rows, codes.data_ptr(), codes.shape[1] * 4, fmt.name == "fp8_e5m2", parts["scale"].data_ptr(),
+        GRANULARITIES.index(fmt.granularity), *tile, *operands.bias_out, few(operands.m), native.threads(),
     )  # fmt: skip
-    return out
+    return operands.out

@@ -8,7 +8,7 @@ from torch import Tensor
 from lowbit.backends.cpu import native
 from lowbit.backends.cpu.e2m1_ways import integer_block
 from lowbit.backends.cpu.gguf_rows import Blocks, refuses_type
-from lowbit.backends.cpu.operands import address, dtype_code, output_of, refuses_input, rows_of
+from lowbit.backends.cpu.operands import Operands, address, refuses_input
 from lowbit.dispatch import kernel
 from lowbit.formats.gguf_block import GgufBlock
 from lowbit.formats.parts import Parts
@@ -28,13 +28,11 @@ def linear_gguf(fmt: GgufBlock, x: Tensor, parts: Parts, bias: Tensor | None) ->
     Activations of 16 bits become integers of 16 bits with a scale for up to 128 columns, which is more exact than
     they are themselves; sums are float32.
     """
-    rows, blocks = rows_of(x), Blocks.of(fmt, parts)
-    out = output_of(x, blocks.n)
-    m, k = rows.shape
-    added = None if bias is None else bias.contiguous()
-    shared = 0 if x.dtype == torch.float32 else integer_block(k)
+    blocks = Blocks(fmt, parts)
+    operands = Operands(x, blocks.n, bias)
+    shared = 0 if x.dtype == torch.float32 else integer_block(operands.k)
     native.module().linear_gguf(
-        rows.data_ptr(), dtype_code(x), m, blocks.n, k, blocks.type, blocks.codes.data_ptr(), blocks.codes.stride(0),
-        address(blocks.global_scale), shared, address(added), dtype_code(added), out.data_ptr(), native.threads(),
+        *operands.rows, blocks.type, blocks.codes.data_ptr(), blocks.codes.stride(0), address(blocks.global_scale),
+        shared, *operands.bias_out, native.threads(),
     )  # fmt: skip
-    return out
+    return operands.out

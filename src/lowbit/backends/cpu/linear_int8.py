@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.cpu import linear_plain, native
-from lowbit.backends.cpu.operands import DTYPES, address, dtype_code, refuses_input, rows_of
+from lowbit.backends.cpu.operands import DTYPES, Operands, refuses_input
 from lowbit.dispatch import kernel
 from lowbit.formats.int8 import Int8
 from lowbit.formats.parts import Parts
@@ -46,12 +46,10 @@ def linear_int8(fmt: Int8, x: Tensor, parts: Parts, bias: Tensor | None) -> Tens
     Without a rotation the codes of x, their sums and the result are those of the reference, bit for bit; a rotation
     sums in another order than a matrix product does.
     """
-    m = x.shape[:-1].numel()
-    floats = _REGISTERS if m <= _FEW_FLOATS else _PANELS
-    way = _integers(m) if fmt.activations == "int8" else floats
-    granularity = _GRANULARITIES[fmt.granularity]
-    n = rows16.rows(fmt, parts)
-    return _run(x, parts["qdata"], n, parts["scale"], granularity, fmt.block_size, fmt.rotation, bias, x.dtype, way)
+    operands, granularity = Operands(x, rows16.rows(fmt, parts), bias), _GRANULARITIES[fmt.granularity]
+    floats = _REGISTERS if operands.m <= _FEW_FLOATS else _PANELS
+    way = _integers(operands.m) if fmt.activations == "int8" else floats
+    return _run(operands, parts["qdata"], parts["scale"], granularity, fmt.block_size, fmt.rotation, way, plain=False)
 
 
 @kernel("linear", format="int8", backend="cpu", refuses=refuses_plain, tolerance=3e-3)
@@ -59,9 +57,10 @@ def linear_int8_plain(fmt: Int8, x: Tensor, parts: Parts, bias: Tensor | None) -
     """The same for plain parts, whose words are put in order in the cache at every call."""
     if fmt.activations == "none":
         return linear_plain.linear_plain(fmt, x, parts, bias)
-    scale, granularity = parts["scale"].contiguous(), _GRANULARITIES[fmt.granularity]
-    way = _integers(x.shape[:-1].numel())
-    return _run(x, parts["qdata"], None, scale, granularity, fmt.block_size, fmt.rotation, bias, x.dtype, way)
+    codes, scale, granularity = parts["qdata"], parts["scale"].contiguous(), _GRANULARITIES[fmt.granularity]
+    operands = Operands(x, codes.shape[0], bias)
+    way = _integers(operands.m)
+    return _run(operands, codes, scale, granularity, fmt.block_size, fmt.rotation, way, plain=True)
 
 
 def refuses_op(
@@ -84,8 +83,8 @@ def int8_linear(
     x = rotate_groups(x.float(), rotation) if rotation else x
     scale = scale.float().reshape(-1).contiguous()
     granularity = _TENSOR if scale.numel() == 1 else _ROW
-    way = _integers(x.shape[:-1].numel())
-    return _run(x, weight, None, scale, granularity, (1, 1), 0, bias, out_dtype, way)
+    operands = Operands(x, weight.shape[0], bias, out_dtype)
+    return _run(operands, weight, scale, granularity, (1, 1), 0, _integers(operands.m), plain=True)
 
 
 def _refuses_columns(k: int) -> str | None:
@@ -108,25 +107,13 @@ def _integers(m: int) -> int:
 
 
 def _run(
-    x: Tensor,
-    words: Tensor,
-    packed_rows: int | None,
-    scale: Tensor,
-    granularity: int,
-    tile: tuple[int, int],
-    rotation: int,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    way: int,
-) -> Tensor:
-    """The product by one way; `packed_rows`: N of words in rows16, None for plain codes."""
-    rows, plain = rows_of(x), packed_rows is None
-    n = words.shape[0] if packed_rows is None else packed_rows
-    out = x.new_empty((*x.shape[:-1], n), dtype=dtype)
-    m, k = rows.shape
+    operands: Operands, words: Tensor, scale: Tensor, granularity: int, tile: tuple[int, int], rotation: int, way: int,
+    *, plain: bool,
+) -> Tensor:  # fmt: skip
+    """The product by one way; `plain`: of codes in rows, else of words in rows16."""
     stride = words.stride(0) * words.element_size() // 4
     native.module().linear_int8(
-        rows.data_ptr(), dtype_code(x), m, n, k, words.data_ptr(), stride, plain, scale.data_ptr(), granularity, *tile,
-        rotation, address(bias), dtype_code(bias), out.data_ptr(), DTYPES[dtype], way, native.threads(),
+        *operands.rows, words.data_ptr(), stride, plain, scale.data_ptr(), granularity, *tile, rotation,
+        *operands.bias_out, DTYPES[operands.out.dtype], way, native.threads(),
     )  # fmt: skip
-    return out
+    return operands.out

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lowbit.backends.cpu import native
 from lowbit.backends.cpu.linear_fp8 import few
-from lowbit.backends.cpu.operands import address, dtype_code, output_of, refuses_input, rows_of
+from lowbit.backends.cpu.operands import Operands, refuses_input
 from lowbit.dispatch import kernel
 from lowbit.formats.mxfp8 import Mxfp8
 from lowbit.formats.parts import Parts
@@ -16,12 +16,9 @@ from lowbit.layouts import rows16
 @kernel("linear", format="mxfp8", backend="cpu", layout=rows16.NAME, refuses=refuses_input, tolerance=6e-3)
 def linear_mxfp8(fmt: Mxfp8, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     """x [..., K], parts in rows16, bias [N] or None -> [..., N] in the dtype of x."""
-    rows, n = rows_of(x), rows16.rows(fmt, parts)
-    out = output_of(x, n)
-    m, k = rows.shape
-    codes = parts["qdata"]
+    codes, operands = parts["qdata"], Operands(x, rows16.rows(fmt, parts), bias)
     native.module().linear_mxfp8(
-        rows.data_ptr(), dtype_code(x), m, n, k, codes.data_ptr(), codes.shape[1] * 4, parts["scale"].data_ptr(),
-        address(bias), dtype_code(bias), out.data_ptr(), few(m), native.threads(),
+        *operands.rows, codes.data_ptr(), codes.shape[1] * 4, parts["scale"].data_ptr(), *operands.bias_out,
+        few(operands.m), native.threads(),
     )  # fmt: skip
-    return out
+    return operands.out

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lowbit.backends.cpu import native
 from lowbit.backends.cpu.e2m1_ways import integer_block, way
-from lowbit.backends.cpu.operands import address, dtype_code, output_of, refuses_input, rows_of
+from lowbit.backends.cpu.operands import Operands, refuses_input
 from lowbit.dispatch import kernel
 from lowbit.formats.nvfp4 import GROUP, Nvfp4
 from lowbit.formats.parts import Parts
@@ -16,13 +16,10 @@ from lowbit.layouts import rows16
 @kernel("linear", format="nvfp4", backend="cpu", layout=rows16.NAME, refuses=refuses_input, tolerance=6e-3)
 def linear_nvfp4(fmt: Nvfp4, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     """x [..., K], parts in rows16, bias [N] or None -> [..., N] in the dtype of x."""
-    rows, n = rows_of(x), rows16.rows(fmt, parts)
-    out = output_of(x, n)
-    m, k = rows.shape
-    words = parts["qdata"]
+    words, operands = parts["qdata"], Operands(x, rows16.rows(fmt, parts), bias)
     native.module().linear_nvfp4(
-        rows.data_ptr(), dtype_code(x), m, n, k, words.data_ptr(), words.shape[1], parts["scale"].data_ptr(),
-        parts["global_scale"].data_ptr(), fmt.row_global_scale, fmt.global_scale_divides, integer_block(k),
-        address(bias), dtype_code(bias), out.data_ptr(), way(x, m, GROUP), native.threads(),
+        *operands.rows, words.data_ptr(), words.shape[1], parts["scale"].data_ptr(), parts["global_scale"].data_ptr(),
+        fmt.row_global_scale, fmt.global_scale_divides, integer_block(operands.k), *operands.bias_out,
+        way(x, operands.m, GROUP), native.threads(),
     )  # fmt: skip
-    return out
+    return operands.out

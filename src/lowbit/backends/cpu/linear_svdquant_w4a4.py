@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 import torch
 from torch import Tensor
 
 from lowbit.backends.cpu import native
-from lowbit.backends.cpu.operands import DTYPES, address, dtype_code, output_of, refuses_input, rows_of
+from lowbit.backends.cpu.operands import DTYPES, Operands, address, dtype_code, refuses_input
 from lowbit.dispatch import kernel
 from lowbit.formats.parts import Parts
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
@@ -15,13 +17,16 @@ from lowbit.numerics.groups import round_up
 from lowbit.numerics.int4_matmul import GELU_SHIFT, GROUP
 
 _ARRANGEMENTS = {rows16.NAME: 0, "": 1, tiles.NAME: 2}  # enum Arrangement
+_PARTS = itemgetter("qdata", "scale", "smooth_factor", "proj_down", "proj_up")
 _WORD = 4  # bytes
 TOLERANCE = 3e-3  # codes and integer sums are eager's; what differs is the order of float32 sums before the last cast
 
 
 def refuses(fmt: SvdquantW4A4, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why this call cannot run here, or None."""
-    return _refuses_words("qdata", parts["qdata"]) or refuses_input(fmt, x, parts, bias)
+    if parts["qdata"].data_ptr() % _WORD:
+        return _refuses_words("qdata", parts["qdata"])
+    return refuses_input(fmt, x, parts, bias)
 
 
 def _refuses_words(name: str, codes: Tensor) -> str | None:
@@ -39,20 +44,15 @@ def _refuses_dtypes(**tensors: Tensor | None) -> str | None:
 
 
 def _linear(fmt: SvdquantW4A4, x: Tensor, parts: Parts, bias: Tensor | None, layout: str) -> Tensor:
-    n = rows16.rows(fmt, parts) if layout == rows16.NAME else fmt.rows_of(parts)
-    rows, out = rows_of(x), output_of(x, n)
-    words, scale, smooth, down, up = (
-        parts[name].contiguous() for name in ("qdata", "scale", "smooth_factor", "proj_down", "proj_up")
-    )
-    added = None if bias is None else bias.contiguous()
-    m, k = rows.shape
+    operands = Operands(x, rows16.rows(fmt, parts) if layout == rows16.NAME else fmt.rows_of(parts), bias)
+    words, scale, smooth, down, up = map(Tensor.contiguous, _PARTS(parts))
     native.module().linear_svdquant_w4a4(
-        rows.data_ptr(), dtype_code(x), m, n, k, down.shape[1], GELU_SHIFT if fmt.act_unsigned else 0.0,
-        fmt.act_unsigned, smooth.data_ptr(), dtype_code(smooth), down.data_ptr(), dtype_code(down),
-        _ARRANGEMENTS[layout], words.data_ptr(), words.stride(0), scale.data_ptr(), dtype_code(scale), up.data_ptr(),
-        dtype_code(up), address(added), dtype_code(added), out.data_ptr(), native.threads(),
+        *operands.rows, down.shape[1], GELU_SHIFT if fmt.act_unsigned else 0.0, fmt.act_unsigned, smooth.data_ptr(),
+        DTYPES[smooth.dtype], down.data_ptr(), DTYPES[down.dtype], _ARRANGEMENTS[layout], words.data_ptr(),
+        words.stride(0), scale.data_ptr(), DTYPES[scale.dtype], up.data_ptr(), DTYPES[up.dtype], *operands.bias_out,
+        native.threads(),
     )  # fmt: skip
-    return out
+    return operands.out
 
 
 @kernel("linear", format="svdquant_w4a4", backend="cpu", layout=rows16.NAME, refuses=refuses, tolerance=TOLERANCE)

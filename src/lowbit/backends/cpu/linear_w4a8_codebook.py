@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lowbit.backends.cpu import native
 from lowbit.backends.cpu.codebook_rows import Coded
-from lowbit.backends.cpu.operands import address, dtype_code, output_of, refuses_input, rows_of
+from lowbit.backends.cpu.operands import Operands, refuses_input
 from lowbit.dispatch import kernel
 from lowbit.formats.parts import Parts
 from lowbit.formats.w4a8_codebook import W4A8Codebook
@@ -34,12 +34,9 @@ def linear_w4a8_codebook(fmt: W4A8Codebook, x: Tensor, parts: Parts, bias: Tenso
     The integers and their sums are those of the reference; the rotation of x sums in another order than a matrix
     product, so that a code of the activations may be the next one where its value lies between the two.
     """
-    rows, weight = rows_of(x), Coded.of(fmt, parts)
-    out = output_of(x, weight.n)
-    m, k = rows.shape
-    added = None if bias is None else bias.contiguous()
+    weight = Coded(fmt, parts)
+    operands = Operands(x, weight.n, bias)
     native.module().linear_w4a8_codebook(
-        rows.data_ptr(), dtype_code(x), m, weight.n, k, *weight.fields, fmt.rotation, address(added),
-        dtype_code(added), out.data_ptr(), _FEW_BYTES, native.threads(),
-    )  # fmt: skip
-    return out
+        *operands.rows, *weight.fields, fmt.rotation, *operands.bias_out, _FEW_BYTES, native.threads()
+    )
+    return operands.out

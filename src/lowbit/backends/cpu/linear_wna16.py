@@ -22,20 +22,18 @@ def _group(fmt: WNA16, x: Tensor) -> int:
     return min(fmt.group_size or k, k)
 
 
+def _kind(fmt: WNA16) -> int:
+    return grouped_codes.CODES if fmt.zero_point else grouped_codes.NO_ZEROS
+
+
 @kernel("linear", format="wna16", backend="cpu", layout=rows16.NAME, refuses=refuses, tolerance=6e-3)
 def linear_wna16(fmt: WNA16, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     """x [..., K], parts in rows16, bias [N] or None -> [..., N] in the dtype of x."""
-    return _linear(fmt, x, parts, bias, int8=False)
+    return grouped_codes.linear(fmt, x, parts, bias, fmt.bits, _group(fmt, x), _kind(fmt), int8=False)
 
 
 # Registered after the one above, which therefore is the one that weights are packed for where nobody asks.
 @kernel("linear", format="wna16", backend="cpu", layout=rows16_w4a8.NAME, refuses=refuses, tolerance=3e-2)
 def linear_w4a8(fmt: WNA16, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     """x [..., K], which is rounded to int8, parts in rows16_w4a8, bias [N] or None -> [..., N] in the dtype of x."""
-    return _linear(fmt, x, parts, bias, int8=True)
-
-
-def _linear(fmt: WNA16, x: Tensor, parts: Parts, bias: Tensor | None, *, int8: bool) -> Tensor:
-    zeros, kind = parts.get("zero_point"), grouped_codes.CODES if fmt.zero_point else grouped_codes.NO_ZEROS
-    n, group = rows16.rows(fmt, parts), _group(fmt, x)
-    return grouped_codes.linear(x, n, parts["qdata"], fmt.bits, parts["scale"], zeros, kind, group, bias, int8=int8)
+    return grouped_codes.linear(fmt, x, parts, bias, fmt.bits, _group(fmt, x), _kind(fmt), int8=True)

@@ -54,9 +54,7 @@ def module() -> ModuleType:
     return _load(f"_native_{isa()}")
 
 
-def threads() -> int:
-    """How many threads a kernel is given: as many as torch uses."""
-    return torch.get_num_threads()
+threads = torch.get_num_threads  # how many a kernel is given at each call: as many as torch uses
 
 
 def pool() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,39 @@ from lowbit.formats.parts import Parts
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of native/simd.h
 
 
+class Operands:
+    """x [..., K], bias [N] or None, and room for the result [..., N] of a linear, as its kernel is told of them.
+
+    It holds what it points into, so it has to outlive the call. One object rather than a function for each of these:
+    see `generic.multiply` for what a call of ours costs there.
+    """
+
+    __slots__ = ("_held", "bias_out", "k", "m", "out", "rows")
+
+    rows: tuple[int, int, int, int, int]
+    """What a kernel takes first: the address and the dtype of x as rows without gaps, then M, N and K."""
+    bias_out: tuple[int, int, int]
+    """The address and the dtype of the bias, both 0 for none, and the address of the result."""
+
+    def __init__(self, x: Tensor, n: int, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
+        """`dtype` is that of the result, by default the one of x."""
+        *leading, self.k = x.shape
+        self.m = prod(leading)
+        self.out = x.new_empty(*leading, n) if dtype is None else x.new_empty(*leading, n, dtype=dtype)
+        x = x.contiguous()
+        self.rows = (x.data_ptr(), DTYPES[x.dtype], self.m, n, self.k)
+        if bias is None:
+            self.bias_out = (0, 0, self.out.data_ptr())
+        else:
+            bias = bias.contiguous()
+            self.bias_out = (bias.data_ptr(), DTYPES[bias.dtype], self.out.data_ptr())
+        self._held = (x, bias)
+
+
 def refuses_input(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> str | None:
     """Why no kernel here takes these activations or this bias, or None."""
+    if x.dtype in DTYPES and (bias is None or bias.dtype in DTYPES):
+        return None
     for name, tensor in (("x", x), ("the bias", bias)):
         if tensor is not None and tensor.dtype not in DTYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
@@ -32,16 +65,6 @@ def check_found(indices: Tensor, wrong: int, n: int) -> None:
     if wrong >= 0:
         index = int(indices.reshape(-1)[wrong])
         raise IndexError(f"index out of range: {index} names no row of a table with {n}")
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x [..., K] as rows without gaps: [M, K]."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def output_of(x: Tensor, n: int) -> Tensor:
-    """Room for the product of x [..., K] with n rows of a weight: [..., n] in the dtype of x."""
-    return x.new_empty((*x.shape[:-1], n))
 
 
 def address(tensor: Tensor | None) -> int:
