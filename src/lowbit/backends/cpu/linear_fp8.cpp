@@ -18,11 +18,18 @@ void linear_fp8(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k,
   run(Fp8Weight<E4M3, Fp8Scales>{codes, stride, by, n, k, tile_columns});
 }
 
+// For tests and measurements: whether linears of fp8 and mxfp8 may look codes up; gives whether they do so now.
+bool want_fp8_tables(bool wanted) {
+  fp8_tables_wanted = wanted;
+  return uses_fp8_tables();
+}
+
 void bind_linear_fp8(nb::module_& m) {
   m.def("linear_fp8", &linear_fp8, nb::call_guard<nb::gil_scoped_release>(), nb::arg("x"), nb::arg("x_dtype"),
         nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("codes"), nb::arg("stride"), nb::arg("e5m2"),
         nb::arg("scales"), nb::arg("scale_kind"), nb::arg("tile_rows"), nb::arg("tile_columns"), nb::arg("bias"),
         nb::arg("bias_dtype"), nb::arg("out"), nb::arg("few"), nb::arg("threads"));
+  m.def("want_fp8_tables", &want_fp8_tables, nb::arg("wanted"));
 }
 
 }  // namespace lowbit

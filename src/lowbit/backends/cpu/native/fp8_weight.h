@@ -8,6 +8,7 @@
 
 #include "e8m0.h"
 #include "float_gemm.h"
+#include "fp8_table.h"
 
 namespace lowbit {
 
@@ -17,11 +18,15 @@ using Fp8Values = simd::F32[simd::kFp8Columns][kBlockVectors];
 // float8_e4m3fn: values come out 2^8 too small.
 struct E4M3 {
   static constexpr float kUnit = 256.0f;
+  static constexpr int kMantissa = 3;
+  static constexpr bool kFinite = true;
   static void load(const uint8_t* from, Fp8Values& to) { simd::load_e4m3_columns(from, to); }
 };
 
 struct E5M2 {
   static constexpr float kUnit = 1.0f;
+  static constexpr int kMantissa = 2;
+  static constexpr bool kFinite = false;
   static void load(const uint8_t* from, Fp8Values& to) { simd::load_e5m2_columns(from, to); }
 };
 
@@ -56,6 +61,8 @@ struct E8m0Scales {
 
 #if defined(LOWBIT_ISA_AVX512)
 constexpr int kFp8FewTokens = 16;  // 16 sums and 2 weights in 32 registers
+// What the loop asks for, in bytes ahead of it, for either cache.
+constexpr int64_t kFp8AheadOfFirst = 1024, kFp8AheadOfSecond = 6144;
 #else
 constexpr int kFp8FewTokens = 6;  // 12 sums, 2 weights and a token in 16 registers
 #endif
@@ -64,11 +71,14 @@ template <class Codes, class Scales>
 struct Fp8Weight {
   static constexpr int kStep = 4;  // columns in one go: K and groups are multiples of it
   static constexpr int64_t kAheadOfPanel = kPanelColumns * kBlockRows;  // bytes: the block's part of the next panel
+  // Independent sums of a row, so that one multiplication need not wait for the last.
+  static constexpr int chains(int tokens) { return std::min(kStep, std::max(1, 8 / (tokens * kBlockVectors))); }
 
   const uint8_t* codes;
   int64_t stride;
   Scales scales;
-  int64_t n, k, group;  // group: columns under one scale, K where a row has one
+  int64_t n, k, group;              // group: columns under one scale, K where a row has one
+  bool tables = uses_fp8_tables();  // looked up, the codes of a few tokens give the same sums in the same order
 
   struct Few : TokenTiles {
     Few(const Fp8Weight&, const Activations& x, int threads) : TokenTiles(x, kFp8FewTokens, threads) {}
@@ -77,8 +87,10 @@ struct Fp8Weight {
   template <int kTokens>
   void multiply(int64_t block, const Few& few, int64_t token, simd::F32 (&sums)[kTokens][kBlockVectors]) const {
     using namespace simd;
-    // Independent sums, so that one multiplication need not wait for the last.
-    constexpr int kChains = std::min(kStep, std::max(1, 8 / (kTokens * kBlockVectors)));
+#if defined(LOWBIT_FP8_TABLES)
+    if (tables) return multiply_by_tables<kTokens>(block, few, token, sums);
+#endif
+    constexpr int kChains = chains(kTokens);
     const uint8_t* at = codes + block * stride;
     const float* x = few.of(token);
     for (auto& row : sums)
@@ -89,7 +101,7 @@ struct Fp8Weight {
         for (auto& lanes : row)
           for (auto& sum : lanes) sum = zero_f32();
       for (const int64_t end = std::min(c + group, k); c < end; c += kStep, at += kStep * kBlockRows) {
-        if constexpr (kTokens <= 2) __builtin_prefetch(at + kAheadBytes);
+        ask_ahead(at);
         for_each_place<kStep / kFp8Columns>([&](auto place) {
           Fp8Values w;
           Codes::load(at + decltype(place)::value * kFp8Columns * kBlockRows, w);
@@ -104,18 +116,43 @@ struct Fp8Weight {
         });
         x += kStep * kTokens;
       }
-      for (int v = 0; v < kBlockVectors; ++v) {
-        const F32 scale = scales.of(block, g, v);
-        for (int t = 0; t < kTokens; ++t) {
-          F32 dot = acc[t][v][0];
-          for (int i = 1; i < kChains; ++i) dot = add(dot, acc[t][v][i]);
-          sums[t][v] = fma(scale, dot, sums[t][v]);
-        }
-      }
+      add_scaled(acc, block, g, sums);
     }
     for (auto& row : sums)
       for (auto& sum : row) sum = mul(sum, set1_f32(Codes::kUnit));
   }
+
+#if defined(LOWBIT_FP8_TABLES)
+  // The same, where `uses_fp8_tables()`.
+  template <int kTokens>
+  LOWBIT_FP8_TABLES void multiply_by_tables(int64_t block, const Few& few, int64_t token,
+                                            simd::F32 (&sums)[kTokens][kBlockVectors]) const {
+    using namespace simd;
+    constexpr int kChains = chains(kTokens);
+    const Fp8Tables<Codes> table;
+    const uint8_t* at = codes + block * stride;
+    const float* x = few.of(token);
+    for (auto& row : sums) row[0] = zero_f32();
+    for (int64_t g = 0, c = 0; c < k; ++g) {
+      F32 acc[kTokens][kBlockVectors][kChains];
+      for (auto& row : acc)
+        for (auto& sum : row[0]) sum = zero_f32();
+      for (const int64_t end = std::min(c + group, k); c < end; c += kStep, at += kStep * kBlockRows) {
+        ask_ahead(at);
+        F32 w[kStep];
+        table.load(at, w);
+        for_each_place<kStep>([&](auto column) __attribute__((always_inline)) {
+          constexpr int j = decltype(column)::value;
+          for (int t = 0; t < kTokens; ++t)
+            acc[t][0][j % kChains] = fma(w[j], set1_f32(x[j * kTokens + t]), acc[t][0][j % kChains]);
+        });
+        x += kStep * kTokens;
+      }
+      add_scaled(acc, block, g, sums);
+    }
+    for (auto& row : sums) row[0] = mul(row[0], set1_f32(Codes::kUnit));
+  }
+#endif
 
   // Without the unit, and without the scale where a row has one: `finish` multiplies with them.
   void decode(int64_t block, int64_t first, int64_t last, float* panel) const {
@@ -143,6 +180,32 @@ struct Fp8Weight {
     // One after the other: a scale times the unit could overflow where the weight does not.
     sum = mul(sum, set1_f32(Codes::kUnit));
     return group < k ? sum : mul(sum, scales.of(block, 0, v));
+  }
+
+ private:
+  static void ask_ahead(const uint8_t* at) {
+#if defined(LOWBIT_ISA_AVX512)
+    // Twice: few lines can be on their way to the first cache at once, and from the second they do not take long.
+    __builtin_prefetch(at + kFp8AheadOfFirst);
+    __builtin_prefetch(at + kFp8AheadOfSecond, 0, 2);
+#else
+    __builtin_prefetch(at + kAheadBytes);
+#endif
+  }
+
+  // sums += what the columns of a group add up to, times its scale.
+  template <int kTokens, int kChains>
+  __attribute__((always_inline)) void add_scaled(const simd::F32 (&acc)[kTokens][kBlockVectors][kChains], int64_t block,
+                                                 int64_t g, simd::F32 (&sums)[kTokens][kBlockVectors]) const {
+    using namespace simd;
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const F32 scale = scales.of(block, g, v);
+      for (int t = 0; t < kTokens; ++t) {
+        F32 dot = acc[t][v][0];
+        for (int i = 1; i < kChains; ++i) dot = add(dot, acc[t][v][i]);
+        sums[t][v] = fma(scale, dot, sums[t][v]);
+      }
+    }
   }
 };
 
