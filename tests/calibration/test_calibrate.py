@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lowbit
+from lowbit.calibration.accumulate import state_bytes
 from lowbit.errors import PlanError, StatisticsError
 from tests.calibration.models import Attention, Chain, batches
 
@@ -253,3 +254,18 @@ def test_few_tokens_are_warned_about():
     assert "T/N = 6/24 = 0.25" in said
     assert "nothing held out" in said
     assert found["q"].held_out is None
+
+
+def test_a_matrix_without_room_is_warned_about(tmp_path):
+    """What memory has no room for is said, with the widest input; what was asked to be a diagonal is not."""
+    room = state_bytes(64, full=True)
+    crowded = lowbit.calibrate(Chain(), batches(width=64), memory=room, path=tmp_path / "s.safetensors")
+    asked = lowbit.calibrate(Chain(), batches(width=64), full_up_to=100)
+    said = [line for line in crowded.warnings() if "only the diagonal" in line]
+    kinds = [facts.kind for facts in crowded.contents.inputs.values()]
+
+    assert 0 < kinds.count("diagonal") < len(kinds)
+    assert len(said) == 1
+    assert f"{kinds.count('diagonal')} of {len(kinds)} inputs" in said[0]
+    assert f"in {room} bytes of memory" in said[0]
+    assert not any("only the diagonal" in line for line in asked.warnings())

@@ -73,6 +73,25 @@ def test_statistics_decide_what_is_corrected(pair, tmp_path):
     assert [layer.layer for layer in made] == [layer.layer for layer in plain]
 
 
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_beside_a_corrected_bias_errors_are_those_of_the_outputs(pair, tmp_path, offset):
+    """Where the bias took the mean error, the reported errors are those of outputs, and the correction lowers them."""
+    source, converted = pair
+    name, x = "blocks.0.up", gaussian(512, 128, seed=4) * torch.linspace(-2, 2, 128).exp() + offset
+    statistics = Statistics(hessian=x.t() @ x / 512, tokens=512, mean=x.mean(0))
+    known = InMemory({name: statistics})
+    made = write_error_lora(source, converted, tmp_path / "a.safetensors", 8, statistics=known, bias_corrected={name})
+    lora, w = load_file(tmp_path / "a.safetensors"), model_tensors()[f"{name}.weight"].float()
+    error = w - decoded(converted)[name]
+    before = (x - statistics.sure_mean) @ error.t()
+    after = before - x @ (lora[f"{name}.lora_B.weight"].float() @ lora[f"{name}.lora_A.weight"].float()).t()
+    found = next(layer for layer in made if layer.layer == name)
+
+    assert found.error_after < 0.9 * found.error_before
+    ratio = float(after.square().sum() / before.square().sum())
+    assert found.error_after / found.error_before == pytest.approx(ratio, rel=0.03)
+
+
 def test_what_cannot_work_is_refused(pair, tmp_path):
     """The input as target, a wrong name, a rank of 0 and a pair without a difference: refused, nothing is written."""
     source, converted = pair

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 
 import pytest
+import typer
 
 import lowbit as package
 from lowbit.cli import app, output
@@ -24,6 +26,17 @@ def test_help_has_examples_and_exit_codes(lowbit, name):
     assert f"lowbit {name}" in done.out
     assert "--json" in done.out
     assert "130 interrupted" in done.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_what_stands_in_brackets(lowbit, name):
+    """Brackets are no markup: defaults and shapes that a help text writes in them are to be read."""
+    context = typer.main.get_command(app).commands[name]
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", lowbit(name, "--help").out).split())
+
+    for parameter in context.params:
+        for words in re.findall(r"\\?(\[[^\]]+\])", parameter.help or ""):
+            assert words in shown, f"{parameter.name}: {words}"
 
 
 def test_help_lists_every_subcommand(lowbit):

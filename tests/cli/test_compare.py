@@ -168,6 +168,7 @@ def test_statistics_add_the_error_of_outputs(lowbit, net):
         (("--model", "."), "--model and --text belong together"),
         (("--text", "text.txt"), "--model and --text belong together"),
         (("--module", "a:b", "--model", "."), "leave --model and --text out"),
+        (("--samples", "8"), "--samples is of --text, and there is none"),
         (("--module", "nothing"), "write it as PACKAGE.MODULE:FUNCTION"),
         (("--module", "no_such_package:make"), "cannot be imported"),
     ],

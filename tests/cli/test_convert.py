@@ -205,6 +205,9 @@ def test_an_interrupt_says_that_the_run_can_go_on(lowbit, model, tmp_path, monke
         (["--format", "int8", "--keep", "("], "no regular expression"),
         (["--format", "int8", "--keep", "nothing_has_this_name"], "matches no layer"),
         (["--format", "awq_w4a16(group_size=7)"], "the plan quantizes nothing"),
+        (["--format", "int8", "--solver", "svdquant"], "int8 has no low-rank branch, so svdquant does not apply"),
+        (["--format", "int8", "--lora-rank", "32"], "--lora-rank is of the LoRA that --error-lora writes"),
+        (["--format", "int8", "--lora-prefix", "x."], "--lora-prefix is of the LoRA that --error-lora writes"),
         ([], "--format"),
     ],
 )

@@ -98,6 +98,24 @@ def test_statistics_choose_measure_and_solve(lowbit, tmp_path):
     assert any("gptq" in tensor.solver for tensor in Plan.load(tmp_path / "plan.json").tensors())
 
 
+def test_gradients_that_count_for_nothing_are_said(lowbit, tmp_path):
+    """Where one layer lacks gradients none counts by them: a warning names it, and keeping it lets the others."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
+    path, stats = tmp_path / "m.safetensors", tmp_path / "stats.safetensors"
+    table = torch.randn(128, 64)
+    save_file({**{k: v.detach().clone() for k, v in model.state_dict().items()}, "table.weight": table}, path)
+    save_statistics(calibrate(model, [torch.randn(64, 64) for _ in range(8)], gradients=True), stats)
+    arguments = ("plan", path, "--target-size", "0.4x", *NVFP4_OR_INT8, "--stats", stats)
+
+    some = lowbit(*arguments)
+    rest = lowbit(*arguments, "--keep", "table", "--target-size", "0.6x")
+
+    assert "warning: 1 of 3 layers with a choice have no gradients (table), so all layers count the same" in some.err
+    assert "output SQNR" in some.out
+    assert "warning" not in rest.err
+    assert "SQNR of the model's output, by gradients" in rest.out
+
+
 def test_measurements_are_kept_and_used_again(lowbit, model, tmp_path):
     """The file of --sensitivities holds every layer and format; another target takes the errors that stand in it."""
     file = tmp_path / "s.json"

@@ -170,6 +170,28 @@ def test_auto_takes_what_is_known(spec, known, has_bias, expected):
     assert pick_solver(AUTO, parse_spec(spec), known, has_bias=has_bias)[0] == expected
 
 
+@pytest.mark.parametrize(
+    ("spec", "name", "said"),
+    [("int8", "svdquant", "int8 has no low-rank branch, so svdquant does not apply"),
+     ("gguf", "svdquant+gptq", "no low-rank branch"), ("mxfp8(input_scale=true)", AUTO, "has no static scale"),
+     ("svdquant_w4a4(input_scale=true)", "rtn", "has no static scale")],
+)  # fmt: skip
+def test_what_a_format_cannot_have_is_known_before_a_weight_is(spec, name, said):
+    """A plan, which picks solvers, refuses what would end in an error at the first layer."""
+    with pytest.raises(SolverError, match=said):
+        pick_solver(name, parse_spec(spec), "full")
+
+
+def test_svdquant_without_moments_says_what_it_is():
+    """Asked for by name where nothing is known, it is a scale search, and the plan says so."""
+    fmt = parse_spec("svdquant_w4a4")
+
+    assert pick_solver("svdquant", fmt)[1] == (
+        "as asked; it needs second moments of the input, and without them it is scale_search"
+    )
+    assert pick_solver("svdquant", fmt, "diagonal")[1] == "as asked"
+
+
 def test_a_diagonal_weighs_the_search():
     """Of a diagonal H only the start is run, weighted by it: channels with large inputs get the better part."""
     w, fmt = gaussian(32, 64), parse_spec("nvfp4")

@@ -248,9 +248,25 @@ class StatisticsCollection(Mapping[str, Statistics]):
                 f"nothing held out: {len(one_sided)} inputs were seen in one half of the samples only, "
                 "so results cannot be judged on the other; give at least two samples"
             )
+        if crowded := self._without_room():
+            widest = max(crowded, key=lambda key: inputs[key].k)
+            found.append(
+                f"only the diagonal: {len(crowded)} of {len(inputs)} inputs, the widest "
+                f"{self.contents.sharing(widest)[0]} with K = {inputs[widest].k}, have no room for H in "
+                f"{self.contents.options['memory']} bytes of memory, and gptq needs it; give more memory"
+            )
         if self.never_called:
             found.append(f"never called, so without statistics: {some(self.never_called)}")
         return found
+
+    def _without_room(self) -> list[str]:
+        """The inputs that have only the diagonal because of the bound on memory, not because they were asked to."""
+        options = self.contents.options
+        if options.get("memory") is None:
+            return []
+        widest = options.get("full_up_to")
+        diagonal = {key: facts.k for key, facts in self.contents.inputs.items() if facts.kind == "diagonal"}
+        return [key for key, k in diagonal.items() if widest is None or k <= widest]
 
 
 def some(names: Iterable[str], count: int = 3, mark: str = ", ") -> str:

@@ -150,13 +150,7 @@ class _Layer:
         down, up = error_lora(error, rank, known, mean_is_corrected=mean_is_corrected, where=place)
         (down_key, dtype, _), (up_key, _, _), (alpha_key, _, _) = self.entries(rank, prefix)
         down, up = down.to(dtype), up.to(dtype)
-        hessian = None if known is None else known.combined
-        if mean_is_corrected and known is not None and known.mean is not None and hessian is not None:
-            mean = known.mean  # the bias takes care of it
-            hessian = hessian - (torch.outer(mean, mean) if hessian.dim() == 2 else mean.square())
-        signal = energy(w, hessian) or 1.0
-        before = energy(error, hessian) / signal
-        after = energy(error.addmm_(up.float(), down.float(), alpha=-1), hessian) / signal
+        before, after = _errors(w, error, down.float(), up.float(), known, mean_is_corrected=mean_is_corrected)
         tensors = {down_key: down.contiguous(), up_key: up.contiguous()}
         tensors[alpha_key] = torch.tensor(float(down.shape[0]))
         return tensors, LoraLayer(self.name, down.shape[0], before, after)
@@ -166,6 +160,24 @@ class _Layer:
         if was is not None:
             return self.plain.dequantized(was, torch.float32)[0]
         return self.plain.read(join_key(self.stored.layer, "weight"))
+
+
+def _errors(
+    w: Tensor, error: Tensor, down: Tensor, up: Tensor, known: Statistics | None, *, mean_is_corrected: bool
+) -> tuple[float, float]:
+    """The relative squared error of the output without and with a correction; `error` [N, K] is overwritten.
+
+    Where the bias took the mean error away, what the correction does at the mean is an error too.
+    """
+    hessian, mean = (None, None) if known is None else (known.combined, known.sure_mean)
+    again = 0.0
+    if mean_is_corrected and mean is not None and hessian is not None:
+        hessian = hessian - (torch.outer(mean, mean) if hessian.dim() == 2 else mean.square())
+        again = energy((up @ (down @ mean)).unsqueeze(0), None)
+    signal = energy(w, hessian) or 1.0
+    before = energy(error, hessian)
+    after = energy(error.addmm_(up, down, alpha=-1), hessian) + again
+    return before / signal, after / signal
 
 
 def _layers(source: Source, converted: Source, name: str) -> list[_Layer]:

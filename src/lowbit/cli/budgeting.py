@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit.calibration.collection import some
 from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.layer_statistics import LayerStatistics
 from lowbit.checkpoint.mixed_precision import (
@@ -25,7 +26,7 @@ from lowbit.checkpoint.plan import Plan
 from lowbit.checkpoint.sensitivity import PLANNED, START, Candidate, Sensitivities, measure
 from lowbit.checkpoint.source import Source
 from lowbit.checkpoint.stored_format import StoredFormat
-from lowbit.cli.output import asking, decibels, progress, say, show, size, split_rule, table
+from lowbit.cli.output import asking, decibels, progress, say, show, size, split_rule, stderr, table
 from lowbit.cli.planning import Wishes, becomes
 from lowbit.errors import PlanError
 from lowbit.solvers import parse_pipeline
@@ -98,6 +99,8 @@ class Target:
             bank_transposed=wishes.bank_transposed,
         ).weighted(self.weight_rules)
         how = self.how(selection.candidates, statistics)
+        if statistics is not None:
+            _warn_of_missing_gradients(selection.candidates, statistics)
         file = self.sensitivities
         known = Sensitivities.load(file) if file is not None and file.exists() else None
         with progress("measuring") as update:
@@ -137,6 +140,17 @@ class Target:
             f"mixed precision: {wanted} among {'; '.join(self.specs)}{weights}, measured with "
             f"{selection.measured_with} on {rows} a layer: {of} {decibels(mixed.sqnr)} in {size(mixed.nbytes)}"
         )
+
+
+def _warn_of_missing_gradients(candidates: Sequence[Candidate], statistics: LayerStatistics) -> None:
+    """Say that gradients, known of some layers, count for nothing where others lack them."""
+    lacking = [one.name for one in candidates if not statistics.has_gradients(one.name)]
+    if 0 < len(lacking) < len(candidates):
+        line = (
+            f"warning: {len(lacking)} of {len(candidates)} layers with a choice have no gradients ({some(lacking)}), "
+            "so all layers count the same; with --keep for these the rest counts by what it does to the model's output"
+        )
+        stderr().print(line, soft_wrap=True, markup=False)
 
 
 def parse_size(text: str, whole: int) -> int:

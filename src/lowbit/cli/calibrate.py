@@ -22,6 +22,7 @@ from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.target import check_file_target, refuse_inputs
 from lowbit.cli import options
 from lowbit.cli.beside import files_of
+from lowbit.cli.given import refuse_idle
 from lowbit.cli.output import asking, command, epilog, print_json, say, show, size, stderr, table
 from lowbit.errors import PlanError
 from lowbit.integrations.factories import call_factory
@@ -45,6 +46,8 @@ EPILOG = epilog(
     "lowbit calibrate --merge monday.safetensors tuesday.safetensors -o both.safetensors",
     "lowbit calibrate llama/ --imatrix llama.imatrix -o stats.safetensors",
 )
+_OF_TEXT = ("samples", "vary", "max_tokens", "batch_size", "device")
+_OF_SAMPLES = ("broad", "gradients", "layers", "memory", "full_up_to")
 _SHOWN = 12  # inputs in the table, those with the fewest tokens a channel
 _WHAT = "--text FILE, --builtin-text, --module PACKAGE:FACTORY, --timesteps, --merge or --imatrix FILE"
 
@@ -65,6 +68,7 @@ class _Wishes:
 
 @command
 def calibrate(
+    context: typer.Context,
     output: options.OutputPath,
     paths: Annotated[
         list[Path] | None,
@@ -112,7 +116,7 @@ def calibrate(
         typer.Option(
             min=2,
             metavar="N",
-            help=f"Lines or windows of the text to run. [default: {SAMPLES}; twice as many with the built-in text]",
+            help=rf"Lines or windows of the text to run. \[default: {SAMPLES}; twice as many with the built-in text]",
             show_default=False,
         ),
     ] = None,
@@ -123,7 +127,7 @@ def calibrate(
             max=1.0,
             metavar="SHARE",
             help="Run each a second time with this share of its tokens replaced at random, for statistics that hold "
-            f"for other text. [default: {VARIED:g}; 0 with the built-in text and where the next token is predicted]",
+            rf"for other text. \[default: {VARIED:g}; 0 with the built-in text and where the next token is predicted]",
             show_default=False,
         ),
     ] = None,
@@ -141,7 +145,7 @@ def calibrate(
         typer.Option(
             "--gradients/--no-gradients",
             help="Run the model backward on half of the batches too: solvers then lower the error of the model's "
-            "output, not of each layer's. [default: for text encoders]",
+            r"output, not of each layer's. \[default: for text encoders]",
             show_default=False,
         ),
     ] = None,
@@ -177,7 +181,7 @@ def calibrate(
             imatrix=imatrix is not None,
         )
         given = _paths(paths or [], chosen)
-        _refuse_idle(chosen, text=samples is not None or vary is not None, broad=broad, gradients=bool(gradients))
+        _refuse_idle(context, chosen)
     _refuse_input(output, [*given, *(text or []), *([imatrix] if imatrix is not None else [])])
     wishes = _Wishes(output, samples, max_tokens, batch_size, vary, gradients, device, how)
     if chosen == "text":
@@ -201,13 +205,14 @@ def _refuse_several(paths: bool, **given: bool) -> str:
     return chosen[0] if chosen else "text"
 
 
-def _refuse_idle(chosen: str, *, text: bool, broad: bool, gradients: bool) -> None:
-    """Refuse options that say something about a text, or about samples, where there are none."""
-    if text and chosen != "text":
-        raise PlanError(f"--samples and --vary are of a text, and --{chosen} runs none; leave them out")
-    for option, given in {"broad": broad, "gradients": gradients}.items():
-        if given and chosen not in ("text", "module"):
-            raise PlanError(f"--{option} is of samples that are run, and --{chosen} runs none; leave it out")
+def _refuse_idle(context: typer.Context, chosen: str) -> None:
+    """Refuse options that say something about a text, about samples, or about guidance, where there are none."""
+    if chosen != "text":
+        refuse_idle(context, f"is of a text, and --{chosen} runs none", *_OF_TEXT)
+    if chosen not in ("text", "module"):
+        refuse_idle(context, f"is of samples that are run, and --{chosen} runs none", *_OF_SAMPLES)
+    if chosen != "timesteps":
+        refuse_idle(context, "is of --timesteps, which was not asked for", "guidance")
 
 
 def _paths(paths: list[Path], chosen: str) -> list[Path]:

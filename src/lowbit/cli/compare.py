@@ -21,6 +21,7 @@ from lowbit.cli import options
 from lowbit.cli.beside import check_beside
 from lowbit.cli.compare_page import compare_page
 from lowbit.cli.compare_tables import show_layers, show_rest, show_runs
+from lowbit.cli.given import refuse_idle
 from lowbit.cli.output import Exit, asking, command, decibels, epilog, print_json, progress, stderr
 from lowbit.errors import PlanError
 from lowbit.integrations.compare_models import SAMPLES, Step, evaluate_folder, evaluate_module
@@ -38,6 +39,7 @@ EPILOG = epilog(
 
 @command
 def compare(
+    context: typer.Context,
     ref: Annotated[
         Path,
         typer.Argument(metavar="REF", help="What the others were made from; quantized or not.", show_default=False),
@@ -92,6 +94,8 @@ def compare(
     arguments. Ends with 1 when a tensor that was kept differs from REF's, or a scale is not finite.
     """
     with asking():
+        if text is None:
+            refuse_idle(context, "is of --text, and there is none", "samples")
         run = _runner(model, text, samples, module)
     check_beside(html, read=(ref, *candidates, stats, model, text))
     with contextlib.ExitStack() as stack:

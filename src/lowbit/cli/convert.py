@@ -20,12 +20,14 @@ from lowbit.checkpoint.source import Source, open_source
 from lowbit.checkpoint.target import check_target, is_single
 from lowbit.cli import options
 from lowbit.cli.beside import check_beside
+from lowbit.cli.given import refuse_idle
 from lowbit.cli.known import statistics_of
 from lowbit.cli.output import command, decibels, epilog, print_json, progress, say, show, size, table
 from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, show_folds, summarize
 from lowbit.report import ConversionPage, KeptGroup, LayerRow, write_conversion
 from lowbit.solvers import BIAS
 
+_NO_LORA = "is of the LoRA that --error-lora writes, and that was not asked for"
 _NOTED = 5  # layers with a note that are shown
 
 EPILOG = epilog(
@@ -39,6 +41,7 @@ EPILOG = epilog(
 
 @command
 def convert(
+    context: typer.Context,
     src: options.SourcePath,
     output: options.OutputPath,
     format: options.FormatSpec = "",
@@ -90,6 +93,8 @@ def convert(
         format, solver, preset, *patterns, dialect, requantize, convolutions, banks, fold_scales, share_low_rank
     )
     refuse_both(wishes, plan)
+    if error_lora is None:
+        refuse_idle(context, _NO_LORA, "lora_rank", "lora_prefix")
     read = (src, plan, stats)
     with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
         check_target(source, output)
@@ -175,8 +180,13 @@ def _calibrated(done: ConversionReport) -> Iterator[str]:
     if not judged:
         return
     gains = [10 * math.log10(layer.rtn_error / layer.error) for layer in judged if layer.error and layer.rtn_error]
-    mean = sum(gains) / len(gains) if gains else 0.0
-    yield f"calibrated: {len(judged)} layers, {mean:.1f} dB less output error than rounding to nearest, on average"
+    exact = sum(layer.error == 0 and bool(layer.rtn_error) for layer in judged)
+    line = f"calibrated: {len(judged)} layers"
+    if gains:
+        line += f", {sum(gains) / len(gains):.1f} dB less output error than rounding to nearest, on average"
+    if exact:
+        line += f", {exact} without any"
+    yield f"{line}, on samples of the calibration"
     noted = [layer for layer in judged if layer.note]
     for layer in noted[:_NOTED]:
         yield f"  {layer.name}: {layer.solver}, {layer.note}"

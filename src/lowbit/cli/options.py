@@ -86,8 +86,8 @@ BankTransposed = Annotated[
     list[str] | None,
     typer.Option(
         metavar="REGEX",
-        help="Banks of experts whose weight is [experts, in, out], as GPT-OSS has them; all others are taken for "
-        "[experts, out, in].",
+        help=r"Banks of experts whose weight is \[experts, in, out], as GPT-OSS has them; all others are taken for "
+        r"\[experts, out, in].",
         show_default=False,
     ),
 ]

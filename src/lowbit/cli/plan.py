@@ -65,7 +65,7 @@ def plan(
         typer.Option(
             metavar="NAME",
             help=f"Measure layers with a solver, with the {START} of the pipeline that will convert them, or with all "
-            f"of it ({PLANNED}: slow). [default: {START}; {PLANNED} with gradients]",
+            rf"of it ({PLANNED}: slow). \[default: {START}; {PLANNED} with gradients]",
             show_default=False,
         ),
     ] = None,

@@ -18,7 +18,7 @@ from lowbit.checkpoint.source import Source
 from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.cli.output import asking, decibels, progress, say, show, size, split_rule, table
 from lowbit.errors import PlanError
-from lowbit.solvers import AUTO, parse_pipeline
+from lowbit.solvers import AUTO, parse_pipeline, pick_solver
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class Wishes:
                 )
             StoredFormat.parse(self.format).check_stored()
         self.check_rules()
+        with asking():
+            for spec in (self.format, *(split_rule(rule)[1] for rule in self.layer)):
+                pick_solver(self.solver, StoredFormat.parse(spec).format, "full")
 
     def check_rules(self) -> None:
         """The same of everything but the format for all weights."""

@@ -53,12 +53,19 @@ def _find(spec: str, place: str, name: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
+    if place.endswith(".py") and not Path(place).is_file():
+        raise PlanError(f"--module {spec!r}: there is no file {place}; correct the path")
     try:
-        return runpy.run_path(place)[name] if place.endswith(".py") else pkgutil.resolve_name(spec)
+        if not place.endswith(".py"):
+            return pkgutil.resolve_name(spec)
+        made = runpy.run_path(place)
     except Exception as error:  # an import runs the user's code
         raise PlanError(
             f"--module {spec!r}: cannot be imported: {type(error).__name__}: {error}{_line_of(error)}"
         ) from error
+    if name not in made:
+        raise PlanError(f"--module {spec!r}: {place} has no {name}; name a function in it")
+    return made[name]
 
 
 def _line_of(error: BaseException) -> str:

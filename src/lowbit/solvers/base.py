@@ -69,6 +69,18 @@ class Statistics:
         return torch.lerp(self.output_held_out, self.output_hessian, 0.5)
 
     @property
+    def sure_mean(self) -> Tensor | None:
+        """E[x] [K], without what may be noise: of few tokens every channel has a mean, and correcting it costs output.
+
+        With a variance of v / T the best multiple of a mean m is 1 - v / T / m^2 (James and Stein).
+        """
+        moments = self.diagonal
+        if self.mean is None or moments is None or not self.total_tokens:
+            return self.mean
+        noise = (moments / self.mean.square() - 1).clamp_min_(0.0) / self.total_tokens
+        return torch.where(self.mean == 0, 0.0, self.mean * (1 - noise).clamp_min_(0.0))
+
+    @property
     def without_outputs(self) -> Statistics:
         """The same without what is known of the gradient: for several layers that have this input."""
         return replace(self, output_hessian=None, output_held_out=None)

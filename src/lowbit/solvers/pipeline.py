@@ -17,6 +17,7 @@ from .refinement import Refinement, refinements
 
 AUTO = "auto"
 AWQ = "awq"
+SVDQUANT = "svdquant"
 BIAS = "bias"
 Known = str
 """What is known of a layer's input: "" for nothing, "diagonal" or "full" second moments."""
@@ -63,11 +64,18 @@ def parse_pipeline(name: str) -> Pipeline:
 
 
 def misfit(pipeline: Pipeline, fmt: Format) -> str | None:
-    """Why a pipeline does not give the parts of a format, or None: a pre_quant_scale is chosen by awq alone."""
+    """Why a pipeline does not give the parts of a format, or None.
+
+    A pre_quant_scale is chosen by awq alone, and svdquant makes a low rank; not every format has a static input scale.
+    """
+    if fmt.input_scale and not fmt.largest_activation:
+        return "has no static scale of activations; leave input_scale out"
     if fmt.pre_quant_scale and pipeline.start != AWQ:
         return f"stores a pre_quant_scale, which {pipeline.name} does not choose; start with {AWQ}, as in {AWQ}+gptq"
     if pipeline.start == AWQ and not fmt.pre_quant_scale:
         return f"has no pre_quant_scale for {AWQ} to choose; give it pre_quant_scale=true, or start with scale_search"
+    if pipeline.start == SVDQUANT and fmt.calibrated_start != SVDQUANT:
+        return f"has no low-rank branch, so {SVDQUANT} does not apply; use scale_search"
     return None
 
 
@@ -84,17 +92,25 @@ def pick_solver(name: str, fmt: Format, known: Known = "", *, has_bias: bool = F
     Raises `SolverError` for a name that is none, for a pipeline that does not fill the format, and when nothing is
     known of the input of a format that stores something about it.
     """
-    if name != AUTO:
-        pipeline = parse_pipeline(name)
-        if why := misfit(pipeline, fmt):
-            raise SolverError(f"{fmt} {why}")
-        return pipeline.name, "as asked"
+    if name == AUTO:
+        pipeline, why = _automatic(fmt, known, has_bias=has_bias)
+    else:
+        pipeline, why = parse_pipeline(name), "as asked"
+        if pipeline.start == SVDQUANT and not known:
+            why += "; it needs second moments of the input, and without them it is scale_search"
+    if misfits := misfit(pipeline, fmt):
+        raise SolverError(f"{fmt} {misfits}")
+    return pipeline.name, why
+
+
+def _automatic(fmt: Format, known: Known, *, has_bias: bool) -> tuple[Pipeline, str]:
+    """What `auto` takes, and why. Raises as `pick_solver`."""
     if fmt.pre_quant_scale and not known:
         raise SolverError(f"{fmt} stores a pre_quant_scale, which needs second moments of the input; calibrate")
     start = fmt.data_free_solver
     if not known:
-        return parse_pipeline(start).name, f"auto: the default of {fmt.name} without calibration data"
+        return parse_pipeline(start), f"auto: the default of {fmt.name} without calibration data"
     start = AWQ if fmt.pre_quant_scale else fmt.calibrated_start
     if known == "diagonal":
-        return parse_pipeline(start).name, "auto: second moments of single channels are known"
-    return Pipeline(start, ("gptq", "descent"), has_bias).name, "auto: second moments of the input are known"
+        return parse_pipeline(start), "auto: second moments of single channels are known"
+    return Pipeline(start, ("gptq", "descent"), has_bias), "auto: second moments of the input are known"

@@ -259,26 +259,14 @@ class Problem:
         known = self.statistics
         return known.output_held_out if self._held_out and known.output_held_out is not None else known.output_hessian
 
-    @cached_property
-    def _mean(self) -> Tensor | None:
-        """E[x] [K], without what may be noise: of few tokens every channel has a mean, and correcting it costs output.
-
-        With a variance of v / T the best multiple of a mean m is 1 - v / T / m^2 (James and Stein).
-        """
-        mean, moments = self.statistics.mean, self.statistics.diagonal
-        if mean is None or moments is None or not self.statistics.total_tokens:
-            return mean
-        noise = (moments / mean.square() - 1).clamp_min_(0.0) / self.statistics.total_tokens
-        return torch.where(mean == 0, 0.0, mean * (1 - noise).clamp_min_(0.0))
-
     def _bias(self, parts: Parts) -> Tensor | None:
         """(W - Wq) E[x], float32 [N]: what the output lacks on average."""
-        if self._mean is None:
+        mean, pieces = self.statistics.sure_mean, []
+        if mean is None:
             return None
-        pieces = []
         for start, stop in self.fmt.row_ranges(self.w.shape[0], self.w.shape[1]):
             decoded = self.fmt.dequantize_rows(parts, self.w.shape[1], start, stop, torch.float32)
-            pieces.append((self.w[start:stop].float() - decoded) @ self._mean)
+            pieces.append((self.w[start:stop].float() - decoded) @ mean)
         return torch.cat(pieces)
 
     def _loss(self, w: Tensor, parts: Parts) -> float:
