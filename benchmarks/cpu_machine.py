@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.minilm_model import machine
-from lowbit import dispatch
+from lowbit import dispatch, memory
 
 READ_MB = 512
 PEAK_SIZE = 2048
@@ -96,7 +96,7 @@ def pool() -> str | None:
 
 def readers(megabytes: int = READ_MB) -> dict[str, Callable[[int], object]]:
     """Ways to read a whole buffer of so many MB with all threads, each taking (and ignoring) the number of a copy."""
-    buffer = torch.ones(megabytes << 18, dtype=torch.float32)
+    buffer = memory.empty((megabytes << 18,), torch.float32).fill_(1.0)  # on huge pages, as weights are
     found: dict[str, Callable[[int], object]] = {"torch sum": lambda _: buffer.sum()}
     if dispatch.load("cpu") is None:
         from lowbit.backends.cpu import read_bandwidth

@@ -153,6 +153,7 @@ void multiply_rows(const PlainRows& w, const IntegerTokens<1>& x, const LaneToke
   const auto products = [&](int64_t word, int r, const auto& take) __attribute__((always_inline)) {
     // Rows are short, what the processor reads ahead ends with each: the rows that come next are asked for.
     __builtin_prefetch(from + (r + 2 * kRows) * words + word, 0, 2);
+    __builtin_prefetch(from + r * words + word + kNearBytes / 4);
     Bytes even, odd;
     GroupedCodes<4>::codes(load_i32(from + r * words + word), even, odd);
     for (int t = 0; t < kTokens; ++t) {

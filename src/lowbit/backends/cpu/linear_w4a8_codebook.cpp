@@ -99,7 +99,7 @@ __attribute__((noinline)) void dot_rows(const uint8_t* tables, CodebookRows::Pla
   for (const int8_t* const end = x + columns; x != end; x += CodebookRows::kValues) {
     Weights8 weights[kTogether<kTokens>];
     for (int r = 0; r < kTogether<kTokens>; ++r) {
-      __builtin_prefetch(at[r].codes + kAheadBytes);
+      ask_ahead(at[r].codes);
       weights[r] = prepare8(CodebookRows::values(tables, at[r]));
       at[r].advance();
     }

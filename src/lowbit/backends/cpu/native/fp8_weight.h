@@ -61,8 +61,6 @@ struct E8m0Scales {
 
 #if defined(LOWBIT_ISA_AVX512)
 constexpr int kFp8FewTokens = 16;  // 16 sums and 2 weights in 32 registers
-// What the loop asks for, in bytes ahead of it, for either cache.
-constexpr int64_t kFp8AheadOfFirst = 1024, kFp8AheadOfSecond = 6144;
 #else
 constexpr int kFp8FewTokens = 6;  // 12 sums, 2 weights and a token in 16 registers
 #endif
@@ -183,16 +181,6 @@ struct Fp8Weight {
   }
 
  private:
-  static void ask_ahead(const uint8_t* at) {
-#if defined(LOWBIT_ISA_AVX512)
-    // Twice: few lines can be on their way to the first cache at once, and from the second they do not take long.
-    __builtin_prefetch(at + kFp8AheadOfFirst);
-    __builtin_prefetch(at + kFp8AheadOfSecond, 0, 2);
-#else
-    __builtin_prefetch(at + kAheadBytes);
-#endif
-  }
-
   // sums += what the columns of a group add up to, times its scale.
   template <int kTokens, int kChains>
   __attribute__((always_inline)) void add_scaled(const simd::F32 (&acc)[kTokens][kBlockVectors][kChains], int64_t block,

@@ -156,14 +156,13 @@ inline __attribute__((always_inline)) void add_products(simd::Dot4 (&dots)[kToke
   using namespace simd;
   // Few tokens wait for memory, many for the second-level cache, which is asked too late without it as well.
   constexpr bool kFew = kTokens <= 4;
-  constexpr int64_t kNear = (kFew ? kAheadBytes : 1024) / 4;
 #pragma GCC unroll 8
   for (int word = 0; word < kWords; ++word) {
     I32 read[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       const uint32_t* at = words[v] + word * kBlockRows;
       if constexpr (kAsksAhead)
-        if (v % kBlockVectors == 0) __builtin_prefetch(at + kNear);
+        if (v % kBlockVectors == 0) kFew ? ask_ahead(at) : __builtin_prefetch(at + kNearBytes / 4);
       read[v] = bit_xor(load_i32(at), set1_i32(static_cast<int32_t>(0x88888888)));
     }
     if constexpr (kAsksAhead && !kFew) ahead.ask();

@@ -53,9 +53,6 @@ template <int kPieces>
 constexpr int kInt4Tokens = 4;  // 8 sums in 16 registers
 #endif
 
-// How far ahead of where it reads a few tokens' loop asks for memory.
-constexpr int64_t kInt4Ahead = simd::kLanes == 16 ? 4096 : kAheadBytes;
-
 // Tokens that are too few for int16 pairs: widening a code to 16 bits then costs more than the second product saves.
 constexpr int64_t kTooFewForPairs = 2;
 
@@ -271,9 +268,10 @@ struct IntegerTiles {
 };
 
 // The sums of products of one block of columns, as int32: `count` words of kVectors vectors of rows, of which the first
-// lies at from[vector], with the tokens of a tile at x. `ahead` words on lies what few tokens ask for.
+// lies at from[vector], with the tokens of a tile at x. What it asks for lies `more` bytes farther than it does in a
+// row of blocks.
 template <class Weight, class Tokens, int kTokens, int kVectors, int kUnit>
-inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&from)[kVectors], int64_t ahead,
+inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&from)[kVectors], int64_t more,
                                                       const int32_t* x, int64_t count,
                                                       simd::I32 (&found)[kTokens][kVectors]) {
   using namespace simd;
@@ -282,8 +280,7 @@ inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&fr
     for (auto& row : found)
       for (auto& sum : row) sum = zero_i32();
     for (int64_t word = 0; word < count; ++word, x += kParts * kTokens) {
-      if constexpr (kTokens <= 2)
-        for (int v = 0; v < kVectors; v += 64 / (4 * kLanes)) __builtin_prefetch(from[v] + word * kBlockRows + ahead);
+      for (int v = 0; v < kVectors; v += 64 / (4 * kLanes)) ask_ahead(from[v] + word * kBlockRows, more);
       auto step = [&](auto place) __attribute__((always_inline)) {
         constexpr int kAt = decltype(place)::value;
         I32 pair[kVectors];
@@ -313,8 +310,7 @@ inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&fr
             for (auto& dot : chains) dot = zero_dot4();
       const int64_t unit = kUnit ? kUnit : std::min<int64_t>(count - word, Weight::kSteps / 2);
       auto step = [&](int64_t at) __attribute__((always_inline)) {
-        if constexpr (kTokens <= 2)
-          for (int v = 0; v < kVectors; v += 64 / (4 * kLanes)) __builtin_prefetch(from[v] + at * kBlockRows + ahead);
+        for (int v = 0; v < kVectors; v += 64 / (4 * kLanes)) ask_ahead(from[v] + at * kBlockRows, more);
         Bytes codes[2][kVectors];
         for (int v = 0; v < kVectors; ++v) Weight::codes(load_i32(from[v] + at * kBlockRows), codes[0][v], codes[1][v]);
         for (int p = 0; p < kParts; ++p)  // even and odd columns, of the low bytes and of the high ones
@@ -376,15 +372,13 @@ inline __attribute__((always_inline)) void int4_groups(const Weight& w, const In
 
   const int32_t* whole = x.whole + (tile * w.k + first * w.group) / x.block * kTokens;
   // Behind the end of a block lies the one that is read beside it; what comes next lies behind that.
-  constexpr int64_t kAhead = kInt4Ahead / 4;
-  const int64_t beyond = (kInt4Blocks - 1) * w.stride;
+  const int64_t beyond = (kInt4Blocks - 1) * w.stride * 4;                 // bytes
   int64_t left = (w.k - first * w.group) / Tokens::kColumns * kBlockRows;  // words of this block
 
   // to[t][v] += the products of the next columns, times what scale_of(t)(v) says.
   const auto multiply = [&](float* to, const auto& scale_of) __attribute__((always_inline)) {
     I32 found[kTokens][kVectors];
-    int4_block<Weight, Tokens, kTokens, kVectors, kUnit>(from, left > kAhead ? kAhead : kAhead + beyond, q, words,
-                                                         found);
+    int4_block<Weight, Tokens, kTokens, kVectors, kUnit>(from, left > kAheadBytes / 4 ? 0 : beyond, q, words, found);
     left -= words * kBlockRows;
     q += words * kParts * kTokens;
     for (auto& at : from) at += words * kBlockRows;

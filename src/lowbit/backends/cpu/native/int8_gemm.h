@@ -191,7 +191,7 @@ __attribute__((noinline)) void int8_dots(const uint32_t* const (&from)[kBlocks],
   constexpr int kVectors = kBlocks * kBlockVectors;
   // Few tokens wait for memory, many for the second-level cache, which is asked too late without it as well.
   constexpr bool kFew = kTokens <= 4;
-  constexpr int64_t kNear = (kFew ? kAheadBytes : 1024) / 4;
+  constexpr int64_t kNear = (kFew ? 2048 : kNearBytes) / 4;
   I32 dots[kTokens][kVectors];
   for (int t = 0; t < kTokens; ++t)
     for (int v = 0; v < kVectors; ++v) dots[t][v] = set1_i32(starts[t]);
