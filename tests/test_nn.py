@@ -1,6 +1,7 @@
 """quantize_: layers inside a module or bare, by one format or by rules, all or nothing."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import lowbit
 from lowbit import QuantizedTensor
 from lowbit.errors import FormatError, PlanError, WeightError
 from lowbit.numerics.rotations import rotate_groups
+from lowbit.solvers.base import Statistics
 from tests.support import sqnr
 
 
@@ -123,6 +125,34 @@ def test_the_unsigned_shift_is_folded_into_the_bias():
         share = layer.weight.format.bias_share(layer.weight.in_layout("").parts)
         dequantized = nn.functional.linear(x, layer.weight.dequantize(), layer.bias + share)
         assert sqnr(plain(x), dequantized) > sqnr(plain(x), layer(x))
+
+
+def test_inputs_that_a_calibration_saw_choose_the_variant():
+    """As convert does: a layer behind a GELU gets unsigned activations, which lose less; others and ties do not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+    batches = [torch.randn(32, 64) for _ in range(4)]
+    known = lowbit.calibrate(model, batches)
+    x = torch.randn(256, 64)
+    with torch.no_grad():
+        right = model(x)
+        fitted, signed = copy.deepcopy(model), copy.deepcopy(model)
+        changes = lowbit.quantize_(fitted, "svdquant_w4a4(rank=16)", statistics=known)
+        unknown = {name: replace(seen, minimum=None) for name, seen in known.items()}
+        lowbit.quantize_(signed, "svdquant_w4a4(rank=16)", statistics=unknown)
+        lost, plain = ((each(x) - right).square().mean() for each in (fitted, signed))
+
+    assert [change.format.act_unsigned for change in changes] == [False, True]
+    assert "never below -0.1" in changes[1].why
+    assert fitted[2].weight.format == changes[1].format
+    assert lost < 0.8 * plain
+
+    tied = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+    tied[1].weight = tied[0].weight
+    positive = {name: Statistics(minimum=torch.zeros(64), tokens=8) for name in ("0", "1")}
+    lowbit.quantize_(tied, "svdquant_w4a4(rank=16)", solver="rtn", statistics=positive)
+    assert tied[1].weight is tied[0].weight
+    assert not tied[0].weight.format.act_unsigned
 
 
 def test_lora_trains_over_a_frozen_quantized_linear():

@@ -12,7 +12,8 @@ bounded pieces, the input is never rounded.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -68,7 +69,8 @@ def quantize_(
     `policy` is a format or spec for all layers, or a mapping of regular expressions on the layer's name to a spec or
     None (keep); the first match wins and layers without one are kept. Under a single format, layers that it cannot
     hold are kept and reported; a rule that names a layer outright raises instead. `solver` and `statistics` (by layer
-    name) as in `convert`; `layout` as in `repack_`.
+    name) as in `convert`, where a layer's smallest input also chooses between variants of a format (unsigned
+    activations of svdquant_w4a4); `layout` as in `repack_`.
 
     Returns one `LayerChange` a layer. All weights are quantized before the first one is put in place: raises
     `FormatError`, `PlanError`, `SolverError` or `WeightError`, the last naming the layer, and leaves the module as it
@@ -91,17 +93,12 @@ def quantize_(
     for layer, change in decided:
         if change.format is not None:
             _check_values(weight_matrix(layer), change.name)
-    shared: Shared = {}
-    made: list[tuple[Layer, nn.Parameter, Solution]] = []
-    for layer, change in decided:
-        if change.format is not None:
-            known = (statistics or {}).get(change.name)
-            made.append((layer, *_quantized(layer, change.format, solver, known, change.name, shared)))
+    changes, made = _solve_all(decided, solver, statistics or {})
     for layer, weight, solution in made:
         _put(layer, weight, solution)
     for _ in repack_weights(module, layout, only={id(weight) for _, weight, _ in made}):
         pass
-    return [change for _, change in decided]
+    return changes
 
 
 def repack_(module: nn.Module, layout: str = AUTO_LAYOUT) -> list[LayoutChange]:
@@ -220,6 +217,35 @@ def quantize_layer_(
     `shared` remembers weights by identity so that tied layers get the same parameter.
     """
     _put(layer, *_quantized(layer, fmt, solver_name, statistics, where, {} if shared is None else shared))
+
+
+def _solve_all(
+    decided: Sequence[tuple[Layer, LayerChange]], solver: str, statistics: Mapping[str, Statistics]
+) -> tuple[list[LayerChange], list[tuple[Layer, nn.Parameter, Solution]]]:
+    """The changes as they are made, with the variants of formats that inputs ask for; and the weights of all layers."""
+    shared: Shared = {}
+    uses = Counter(id(layer.weight) for layer, _ in decided)
+    changes: list[LayerChange] = []
+    made: list[tuple[Layer, nn.Parameter, Solution]] = []
+    for layer, change in decided:
+        fmt, why = change.format, change.why
+        if fmt is not None:
+            known = statistics.get(change.name)
+            if uses[id(layer.weight)] == 1:  # a weight that several layers read stays one for all of them
+                fmt, more = _suited(fmt, known)
+                why += more
+            made.append((layer, *_quantized(layer, fmt, solver, known, change.name, shared)))
+        changes.append(LayerChange(change.name, fmt, why))
+    return changes, made
+
+
+def _suited(fmt: Format, known: Statistics | None) -> tuple[Format, str]:
+    """The variant of a format that suits a layer's input, and the reason to add where it is another one."""
+    if known is None or known.minimum is None:
+        return fmt, ""
+    smallest = float(known.minimum.min())
+    fitted = fmt.fitted_to(smallest)
+    return fitted, "" if fitted == fmt else f"; its input is never below {smallest:.3g}"
 
 
 def _quantized(
