@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import lowbit
@@ -304,3 +305,16 @@ def test_packing_brings_passed_on_parts_into_order():
     packed = plain.with_parts({**plain.parts, "scale": odd}).in_layout("toy")
     assert packed.scale.data_ptr() % 16 == 0
     assert torch.equal(F.linear(X, packed), F.linear(X, plain))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own
+@pytest.mark.parametrize("layout", ["", "rows16"])
+def test_forward_derivatives_pass_through_a_linear(layout):
+    """The tangent of F.linear is the product of the input's; kernels know none, and it must not get lost in them."""
+    packed = QuantizedTensor.quantize(gaussian(N, 256), "int8(activations=none)", dtype=torch.float32).in_layout(layout)
+    x, tangent = gaussian(2, 256), gaussian(2, 256, seed=3)
+    with forward_ad.dual_level():
+        y, found = forward_ad.unpack_dual(F.linear(forward_ad.make_dual(x, tangent), packed))
+
+    torch.testing.assert_close(y, x @ packed.dequantize().t(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, tangent @ packed.dequantize().t(), rtol=1e-3, atol=1e-3)

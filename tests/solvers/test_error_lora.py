@@ -114,6 +114,26 @@ def test_beside_a_bias_a_matrix_that_is_not_definite_counts_by_its_diagonal():
     assert bool(down.isfinite().all() & up.isfinite().all())
 
 
+@pytest.mark.parametrize("mean", [1.0, 1e-12, 1e-25])
+@pytest.mark.parametrize("full", [True, False])
+def test_beside_a_bias_inputs_that_do_not_vary_ask_for_nothing(mean, full):
+    """One token, or always the same: the bias does it all, and finite factors leave its output as it is."""
+    error, x = rounding_error(32, 64), torch.full((1, 64), mean)
+    known = known_of(x) if full else Statistics(hessian=x[0].square(), tokens=1, mean=x[0])
+    down, up = error_lora(error, 12, known, mean_is_corrected=True)
+
+    assert bool(down.isfinite().all() & up.isfinite().all())
+    if float(known.sure_mean[0]):
+        assert float((up @ (down @ x[0])).norm()) < 1e-3 * float((error @ x[0]).norm())
+
+
+def test_a_mean_whose_square_is_lost_is_taken_for_noise():
+    """Means too small for their square to be a number give zeros and no NaN; the others stay."""
+    x = torch.tensor([[2.0, 1e-25, 0.0]])
+
+    assert known_of(x).sure_mean.tolist() == [2.0, 0.0, 0.0]
+
+
 def test_a_diagonal_counts():
     """With the second moments of single channels, the large ones are corrected first."""
     error = rounding_error(96, 128)

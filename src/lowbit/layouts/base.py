@@ -83,13 +83,18 @@ class Layout:
                 f"{name} must be contiguous and begin at a multiple of {self.alignment} bytes for {self.name}; "
                 f"clone it, or repack the weight: .in_layout('').in_layout({self.name!r})"
             )
-        if self.alignment and part.numel() and not part.data_ptr() and not part.is_meta:
-            return f"{name} has no memory, which was freed; bring the weight back, or load it again, before it is used"
-        return None
+        return _freed(name, part)
 
 
 def _is_aligned(part: Tensor, alignment: int) -> bool:
     return not alignment or (part.is_contiguous() and part.data_ptr() % alignment == 0)
+
+
+def _freed(name: str, part: Tensor) -> str | None:
+    """Why a part cannot be read, or None. Wrappers and shapes alone (meta) have no address either."""
+    if type(part) is Tensor and part.numel() and not part.data_ptr() and not part.is_meta:
+        return f"{name} has no memory, which was freed; bring the weight back, or load it again, before it is used"
+    return None
 
 
 def _compact(part: Tensor) -> Tensor:
@@ -140,13 +145,17 @@ def misfit(fmt: Format, layout: str, parts: Mapping[str, Tensor], n: int, k: int
     for name, shape in shapes:
         part = parts[name]
         fits = part.shape == shape
-        if fits and alignment:
+        if fits:
             address = part.data_ptr()
-            fits = address != 0 and address % alignment == 0 and part.is_contiguous()
+            fits = address != 0 and (not alignment or (address % alignment == 0 and part.is_contiguous()))
         if not fits:
-            if not layout:
-                return f"{name} has shape {list(part.shape)}, expected {list(shape)}"
-            if why := get_layout(layout, fmt).why_not(name, part, shape):
+            if layout:
+                why = get_layout(layout, fmt).why_not(name, part, shape)
+            elif part.shape != shape:
+                why = f"{name} has shape {list(part.shape)}, expected {list(shape)}"
+            else:
+                why = _freed(name, part)
+            if why:
                 return why
     return None
 

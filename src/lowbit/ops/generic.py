@@ -75,7 +75,14 @@ def _rows_of(fmt: Format, layout: str, parts: Mapping[str, Tensor]) -> int:
 
 
 def _run(op: str, fmt: Format, layout: str, device: torch.device, args: tuple[Any, ...], parts_at: int) -> Any:
-    """Run an op by the kernel that takes it, on plain parts where that kernel reads no layout."""
+    """Run an op by the kernel that takes it, on plain parts where that kernel reads no layout.
+
+    Raises `UnsupportedError` for a weight on another device: kernels are told addresses, and would read what is not
+    theirs. Shapes alone (meta) may be asked for of any.
+    """
+    place = next(iter(args[parts_at].values())).device
+    if place != device and device.type != "meta":
+        raise UnsupportedError(f"{join_spec(fmt, layout)}: {op} on {device} of a weight on {place}; move one of them")
     entry = select(op, fmt.name, layout, _device_type(device), args)
     if layout and entry.layout == ANY_LAYOUT:
         if op in ("linear", "embedding"):  # the others decode the whole weight whatever it is in
@@ -125,16 +132,24 @@ def multiply(x: Tensor, fmt: Format, layout: str, parts: Parts, bias: Tensor | N
     """
     if why := misfit(fmt, layout, parts, n, k):
         raise _is_not(fmt, layout, why, n, k, "x")
-    if bias is not None and bias.shape != (n,):
-        raise UnsupportedError(
-            f"{fmt}: the bias has shape {list(bias.shape)}, expected [{n}]; add any other to the product"
-        )
+    device = x.device
+    if bias is not None and (bias.shape != (n,) or (bias.device != device and device.type != "meta")):
+        raise _wrong_bias(fmt, bias, n, device)
     if fmt.pre_quant_scale or fmt.input_scale:
         if fmt.pre_quant_scale:
             x = x * parts["pre_quant_scale"].to(x.dtype)
         fmt = fmt.plain
         parts = {name: parts[name] for name in fmt.part_names}
-    return _run("linear", fmt, layout, x.device, (fmt, x, parts, bias), 2)
+    return _run("linear", fmt, layout, device, (fmt, x, parts, bias), 2)
+
+
+def _wrong_bias(fmt: Format, bias: Tensor, n: int, device: torch.device) -> UnsupportedError:
+    """The error for a bias that is not one of n rows, or not where x is."""
+    if bias.shape != (n,):
+        why = f"has shape {list(bias.shape)}, expected [{n}]; add any other to the product"
+    else:
+        why = f"is on {bias.device} and x on {device}; move one of them"
+    return UnsupportedError(f"{fmt}: the bias {why}")
 
 
 def _linear_fake(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:

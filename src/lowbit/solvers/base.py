@@ -77,8 +77,10 @@ class Statistics:
         moments = self.diagonal
         if self.mean is None or moments is None or not self.total_tokens:
             return self.mean
-        noise = (moments / self.mean.square() - 1).clamp_min_(0.0) / self.total_tokens
-        return torch.where(self.mean == 0, 0.0, self.mean * (1 - noise).clamp_min_(0.0))
+        squares = self.mean.square()
+        noise = (moments / squares - 1).clamp_min_(0.0) / self.total_tokens
+        # Squares that float32 has no number for are zero beside means that are not.
+        return torch.where(squares == 0, 0.0, self.mean * (1 - noise).clamp_min_(0.0))
 
     @property
     def without_outputs(self) -> Statistics:

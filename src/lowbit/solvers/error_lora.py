@@ -105,7 +105,10 @@ def _seen(statistics: Statistics | None, k: int, device: torch.device, where: st
     if moments.dim() == 2:
         moments = second_moments(moments, shrinkage(statistics.total_tokens, k, broad=statistics.broad), None)
     diagonal = moments.diagonal() if moments.dim() == 2 else moments
-    scale = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    limits, scale = torch.finfo(torch.float32), diagonal.mean()
+    if mean is not None:  # inputs that do not vary, as of one token: not the variance but the mean gives the unit
+        scale = torch.maximum(scale, limits.eps * mean.square().mean())
+    scale = scale.clamp_min(limits.tiny)
     moments = moments / scale
     return _Seen(moments) if mean is None else _beside_a_bias(moments, mean / scale.sqrt())
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lowbit.errors import UnsupportedError
@@ -49,8 +50,9 @@ def _short_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     x = input
     if not isinstance(weight, QuantizedTensor) or not weight.is_matrix or weight.transposed:
         return NotImplemented
-    # FakeTensorMode and its like must see the op, and autocast a tensor of the region's dtype.
-    watched = _modes() or _autocasts()
+    # FakeTensorMode and its like must see the op, autocast a tensor of the region's dtype, and forward derivatives
+    # matrix products.
+    watched = _modes() or _autocasts() or forward_ad._current_level >= 0  # noqa: SLF001
     if watched or type(x) is not Tensor:
         return _watched_linear(x, weight, bias)
     # Nobody watches: the kernel is called without PyTorch's dispatcher, which would take longer than a small product.
@@ -65,8 +67,8 @@ def _short_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 
 def _watched_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Any:
-    """F.linear by the op `linear`."""
-    if isinstance(x, QuantizedTensor):
+    """F.linear by the op `linear`; by matrix products while forward derivatives are taken, which the op has not."""
+    if isinstance(x, QuantizedTensor) or forward_ad._current_level >= 0:  # noqa: SLF001
         return NotImplemented
     if _autocasts():
         x = autocast_input(x)

@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lowbit.errors import UnsupportedError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 
@@ -28,7 +29,7 @@ class Operands:
     """The address and the dtype of the bias, both 0 for none, and the address of the result."""
 
     def __init__(self, x: Tensor, n: int, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
-        """`dtype` is that of the result, by default the one of x."""
+        """`dtype` is that of the result, by default the one of x. Raises `UnsupportedError` for freed memory."""
         *leading, self.k = x.shape
         self.m = prod(leading)
         self.out = x.new_empty(*leading, n) if dtype is None else x.new_empty(*leading, n, dtype=dtype)
@@ -39,6 +40,10 @@ class Operands:
         else:
             bias = bias.contiguous()
             self.bias_out = (bias.data_ptr(), DTYPES[bias.dtype], self.out.data_ptr())
+        if not (self.rows[0] and (self.bias_out[0] or bias is None)):
+            for name, tensor in (("x", x), ("the bias", bias)):  # a kernel would take a bias at 0 for none
+                if tensor is not None and tensor.numel() and not tensor.data_ptr():
+                    raise UnsupportedError(f"{name} has no memory, which was freed; bring it back before it is used")
         self._held = (x, bias)
 
 

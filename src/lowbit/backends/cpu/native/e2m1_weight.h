@@ -19,7 +19,7 @@ alignas(16) constexpr int8_t kE2m1SignedHalves[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0
 template <class Scales>
 struct E2m1Weight {
   static constexpr int kWordCodes = 8, kZero = 12;
-  // Sums that hold kDot4Steps products of codes up to 15 hold fewer of codes up to 24.
+  // Steps that a sum holds: codes go up to 24, not to the 15 of kDot4Steps. Of int16: 4 * 2 * 24 * 128 < 2**15.
   static constexpr int kSteps = simd::kDot4Steps / 2;
 
   const uint32_t* words;  // [blocks, stride]: k / 8 words of 16 rows, and what fills up

@@ -520,6 +520,7 @@ inline void with_tile_size(int64_t size, const F& f) {
 // that begins with them.
 template <class Weight, bool kWhole, int kUnit, class Tokens, class WeightOf>
 void int4_gemm_by(const WeightOf& weight_of, const Tokens& tokens, int64_t n, const Output& out, int threads) {
+  static_assert(kUnit <= Weight::kSteps / 2, "a word is two steps, and the sums of a unit hold no more than kSteps");
   constexpr int kMost = IntegerTiles<Tokens, Weight::kSpans>::kMostTokens;
   const int64_t k = tokens.k, groups = tokens.groups, m = tokens.m;
   const int64_t blocks = (n + kBlockRows - 1) / kBlockRows, block_bytes = k * kBlockRows * 4 / Tokens::kColumns;
