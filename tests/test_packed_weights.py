@@ -14,6 +14,7 @@ import lowbit
 from lowbit import QuantizedTensor, dispatch
 from lowbit.errors import PartsError, UnsupportedError
 from lowbit.formats.parts import raw_bytes
+from lowbit.layouts import base
 from lowbit.ops import generic
 from lowbit.tensor import rebuild_quantized_tensor
 from tests.support import gaussian, toy_layout
@@ -296,6 +297,18 @@ def test_parts_are_looked_at_at_every_call(pair):
     packed.scale.untyped_storage().resize_(0)
     with pytest.raises(UnsupportedError, match="scale has no memory, which was freed"):
         F.linear(X, packed)
+
+
+def test_what_parts_must_be_is_remembered_of_so_many_shapes(monkeypatch):
+    """Whoever asks for ever new shapes fills no memory, and gets the same answers."""
+    packed = QuantizedTensor.quantize(gaussian(N, K), "fp8_e4m3(granularity=row)")
+    monkeypatch.setattr(base, "_REMEMBERED", 3)
+    monkeypatch.setattr(base, "_EXPECTED", {})
+    for columns in range(K, 2 * K):
+        found = base.misfit(packed.format, "", packed.parts, N, columns)
+        assert (found is None) == (columns == K)
+        assert len(base._EXPECTED) <= 3
+    assert base.misfit(packed.format, "", packed.parts, N, K) is None
 
 
 def test_packing_brings_passed_on_parts_into_order():

@@ -104,6 +104,7 @@ def _compact(part: Tensor) -> Tensor:
 _REGISTRY: dict[str, Layout] = {}
 _Expected = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]  # the alignment of parts, their names and shapes
 _EXPECTED: dict[tuple[str, str, int, int], _Expected | str] = {}
+_REMEMBERED = 4096
 
 
 def register_layout(layout: Layout) -> Layout:
@@ -138,6 +139,8 @@ def misfit(fmt: Format, layout: str, parts: Mapping[str, Tensor], n: int, k: int
     key = (fmt.spec, layout, n, k)  # strings keep their hashes: a format's takes a microsecond
     expected = _EXPECTED.get(key)
     if expected is None:
+        if len(_EXPECTED) >= _REMEMBERED:  # wrong shapes are remembered, too
+            _EXPECTED.clear()
         expected = _EXPECTED[key] = _expect(fmt, layout, n, k)
     if isinstance(expected, str):
         return expected
