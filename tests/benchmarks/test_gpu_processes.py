@@ -81,7 +81,7 @@ def test_a_test_that_hangs_or_dies_hides_no_other(tmp_path):
         "--root",
         str(tmp_path),
         "--seconds",
-        "6",
+        "20",
         "--jobs",
         "3",
     ]
