@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +31,8 @@ MODES = {
 }
 CALLS = 2000
 ROUNDS = 15
+COLD_CALLS = 200
+COLD_BYTES = 48 << 20
 N, K = 64, 256
 
 
@@ -37,11 +40,12 @@ def main() -> None:
     """Measure all modes with and without bias, and print them."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--format", default="fp8_e4m3(granularity=row)", help="the spec of the weight")
+    arguments.add_argument("--cold", action="store_true", help="read another buffer before every call")
     arguments.add_argument("--json", action="store_true", help="print JSON")
     options = arguments.parse_args()
     torch.set_num_threads(1)
     weight = QuantizedTensor.quantize(torch.randn(N, K), options.format)
-    rows = measure(weight)
+    rows = measure(weight, cold=options.cold)
     if options.json:
         machine = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
         print(
@@ -57,8 +61,9 @@ def main() -> None:
         )
 
 
-def measure(weight: QuantizedTensor) -> list[dict[str, object]]:
-    """One row a grad mode and bias; times are the least of several rounds, in microseconds."""
+def measure(weight: QuantizedTensor, *, cold: bool = False) -> list[dict[str, object]]:
+    """One row a grad mode and bias, in microseconds: the least of several rounds, or the median of cold calls."""
+    timed = _Cold() if cold else _microseconds
     ready = torch.randn(1, N)
     x, one = torch.randn(1, K), torch.ones(1, 1)
     arguments = (weight.format, x, weight.parts, None)
@@ -73,9 +78,9 @@ def measure(weight: QuantizedTensor) -> list[dict[str, object]]:
             for bias in (None, torch.randn(N)):
                 given = x.clone().requires_grad_(mode == "training")
                 with context():
-                    quantized = _microseconds(partial(F.linear, given, weight, bias))
-                    kernel = _microseconds(partial(empty.run, *arguments))
-                    plain = _microseconds(partial(F.linear, one, one, None if bias is None else one[0]))
+                    quantized = timed(partial(F.linear, given, weight, bias))
+                    kernel = timed(partial(empty.run, *arguments))
+                    plain = timed(partial(F.linear, one, one, None if bias is None else one[0]))
                 results.append(
                     {
                         "mode": mode,
@@ -101,6 +106,22 @@ def _microseconds(function: Callable[[], object]) -> float:
             function()
         best = min(best, time.perf_counter() - start)
     return best / CALLS * 1e6
+
+
+class _Cold:
+    """The median time of a call after another buffer was read."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.ones(COLD_BYTES // 4)
+
+    def __call__(self, function: Callable[[], object]) -> float:
+        times = []
+        for _ in range(COLD_CALLS):
+            self._buffer.sum()
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times) * 1e6
 
 
 if __name__ == "__main__":

@@ -225,7 +225,8 @@ class Granular {
     return best(scales, sums);
   }
 
-  // With the scale of the whole weight, or that of each tile. From the last one: what was read last is in the cache.
+  // With the scale of the whole weight, or that of each tile. From the last one: what was read last, by whichever
+  // thread, is in the cache that they share.
   bool encode(const float* scale) const {
     const int64_t tall = std::min(how_.rows, w_.n), stride = round_up(std::min(how_.columns, w_.k), 16);
     const int64_t down = (w_.n + how_.rows - 1) / how_.rows, tiles = down * across_;

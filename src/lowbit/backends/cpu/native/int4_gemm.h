@@ -298,8 +298,8 @@ inline __attribute__((always_inline)) void int4_block(const uint32_t* const (&fr
       for_each_place<kParts>(step);
     }
   } else {
-    // Few sums are two each, of even and of odd columns: an addition waits for the last one to the same sum. Not so in
-    // units of two words, which are as many additions of other units at once.
+    // Few sums are two each, of even and of odd columns: an addition waits for the last one to the same sum. Units of
+    // two words are so short that the processor adds to the sums of several at once.
     constexpr int kPieces = Tokens::kPieces, kChains = kTokens * kVectors * kPieces <= 8 && kUnit != 2 ? 2 : 1;
     bool first = true;
     for (int64_t word = 0; word < count; first = false) {

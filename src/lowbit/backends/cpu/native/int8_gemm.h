@@ -189,7 +189,8 @@ __attribute__((noinline)) void int8_dots(const uint32_t* const (&from)[kBlocks],
                                          const int32_t (&starts)[kTokens], Ahead& ahead, int32_t* sums) {
   using namespace simd;
   constexpr int kVectors = kBlocks * kBlockVectors;
-  // Few tokens wait for memory, many for the second-level cache, which is asked too late without it as well.
+  // Few tokens wait for memory, many for the second-level cache, which is asked too late without it as well. Asking
+  // twice (ask_ahead) is slower here: an int8 weight keeps memory busy with one request a line.
   constexpr bool kFew = kTokens <= 4;
   constexpr int64_t kNear = (kFew ? 2048 : kNearBytes) / 4;
   I32 dots[kTokens][kVectors];
