@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import cpu_ggml
 from benchmarks.cpu_linears import W4A8, Drawn, Entry, WrongResultError, check_error, copies_for, group_of
 from lowbit.layouts.scale_128x4 import swizzle
 from lowbit.numerics.packing import swap_nibbles, unpack_nibbles
@@ -41,12 +42,16 @@ def peers(drawn: Mapping[str, Drawn], n: int, k: int, cache: int, *, others: boo
         found += _kitchen(drawn, cache)
     if others and importlib.util.find_spec(TORCHAO) and set(drawn) & set(INT8):
         found.append(_torchao_int8(n, k, cache))
+    if others and cpu_ggml.why_not() is None:
+        found += [cpu_ggml.product(spec, one, cache) for spec, one in drawn.items() if one.fmt.name == "gguf"]
     return found
 
 
 def missing() -> dict[str, str]:
-    """Peers that are not installed."""
-    return {name: "not installed" for name in (KITCHEN, TORCHAO) if importlib.util.find_spec(name) is None}
+    """Peers that are not there, and why."""
+    found = {name: "not installed" for name in (KITCHEN, TORCHAO) if importlib.util.find_spec(name) is None}
+    why = cpu_ggml.why_not()
+    return found if why is None else {**found, "ggml": why}
 
 
 def _copied(parts: Any, cache: int) -> tuple[list[Any], int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lowbit.dispatch import select, use_backend
+from lowbit.dispatch import preferred_layout, select, use_backend
 from lowbit.errors import UnsupportedError
 from lowbit.formats import parse_spec
 from lowbit.numerics.gguf_blocks import READABLE
@@ -107,6 +107,38 @@ def test_products(spec, dtype):
         assert relative_error(found, wanted) <= limit, (n, blocks, m)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@EVERY_TYPE
+def test_products_of_packed_blocks(spec, dtype):
+    """Blocks in gguf_rows16 give the bits of those that lie as in the file: in registers for few tokens, or not."""
+    fmt = parse_spec(spec)
+    sizes = [(n, blocks, 3) for n in ROWS for blocks in (1, 9)] + [(35, 5, m) for m in (*TOKENS, 12, 13)]
+    for n, blocks, m in sizes:
+        one = weight(spec, n, columns(spec, blocks))
+        packed = one.in_layout("gguf_rows16")
+        x = activations(m, one.shape[1], dtype)
+        x[-1, 5] = torch.inf if m == 4 else x[-1, 5]
+        bias = torch.randn(n, generator=torch.Generator().manual_seed(3)).to(dtype) if m % 2 else None
+        entry = select("linear", "gguf", "gguf_rows16", "cpu", (fmt, x, packed.parts, bias))
+        assert entry.name == "cpu:linear_gguf_rows16"
+        with use_backend("cpu"), torch.inference_mode():
+            assert same_bits(F.linear(x, packed, bias), F.linear(x, one, bias)), (n, blocks, m)
+
+
+@EVERY_TYPE
+def test_packed_blocks_are_preferred_and_come_back(spec):
+    """A linear's weight is packed, an embedding's is not; a packed one has the values and bytes of the plain one."""
+    one = any_bytes(spec, 35, columns(spec, 3))
+    assert preferred_layout("linear", one.format, *one.matrix, "cpu") == "gguf_rows16"
+    assert preferred_layout("embedding", one.format, *one.matrix, "cpu") == ""
+    packed = one.in_layout("gguf_rows16")
+    whole = any_bytes(spec, 32, columns(spec, 3))
+    assert whole.in_layout("gguf_rows16").nbytes_stored() - whole.nbytes_stored() < 2 * 64  # a line a strip
+    assert same_bits(decoded(packed, torch.bfloat16, "eager"), decoded(one, torch.bfloat16, "eager"))
+    assert same_bits(packed.dequantize(torch.float32), one.dequantize(torch.float32))
+    assert torch.equal(packed.in_layout("").parts["qdata"], one.parts["qdata"])
+
+
 @pytest.mark.parametrize("m", [1, 7])
 def test_large_steps_give_no_infinity(m):
     """Steps of which 128 are infinite: a byte's offset is taken off while sums are integers."""
@@ -117,6 +149,7 @@ def test_large_steps_give_no_infinity(m):
     x = activations(m, k, torch.float32).mul_(2.0**-20).bfloat16()
     with use_backend("cpu"), torch.inference_mode():
         found = F.linear(x, one)
+        assert same_bits(F.linear(x, one.in_layout("gguf_rows16")), found)
     assert relative_error(found, x.double() @ decoded(one, torch.float32, "eager").double().t()) <= 6e-3
 
 
@@ -160,7 +193,7 @@ def test_a_type_without_a_kernel_is_refused_and_never_read_as_another(monkeypatc
                 call()
     for number in (-1, len(READABLE)):
         with pytest.raises((ValueError, RuntimeError), match=f"no GGUF type has the number {number} here"):
-            native.module().dequantize_gguf(number, 0, 0, 0, 0, 0, False, 0, 0, 0, 0, 0, 0, 0, 1)
+            native.module().dequantize_gguf(number, 0, 0, False, 0, 0, 0, False, 0, 0, 0, 0, 0, 0, 0, 1)
 
 
 def test_what_it_refuses():

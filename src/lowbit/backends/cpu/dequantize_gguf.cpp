@@ -30,16 +30,17 @@ void store_rows(const float* panel, int64_t count, int64_t column, const int64_t
     }
 }
 
-template <class T>
-void decode_rows(const uint8_t* const (&rows)[kBlockRows], const int64_t (&at)[kBlockRows], int count, int64_t k,
-                 const Factors& by, void* out, int dtype) {
+// The rows of a strip; at[r]: where one begins in the output.
+template <class T, class Blocks>
+void decode_strip(const typename Blocks::Strip& strip, const int64_t (&at)[kBlockRows], int count, int64_t k,
+                  const Factors& by, void* out, int dtype) {
   constexpr int kPiece = T::kColumns * (256 / T::kColumns);  // columns that a first-level cache has room for
-  gguf::Words<T> words;
+  typename Blocks::Words words;
   alignas(64) float panel[kPiece * kBlockRows];
   for (int64_t first = 0; first < k; first += kPiece) {
     const int64_t last = std::min<int64_t>(first + kPiece, k);
     for (int64_t c = first; c < last; c += T::kColumns) {
-      words.gather(rows, c / T::kColumns * T::kSize);
+      strip.read(c / T::kColumns, words);
       gguf::decode(words, panel + (c - first) * kBlockRows, kBlockRows);
     }
     store_rows(panel, last - first, first, at, count, by, out, dtype);
@@ -54,7 +55,8 @@ int64_t index_at(const void* indices, int64_t i, bool wide) {
 
 // Rows of a weight [n, k] -> [count, k] of a dtype: those that `indices` (of 64 or 32 bits) name, or without them
 // `first` and those that follow. Where the first index lies that names no row, and nothing is decoded; -1: all do.
-int64_t dequantize_gguf(int type, Ptr<const uint8_t> codes, int64_t stride, int64_t n, int64_t k,
+// packed: the blocks are in the layout gguf_rows16, `stride` is the bytes of a strip, and all rows are wanted.
+int64_t dequantize_gguf(int type, Ptr<const uint8_t> codes, int64_t stride, bool packed, int64_t n, int64_t k,
                         Ptr<const void> indices, bool wide, int64_t first, int64_t count, Ptr<const float> global,
                         Ptr<const void> columns, int columns_dtype, Ptr<void> out, int dtype, int threads) {
   const auto row = [&](int64_t i) { return indices ? index_at(indices, i, wide) : first + i; };
@@ -62,16 +64,22 @@ int64_t dequantize_gguf(int type, Ptr<const uint8_t> codes, int64_t stride, int6
     if (row(i) < 0 || row(i) >= n) return i;
   const Factors by{global, columns, columns_dtype};
   gguf::with_type(type, [&](auto kind) {
+    using T = decltype(kind);
     parallel_for((count + kBlockRows - 1) / kBlockRows, threads, [&](int64_t task) {
-      const uint8_t* from[kBlockRows];
-      int64_t at[kBlockRows];
-      for (int r = 0; r < kBlockRows; ++r) {
-        const int64_t i = std::min(task * kBlockRows + r, count - 1);
-        from[r] = codes + row(i) * stride;
-        at[r] = i * k;
-      }
       const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, count - task * kBlockRows));
-      decode_rows<decltype(kind)>(from, at, rows, k, by, out, dtype);
+      const auto decode = [&](auto blocks, const auto& strip) {
+        int64_t at[kBlockRows];
+        for (int r = 0; r < kBlockRows; ++r) at[r] = (task * kBlockRows + r) * k;
+        decode_strip<T, decltype(blocks)>(strip, at, rows, k, by, out, dtype);
+      };
+      if (packed) {
+        const gguf::PackedBlocks<T> blocks{codes, stride, n, k};
+        return decode(blocks, blocks.strip(task));
+      }
+      typename gguf::PlainBlocks<T>::Strip strip;
+      for (int r = 0; r < kBlockRows; ++r)
+        strip.rows[r] = codes + row(std::min(task * kBlockRows + r, count - 1)) * stride;
+      decode(gguf::PlainBlocks<T>{codes, stride, n, k}, strip);
     });
   });
   return -1;
@@ -79,9 +87,9 @@ int64_t dequantize_gguf(int type, Ptr<const uint8_t> codes, int64_t stride, int6
 
 void bind_dequantize_gguf(nb::module_& m) {
   m.def("dequantize_gguf", &dequantize_gguf, nb::call_guard<nb::gil_scoped_release>(), nb::arg("type"),
-        nb::arg("codes"), nb::arg("stride"), nb::arg("n"), nb::arg("k"), nb::arg("indices"), nb::arg("wide"),
-        nb::arg("first"), nb::arg("count"), nb::arg("global"), nb::arg("columns"), nb::arg("columns_dtype"),
-        nb::arg("out"), nb::arg("dtype"), nb::arg("threads"));
+        nb::arg("codes"), nb::arg("stride"), nb::arg("packed"), nb::arg("n"), nb::arg("k"), nb::arg("indices"),
+        nb::arg("wide"), nb::arg("first"), nb::arg("count"), nb::arg("global"), nb::arg("columns"),
+        nb::arg("columns_dtype"), nb::arg("out"), nb::arg("dtype"), nb::arg("threads"));
 }
 
 }  // namespace lowbit

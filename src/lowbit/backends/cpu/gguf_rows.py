@@ -1,4 +1,4 @@
-"""What the kernels for gguf are told of a weight: its blocks as they lie in the file."""
+"""What the kernels for gguf are told of a weight: its blocks as they lie in the file, or in gguf_rows16."""
 
 from __future__ import annotations
 
@@ -10,28 +10,35 @@ from lowbit.backends.cpu import native
 from lowbit.backends.cpu.operands import DTYPES, address, check_found, dtype_code, refuses_result
 from lowbit.formats.gguf_block import GgufBlock
 from lowbit.formats.parts import Parts
+from lowbit.layouts import gguf_rows16
 
 # The types with a kernel; the place of each is its number for `with_type` of native/gguf_blocks.h.
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "NVFP4")
 
 
 class Blocks:
-    """The plain parts of a weight: blocks uint8 [N, row bytes], whose rows may have gaps between them, and a scale."""
+    """Blocks [N, row bytes] as they lie in the file, whose rows may have gaps between them, or in gguf_rows16.
 
-    __slots__ = ("codes", "global_scale", "n", "type")
+    It holds what its addresses point to. See `Operands` for why it is one object and not a function for each of these.
+    """
 
-    type: int
-    """The number of the type: its place in `TYPES`."""
-    codes: Tensor
-    global_scale: Tensor | None
-    """That of all blocks."""
+    __slots__ = ("_held", "n", "place", "scale")
+
+    place: tuple[int, int, int, bool]
+    """What a kernel is told: the place of the type in `TYPES`, the address, the bytes from one row (or strip) to the
+    next, and whether it is strips."""
+    scale: int
+    """The address of the scale of all blocks, 0 for none."""
     n: int
     """Rows."""
 
-    def __init__(self, fmt: GgufBlock, parts: Parts) -> None:
-        codes = parts["qdata"]
-        self.type, self.global_scale, self.n = TYPES.index(fmt.type), parts.get("global_scale"), codes.shape[0]
-        self.codes = codes if codes.stride(-1) == 1 else codes.contiguous()
+    def __init__(self, fmt: GgufBlock, parts: Parts, *, packed: bool) -> None:
+        codes, scale = parts["qdata"], parts.get("global_scale")
+        codes = codes if codes.stride(-1) == 1 else codes.contiguous()
+        self.n = gguf_rows16.rows(fmt, parts) if packed else codes.shape[0]
+        self.place = (TYPES.index(fmt.type), codes.data_ptr(), codes.stride(0) * codes.element_size(), packed)
+        self.scale = 0 if scale is None else scale.data_ptr()
+        self._held = (codes, scale)
 
 
 def refuses_type(fmt: GgufBlock) -> str | None:
@@ -47,17 +54,20 @@ def refuses(fmt: GgufBlock, dtype: torch.dtype, k: int) -> str | None:
 
 
 def decode(
-    fmt: GgufBlock, parts: Parts, k: int, dtype: torch.dtype, indices: Tensor | None, shape: tuple[int, ...]
-) -> Tensor:
-    """The rows that indices name, or all of them -> `shape` in `dtype`. Raises `IndexError` for one that is none."""
-    blocks, out = Blocks(fmt, parts), memory.empty(shape, dtype)
+    fmt: GgufBlock, parts: Parts, k: int, dtype: torch.dtype, indices: Tensor | None, shape: tuple[int, ...], *,
+    packed: bool = False,
+) -> Tensor:  # fmt: skip
+    """The rows that indices name, or all of them -> `shape` in `dtype`. Raises `IndexError` for one that is none.
+
+    packed: of parts in gguf_rows16, all rows.
+    """
+    blocks, out = Blocks(fmt, parts, packed=packed), memory.empty(shape, dtype)
     indices = None if indices is None else indices.contiguous()
     columns = parts["pre_quant_scale"].contiguous() if fmt.pre_quant_scale else None
     wrong = native.module().dequantize_gguf(
-        blocks.type, blocks.codes.data_ptr(), blocks.codes.stride(0), blocks.n, k, address(indices),
-        indices is not None and indices.dtype == torch.int64, 0, blocks.n if indices is None else indices.numel(),
-        address(blocks.global_scale), address(columns), dtype_code(columns), out.data_ptr(), DTYPES[dtype],
-        native.threads(),
+        *blocks.place, blocks.n, k, address(indices), indices is not None and indices.dtype == torch.int64, 0,
+        blocks.n if indices is None else indices.numel(), blocks.scale, address(columns), dtype_code(columns),
+        out.data_ptr(), DTYPES[dtype], native.threads(),
     )  # fmt: skip
     if indices is not None:
         check_found(indices, wrong, blocks.n)

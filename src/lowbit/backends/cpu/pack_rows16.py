@@ -40,7 +40,7 @@ def _interleave(codes: Tensor, unit: int) -> Tensor:
     n, size = codes.shape
     made = memory.empty(rows16.packed_shape(n, size), torch.int32)
     to, stride = made.data_ptr(), made.shape[1]
-    native.module().interleave_rows16(codes.data_ptr(), n, size, unit, to, stride, _threads())
+    native.module().interleave_rows16(codes.data_ptr(), n, size, unit, to, stride, threads())
     return made
 
 
@@ -48,10 +48,10 @@ def _separate(packed: Tensor, n: int, unit: int) -> Tensor:
     size = packed.shape[1] // rows16.ROWS * rows16.WORD
     made = memory.empty((n, size), torch.uint8)
     source, stride = packed.contiguous(), packed.shape[1]
-    native.module().separate_rows16(source.data_ptr(), n, size, unit, made.data_ptr(), stride, _threads())
+    native.module().separate_rows16(source.data_ptr(), n, size, unit, made.data_ptr(), stride, threads())
     return made
 
 
-def _threads() -> int:
+def threads() -> int:
     """One where several weights are packed at a time, each by a thread of its own."""
     return native.threads() if threading.current_thread() is threading.main_thread() else 1

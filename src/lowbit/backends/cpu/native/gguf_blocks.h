@@ -38,6 +38,7 @@ inline I32 every_byte(int byte) { return set1_i32(static_cast<int32_t>(0x0101010
 // One block of 16 rows.
 template <class T>
 struct Words {
+  using Type = T;
   static constexpr int kCount = T::kBodyWords + (T::kLoose >= 0);
   alignas(64) uint32_t words[kCount * kBlockRows];
   alignas(64) uint16_t halves[T::kHalves.size() + 1][kBlockRows];
@@ -79,9 +80,32 @@ struct Words {
   F32 half(int index, int v) const { return load_f16(halves[index] + v * kLanes); }
 };
 
+// The same of a block in the layout gguf_rows16, where it lies.
+template <class T>
+struct PackedWords {
+  using Type = T;
+  static constexpr int kHeaderWords = T::kHalves.size() && T::kHalves[0] >= T::kBody &&
+                                      T::kHalves[0] < T::kBody + 4 * T::kBodyWords;  // float16 at the body's begin
+  static constexpr bool kLooseWord = T::kLoose >= 0 && T::kLooseBytes == 4, kByte = T::kLoose >= 0 && !kLooseWord;
+  static constexpr int kFirst = kLooseWord - kHeaderWords;  // where the body's first word would lie
+  static constexpr int kCount = kFirst + T::kBodyWords;
+  static_assert(4 * kCount + 2 * static_cast<int>(T::kHalves.size()) + kByte == T::kSize, "every byte lies somewhere");
+
+  const uint32_t* words;
+  const uint16_t* halves;
+  const uint8_t* bytes;
+
+  I32 word(int index, int v) const { return load_i32(words + (index + kFirst) * kBlockRows + v * kLanes); }
+  I32 loose(int v) const {
+    if constexpr (kByte) return widen_u8(bytes + v * kLanes);
+    return load_i32(words + v * kLanes);
+  }
+  F32 half(int index, int v) const { return load_f16(halves + index * kBlockRows + v * kLanes); }
+};
+
 // Where codes of four bits lie in runs of kRun words: the low nibbles of a run, then its high ones.
-template <int kRun, int q, class T>
-inline Bytes nibbles(const Words<T>& words, int first, int v) {
+template <int kRun, int q, class W>
+inline Bytes nibbles(const W& words, int first, int v) {
   static_assert(q < 2 * kRun, "a quad of one pair of runs");
   const Bytes both = as_bytes(words.word(first + q % kRun, v));
   return q / kRun ? high_nibbles(both) : low_nibbles(both);
@@ -111,13 +135,13 @@ struct OneUnit {
   static constexpr bool kSigned = false, kZero = false;
   static constexpr std::array<int, 1> kHalves{0};
 
-  template <class T>
-  static void steps(const Words<T>& words, int v, F32* step, F32* zero) {
+  template <class W>
+  static void steps(const W& words, int v, F32* step, F32* zero) {
     step[0] = words.half(0, v);
-    if constexpr (T::kZero) zero[0] = words.half(1, v);
+    if constexpr (W::Type::kZero) zero[0] = words.half(1, v);
   }
-  template <int q, class T>
-  static Bytes codes(const Words<T>& words, int, int v) {
+  template <int q, class W>
+  static Bytes codes(const W& words, int, int v) {
     return nibbles<4, q>(words, 0, v);
   }
 };
@@ -134,8 +158,8 @@ struct Q4_1 : OneUnit {
 
 // The fifth bits lie in a word of their own, in the order of the columns.
 struct FiveBits : OneUnit {
-  template <int q, class T>
-  static Bytes codes(const Words<T>& words, int, int v) {
+  template <int q, class W>
+  static Bytes codes(const W& words, int, int v) {
     const I32 four = bit_and(q ? shift_right<4 * q>(words.loose(v)) : words.loose(v), set1_i32(15));
     const I32 spread = bit_and(mul(four, set1_i32(0x00204081)), every_byte(1));  // bit j to byte j
     return as_bytes(bit_or(as_i32(nibbles<4, q>(words, 0, v)), shift_left<4>(spread)));
@@ -156,8 +180,8 @@ struct Q8_0 : OneUnit {
   static constexpr int kSize = 34, kBody = 2, kBodyWords = 8;
   static constexpr bool kSigned = true;
 
-  template <int q, class T>
-  static Bytes codes(const Words<T>& words, int, int v) {
+  template <int q, class W>
+  static Bytes codes(const W& words, int, int v) {
     return as_bytes(words.word(q, v));
   }
 };
@@ -170,7 +194,8 @@ struct Q2_K {
   static constexpr bool kSigned = false, kZero = true;
   static constexpr std::array<int, 2> kHalves{80, 82};
 
-  static void steps(const Words<Q2_K>& words, int v, F32* step, F32* zero) {
+  template <class W>
+  static void steps(const W& words, int v, F32* step, F32* zero) {
     const F32 d = words.half(0, v), least = mul(words.half(1, v), set1_f32(-1.0f));
     for_each_place<16>([&](auto unit) {
       constexpr int u = decltype(unit)::value;
@@ -179,15 +204,15 @@ struct Q2_K {
       zero[u] = mul(least, byte_value<u % 4>(as_i32(high_nibbles(as_bytes(word)))));
     });
   }
-  template <int q>
-  static Bytes codes(const Words<Q2_K>& words, int span, int v) {
+  template <int q, class W>
+  static Bytes codes(const W& words, int span, int v) {
     return as_bytes(moved_bits<2 * (q / 8), 0>(words.word(4 + span * 8 + q % 8, v), 3));
   }
 };
 
 // Eight scales and eight minima of six bits, in three words.
-template <class T>
-inline void six_bit_steps(const Words<T>& words, int v, F32* step, F32* zero) {
+template <class W>
+inline void six_bit_steps(const W& words, int v, F32* step, F32* zero) {
   const F32 d = words.half(0, v), least = mul(words.half(1, v), set1_f32(-1.0f));
   const I32 first = words.word(1, v), second = words.word(2, v), upper = words.word(3, v);
   const auto low = [](I32 word) { return bit_and(word, every_byte(0x3f)); };
@@ -207,9 +232,12 @@ struct Q4_K {
   static constexpr bool kSigned = false, kZero = true;
   static constexpr std::array<int, 2> kHalves{0, 2};
 
-  static void steps(const Words<Q4_K>& words, int v, F32* step, F32* zero) { six_bit_steps(words, v, step, zero); }
-  template <int q>
-  static Bytes codes(const Words<Q4_K>& words, int span, int v) {
+  template <class W>
+  static void steps(const W& words, int v, F32* step, F32* zero) {
+    six_bit_steps(words, v, step, zero);
+  }
+  template <int q, class W>
+  static Bytes codes(const W& words, int span, int v) {
     return nibbles<8, q>(words, 4 + span * 8, v);
   }
 };
@@ -220,9 +248,12 @@ struct Q5_K {
   static constexpr bool kSigned = false, kZero = true;
   static constexpr std::array<int, 2> kHalves{0, 2};
 
-  static void steps(const Words<Q5_K>& words, int v, F32* step, F32* zero) { six_bit_steps(words, v, step, zero); }
-  template <int q>
-  static Bytes codes(const Words<Q5_K>& words, int, int v) {
+  template <class W>
+  static void steps(const W& words, int v, F32* step, F32* zero) {
+    six_bit_steps(words, v, step, zero);
+  }
+  template <int q, class W>
+  static Bytes codes(const W& words, int, int v) {
     const Bytes low = nibbles<8, q % 16>(words, 12 + q / 16 * 8, v);
     return as_bytes(bit_or(as_i32(low), moved_bits<q / 8, 4>(words.word(4 + q % 8, v), 0x10)));
   }
@@ -234,15 +265,16 @@ struct Q6_K {
   static constexpr bool kSigned = false, kZero = false;
   static constexpr std::array<int, 1> kHalves{208};
 
-  static void steps(const Words<Q6_K>& words, int v, F32* step, F32*) {
+  template <class W>
+  static void steps(const W& words, int v, F32* step, F32*) {
     const F32 d = words.half(0, v);
     for_each_place<16>([&](auto unit) {
       constexpr int u = decltype(unit)::value;
       step[u] = mul(d, byte_value<u % 4, true>(words.word(48 + u / 4, v)));
     });
   }
-  template <int q>
-  static Bytes codes(const Words<Q6_K>& words, int span, int v) {
+  template <int q, class W>
+  static Bytes codes(const W& words, int span, int v) {
     const Bytes low = nibbles<16, q>(words, span * 16, v);
     return as_bytes(bit_or(as_i32(low), moved_bits<2 * (q / 8), 4>(words.word(32 + span * 8 + q % 8, v), 0x30)));
   }
@@ -258,13 +290,14 @@ struct MXFP4 {
   static constexpr bool kSigned = true, kZero = false;
   static constexpr std::array<int, 0> kHalves{};
 
-  static void steps(const Words<MXFP4>& words, int v, F32* step, F32*) {  // 2^(e - 128)
+  template <class W>
+  static void steps(const W& words, int v, F32* step, F32*) {  // 2^(e - 128)
     const I32 e = words.loose(v), one = set1_i32(1);
     const I32 subnormal = shift_left<21>(add(e, one));  // 2^-128 and 2^-127
     step[0] = as_f32(select(less(one, e), shift_left<23>(sub(e, one)), subnormal));
   }
-  template <int q>
-  static Bytes codes(const Words<MXFP4>& words, int, int v) {
+  template <int q, class W>
+  static Bytes codes(const W& words, int, int v) {
     return lookup_bytes(kDoubledE2m1, nibbles<4, q>(words, 0, v));
   }
 };
@@ -276,7 +309,8 @@ struct NVFP4 {
   static constexpr std::array<int, 0> kHalves{};
 
   // Half of an e4m3 value whose sign does not count; 0x7f is zero.
-  static void steps(const Words<NVFP4>& words, int v, F32* step, F32*) {
+  template <class W>
+  static void steps(const W& words, int v, F32* step, F32*) {
     for_each_place<4>([&](auto unit) {
       constexpr int u = decltype(unit)::value;
       const I32 byte = bit_and(shift_right<8 * u>(words.loose(v)), set1_i32(0xff));
@@ -287,8 +321,8 @@ struct NVFP4 {
       step[u] = select(equal(byte, set1_i32(0x7f)), zero_f32(), value);
     });
   }
-  template <int q>
-  static Bytes codes(const Words<NVFP4>& words, int span, int v) {
+  template <int q, class W>
+  static Bytes codes(const W& words, int span, int v) {
     return lookup_bytes(kDoubledE2m1, nibbles<2, q>(words, span * 2, v));
   }
 };
@@ -326,8 +360,9 @@ void with_type(int type, const F& f) {
 }
 
 // The values of one block: column c of row r to panel[c * stride + r]. factor: what steps and zeros are times.
-template <class T>
-inline void decode(const Words<T>& words, float* panel, int64_t stride, float factor = 1.0f) {
+template <class W>
+inline void decode(const W& words, float* panel, int64_t stride, float factor = 1.0f) {
+  using T = typename W::Type;
   constexpr int kUnits = T::kColumns / T::kUnit;
   for (int v = 0; v < kBlockVectors; ++v) {
     F32 step[kUnits], zero[kUnits];
@@ -353,13 +388,71 @@ inline void decode(const Words<T>& words, float* panel, int64_t stride, float fa
   }
 }
 
-// 16 rows of a weight, beginning with one: where they lie. The last stands for those that are not there.
-struct Rows {
-  const uint8_t* at[kBlockRows];
+// A weight is read strip after strip of 16 rows: `strip(i)` is one, and its `read(block, words)` gives a block of each
+// row. The last row stands for those that are not there, or zeros do, and the last strip for one that is not.
 
-  Rows(const uint8_t* codes, int64_t stride, int64_t first, int64_t n) {
-    for (int r = 0; r < kBlockRows; ++r) at[r] = codes + std::min(first + r, n - 1) * stride;
+constexpr int64_t kAheadOfRow = 512;  // bytes of a plain row that are asked for before they are needed
+
+// Blocks as they lie in the file, rows `stride` bytes apart.
+template <class T>
+struct PlainBlocks {
+  using Words = gguf::Words<T>;
+  static constexpr bool kInPlace = false;
+
+  struct Strip {
+    const uint8_t* rows[kBlockRows];  // any of the weight
+
+    void read(int64_t block, Words& words) const { words.gather(rows, block * T::kSize); }
+    // Ask for kCount blocks that follow some others.
+    template <int kCount>
+    void ask(int64_t block) const {
+      for (const uint8_t* row : rows)
+        for (int line = 0; line < kCount * T::kSize; line += 64)
+          __builtin_prefetch(row + block * T::kSize + kAheadOfRow + line);
+    }
+  };
+
+  const uint8_t* codes;
+  int64_t stride, n, k;
+
+  Strip strip(int64_t i) const {
+    Strip found;
+    for (int r = 0; r < kBlockRows; ++r) found.rows[r] = codes + std::min(i * kBlockRows + r, n - 1) * stride;
+    return found;
   }
+  const uint8_t* from(int64_t strip) const { return codes + std::min(strip * kBlockRows, n) * stride; }
+};
+
+// Blocks in the layout gguf_rows16, strips `stride` bytes apart.
+template <class T>
+struct PackedBlocks {
+  using Words = PackedWords<T>;
+  static constexpr bool kInPlace = true;
+
+  struct Strip {
+    const uint8_t* at;
+    int64_t blocks;
+
+    void read(int64_t block, Words& words) const {
+      constexpr int kWordBytes = 4 * Words::kCount * kBlockRows;
+      const uint8_t *halves = at + blocks * kWordBytes, *bytes = halves + blocks * kHalfBytes;
+      words.words = reinterpret_cast<const uint32_t*>(at + block * kWordBytes);
+      words.halves = reinterpret_cast<const uint16_t*>(halves + block * kHalfBytes);
+      words.bytes = bytes + block * kBlockRows;
+    }
+    template <int kCount>
+    void ask(int64_t block) const {
+      const uint8_t* from = at + block * T::kSize * kBlockRows + kAheadBytes;
+      for (int line = 0; line < kCount * T::kSize * kBlockRows; line += 64) __builtin_prefetch(from + line);
+    }
+  };
+  static constexpr int kHalfBytes = 2 * static_cast<int>(T::kHalves.size()) * kBlockRows;
+
+  const uint8_t* codes;
+  int64_t stride, n, k;
+
+  Strip strip(int64_t i) const { return {codes + std::min(i, (n - 1) / kBlockRows) * stride, k / T::kColumns}; }
+  const uint8_t* from(int64_t strip) const { return codes + strip * stride; }
 };
 
 }  // namespace gguf

@@ -10,8 +10,6 @@
 namespace lowbit {
 namespace gguf {
 
-constexpr int64_t kAheadOfRow = 512;  // bytes of a row that are asked for before they are needed
-
 using PairTokens = IntegerTokens<2, 4>;
 
 // Some blocks of 16 rows as the integers that tokens are multiplied with, made once for all of them.
@@ -26,7 +24,8 @@ struct Integers {
   // To a unit's sum, times that of its activations.
   alignas(64) float added[kAdds ? kBlocks * kUnits * kBlockRows : kBlockRows];
 
-  void put(int block, const Words<T>& words) {
+  template <class W>
+  void put(int block, const W& words) {
     const int first = block * kUnits;
     for (int v = 0; v < kBlockVectors; ++v) {
       F32 step[kUnits], zero[kUnits];
@@ -102,29 +101,27 @@ inline void multiply_blocks(int count, int tokens, const Integers<T>& blocks, co
   }
 }
 
-template <class T>
-void pairs_gemm(const uint8_t* codes, int64_t stride, int64_t n, int64_t k, float factor, const PairTokens& x,
-                int64_t m, const Output& out, int threads) {
+// A weight (PlainBlocks or PackedBlocks) all of whose values are times a factor.
+template <class T, class Blocks>
+void pairs_gemm(const Blocks& w, float factor, const PairTokens& x, int64_t m, const Output& out, int threads) {
   constexpr int kMost = kInt4Tokens<2>;
-  // Blocks whose words are interleaved before the first is read: what was just stored in halves cannot be loaded whole.
+  // Blocks that are read before the first is used: what was just stored in halves cannot be loaded whole.
   constexpr int kTogether = Integers<T>::kBlocks;
-  const int64_t blocks = (n + kBlockRows - 1) / kBlockRows, chunks = (m + kInt4ChunkTokens - 1) / kInt4ChunkTokens;
+  const int64_t blocks = (w.n + kBlockRows - 1) / kBlockRows, chunks = (m + kInt4ChunkTokens - 1) / kInt4ChunkTokens;
   parallel_for(blocks * chunks, threads, [&](int64_t task) {
     const int64_t block = task % blocks, first_token = m * (task / blocks) / chunks;
     const int64_t tokens = m * (task / blocks + 1) / chunks - first_token;
     const int64_t tiles = (tokens + kMost - 1) / kMost;  // of nearly equal size: 5 tokens are 3 + 2, not 4 + 1
-    const Rows rows(codes, stride, block * kBlockRows, n);
+    const auto strip = w.strip(block);
     Room sums_room(tokens * kBlockRows);
     float* sums = sums_room.data();
     std::fill_n(sums, tokens * kBlockRows, 0.0f);
-    for (int64_t first = 0; first < k; first += kTogether * T::kColumns) {
-      const int64_t begin = first / T::kColumns * T::kSize;
-      const int count = static_cast<int>(std::min<int64_t>(kTogether, (k - first) / T::kColumns));
-      for (const uint8_t* row : rows.at)
-        for (int line = 0; line < kTogether * T::kSize; line += 64)
-          __builtin_prefetch(row + begin + kAheadOfRow + line);
-      Words<T> words[kTogether];
-      for (int i = 0; i < count; ++i) words[i].gather(rows.at, begin + i * T::kSize);
+    for (int64_t first = 0; first < w.k; first += kTogether * T::kColumns) {
+      const int64_t begin = first / T::kColumns;
+      const int count = static_cast<int>(std::min<int64_t>(kTogether, w.k / T::kColumns - begin));
+      strip.template ask<kTogether>(begin);
+      typename Blocks::Words words[kTogether];
+      for (int i = 0; i < count; ++i) strip.read(begin + i, words[i]);
       Integers<T> integers;
       for (int i = 0; i < count; ++i) integers.put(i, words[i]);
       for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -137,7 +134,7 @@ void pairs_gemm(const uint8_t* codes, int64_t stride, int64_t n, int64_t k, floa
       F32 row[kBlockVectors];
       for (int v = 0; v < kBlockVectors; ++v)
         row[v] = mul(load_f32(sums + t * kBlockRows + v * kLanes), set1_f32(factor));
-      store_block(row, block, n, out.bias, out.bias_dtype, out.data, first_token + t, out.dtype);
+      store_block(row, block, w.n, out.bias, out.bias_dtype, out.data, first_token + t, out.dtype);
     }
   });
 }
