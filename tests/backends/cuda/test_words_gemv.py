@@ -28,10 +28,13 @@ def _parts_for(fmt: Format, packed: QuantizedTensor, dtype: torch.dtype) -> dict
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("spec", SPECS)
 def test_product(spec, dtype, monkeypatch):
-    """A simulated GPU gives the product of the dequantized weight, rounded once, for odd rows and up to 8 tokens."""
+    """A simulated GPU gives the product of the dequantized weight, rounded once, for odd rows and up to 8 tokens.
+
+    Warps have no block of 128 columns, one, or more than are on their way at a time.
+    """
     monkeypatch.setattr(kernels, "launch", cuda_simulator.launch)
     fmt = parse_spec(spec)
-    for n, k, m, processors in ((20 if "fp4" in spec else 17, 256, 1, 132), (40, 1280, 8, 132), (300, 256, 3, 1)):
+    for n, k, m, processors in ((20 if "fp4" in spec else 17, 256, 1, 132), (20, 4352, 8, 132), (132, 2304, 3, 1)):
         packed, _ = packed_weight(spec, n, k, words128.NAME)
         parts = _parts_for(fmt, packed, dtype)
         weight = fmt.dequantize(words128.unpack(fmt, parts), (n, k), torch.float32).double()

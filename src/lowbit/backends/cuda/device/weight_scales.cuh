@@ -11,6 +11,23 @@ enum Storage { kWords = 0, kBytes = 1 };
 // Scales of 16 bits are of the type of the activations.
 enum ScaleType { kHalfScale = 0, kFloatScale = 1, kE4M3 = 2, kE8M0 = 3 };
 
+// A stored scale as it lies in memory. `at` counts scales.
+template <ScaleType type>
+LOWBIT_DEVICE uint32_t stored_scale(const void* from, uint32_t at) {
+  if constexpr (type == kFloatScale) return __ldg(static_cast<const uint32_t*>(from) + at);
+  if constexpr (type == kHalfScale) return __ldg(static_cast<const uint16_t*>(from) + at);
+  return __ldg(static_cast<const uint8_t*>(from) + at);
+}
+
+// As float32.
+template <Half half, ScaleType type>
+LOWBIT_DEVICE float scale_value(uint32_t stored) {
+  if constexpr (type == kFloatScale) return __uint_as_float(stored);
+  if constexpr (type == kHalfScale) return half_to_float<half>(uint16_t(stored));
+  if constexpr (type == kE8M0) return e8m0_to_float(stored);
+  return e4m3_to_float(stored);
+}
+
 template <Half half, ScaleType type>
 LOWBIT_DEVICE float load_scale(const void* from, int64_t at) {
   if constexpr (type == kFloatScale) return __ldg(static_cast<const float*>(from) + at);
