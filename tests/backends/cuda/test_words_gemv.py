@@ -15,7 +15,15 @@ from lowbit.formats.base import Format
 from lowbit.layouts import words128
 from lowbit.tensor import QuantizedTensor
 
-SPECS = ("awq_w4a16", "awq_w4a16(group_size=32)", "awq_w4a16(group_size=256)", "wna16", "nvfp4", "mxfp4")
+SPECS = (
+    "awq_w4a16",
+    "awq_w4a16(group_size=32)",
+    "awq_w4a16(group_size=256)",
+    "wna16",
+    "nvfp4",
+    "nvfp4(global_scale_divides=true)",
+    "mxfp4",
+)
 
 
 def _parts_for(fmt: Format, packed: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

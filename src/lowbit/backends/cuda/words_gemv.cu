@@ -85,7 +85,7 @@ template <Code code, Half half, ScaleType scale_type, bool zeros, Storage storag
           int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, 2)
     words_gemv(const uint16_t* __restrict__ x, const uint4* __restrict__ codes, const void* __restrict__ scale,
-               const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_step,
+               const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_kind,
                const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, int m, int n, int k, int blocks_a_group) {
   constexpr bool kBiased = code == kIntegers;
   constexpr bool kSums = kBiased || zeros;
@@ -302,20 +302,20 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
     for (int depth = 0; depth < kDepth; ++depth)
       if (begin + depth * kWarps < blocks) multiply(depth, begin + depth * kWarps);
 
-  __shared__ float shared[kWarps][kTiles * 16][8];
+  __shared__ float shared[kWarps][8][kTiles * 16 + 4];  // a warp writes, and reads, different banks
 #pragma unroll
   for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) shared[warp][16 * t + owner + 8 * (i / 2)][2 * place + i % 2] = sums[t][i];
+    for (int i = 0; i < 4; ++i) shared[warp][2 * place + i % 2][16 * t + owner + 8 * (i / 2)] = sums[t][i];
   __syncthreads();
   for (int i = threadIdx.x; i < kTiles * 16 * 8; i += 32 * kWarps) {
     const int r = i % (kTiles * 16), token = i / (kTiles * 16);
     if (first + r >= n || token >= m) continue;
     float total = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += shared[w][r][token];
+    for (int w = 0; w < kWarps; ++w) total += shared[w][token][r];
     if constexpr (kPairs) total *= kPairScale<half>;
-    if (alpha != nullptr) total *= alpha[alpha_step * (first + r)];
+    total *= factor_of_row(alpha, alpha_kind, first + r);
     if (bias != nullptr) total += half_to_float<half>(bias[first + r]);
     out[int64_t(token) * n + first + r] = float_to_half<half>(total);
   }

@@ -29,7 +29,7 @@ def product(rows: Tensor, operands: Operands, bias: Tensor | None, out: Tensor, 
         f"{operands.has_zero}, lowbit::{'kBytes' if plain else 'kWords'}, {operands.sixteens}, {tiles}, {_WARPS}>"
     )
     arguments = [
-        rows, operands.codes, operands.scale, operands.zero, operands.alpha, operands.alpha_step, bias, out, m, n, k,
+        rows, operands.codes, operands.scale, operands.zero, operands.alpha, operands.alpha_kind, bias, out, m, n, k,
         operands.blocks_a_group,
     ]  # fmt: skip
     kernels.launch(_SOURCE, name, rows.device, -(-n // (STEP * tiles)), 32 * _WARPS, arguments)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "floats.cuh"
+#include "quotients.cuh"
 
 namespace lowbit {
 
@@ -26,6 +27,16 @@ LOWBIT_DEVICE float scale_value(uint32_t stored) {
   if constexpr (type == kHalfScale) return half_to_float<half>(uint16_t(stored));
   if constexpr (type == kE8M0) return e8m0_to_float(stored);
   return e4m3_to_float(stored);
+}
+
+// What the products of a row are multiplied by: 1 without `alpha`, alpha[row] where `kind` has bit 0, else alpha[0]; or
+// its reciprocal, where `kind` has bit 1. (A division would be a call, which makes a warpgroup's products wait.)
+LOWBIT_DEVICE float factor_of_row(const float* alpha, int kind, int64_t row) {
+  if (alpha == nullptr) return 1.0f;
+  const float value = __ldg(alpha + (kind & 1 ? row : 0));
+  if (!(kind & 2)) return value;
+  const float near = near_reciprocal(value);
+  return near == 0.0f || !is_finite(near) ? near : nearest_reciprocal(value, near);
 }
 
 template <Half half, ScaleType type>
