@@ -8,7 +8,7 @@ from tests.support.cpu_linear import activations, packed_weight
 
 pytest.importorskip("lowbit.backends.cuda", reason="no CUDA compiler", exc_type=ImportError)
 
-from lowbit.backends.cuda import kernels, linear_words
+from lowbit.backends.cuda import kernels, linear_words, words_gemv
 from lowbit.backends.gpu import Target, assume
 from lowbit.formats import parse_spec
 from lowbit.formats.base import Format
@@ -91,3 +91,13 @@ def test_extreme_scales(dtype, monkeypatch):
     with assume(Target("cuda", (9, 0))):
         found = linear_words.linear(fmt, x, parts, None)
     torch.testing.assert_close(found.double(), weight[:, 37:39].t().to(dtype).double(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("n", "tiles"),
+    [(3072, 1), (8192, 2), (9216, 1), (12288, 2), (14336, 1), (18432, 2), (28672, 2)],
+)
+def test_tiles(n, tiles):
+    """Two tiles a warp where that leaves no multiprocessor of an H200 with much more to do than the others."""
+    assert words_gemv._tiles(n, 4, 132) == tiles
+    assert words_gemv._tiles(n, 2, 132) == 1  # groups of 32: registers
