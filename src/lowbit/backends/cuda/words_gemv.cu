@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   constexpr bool kPairs = scale_type == kE4M3;       // scales are multiplied into the weights
   constexpr int kGroups = 8 / kSixteens;             // of a block of 128 columns
   constexpr int kRow = kGroups == 8 ? 12 : kGroups;  // words of shared memory of a row's scales: few bank conflicts
-  // Blocks of columns of a warp that are on their way; groups of 16 take too many registers for more.
-  constexpr int kDepth = kTiles == 2 || (kGroups == 8 && !kByteScales) ? 2 : 4;
+  // Blocks of columns of a warp that are on their way; scales of many groups take registers, too.
+  constexpr int kDepth = kByteScales || kGroups <= 2 ? 4 / kTiles : kGroups == 4 ? 3 : 2;
   constexpr int kLoad = storage == kWords || kSixteens == 8 ? 16 : kSixteens == 4 ? 8 : 4;  // bytes side by side
   constexpr int kHeldScales = kByteScales ? kGroups : 1;                                    // of a row in a lane
   constexpr bool kOwnZeros = zeros && kTiles == 2;  // with one tile half of the lanes load zeros, not scales
