@@ -25,6 +25,13 @@ int cuCtxSetCurrent(void* context) {
   fprintf(notes(), "enter %d\n", context == &contexts);
   return 0;
 }
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  static _Thread_local int current = 0;
+  const int before = current;
+  fprintf(notes(), "captures %d\n", *mode);
+  current = *mode;
+  return *mode = before, 0;
+}
 int cuModuleLoadData(void** module, const void* image) {
   fprintf(notes(), "load %.5s\n", (const char*)image);
   return *module = &modules, 0;
@@ -60,6 +67,7 @@ int cuGetProcAddress_v2(const char* symbol, void** found, int version, uint64_t 
       {"cuDevicePrimaryCtxRetain", cuDevicePrimaryCtxRetain},
       {"cuCtxSetCurrent", cuCtxSetCurrent},
       {"cuModuleLoadData", cuModuleLoadData},
+      {"cuThreadExchangeStreamCaptureMode", cuThreadExchangeStreamCaptureMode},
       {"cuModuleGetFunction", cuModuleGetFunction},
       {"cuFuncSetAttribute", cuFuncSetAttribute},
       {"cuFuncGetAttribute", cuFuncGetAttribute},

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 pytest.importorskip("lowbit.backends.cuda", reason="no CUDA compiler", exc_type=ImportError)
@@ -109,3 +111,18 @@ def test_capabilities():
     """The names of architectures and their numbers agree."""
     numbers = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
     assert [capability(name) for name in SHARED] == numbers
+
+
+def test_instructions_of_a_warp_stay_where_they_are():
+    """An instruction that all lanes of a warp reach together is volatile: others the compiler may move behind an if.
+
+    ("Inline PTX Assembly", Incorrect Optimization: asm without volatile may be deleted or moved.)
+    """
+    sources = [*compiler.FOLDER.glob("*.cu"), *(compiler.FOLDER / "device").glob("*.cuh")]
+    found = [
+        (path.name, *one)
+        for path in sources
+        for one in re.findall(r"\basm(\s+volatile)?\(\s*\"([^\"]*)", path.read_text())
+    ]
+    assert {"mma.cuh", "mma_tf32.cuh", "transpose.cuh"} <= {name for name, _, text in found if ".aligned" in text}
+    assert not [(name, text) for name, volatile, text in found if ".sync" in text and not volatile]

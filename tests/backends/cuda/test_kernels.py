@@ -61,27 +61,37 @@ def test_launch(tmp_path):
     assert said == [
         "retain 1",
         "enter 1",
+        "captures 2",  # loading is no part of a graph that is captured meanwhile
         "load a.cu-",
         "function symbol 1",
+        "captures 0",  # as it was before
         f"launch 1 3 1 1 64 1 1 1024 0x7 {address} -2 0.5 1 1",
         f"launch 1 4 5 1 64 1 1 1024 0x7 {address} -2 0.5 1 1",
         f"launch 1 6 7 8 64 1 1 1024 0x7 {address} -2 0.5 1 1",
         "retain 1",  # another thread
         "enter 1",
+        "captures 2",
         "load a.cu-",
         "function symbol 1",
         "attribute 1 8 100000",  # more shared memory than a kernel has without asking
+        "captures 0",
         f"launch 1 2 1 1 32 1 1 100000 0x7 {address} 1 2 1 1",
+        "captures 2",
         "load a.cu-",
         "function symbol 1",
         "asked 4 1",  # as many registers as it needs
+        "captures 0",
         f"launch 1 2 1 1 32 1 1 0 0x7 {address} 1 2 1 1",
+        "captures 2",
         "load a.cu-",
         "function symbol 1",
         "attribute 1 8 300000",
+        "captures 0",  # after a failure, too
+        "captures 2",
         "load a.cu-",
         "function symbol 1",
         "asked 4 1",
+        "captures 0",
     ]
     shared, registers, large = refused
     assert shared == (

@@ -63,7 +63,7 @@ CASES = [  # spec, dtype, (tokens, tiles, splits), (N, K, M), seed
     ("awq_w4a16", F, (64, 2, 1), (200, 256, 70), 7),
     ("awq_w4a16(group_size=32)", B, (128, 1, 1), (16, 256, 11), 8),
     ("nvfp4", B, (16, 2, 3), (64, 384, 10), 9),
-    ("nvfp4", F, (128, 2, 1), (129, 256, 9), 10),
+    ("nvfp4(global_scale_divides=true,row_global_scale=true)", F, (128, 2, 1), (129, 256, 9), 10),
     ("mxfp4", B, (32, 1, 1), (61, 256, 20), 11),
     ("mxfp4", F, (16, 2, 1), (61, 256, 12), 12),
 ]

@@ -8,14 +8,22 @@ from tests.support.cpu_linear import activations, packed_weight
 
 pytest.importorskip("lowbit.backends.cuda", reason="no CUDA compiler", exc_type=ImportError)
 
-from lowbit.backends.cuda import kernels, linear_words
+from lowbit.backends.cuda import kernels, linear_words, words_gemv
 from lowbit.backends.gpu import Target, assume
 from lowbit.formats import parse_spec
 from lowbit.formats.base import Format
 from lowbit.layouts import words128
 from lowbit.tensor import QuantizedTensor
 
-SPECS = ("awq_w4a16", "awq_w4a16(group_size=32)", "awq_w4a16(group_size=256)", "wna16", "nvfp4", "mxfp4")
+SPECS = (
+    "awq_w4a16",
+    "awq_w4a16(group_size=32)",
+    "awq_w4a16(group_size=256)",
+    "wna16",
+    "nvfp4",
+    "nvfp4(global_scale_divides=true)",
+    "mxfp4",
+)
 
 
 def _parts_for(fmt: Format, packed: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -28,10 +36,13 @@ def _parts_for(fmt: Format, packed: QuantizedTensor, dtype: torch.dtype) -> dict
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("spec", SPECS)
 def test_product(spec, dtype, monkeypatch):
-    """A simulated GPU gives the product of the dequantized weight, rounded once, for odd rows and up to 8 tokens."""
+    """A simulated GPU gives the product of the dequantized weight, rounded once, for odd rows and up to 8 tokens.
+
+    Warps have no block of 128 columns, one, or more than are on their way at a time.
+    """
     monkeypatch.setattr(kernels, "launch", cuda_simulator.launch)
     fmt = parse_spec(spec)
-    for n, k, m, processors in ((20 if "fp4" in spec else 17, 256, 1, 132), (40, 1280, 8, 132), (300, 256, 3, 1)):
+    for n, k, m, processors in ((20 if "fp4" in spec else 17, 256, 1, 132), (20, 4352, 8, 132), (132, 2304, 3, 1)):
         packed, _ = packed_weight(spec, n, k, words128.NAME)
         parts = _parts_for(fmt, packed, dtype)
         weight = fmt.dequantize(words128.unpack(fmt, parts), (n, k), torch.float32).double()
@@ -80,3 +91,13 @@ def test_extreme_scales(dtype, monkeypatch):
     with assume(Target("cuda", (9, 0))):
         found = linear_words.linear(fmt, x, parts, None)
     torch.testing.assert_close(found.double(), weight[:, 37:39].t().to(dtype).double(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("n", "tiles"),
+    [(3072, 1), (8192, 2), (9216, 1), (12288, 2), (14336, 1), (18432, 2), (28672, 2)],
+)
+def test_tiles(n, tiles):
+    """Two tiles a warp where that leaves no multiprocessor of an H200 with much more to do than the others."""
+    assert words_gemv._tiles(n, 4, 132) == tiles
+    assert words_gemv._tiles(n, 2, 132) == 1  # groups of 32: registers

@@ -124,6 +124,27 @@ class _Loaded:
 def _loaded(source: str, name: str, index: int, shared: int, registers: int) -> _Loaded:
     """The kernel on a device, whose context is torch's."""
     binary = compiler.compiled(source, name, architecture(torch.cuda.get_device_capability(index)))
+    with _beside_captures():
+        return _load(binary, name, index, shared, registers)
+
+
+@contextlib.contextmanager
+def _beside_captures() -> Iterator[None]:
+    """Within this block the driver loads what it is given although this or another thread captures a graph.
+
+    It refuses that else, and the graph is lost: in a graph there must be nothing that happens once. Loading happens
+    once, and belongs to no graph.
+    """
+    driver, what = _driver(), "allowing kernels to be loaded while a graph is captured"
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = _done(what, driver.cuThreadExchangeStreamCaptureMode(mode))
+    try:
+        yield
+    finally:
+        _done(what, driver.cuThreadExchangeStreamCaptureMode(before))
+
+
+def _load(binary: compiler.Binary, name: str, index: int, shared: int, registers: int) -> _Loaded:
     driver, what = _driver(), f"loading the CUDA kernel {name}"
     module = _done(what, driver.cuModuleLoadData(binary.code))
     function = _done(what, driver.cuModuleGetFunction(module, binary.symbol.encode()))

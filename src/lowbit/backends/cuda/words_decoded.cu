@@ -22,14 +22,14 @@ LOWBIT_DEVICE float value_of(uint32_t nibble) {
 template <Code code, Half half, ScaleType scale_type, bool zeros, Storage storage>
 __global__ void __launch_bounds__(256)
     decoded_weights(const uint4* __restrict__ codes, const void* __restrict__ scale, const void* __restrict__ zero,
-                    const float* __restrict__ alpha, int alpha_step, uint16_t* __restrict__ out, int first, int rows,
+                    const float* __restrict__ alpha, int alpha_kind, uint16_t* __restrict__ out, int first, int rows,
                     int n, int k, int group) {
   const int64_t index = int64_t(blockIdx.x) * 256 + threadIdx.x;
   const int pieces = k / 32, row = int(index / pieces), piece = int(index % pieces);
   if (row >= rows) return;
   const uint4 found = __ldcs(codes + int64_t(first + row) * pieces + piece);
   const uint32_t words[4] = {found.x, found.y, found.z, found.w};
-  const float factor = alpha == nullptr ? 1.0f : __ldg(alpha + int64_t(alpha_step) * (first + row));
+  const float factor = factor_of_row(alpha, alpha_kind, first + row);
   uint16_t* to = out + int64_t(row) * k;
   int last = -1;
   float by = 0.0f, more = 0.0f;

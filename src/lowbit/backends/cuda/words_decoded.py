@@ -38,7 +38,7 @@ def decoded(operands: Operands, start: int, stop: int, k: int, dtype: torch.dtyp
         f"{operands.has_zero}, lowbit::{'kBytes' if plain else 'kWords'}>"
     )
     arguments = [
-        operands.codes, operands.scale, operands.zero, operands.alpha, operands.alpha_step, out, start, rows,
+        operands.codes, operands.scale, operands.zero, operands.alpha, operands.alpha_kind, out, start, rows,
         operands.codes.shape[0], k, operands.group,
     ]  # fmt: skip
     kernels.launch(_SOURCE, name, out.device, ceil_div(rows * (k // _COLUMNS), _THREADS), _THREADS, arguments)

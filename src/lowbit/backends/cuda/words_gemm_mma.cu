@@ -82,7 +82,7 @@ template <Code code, Half half, ScaleType scale_type, bool zeros, Storage storag
 __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
                                   kColumns == 2 && (code == kE2M1 || kSixteens > 1) ? 2 : 1)
     words_gemm(const uint16_t* __restrict__ x, const unsigned char* __restrict__ codes, const void* __restrict__ scale,
-               const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_step,
+               const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_kind,
                const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, float* __restrict__ sums, int m, int n,
                int k, int blocks_a_group) {
   constexpr int kRows = 16 * kTiles * kRowWarps, kTokens = 8 * kColumns * kTokenWarps;
@@ -399,7 +399,7 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
   uint16_t* const to = out + int64_t(first_token) * n + first_row;
   const auto finished = [&](int token, int row) {
     float total = value_at(token, row);
-    if (alpha != nullptr) total *= __ldg(alpha + int64_t(alpha_step) * (first_row + row));
+    total *= factor_of_row(alpha, alpha_kind, first_row + row);
     if (bias != nullptr) total += half_to_float<half>(__ldg(bias + first_row + row));
     return uint32_t(float_to_half<half>(total));
   };
@@ -421,14 +421,14 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps * kParts,
 // out [m, n] = alpha * (sum over splits of sums [splits, m, n], in their order) + bias
 template <Half half>
 __global__ void __launch_bounds__(256)
-    add_splits(const float* __restrict__ sums, const float* __restrict__ alpha, int alpha_step,
+    add_splits(const float* __restrict__ sums, const float* __restrict__ alpha, int alpha_kind,
                const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, int splits, int m, int n) {
   const int row = blockIdx.x * 256 + threadIdx.x;
   if (row >= n) return;
   const int64_t at = int64_t(blockIdx.y) * n + row, size = int64_t(m) * n;
   float total = 0.0f;
   for (int split = 0; split < splits; ++split) total += sums[split * size + at];
-  if (alpha != nullptr) total *= alpha[int64_t(alpha_step) * row];
+  total *= factor_of_row(alpha, alpha_kind, row);
   if (bias != nullptr) total += half_to_float<half>(bias[row]);
   out[at] = float_to_half<half>(total);
 }

@@ -99,7 +99,7 @@ def product(rows: Tensor, operands: Operands, bias: Tensor | None, out: Tensor, 
     kernels.launch(
         _SOURCE, name, device, grid, tile.threads,
         [
-            rows, operands.codes, operands.scale, operands.zero, operands.alpha, operands.alpha_step, bias, out, sums,
+            rows, operands.codes, operands.scale, operands.zero, operands.alpha, operands.alpha_kind, bias, out, sums,
             m, n, k, operands.blocks_a_group,
         ],
         shared=plan.shared,
@@ -107,7 +107,7 @@ def product(rows: Tensor, operands: Operands, bias: Tensor | None, out: Tensor, 
     if sums is not None:
         kernels.launch(
             _SOURCE, f"lowbit::add_splits<{half}>", device, (-(-n // 256), m), 256,
-            [sums, operands.alpha, operands.alpha_step, bias, out, plan.splits, m, n],
+            [sums, operands.alpha, operands.alpha_kind, bias, out, plan.splits, m, n],
         )  # fmt: skip
 
 

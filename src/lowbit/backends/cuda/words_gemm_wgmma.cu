@@ -193,7 +193,7 @@ template <Code code, Half half, ScaleType scale_type, bool zeros, int kSixteens,
 __global__ void __launch_bounds__(kMultiplying + kFetching,
                                   (Plan<half, scale_type, zeros, kSixteens, kTokens, kTiles>::kBlocks))
     words_gemm(const uint16_t* __restrict__ x, const uint4* __restrict__ codes, const void* __restrict__ scale,
-               const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_step,
+               const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_kind,
                const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, float* __restrict__ parts, int m, int n,
                int k, int blocks_a_group) {
   using P = Plan<half, scale_type, zeros, kSixteens, kTokens, kTiles>;
@@ -427,7 +427,7 @@ __global__ void __launch_bounds__(kMultiplying + kFetching,
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int local = warp * 16 + owner + t * 64 + 8 * h, row = min(first_row + group_row + local, n - 1);
-      const float all = alpha == nullptr ? 1.0f : alpha[alpha_step * row];
+      const float all = factor_of_row(alpha, alpha_kind, row);
       const float added = bias == nullptr ? 0.0f : half_to_float<half>(bias[row]);
 #pragma unroll
       for (int j = 0; j < kTokens / 8; ++j)
@@ -444,7 +444,7 @@ __global__ void __launch_bounds__(kMultiplying + kFetching,
 template <Half half>
 __global__ void __launch_bounds__(128)
     add_word_splits(const float4* __restrict__ parts, int splits, int tiles, int eights,
-                    const float* __restrict__ alpha, int alpha_step, const uint16_t* __restrict__ bias,
+                    const float* __restrict__ alpha, int alpha_kind, const uint16_t* __restrict__ bias,
                     uint16_t* __restrict__ out, int m, int n) {
   constexpr int kPitch = 64 + 8;
   __shared__ uint4 memory[16 * kPitch / 8];
@@ -465,7 +465,7 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int local = warp * 16 + owner + 8 * h, row = min(int(blockIdx.x) * 64 + local, n - 1);
-    const float all = alpha == nullptr ? 1.0f : alpha[alpha_step * row];
+    const float all = factor_of_row(alpha, alpha_kind, row);
     const float added = bias == nullptr ? 0.0f : half_to_float<half>(bias[row]);
 #pragma unroll
     for (int j = 0; j < 2; ++j)

@@ -91,7 +91,7 @@ def _product(rows: Tensor, operands: Operands, bias: Tensor | None, out: Tensor)
     row_tiles, eights = grid[0] * tiles.rows // 64, grid[1] * tiles.tokens // 8
     sums = rows.new_empty((tiles.splits, row_tiles, eights, 128, 4), dtype=torch.float32) if tiles.splits > 1 else None
     arguments: list[kernels.Argument] = [
-        rows, operands.codes, operands.scale, operands.zero, operands.alpha, operands.alpha_step, bias, out, sums,
+        rows, operands.codes, operands.scale, operands.zero, operands.alpha, operands.alpha_kind, bias, out, sums,
         m, n, k, operands.blocks_a_group,
     ]  # fmt: skip
     kernels.launch(
@@ -100,7 +100,7 @@ def _product(rows: Tensor, operands: Operands, bias: Tensor | None, out: Tensor)
     if sums is not None:
         kernels.launch(
             _SOURCE, f"lowbit::add_word_splits<{half}>", device, (-(-n // 64), -(-m // _FEWEST)), 128,
-            [sums, tiles.splits, row_tiles, eights, operands.alpha, operands.alpha_step, bias, out, m, n],
+            [sums, tiles.splits, row_tiles, eights, operands.alpha, operands.alpha_kind, bias, out, m, n],
         )  # fmt: skip
 
 

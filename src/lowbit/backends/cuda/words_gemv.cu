@@ -18,8 +18,12 @@
 // ones. An e2m1 code times the e4m3 scale of its 16 columns has six bits, and is exact in 16: such scales are
 // multiplied in before the product. Nothing is rounded but x.
 //
-// Scales of one byte are read by the warp as a whole, 4 rows a lane, made floats once and handed out through shared
-// memory: by itself every lane would load and convert 16 of them for the 64 codes that it decodes.
+// Codes and scales of the next kDepth blocks of a warp are on their way: memory answers after some 800 ns, in which it
+// could send a multiprocessor of an H200 30 KiB, and a long weight leaves a warp three blocks in all.
+//
+// A scale is loaded by one lane and told to the others that need it, by itself each would load as many as four do.
+// Those of one byte are read by the warp as a whole, 4 rows a lane, made floats once and handed out through shared
+// memory.
 #include "mma.cuh"
 #include "weight_scales.cuh"
 
@@ -81,7 +85,7 @@ template <Code code, Half half, ScaleType scale_type, bool zeros, Storage storag
           int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, 2)
     words_gemv(const uint16_t* __restrict__ x, const uint4* __restrict__ codes, const void* __restrict__ scale,
-               const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_step,
+               const void* __restrict__ zero, const float* __restrict__ alpha, int alpha_kind,
                const uint16_t* __restrict__ bias, uint16_t* __restrict__ out, int m, int n, int k, int blocks_a_group) {
   constexpr bool kBiased = code == kIntegers;
   constexpr bool kSums = kBiased || zeros;
@@ -89,6 +93,11 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   constexpr bool kPairs = scale_type == kE4M3;       // scales are multiplied into the weights
   constexpr int kGroups = 8 / kSixteens;             // of a block of 128 columns
   constexpr int kRow = kGroups == 8 ? 12 : kGroups;  // words of shared memory of a row's scales: few bank conflicts
+  // Blocks of columns of a warp that are on their way; scales of many groups take registers, too.
+  constexpr int kDepth = kByteScales || kGroups <= 2 ? 4 / kTiles : kGroups == 4 ? 3 : 2;
+  constexpr int kLoad = storage == kWords || kSixteens == 8 ? 16 : kSixteens == 4 ? 8 : 4;  // bytes side by side
+  constexpr int kHeldScales = kByteScales ? kGroups : 1;                                    // of a row in a lane
+  constexpr bool kOwnZeros = zeros && kTiles == 2;  // with one tile half of the lanes load zeros, not scales
   static_assert(!kPairs || (code == kE2M1 && kSixteens == 1), "scales in the weights are for groups of 16");
   static_assert(!kByteScales || (storage == kWords && kSixteens <= 2), "scales of a byte are for groups of 16 and 32");
   static_assert(storage == kWords || kSixteens > 1, "8 columns of a word lie in one group, and so do 4 lanes' words");
@@ -103,70 +112,89 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
     for (int h = 0; h < 2; ++h) row[t][h] = min(first + 16 * t + owner + 8 * h, n - 1);
 
   // A lane without a token takes the first one's: what it makes of it is a column of the sums that nobody stores.
-  const uint16_t* token = x + int64_t(owner < m ? owner : 0) * k;
-  const uint4* next[kTiles][2];
+  const auto* next_x = reinterpret_cast<const unsigned char*>(x + int64_t(owner < m ? owner : 0) * k + warp * 128) +
+                       (storage == kWords ? place * 8 : word_of<kSixteens>(place, 0) * 16);
+  const unsigned char* next[kTiles][2];
   const uint8_t* next_scales[kTiles];
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) next[t][h] = codes + int64_t(row[t][h]) * (k / 32) + warp * 4;
+    for (int h = 0; h < 2; ++h)
+      next[t][h] =
+          reinterpret_cast<const unsigned char*>(codes + int64_t(row[t][h]) * (k / 32) + warp * 4) + place * kLoad;
     next_scales[t] = static_cast<const uint8_t*>(scale) + int64_t(warp * kGroups + owner % kGroups) * n +
                      min(first + 16 * t + 4 * place, n - 4);
   }
+  const uint32_t own_row = min(first + 8 * (place % (2 * kTiles)) + owner, n - 1);
+  const void* own_scale = zeros && kTiles == 1 && place / 2 ? zero : scale;
   float sums[kTiles][4] = {};
-  uint4 ahead[kTiles][2];
-  uint32_t scales_ahead[kTiles];
-  const auto fetch = [&] {
+  uint4 ahead[kDepth][kTiles][2];
+  uint32_t scales_ahead[kDepth][kByteScales ? kTiles : kGroups], zeros_ahead[kDepth][kOwnZeros ? kGroups : 1];
+  const auto fetch = [&](int depth, int block) {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint4* from = next[t][h];
-        next[t][h] += kWarps * 4;
-        if constexpr (storage == kWords || kSixteens == 8) {
-          ahead[t][h] = __ldcs(from + place);
-        } else if constexpr (kSixteens == 4) {
-          const uint2 low = __ldcs(reinterpret_cast<const uint2*>(from) + place);
-          const uint2 high = __ldcs(reinterpret_cast<const uint2*>(from) + 4 + place);
-          ahead[t][h] = make_uint4(low.x, low.y, high.x, high.y);
+        const unsigned char* from = next[t][h];
+        next[t][h] += kWarps * 64;
+        uint4& to = ahead[depth][t][h];
+        if constexpr (kLoad == 16) {
+          to = __ldcs(reinterpret_cast<const uint4*>(from));
+        } else if constexpr (kLoad == 8) {
+          const auto* pair = reinterpret_cast<const uint2*>(from);
+          const uint2 low = __ldcs(pair), high = __ldcs(pair + 4);
+          to = make_uint4(low.x, low.y, high.x, high.y);
         } else {
-          const auto* word = reinterpret_cast<const uint32_t*>(from) + place;
-          ahead[t][h] = make_uint4(__ldcs(word), __ldcs(word + 4), __ldcs(word + 8), __ldcs(word + 12));
+          const auto* word = reinterpret_cast<const uint32_t*>(from);
+          to = make_uint4(__ldcs(word), __ldcs(word + 4), __ldcs(word + 8), __ldcs(word + 12));
         }
       }
     if constexpr (kByteScales) {  // of 16 rows and the block's groups, rows 4 place .. + 3 of group `owner`
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        scales_ahead[t] = __ldcs(reinterpret_cast<const uint32_t*>(next_scales[t]));
+        scales_ahead[depth][t] = __ldcs(reinterpret_cast<const uint32_t*>(next_scales[t]));
         next_scales[t] += int64_t(kWarps * kGroups) * n;
+      }
+    } else {
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const uint32_t group =
+            kSixteens == 8 ? uint32_t(block) / uint32_t(blocks_a_group) : uint32_t(block) * kGroups + g;
+        const uint32_t at = group * uint32_t(n) + own_row;
+        scales_ahead[depth][g] = stored_scale<scale_type>(own_scale, at);
+        if constexpr (kOwnZeros) zeros_ahead[depth][g] = stored_scale<scale_type>(zero, at);
       }
     }
   };
-  if (warp < blocks) fetch();
+#pragma unroll
+  for (int depth = 0; depth < kDepth; ++depth)
+    if (warp + depth * kWarps < blocks) fetch(depth, warp + depth * kWarps);
 
   __shared__ __align__(16) uint32_t staged[kByteScales ? kWarps : 1][kTiles][16][kRow];
-  for (int block = warp; block < blocks; block += kWarps) {
+  const auto multiply = [&](int depth, int block) {
     uint32_t words[kTiles][2][4];  // of words128 as two Spreads
 #pragma unroll
     for (int t = 0; t < kTiles; ++t)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint4 found = ahead[t][h];
+        const uint4 found = ahead[depth][t][h];
         words[t][h][0] = found.x, words[t][h][1] = found.y, words[t][h][2] = found.z, words[t][h][3] = found.w;
         if constexpr (storage == kWords) {
           const Spread left = spread_words(found.x, found.y), right = spread_words(found.z, found.w);
           words[t][h][0] = left.low, words[t][h][1] = left.high, words[t][h][2] = right.low,
           words[t][h][3] = right.high;
         }
+        hold(words[t][h]);  // what comes next may take the place of `found`
       }
-    uint32_t scales[kTiles][2][kByteScales ? kGroups : 1];
+    uint32_t scales[kTiles][2][kHeldScales];
+    float own_factor[kGroups], own_shift[kGroups];  // of one row, which other lanes are to be told
     if constexpr (kByteScales) {
       __syncwarp();  // all lanes have read those of the last block
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint32_t byte = scales_ahead[t] >> 8 * i & 255u;
+          const uint32_t byte = scales_ahead[depth][t] >> 8 * i & 255u;
           uint32_t made;
           if constexpr (kPairs)
             made = scale_pair<half>(e4m3_to_float(byte));
@@ -185,22 +213,30 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
             scales[t][h][q] = found.x, scales[t][h][q + 1] = found.y;
             scales[t][h][q + 2] = found.z, scales[t][h][q + 3] = found.w;
           }
+    } else {
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        own_factor[g] = scale_value<half, scale_type>(scales_ahead[depth][g]);
+        own_shift[g] = kBiased ? -kBias * own_factor[g] : 0.0f;
+        if constexpr (kOwnZeros) own_shift[g] += scale_value<half, scale_type>(zeros_ahead[depth][g]);
+      }
     }
     uint2 values[8];
     if constexpr (storage == kWords) {
-      const auto* from = reinterpret_cast<const uint2*>(token) + block * 32 + place;
+      const auto* from = reinterpret_cast<const uint2*>(next_x);
 #pragma unroll
       for (int j = 0; j < 8; ++j) values[j] = __ldg(from + j * 4);
     } else {
-      const auto* from = reinterpret_cast<const uint4*>(token) + block * 16;
+      const auto* from = reinterpret_cast<const uint4*>(next_x);
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        const uint4 found = __ldg(from + word_of<kSixteens>(place, w));
+        const uint4 found = __ldg(from + word_of<kSixteens>(0, w));
         values[2 * w] = make_uint2(pick_bytes<0x5410>(found.x, found.z), pick_bytes<0x7632>(found.x, found.z));
         values[2 * w + 1] = make_uint2(pick_bytes<0x5410>(found.y, found.w), pick_bytes<0x7632>(found.y, found.w));
       }
     }
-    if (block + kWarps < blocks) fetch();
+    next_x += kWarps * 256;
+    if (block + kDepth * kWarps < blocks) fetch(depth, block + kDepth * kWarps);
 
     // Operand A of product j of tile t: register i is of row i % 2 and of the columns i / 2.
     const auto operand = [&](int t, int i, int j) {
@@ -218,9 +254,6 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
           mma<half>(totals, ones, ones, ones, ones, values[j].x, values[j].y);
       }
       const int group = begin / kSixteens;
-      const uint32_t at =
-          (kSixteens == 8 ? uint32_t(block) / uint32_t(blocks_a_group) : uint32_t(block) * kGroups + group) *
-          uint32_t(n);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
         if constexpr (kPairs) {
@@ -247,10 +280,13 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
           if constexpr (kByteScales)
             factor = __uint_as_float(scales[t][h][group]);
           else
-            factor = load_scale<half, scale_type>(scale, at + row[t][h]);
+            factor = from_place(own_factor[group], 2 * t + h);
           if constexpr (kSums) {
-            float shift = kBiased ? -kBias * factor : 0.0f;
-            if constexpr (zeros) shift += load_scale<half, scale_type>(zero, at + row[t][h]);
+            float shift;
+            if constexpr (zeros && kTiles == 1)
+              shift = fmaf(-kBias, kBiased ? factor : 0.0f, from_place(own_factor[group], 2 + h));
+            else
+              shift = from_place(own_shift[group], 2 * t + h);
             sums[t][2 * h] = fmaf(shift, totals[0], sums[t][2 * h]);
             sums[t][2 * h + 1] = fmaf(shift, totals[1], sums[t][2 * h + 1]);
           }
@@ -260,22 +296,26 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
         }
       }
     }
-  }
+  };
+  for (int begin = warp; begin < blocks; begin += kDepth * kWarps)
+#pragma unroll
+    for (int depth = 0; depth < kDepth; ++depth)
+      if (begin + depth * kWarps < blocks) multiply(depth, begin + depth * kWarps);
 
-  __shared__ float shared[kWarps][kTiles * 16][8];
+  __shared__ float shared[kWarps][8][kTiles * 16 + 4];  // a warp writes, and reads, different banks
 #pragma unroll
   for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) shared[warp][16 * t + owner + 8 * (i / 2)][2 * place + i % 2] = sums[t][i];
+    for (int i = 0; i < 4; ++i) shared[warp][2 * place + i % 2][16 * t + owner + 8 * (i / 2)] = sums[t][i];
   __syncthreads();
   for (int i = threadIdx.x; i < kTiles * 16 * 8; i += 32 * kWarps) {
     const int r = i % (kTiles * 16), token = i / (kTiles * 16);
     if (first + r >= n || token >= m) continue;
     float total = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += shared[w][r][token];
+    for (int w = 0; w < kWarps; ++w) total += shared[w][token][r];
     if constexpr (kPairs) total *= kPairScale<half>;
-    if (alpha != nullptr) total *= alpha[alpha_step * (first + r)];
+    total *= factor_of_row(alpha, alpha_kind, first + r);
     if (bias != nullptr) total += half_to_float<half>(bias[first + r]);
     out[int64_t(token) * n + first + r] = float_to_half<half>(total);
   }

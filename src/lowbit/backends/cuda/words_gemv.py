@@ -7,11 +7,14 @@ from torch import Tensor
 from lowbit.backends.cuda import kernels
 from lowbit.backends.cuda.words_operands import HALVES, STEP, Operands
 from lowbit.backends.gpu import target_of
+from lowbit.numerics.groups import ceil_div
 
 MOST = 8  # tokens
 _SOURCE = "words_gemv.cu"
 _WARPS = 8  # of a block
-_WAVES = 4  # blocks for each multiprocessor that make larger tiles worth while; reasoned, not measured
+_RESIDENT = 2  # blocks that a multiprocessor has at a time
+_GROUPED = 4  # sixteens of columns of a group from which a warp may take two tiles
+_COST = {2: 1.8, 1: 1.0}  # of a block, by tiles, the first of equals is taken; reasoned from instructions, not measured
 _BYTE_SCALES = 4  # rows whose scales of one byte are read at a time
 
 
@@ -29,12 +32,17 @@ def product(rows: Tensor, operands: Operands, bias: Tensor | None, out: Tensor, 
         f"{operands.has_zero}, lowbit::{'kBytes' if plain else 'kWords'}, {operands.sixteens}, {tiles}, {_WARPS}>"
     )
     arguments = [
-        rows, operands.codes, operands.scale, operands.zero, operands.alpha, operands.alpha_step, bias, out, m, n, k,
+        rows, operands.codes, operands.scale, operands.zero, operands.alpha, operands.alpha_kind, bias, out, m, n, k,
         operands.blocks_a_group,
     ]  # fmt: skip
     kernels.launch(_SOURCE, name, rows.device, -(-n // (STEP * tiles)), 32 * _WARPS, arguments)
 
 
 def _tiles(n: int, sixteens: int, processors: int) -> int:
-    """Tiles of 16 rows a warp: more of them share a load of x, fewer make more blocks and need fewer registers."""
-    return 2 if sixteens > 2 and n >= _WAVES * processors * 2 * STEP else 1
+    """Tiles of 16 rows of a warp: two share a load of x, one makes blocks of which processors have more nearly as many.
+
+    Two need groups of 64 columns, for registers, and blocks enough that every processor has loads under way.
+    """
+    if sixteens < _GROUPED or ceil_div(n, 2 * STEP * processors) < _RESIDENT:
+        return 1
+    return min(_COST, key=lambda tiles: ceil_div(n, STEP * tiles * processors) * _COST[tiles])

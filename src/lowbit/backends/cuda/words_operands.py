@@ -38,6 +38,8 @@ class Operands:
     zero: Tensor | None = None
     alpha: Tensor | None = None
     """What all products are multiplied by, or those of each row."""
+    divides: bool = False
+    """Whether they are divided by alpha instead."""
 
     @property
     def sixteens(self) -> int:
@@ -50,9 +52,10 @@ class Operands:
         return max(1, self.group // words128.COLUMNS)
 
     @property
-    def alpha_step(self) -> int:
-        """How far the factors of neighbouring rows are apart: 0 where all have one."""
-        return 0 if self.alpha is None or self.alpha.numel() == 1 else 1
+    def alpha_kind(self) -> int:
+        """1 where each row has a factor of its own, 0 where all have one; and 2 where products are divided by it."""
+        own = self.alpha is not None and self.alpha.numel() > 1
+        return int(own) + 2 * self.divides
 
     @property
     def has_zero(self) -> str:
@@ -64,9 +67,8 @@ def operands_of(fmt: Format, parts: Parts, k: int) -> Operands:
     """The operands of a weight with K columns, in words128 or as files hold it."""
     codes, scale, group = parts["qdata"], parts["scale"], fmt.unit((1, k))[1]
     if fmt.name == "nvfp4":
-        shared = parts["global_scale"].float()
-        alpha = shared.reciprocal() if fmt.config()["global_scale_divides"] else shared
-        return Operands(codes, scale, "kE2M1", "kE4M3", group, alpha=alpha.contiguous())
+        shared, divides = parts["global_scale"].float().contiguous(), fmt.config()["global_scale_divides"]
+        return Operands(codes, scale, "kE2M1", "kE4M3", group, alpha=shared, divides=divides)
     if fmt.name == "mxfp4":
         return Operands(codes, scale, "kE2M1", "kE8M0", group)
     kind = "kFloatScale" if scale.dtype == torch.float32 else "kHalfScale"

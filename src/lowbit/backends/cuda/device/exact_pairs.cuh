@@ -85,23 +85,6 @@ constexpr bool kScalesPairs = type == kE4M3 || (type == kE8M0 && half == kBFloat
 template <ScaleType type>
 constexpr float kPairsScale = type == kE4M3 ? 128.0f : 1.0f;
 
-// A stored scale as it lies in memory. `at` counts scales.
-template <ScaleType type>
-LOWBIT_DEVICE uint32_t stored_scale(const void* from, uint32_t at) {
-  if constexpr (type == kFloatScale) return __ldg(static_cast<const uint32_t*>(from) + at);
-  if constexpr (type == kHalfScale) return __ldg(static_cast<const uint16_t*>(from) + at);
-  return __ldg(static_cast<const uint8_t*>(from) + at);
-}
-
-// As float32.
-template <Half half, ScaleType type>
-LOWBIT_DEVICE float scale_value(uint32_t stored) {
-  if constexpr (type == kFloatScale) return __uint_as_float(stored);
-  if constexpr (type == kHalfScale) return half_to_float<half>(uint16_t(stored));
-  if constexpr (type == kE8M0) return e8m0_to_float(stored);
-  return e4m3_to_float(stored);
-}
-
 // As a pair of twice the same, for `scaled_pair`.
 template <Half half, ScaleType type>
 LOWBIT_DEVICE uint32_t scale_pair(uint32_t stored) {

@@ -31,8 +31,9 @@ LOWBIT_DEVICE float e4m3_to_float(uint32_t code) {
 #endif
 }
 
+// 2**(code - 127): the smallest is half of the smallest normal float, and 255 is NaN. Both have the same mantissa bit.
 LOWBIT_DEVICE float e8m0_to_float(uint32_t code) {
-  return __uint_as_float(code == 255 ? 0x7FC00000u : code ? code << 23 : 1u << 22);
+  return __uint_as_float(code << 23 | ((code + 1 & 255u) < 2 ? 1u << 22 : 0));
 }
 
 }  // namespace lowbit

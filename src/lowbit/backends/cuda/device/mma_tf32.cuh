@@ -18,7 +18,8 @@ LOWBIT_DEVICE float tf32_rest(float value) { return tf32_part(value - tf32_part(
 // sums += A B, m16n8k8. Every number must be one that TF32 holds.
 LOWBIT_DEVICE void mma_tf32(float (&sums)[4], const float (&a)[4], float b0, float b1) {
 #ifdef __CUDACC_RTC__
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),

@@ -112,6 +112,29 @@ LOWBIT_DEVICE float from_lane(float value, int lane) {
   return __uint_as_float(from_lane(__float_as_uint(value), lane));
 }
 
+// The value of lane `place` (0..3) of this lane's four neighbours. A constant place takes no register.
+LOWBIT_DEVICE float from_place(float value, int place) {
+#ifdef __CUDACC_RTC__
+  return __shfl_sync(0xFFFFFFFFu, value, place, 4);
+#else
+  return from_lane(value, int(threadIdx.x % 32 & ~3u) + place);
+#endif
+}
+
+// The compiler has these registers ready at this point, and keeps them as they are: around waits, for sums that
+// products write, or so that what they were made of need not be kept.
+template <typename T, int count>
+LOWBIT_DEVICE void hold(T (&registers)[count]) {
+#ifdef __CUDACC_RTC__
+#pragma unroll
+  for (int i = 0; i < count; ++i)
+    if constexpr (sizeof(T) == 4 && T(0.5f) != T(0))
+      asm volatile("" : "+f"(registers[i])::"memory");
+    else
+      asm volatile("" : "+r"(registers[i])::"memory");
+#endif
+}
+
 // The shared memory whose size the launch gives, at a multiple of 1024 bytes.
 LOWBIT_DEVICE unsigned char* dynamic_shared() {
 #ifdef __CUDACC_RTC__

@@ -59,19 +59,6 @@ LOWBIT_DEVICE void wait_products() {
 #endif
 }
 
-// The compiler keeps these registers as they are at this point: around waits, for sums that products write.
-template <typename T, int count>
-LOWBIT_DEVICE void hold(T (&registers)[count]) {
-#ifdef __CUDACC_RTC__
-#pragma unroll
-  for (int i = 0; i < count; ++i)
-    if constexpr (sizeof(T) == 4 && T(0.5f) != T(0))
-      asm volatile("" : "+f"(registers[i])::"memory");
-    else
-      asm volatile("" : "+r"(registers[i])::"memory");
-#endif
-}
-
 // Registers of a thread of this warpgroup from now on, a multiple of 8: fewer, before others can have more.
 template <int count>
 LOWBIT_DEVICE void give_registers() {
