@@ -137,5 +137,5 @@ def _sections(fmt: GgufBlock, device: torch.device) -> list[tuple[Tensor, int]]:
 
 
 register_layout(
-    Layout(NAME, VERSION, ("gguf",), pack, unpack, refuses, stored=False, rows=rows, shapes=shapes, alignment=_LINE)
+    Layout(NAME, VERSION, ("gguf",), pack, unpack, refuses, stored=False, rows=rows, shapes=shapes, alignment=_WORD)
 )
