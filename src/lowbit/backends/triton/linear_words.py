@@ -85,7 +85,7 @@ def _linear_words(
     place = tl.arange(0, BLOCK_N)
     rows = tl.program_id(0) * HEIGHT + place % HEIGHT
     piece = place // HEIGHT
-    width = k // fold
+    width = k // (fold * 128) * 128
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
     dtype: tl.constexpr = x.dtype.element_ty
@@ -93,7 +93,9 @@ def _linear_words(
     loaded = tl.where(rows < n, rows, 0)  # rows beyond the last repeat row 0: no mask in the loop
     present = (tokens < m * fold)[None, :]
     word = tl.arange(0, 16)
-    code_at = codes + (loaded.to(tl.int64) * (k // 8) + piece * (width // 8))[:, None] + word[None, :]
+    # Blocks times words, not k // 8: so the compiler sees that every block begins at a multiple of 64 bytes.
+    row_words, piece_words = k // 128 * 16, width // 128 * 16
+    code_at = codes + (loaded.to(tl.int64) * row_words + piece * piece_words)[:, None] + word[None, :]
     column = tl.arange(0, 128 if join else 16)
     x_at = x + tokens[None, :].to(tl.int64) * width + column[:, None]
     scales_at = loaded + piece.to(tl.int64) * (width // GROUP) * n if fold > 1 else loaded
