@@ -22,10 +22,10 @@ def programs_for(m: int, *, decodes: bool) -> int:
 def splits_for(m: int, n: int, blocks: int, target: Target, *, decodes: bool = True) -> int:
     """Into how many pieces to cut `blocks` blocks of columns so that every processor has work: a power of two.
 
-    decodes: whether weights are decoded in registers. Then a few warps a processor cannot issue as fast as memory gives,
-    and with few tokens more are wanted; codes that go to the tensor cores as they are need no more programs than have
-    enough bytes on their way. A piece costs 8 bytes a result, written and read again, and a second kernel: two pieces
-    for 256 tokens are as many bytes as a weight of 4 bits. Reasoned, not measured on a GPU yet.
+    decodes: whether weights are decoded in registers. Then a few warps a processor cannot issue as fast as memory
+    gives, and with few tokens more are wanted; codes that go to the tensor cores as they are need no more programs than
+    have enough bytes on their way. A piece costs 8 bytes a result, written and read again, and a second kernel: two
+    pieces for 256 tokens are as many bytes as a weight of 4 bits. Reasoned, not measured on a GPU yet.
     """
     tiles = triton.cdiv(n, _ROWS) * triton.cdiv(m, 128)
     wanted = min(programs_for(m, decodes=decodes) * target.processors // tiles, blocks, _MOST)
