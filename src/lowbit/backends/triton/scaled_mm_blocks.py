@@ -73,6 +73,7 @@ def _scaled_mm_blocks(
     blocks = tl.cdiv(width, WORDS)
     first = blocks * split // splits
     last = blocks * (split + 1) // splits
+    tl.assume(first < last)  # else the compiler, for what skips the loop, lets each product of Hopper's end at once
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # Scales are read one block ahead: they are too small for copies that go on by themselves.
     b_next = _scales(b_scale, row, first, groups, GROUPS, RAGGED)
