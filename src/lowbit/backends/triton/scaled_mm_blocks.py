@@ -163,6 +163,8 @@ def product(
     out = torch.empty((m, n), dtype=out_dtype, device=a.device)
     if not m or not n:
         return out
+    if not a.shape[1]:  # nothing to multiply: the kernel counts on a block of columns
+        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     target = device.target_of(a.device)
     old = target.kind == "cuda" and not target.assembles
     dtype = torch.float32 if old or target.kind == "interpreter" else torch.bfloat16
@@ -178,7 +180,7 @@ def product(
         out=sums, m=m, m_bucket=bucket(m), n=n, width=a.shape[1] // 4, groups=k // (16 if fp4 else 32), splits=splits,
         FP4=fp4, DTYPE=tl.float32 if dtype == torch.float32 else tl.bfloat16, TINY=fp4 and target.assembles,
         PROGRAM="" if fp4 else bytes_values.program(bytes_values.E4M3, dtype, target, scaled=False),
-        RAGGED=k % columns != 0 or k == 0, BLOCK_K=columns,
+        RAGGED=k % columns != 0, BLOCK_K=columns,
     )  # fmt: skip
     if splits > 1:
         add_splits(sums, alpha, bias, out)
