@@ -96,8 +96,8 @@ def _grouped_product(
         scale_at = scale + tile * 128 + row
         code_step, scale_step = 4096, 128
     else:
-        # Of groups times bytes the compiler sees that every row begins at a multiple of 32 bytes, of k // 2 only 8. With
-        # copies of 16, though, assemblers for GPUs without wgmma spill a few registers.
+        # Of groups times bytes the compiler sees that every row begins at a multiple of 32 bytes, of k // 2 only of 8.
+        # With copies of 16, though, assemblers for GPUs without wgmma spill a few registers.
         row_bytes = groups * 32 if OFFSET == 1 else k // 2
         code_at = codes + loaded[:, None].to(tl.int64) * row_bytes + byte[None, :]
         scale_at = scale + loaded
