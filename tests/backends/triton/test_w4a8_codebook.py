@@ -123,7 +123,7 @@ def test_linear_of_integers(spec, few, monkeypatch):
     for m, n, times in ((1, 1, 1), (3, 37, 2)):
         k = times * columns_of(spec)
         monkeypatch.setattr(linear_w4a8_codebook, "ELEMENTS", 30 * k)
-        monkeypatch.setattr(int8_gemm, "pieces_of", lambda *_, m=m: min(2, m))
+        monkeypatch.setattr(int8_gemm, "pieces_of", lambda *_, m=m, **__: min(2, m))
         parts, x = parts_of(spec, n, k), activations(m, k, torch.float16)
         bias = torch.randn(n).half() if m == 3 else None
         moved, near = in_layout(fmt, parts, ""), x.to(DEVICE)

@@ -143,7 +143,7 @@ def product(
     columns = min(columns, k)
     chunk = min(_CHUNK, max(_SMALLEST_CHUNK, triton.next_power_of_2(columns)))
     per_block, blocks = triton.cdiv(columns, chunk), triton.cdiv(k, columns)
-    splits = splits_for(m, n, blocks * per_block, target)
+    splits = splits_for(m, n, blocks * per_block, target, decodes=not multiplies_e4m3(target))
     sums = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=out.device)
     native = multiplies_e4m3(target)
     if not native:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.backends.triton import encoders, floats, rounding
+from lowbit.backends.triton.spans import span
 from lowbit.backends.triton.tuning import Config, Grid, config, tuned
 from lowbit.dispatch import kernel
 from lowbit.numerics.floats import fp8_max
@@ -21,24 +22,13 @@ _LARGEST_HALF = tl.constexpr(65504.0)
 _NAN_KEPT = tl.constexpr(tl.PropagateNan.ALL)
 
 
-@triton.jit
-def _span(count, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the values of this program lie in a flat tensor, and which there are."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    left = tl.minimum(count - start, BLOCK).to(tl.int32)
-    if EVEN:
-        left = tl.multiple_of(left, 16)
-    inner = tl.arange(0, BLOCK)
-    return start + inner, inner < left
-
-
 @tuned(_CONFIGS, key=("count_bucket", "x", "KIND"))
 @triton.jit(do_not_specialize=("count", "count_bucket"))
 def _quantize(
     x, scale, out, count, count_bucket, LIMIT: tl.constexpr, KIND: tl.constexpr, CONVERTS: tl.constexpr,
     EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at, inside = _span(count, EVEN, BLOCK)
+    at, inside = span(tl.program_id(0).to(tl.int64), count, EVEN, BLOCK)
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     divisor = tl.load(scale).to(tl.float32)
     divisor = tl.where(divisor < _SMALLEST, _SMALLEST, divisor)  # NaN stays
@@ -55,7 +45,7 @@ def _quantize(
 @tuned(_CONFIGS, key=("count_bucket", "out", "KIND"))
 @triton.jit(do_not_specialize=("count", "count_bucket"))
 def _dequantize(x, scale, out, count, count_bucket, KIND: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    at, inside = _span(count, EVEN, BLOCK)
+    at, inside = span(tl.program_id(0).to(tl.int64), count, EVEN, BLOCK)
     code = tl.load(x + at, mask=inside, other=0).to(tl.int32)
     value = floats.e4m3_value(code) if KIND[0] == 3 else floats.e5m2_value(code)
     value = value * tl.load(scale).to(tl.float32)
@@ -71,7 +61,7 @@ def _round_stochastically(
     """As `numerics.floats.bytes_to_fp8`: the values as float16, and float16 arithmetic throughout."""
     MANTISSA: tl.constexpr = KIND[0]
     BIAS: tl.constexpr = 1 - KIND[1]
-    at, inside = _span(count, EVEN, BLOCK)
+    at, inside = span(tl.program_id(0).to(tl.int64), count, EVEN, BLOCK)
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     noise = tl.load(rng + at, mask=inside, other=0).to(tl.float32) * 0.00390625
     # Larger values saturate like the largest float16; a negative zero is one no more.

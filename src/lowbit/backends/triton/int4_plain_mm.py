@@ -135,7 +135,8 @@ def _int4_mm(
     PIECES: tl.constexpr = _BLOCK // GROUP if GROUP < _BLOCK else 1  # groups in a block
     place = tl.arange(0, _BLOCK)
     piece_of = (2 * (place % 16) + place // 16) // GROUP  # the group in a block that a place belongs to
-    qdata_at = qdata + row[:, None] * (k // 2) + tl.arange(0, _BLOCK // 2)[None, :]
+    # Blocks times bytes, not k // 2: so the compiler sees that every block begins at a multiple of 16 bytes.
+    qdata_at = qdata + row[:, None] * (k // _BLOCK * (_BLOCK // 2)) + tl.arange(0, _BLOCK // 2)[None, :]
     codes_at = codes + token[None, :].to(tl.int64) * k + place[:, None]
     turns = k // COLUMNS
     first = (turns * split // splits).to(tl.int32)

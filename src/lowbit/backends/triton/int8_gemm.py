@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.backends.triton import device
+from lowbit.backends.triton.split_sums import splits_for
 from lowbit.backends.triton.tuning import Arguments, Config, bucket, config, tuned
 
 MOST_COLUMNS = (1 << 17) - 1  # more could overflow an int32
@@ -23,7 +24,6 @@ _BAND = tl.constexpr(8)  # tiles of weight rows that one after the other share t
 _WIDE = 256  # weight rows in the largest tile
 _STEP = 128  # columns
 _OLDEST = (8, 0)
-_MOST_PIECES = 16  # of K
 WORD = 4  # bytes that have to lie together to be copied without passing through registers
 
 
@@ -49,12 +49,9 @@ def has_large_tiles(target: device.Target) -> bool:
     return target.kind == "cuda" and target.capability[0] in (9, 10)
 
 
-def pieces_of(m: int, n: int, k: int, target: device.Target) -> int:
-    """Into how many pieces to cut K, a power of two, so that all processors work and the pieces' sums stay few."""
-    tiles = triton.cdiv(n, 128) * triton.cdiv(m, 128)
-    programs = target.processors * (4 if m <= _FEW else 2 if m <= 4 * _FEW else 1)
-    wanted = min(programs // tiles, k // (2 * _STEP), _MOST_PIECES)
-    return 1 << max(0, wanted.bit_length() - 1)
+def pieces_of(m: int, n: int, k: int, target: device.Target, *, decodes: bool = False) -> int:
+    """Into how many pieces to cut K, a power of two: see `split_sums.splits_for`."""
+    return splits_for(m, n, k // (2 * _STEP), target, decodes=decodes)
 
 
 def refuses(x: Tensor, k: int) -> str | None:

@@ -138,8 +138,10 @@ def _linear_bytes(
         scale_row = scale + (loaded // BLOCK_ROWS).to(tl.int64) * groups
     blocks = tl.cdiv(width, BLOCK_K)
     first = (blocks * split // splits).to(tl.int32)
+    last = (blocks * (split + 1) // splits).to(tl.int32)
+    tl.assume(first < last)  # else the compiler, for what skips the loop, lets each product of Hopper's end at once
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for block in range(first, (blocks * (split + 1) // splits).to(tl.int32)):
+    for block in range(first, last):
         start = block * BLOCK_K
         if RAGGED:  # a code beyond the last column might be that of NaN, which zero does not silence
             code = tl.load(code_at + block * (BLOCK_K // UNIT), mask=(start + unit * UNIT < width)[None, :], other=0)

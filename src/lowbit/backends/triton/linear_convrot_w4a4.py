@@ -164,7 +164,9 @@ def _convrot_product(
     row, token = tl.minimum(rows, n - 1), tl.minimum(tokens, m - 1)  # what lies beyond repeats the last: no masks
     byte = tl.arange(0, 32)
     spans = tl.cdiv(k, 64)
-    code_at = codes + row[:, None].to(tl.int64) * (k // 2) + byte[None, :]
+    # Where spans are whole, spans times bytes: so the compiler sees that each begins at a multiple of 32 bytes.
+    row_bytes = k // 2 if RAGGED else spans * 32
+    code_at = codes + row[:, None].to(tl.int64) * row_bytes + byte[None, :]
     x_at = x + token[None, :].to(tl.int64) * (spans * 64) + byte[:, None]
     steps = spans // SPANS
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
@@ -195,19 +197,21 @@ def _convrot_product(
         tl.store(at, sums, mask=present)
 
 
-@tuned([config(BLOCK=1024, warps=4, stages=1)])
+@tuned([config(BLOCK=512, warps=4, stages=1)])
 @triton.jit(do_not_specialize=("m",))
 def _add_integers(sums, x_scale, scale, bias, out, m, n, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """A program adds a piece of a token."""
+    across = tl.cdiv(n, BLOCK)
+    token, row = tl.program_id(0) // across, tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+    inside = row < n
+    at = token.to(tl.int64) * n + row
     size = m.to(tl.int64) * n
-    inside = at < size
     added = tl.zeros((BLOCK,), tl.int32)
     for split in tl.static_range(SPLITS):
         added += tl.load(sums + split * size + at, mask=inside, other=0)
-    factor = tl.load(x_scale + at // n, mask=inside, other=0.0) * tl.load(scale + at % n, mask=inside, other=0.0)
-    total = added.to(tl.float32) * factor
+    total = added.to(tl.float32) * (tl.load(x_scale + token) * tl.load(scale + row, mask=inside, other=0.0))
     if bias is not None:
-        total += tl.load(bias + at % n, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -244,7 +248,7 @@ def linear_convrot_w4a4(fmt: ConvrotW4A4, x: Tensor, parts: Parts, bias: Tensor 
     )  # fmt: skip
     if splits > 1:
         _add_integers(
-            lambda meta: (triton.cdiv(m * n, meta["BLOCK"]),),
+            lambda meta: (triton.cdiv(n, meta["BLOCK"]) * m,),
             x.device, sums=sums, x_scale=x_scale, scale=scale, bias=bias, out=out, m=m, n=n, SPLITS=splits,
         )  # fmt: skip
     return out

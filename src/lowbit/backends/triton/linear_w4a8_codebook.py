@@ -117,7 +117,8 @@ def _fused(a: Tensor, row: Tensor, coded: codebook_rows.Coded, bias: Tensor | No
     out = torch.empty((m, n), dtype=dtype, device=a.device)
     if not m or not n:
         return out
-    scale, splits = coded.parts["s_channel"], int8_gemm.pieces_of(m, n, k, device.target_of(a.device))
+    scale = coded.parts["s_channel"]
+    splits = int8_gemm.pieces_of(m, n, k, device.target_of(a.device), decodes=True)
     sums = out if splits == 1 else torch.empty((splits, m, n), dtype=torch.int32, device=a.device)
     _linear_codes(
         lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, meta["BLOCK_M"]), splits),

@@ -34,6 +34,7 @@ _STEP = 16  # columns of one product
 _SMALLEST = 8  # tokens of the smallest tile
 _FOLDED_ROWS = 128  # of a tile or two, for each processor
 _FEW = 16  # tokens up to which the smallest tile is the only sensible one
+_WGMMA = 9  # the major compute capability whose products go on by themselves
 # With tensor memory Triton 3.6 makes the tiles of more than 32 tokens a trap, which tuning passes over: one that works
 # is always among those to try, and is the first.
 _SAFE = 32
@@ -43,15 +44,25 @@ MANY = 512
 
 
 def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Config]:
-    """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller."""
+    """Those whose tile of tokens is not far larger than the number of tokens, nor far smaller.
+
+    On Hopper one product of a whole block: of several in a turn, Triton waits for each before it decodes the weights of
+    the next one. Elsewhere such a tile of more than 16 tokens has no registers left.
+    """
     target = device.target_of(arguments["x"].device)
+    hopper = target.kind == "cuda" and target.capability[0] == _WGMMA
     smallest = 8 if arguments["ASSEMBLE"] else 16  # what NVIDIA's tensor cores take, and others'
     wanted = max(smallest, min(arguments["m_bucket"], 128))
     least = wanted // 2 if wanted > _FEW else wanted
     if device.tensor_memory(target):
         least = min(least, _SAFE)
     tallest = 256 if target.kind == "cuda" and target.capability >= (9, 0) else 128  # others run out of registers
-    fitting = [one for one in configs if one.constants["BLOCK_N"] <= tallest]
+    fitting = [
+        one
+        for one in configs
+        if one.constants["BLOCK_N"] <= tallest
+        and (one.constants["JOINED"] if hopper else one.constants["BLOCK_M"] <= _FEW or not one.constants["JOINED"])
+    ]
     return [one for one in fitting if least <= one.constants["BLOCK_M"] <= wanted] or fitting[:1]
 
 
@@ -66,6 +77,11 @@ def _sensible(configs: Sequence[Config], arguments: Arguments) -> Sequence[Confi
         config(BLOCK_M=8, BLOCK_N=64, JOINED=1, warps=2, stages=4),
         config(BLOCK_M=8, BLOCK_N=128, JOINED=1, warps=4, stages=4),
         config(BLOCK_M=8, BLOCK_N=128, JOINED=1, warps=2, stages=4),
+        config(BLOCK_M=32, BLOCK_N=128, JOINED=1, warps=4, stages=3),
+        config(BLOCK_M=64, BLOCK_N=128, JOINED=1, warps=4, stages=3),
+        config(BLOCK_M=64, BLOCK_N=256, JOINED=1, warps=8, stages=3),
+        config(BLOCK_M=128, BLOCK_N=128, JOINED=1, warps=8, stages=3),
+        config(BLOCK_M=128, BLOCK_N=256, JOINED=1, warps=8, stages=3),
         config(BLOCK_M=32, BLOCK_N=128, JOINED=0, warps=4, stages=4),
         config(BLOCK_M=64, BLOCK_N=128, JOINED=0, warps=4, stages=4),
         config(BLOCK_M=64, BLOCK_N=256, JOINED=0, warps=8, stages=3),
@@ -85,7 +101,7 @@ def _linear_words(
     place = tl.arange(0, BLOCK_N)
     rows = tl.program_id(0) * HEIGHT + place % HEIGHT
     piece = place // HEIGHT
-    width = k // fold
+    width = k // (fold * 128) * 128
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
     dtype: tl.constexpr = x.dtype.element_ty
@@ -93,13 +109,16 @@ def _linear_words(
     loaded = tl.where(rows < n, rows, 0)  # rows beyond the last repeat row 0: no mask in the loop
     present = (tokens < m * fold)[None, :]
     word = tl.arange(0, 16)
-    code_at = codes + (loaded.to(tl.int64) * (k // 8) + piece * (width // 8))[:, None] + word[None, :]
+    # Blocks times words, not k // 8: so the compiler sees that every block begins at a multiple of 64 bytes.
+    row_words, piece_words = k // 128 * 16, width // 128 * 16
+    code_at = codes + (loaded.to(tl.int64) * row_words + piece * piece_words)[:, None] + word[None, :]
     column = tl.arange(0, 128 if join else 16)
     x_at = x + tokens[None, :].to(tl.int64) * width + column[:, None]
     scales_at = loaded + piece.to(tl.int64) * (width // GROUP) * n if fold > 1 else loaded
     blocks = width // 128
     first = blocks * split // splits
     last = blocks * (split + 1) // splits
+    tl.assume(first < last)  # else the compiler, for what skips the loop, lets each product of Hopper's end at once
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # Scales are read one block ahead: they are too small for copies that go on by themselves.
     next_scale = _of_block(scale, first, n, scales_at, GROUP)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lowbit.backends.triton import device
 from lowbit.backends.triton.quantize_rows import code_of
-from lowbit.backends.triton.rounding import magnitude
+from lowbit.backends.triton.rounding import magnitude, quotient
+from lowbit.backends.triton.spans import span
 from lowbit.backends.triton.tuning import config, tuned
 from lowbit.dispatch import kernel
 from lowbit.numerics.groups import row_chunks
@@ -26,24 +27,23 @@ _SHARE = 16384  # values of a program, where that gives no more than so many
 
 @tuned([config(BLOCK=4096, warps=8, stages=1)])
 @triton.jit(do_not_specialize=("size", "shares"))
-def _largest_of_shares(x, found, size, shares, BLOCK: tl.constexpr):
+def _largest_of_shares(x, found, size, shares, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """EVEN: size is a multiple of 16, so that loads need not look at single values."""
     best = tl.zeros((BLOCK,), tl.int32)
     # No loop over 64-bit numbers: not all of Triton's versions have one.
-    first = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     for step in range(tl.cdiv(size, shares * BLOCK).to(tl.int32)):
-        at = first + shares.to(tl.int64) * step * BLOCK
-        best = tl.maximum(best, magnitude(tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)))
+        at, inside = span(tl.program_id(0) + shares.to(tl.int64) * step, size, EVEN, BLOCK)
+        best = tl.maximum(best, magnitude(tl.load(x + at, mask=inside, other=0.0).to(tl.float32)))
     tl.store(found + tl.program_id(0), tl.max(best, axis=0))
 
 
 @tuned([config(BLOCK=2048, warps=4, stages=1)])
 @triton.jit(do_not_specialize=("size", "shares"))
 def _quantize_int8_tensor(
-    x, found, noise, codes, scale, size, shares, MOST: tl.constexpr, BLOCK: tl.constexpr
+    x, found, noise, codes, scale, size, shares, MOST: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """found: the largest magnitudes of shares, from which the scale is made and stored; None: the scale is given."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
+    at, inside = span(tl.program_id(0).to(tl.int64), size, EVEN, BLOCK)
     if found is None:
         factor = tl.load(scale)
         factor = tl.where(factor < _SMALLEST_SCALE, _SMALLEST_SCALE, factor)  # a given 0 would make zeros NaN
@@ -58,8 +58,10 @@ def _quantize_int8_tensor(
     added = None
     if noise is not None:
         added = tl.load(noise + at, mask=inside, other=0.0)
-    # A given scale may be anything, so that quotients overflow: only the exact division serves.
-    steps = tl.div_rn(value, tl.broadcast_to(factor, (BLOCK,)))
+    if found is None:  # a given scale may be anything, so that quotients overflow: only the exact division serves
+        steps = tl.div_rn(value, tl.broadcast_to(factor, (BLOCK,)))
+    else:
+        steps = quotient(value, factor, tl.div_rn(1.0, factor))
     tl.store(codes + at, code_of(steps, added), mask=inside)
 
 
@@ -82,7 +84,10 @@ def quantize_int8_tensorwise(x: Tensor, scale: Tensor | None, seed: int) -> tupl
         one = torch.empty((), dtype=torch.float32, device=x.device)
         shares = min(triton.cdiv(x.numel(), _SHARE), _MOST_SHARES)
         found = torch.empty(shares, dtype=torch.int32, device=x.device)
-        _largest_of_shares(lambda _: (shares,), x.device, x=values, found=found, size=x.numel(), shares=shares)
+        _largest_of_shares(
+            lambda _: (shares,), x.device, x=values, found=found, size=x.numel(), shares=shares,
+            EVEN=x.numel() % 16 == 0,
+        )  # fmt: skip
     if not x.numel():
         return codes, one
     rows = values.reshape(-1, x.shape[-1]) if x.dim() else values.reshape(1, 1)
@@ -100,5 +105,5 @@ def _launch(
     _quantize_int8_tensor(
         lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),),
         x.device, x=x, found=found, noise=noise, codes=codes, scale=scale, size=x.numel(), shares=shares,
-        MOST=_MOST_SHARES,
+        MOST=_MOST_SHARES, EVEN=x.numel() % 16 == 0,
     )  # fmt: skip

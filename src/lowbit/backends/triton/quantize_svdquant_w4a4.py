@@ -94,7 +94,7 @@ def _quantize(
         if PACKED:
             even, odd = tl.where(present, even, 0), tl.where(present, odd, 0)
             step = tl.where(rows < m, step, 0.0)
-            to = codes + rows[:, None].to(tl.int64) * (k // 2) + group * 32 + byte[None, :]
+            to = codes + rows[:, None].to(tl.int64) * (groups * 32) + group * 32 + byte[None, :]
             tl.store(to, ((even & 15) | (odd << 4)).to(tl.int8), mask=writes[:, None])
         else:
             to = codes + at + group * 64 + byte[None, :]

@@ -73,6 +73,7 @@ def _scaled_mm_blocks(
     blocks = tl.cdiv(width, WORDS)
     first = blocks * split // splits
     last = blocks * (split + 1) // splits
+    tl.assume(first < last)  # else the compiler, for what skips the loop, lets each product of Hopper's end at once
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # Scales are read one block ahead: they are too small for copies that go on by themselves.
     b_next = _scales(b_scale, row, first, groups, GROUPS, RAGGED)
@@ -162,6 +163,8 @@ def product(
     out = torch.empty((m, n), dtype=out_dtype, device=a.device)
     if not m or not n:
         return out
+    if not a.shape[1]:  # nothing to multiply: the kernel counts on a block of columns
+        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     target = device.target_of(a.device)
     old = target.kind == "cuda" and not target.assembles
     dtype = torch.float32 if old or target.kind == "interpreter" else torch.bfloat16
@@ -177,7 +180,7 @@ def product(
         out=sums, m=m, m_bucket=bucket(m), n=n, width=a.shape[1] // 4, groups=k // (16 if fp4 else 32), splits=splits,
         FP4=fp4, DTYPE=tl.float32 if dtype == torch.float32 else tl.bfloat16, TINY=fp4 and target.assembles,
         PROGRAM="" if fp4 else bytes_values.program(bytes_values.E4M3, dtype, target, scaled=False),
-        RAGGED=k % columns != 0 or k == 0, BLOCK_K=columns,
+        RAGGED=k % columns != 0, BLOCK_K=columns,
     )  # fmt: skip
     if splits > 1:
         add_splits(sums, alpha, bias, out)

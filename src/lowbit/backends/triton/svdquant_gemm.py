@@ -96,7 +96,10 @@ def _grouped_product(
         scale_at = scale + tile * 128 + row
         code_step, scale_step = 4096, 128
     else:
-        code_at = codes + loaded[:, None].to(tl.int64) * (k // 2) + byte[None, :]
+        # Of groups times bytes the compiler sees that every row begins at a multiple of 32 bytes, of k // 2 only of 8.
+        # With copies of 16, though, assemblers for GPUs without wgmma spill a few registers.
+        row_bytes = groups * 32 if OFFSET == 1 else k // 2
+        code_at = codes + loaded[:, None].to(tl.int64) * row_bytes + byte[None, :]
         scale_at = scale + loaded
         code_step, scale_step = 32, n
     x_at = x + tokens[None, :].to(tl.int64) * k + byte[:, None]
@@ -260,7 +263,8 @@ def _spread_codes(act, scale, codes, x_scale, m, m_padded, k, UNSIGNED: tl.const
     present = tokens < m
     byte = tl.arange(0, 32)
     at = tokens[:, None].to(tl.int64) * k + group * 64 + byte[None, :]
-    packed = tl.load(act + tokens[:, None].to(tl.int64) * (k // 2) + group * 32 + byte[None, :], mask=present[:, None])
+    packed_at = act + tokens[:, None].to(tl.int64) * (k // 64 * 32) + group * 32 + byte[None, :]
+    packed = tl.load(packed_at, mask=present[:, None])
     low, high = packed.to(tl.int32) & 15, (packed.to(tl.int32) >> 4) & 15
     if not UNSIGNED:
         low, high = (low ^ 8) - 8, (high ^ 8) - 8
