@@ -15,6 +15,7 @@ from lowbit.errors import CheckpointError, FormatError, LowbitError, PlanError, 
 from lowbit.formats import get_format
 from tests.support.checkpoints import model_tensors, save_model, save_shards
 
+TABLE = "embeddings.word_embeddings"
 WHY_KEPT = {
     "blocks.0.norm.weight": "1-D",
     "blocks.0.up.bias": "1-D",
@@ -87,6 +88,22 @@ def test_a_table_is_kept_where_there_is_no_lookup(tmp_path, monkeypatch):
     table = by_key(plan)["model.embed_tokens.weight"]
     assert (table.action, table.why) == ("keep", "embedding table, and svdquant_w4a4 has no lookup")
     assert by_key(plan)["model.layers.0.mlp.up_proj.weight"].action == "quantize"
+
+
+@pytest.mark.parametrize("dialect", ["compressed_tensors", "gptq", "awq", "modelopt", "nunchaku", "comfy", "torchao"])
+def test_a_table_stays_plain_where_other_programs_look_plain_ones_up(tmp_path, dialect):
+    """A dialect described in config.json keeps tables of embeddings, says why, and gives way to a rule for them."""
+    tensors = {f"{name}.weight": torch.randn(128, 128) for name in (TABLE, "encoder.layer.0.attention.self.query")}
+    specs = {"modelopt": "nvfp4", "nunchaku": "svdquant_w4a4(rank=16)", "awq": "wna16(zero_point=true)"}
+    spec = specs.get(dialect, "int8" if dialect in ("comfy", "torchao") else "wna16")
+    tensors["other.weight"] = torch.randn(128, 128)
+    with opened(tmp_path / "a.safetensors", tensors) as source:
+        made = [make_plan(source, spec, dialect=dialect, layer_rules=rules) for rules in ([], [(TABLE, spec)])]
+
+    plain = dialect not in ("comfy", "torchao")
+    table, ruled = (by_key(plan)[f"{TABLE}.weight"] for plan in made)
+    assert (table.action, ruled.action) == ("keep" if plain else "quantize", "quantize")
+    assert not plain or table.why == f"embedding table, which programs that read {dialect} take for a plain one"
 
 
 def test_sizes_are_those_of_the_file(source, tmp_path):

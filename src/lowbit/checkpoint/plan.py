@@ -26,7 +26,7 @@ from .presets import GENERIC, BoundPreset, Preset, detect_preset, get_preset
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source
 from .stored_format import StoredFormat
-from .weight_shape import WeightShape, lacks_place, plain_key, plain_shape, weight_shape
+from .weight_shape import WeightShape, lacks_lookup, lacks_place, plain_key, plain_shape, weight_shape
 
 __all__ = ["ComponentPlan", "Plan", "TensorPlan", "make_plan", "with_shared_low_rank"]
 
@@ -177,6 +177,7 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
     weight, said = rules.oriented(weight, full, family) if was is None else (weight, "")
     keep, only, rule = rules.match(full)
     opinion = names.preset.decide(name if layer is None else layer) if names.by_name else None
+    is_table = names.preset.is_embedding(layer or "")
     if opinion is not None and opinion.action == "drop":
         return _tensor(key, spec, "drop", opinion.why)
     why = cannot_hold(name, spec)
@@ -189,9 +190,11 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
             why = opinion.why
         else:
             why = _better_left(name, weight, rules, was)
+        if why is None and is_table and was is None:
+            why = lacks_lookup(rules.dialect)
     stored = rules.stored if rule is None else rule[1]
     if why is None:
-        why = cannot_store(stored, weight, embedding=names.preset.is_embedding(layer or ""))
+        why = cannot_store(stored, weight, embedding=is_table)
     if why is not None:
         return _tensor(key, spec, "keep", why, axes=weight.axes if cannot_hold(name, spec) is None else "")
     because = "the format for all weights" if rule is None else f"matches --layer {rule[0].text!r}"

@@ -157,6 +157,17 @@ def lacks_place(dialect: Dialect, weight: WeightShape) -> str | None:
     return f"the dialect {dialect.name} has no place for a {weight.kind}, only for matrices [N, K]"
 
 
+def lacks_lookup(dialect: Dialect) -> str | None:
+    """Why a table of embeddings had better stay plain in a dialect, or None.
+
+    Where config.json describes the layers, it does so for linears. Programs take the weights of all other modules for
+    plain ones: those of transformers look codes up as if they were values, or start from random numbers.
+    """
+    if not dialect.needs_folder:
+        return None
+    return f"embedding table, which programs that read {dialect.name} take for a plain one"
+
+
 def refusal(dialect: Dialect, stored: StoredLayer) -> str | None:
     """Why a layer cannot be written in a dialect, in words that follow its name, or None."""
     return lacks_place(dialect, weight_shape(stored)) or dialect.refuses(stored)
