@@ -15,7 +15,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -113,6 +113,17 @@ def _storable(data: Any) -> Any:
 def say(text: str, style: str = "") -> None:
     """One line of the result; nothing in it is markup."""
     stdout().print(Text(text, style=style), soft_wrap=True)
+
+
+def show_notes(notes: Iterable[str]) -> None:
+    """Notes, one a line; what is said of many layers alike stands once, with the first one's name."""
+    alike: dict[str, list[str]] = {}
+    for note in notes:
+        name, colon, said = note.partition(": ")
+        alike.setdefault(said if colon else note, []).append(note if not colon else name)
+    for said, names in alike.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        say(f"note: {said}" if names[0] == said else f"note: {names[0]}{more}: {said}", "yellow")
 
 
 def table(*columns: str, title: str = "", right: tuple[str, ...] = ()) -> Table:
