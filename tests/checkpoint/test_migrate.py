@@ -160,3 +160,20 @@ def test_an_input_scale_of_one_is_not_lost(tmp_path):
     with pytest.raises(CheckpointError, match="layer 'a': its input_scale does not come back"):
         migrated(tmp_path / "one.safetensors", tmp_path / "back.safetensors", "legacy")
     assert not (tmp_path / "back.safetensors").exists()
+
+
+def test_a_quantized_table_in_a_folder_of_linears_is_told(tmp_path):
+    """Programs that read compressed-tensors look codes up as values: a migrated table of embeddings is named."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text("{}")
+    names = ("embeddings.word_embeddings", "encoder.layer.0.attention.self.query")
+    save_file({f"{name}.weight": torch.randn(128, 128) for name in names}, tmp_path / "in" / "model.safetensors")
+    with open_source(tmp_path / "in") as source:
+        convert(source, tmp_path / "comfy", make_plan(source, "int8"))
+    with open_source(tmp_path / "comfy") as source:
+        told = [migrate(source, tmp_path / to, to).notes for to in ("compressed_tensors", "torchao")]
+
+    about = [note for note in told[0] if "embedding" in note]
+    assert len(about) == 1
+    assert about[0].startswith("embeddings.word_embeddings: is a quantized embedding table, which programs that read ")
+    assert not [note for note in told[1] if "embedding" in note]

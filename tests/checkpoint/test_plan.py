@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.plan import Plan, make_plan
 from lowbit.checkpoint.source import open_source
+from lowbit.checkpoint.verify import verify
 from lowbit.errors import CheckpointError, FormatError, LowbitError, PlanError, SolverError
 from lowbit.formats import get_format
 from tests.support.checkpoints import model_tensors, save_model, save_shards
 
+TABLE = "embeddings.word_embeddings"
 WHY_KEPT = {
     "blocks.0.norm.weight": "1-D",
     "blocks.0.up.bias": "1-D",
@@ -87,6 +89,22 @@ def test_a_table_is_kept_where_there_is_no_lookup(tmp_path, monkeypatch):
     table = by_key(plan)["model.embed_tokens.weight"]
     assert (table.action, table.why) == ("keep", "embedding table, and svdquant_w4a4 has no lookup")
     assert by_key(plan)["model.layers.0.mlp.up_proj.weight"].action == "quantize"
+
+
+@pytest.mark.parametrize("dialect", ["compressed_tensors", "gptq", "awq", "modelopt", "nunchaku", "comfy", "torchao"])
+def test_a_table_stays_plain_where_other_programs_look_plain_ones_up(tmp_path, dialect):
+    """A dialect described in config.json keeps tables of embeddings, says why, and gives way to a rule for them."""
+    tensors = {f"{name}.weight": torch.randn(128, 128) for name in (TABLE, "encoder.layer.0.attention.self.query")}
+    specs = {"modelopt": "nvfp4", "nunchaku": "svdquant_w4a4(rank=16)", "awq": "wna16(zero_point=true)"}
+    spec = specs.get(dialect, "int8" if dialect in ("comfy", "torchao") else "wna16")
+    tensors["other.weight"] = torch.randn(128, 128)
+    with opened(tmp_path / "a.safetensors", tensors) as source:
+        made = [make_plan(source, spec, dialect=dialect, layer_rules=rules) for rules in ([], [(TABLE, spec)])]
+
+    plain = dialect not in ("comfy", "torchao")
+    table, ruled = (by_key(plan)[f"{TABLE}.weight"] for plan in made)
+    assert (table.action, ruled.action) == ("keep" if plain else "quantize", "quantize")
+    assert not plain or table.why == f"embedding table, which programs that read {dialect} take for a plain one"
 
 
 def test_sizes_are_those_of_the_file(source, tmp_path):
@@ -296,13 +314,41 @@ def test_quantized_input_is_refused_unless_asked_for(source, tmp_path):
     assert Plan.from_json(plan.to_json()) == plan
 
 
-def test_float8_without_a_scale_is_kept(tmp_path):
-    """A float8 weight that nothing describes is no source for another format: kept, and the reason says why."""
+def test_float8_without_a_scale_is_kept_unless_asked_for(tmp_path):
+    """A weight cast to float8 is kept, and the reason names the option that takes its values for another format."""
     tensors = {"a.weight": torch.randn(128, 128).to(torch.float8_e4m3fn), "b.weight": torch.randn(128, 128)}
+    tensors["c.weight"] = torch.ones(128, 128).to(torch.float8_e8m0fnu)
     with opened(tmp_path / "a.safetensors", tensors) as source:
-        kept = by_key(make_plan(source, "int8", preset="none"))["a.weight"]
+        plans = [make_plan(source, "int8", preset="none", requantize=again) for again in (False, True)]
 
-    assert (kept.action, kept.why) == ("keep", "already quantized (float8_e4m3fn)")
+    kept, taken = (by_key(plan)["a.weight"] for plan in plans)
+    assert (kept.action, taken.action) == ("keep", "quantize")
+    assert kept.why.startswith(
+        "already quantized (float8_e4m3fn, cast without a scale; --requantize converts its values"
+    )
+    assert by_key(plans[1])["c.weight"].why == "already quantized (float8_e8m0fnu)"  # scales, no values
+    assert Plan.from_json(plans[1].to_json()) == plans[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("spec", ["int8", "nvfp4", "svdquant_w4a4(rank=8)"])
+def test_values_cast_to_float8_are_converted_as_if_they_were_bfloat16(tmp_path, dtype, spec):
+    """What ComfyUI's users hold as fp8 without scales gives the same file, bit for bit, as its values in bfloat16."""
+    torch.manual_seed(0)
+    cast = {f"blocks.{i}.q.weight": (0.1 * torch.randn(128, 128)).to(dtype) for i in range(2)}
+    made = []
+    for name, tensors in (("cast", cast), ("wide", {key: w.bfloat16() for key, w in cast.items()})):
+        with opened(tmp_path / f"{name}.safetensors", tensors) as source:
+            plan = make_plan(source, spec, preset="none", requantize=True)
+            convert(source, tmp_path / f"{name}-out.safetensors", plan)
+            with open_source(tmp_path / f"{name}-out.safetensors") as output:
+                assert verify(source, output).problems == ()
+        made.append(load_file(tmp_path / f"{name}-out.safetensors"))
+
+    assert made[0].keys() == made[1].keys()
+    for key, tensor in made[0].items():
+        assert tensor.dtype == made[1][key].dtype, key
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), made[1][key].reshape(-1).view(torch.uint8)), key
 
 
 def test_a_pipeline_is_planned_model_by_model(tmp_path):

@@ -131,3 +131,11 @@ def test_what_is_no_regular_file_is_not_replaced(single, tmp_path):
     for name in ("pipe", "link"):
         with pytest.raises(WriteError, match=rf"{name}: is a device or a pipe"):
             check_target(single, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.ckpt", "out.BIN", "out.gguf"])
+def test_safetensors_are_not_written_under_the_name_of_something_else(single, tmp_path, name):
+    """A program that goes by the ending would read a pickle, or refuse it; ComfyUI's own short ending is fine."""
+    with pytest.raises(WriteError, match="would be safetensors under the name of"):
+        check_target(single, tmp_path / name)
+    check_target(single, tmp_path / "out.sft")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 
 import lowbit as package
 from lowbit.cli import app, output
+from tests.cli.conftest import tiny_model
 
 COMMANDS = [command.callback.__name__ for command in app.registered_commands]
 
@@ -74,6 +77,42 @@ def test_it_runs_as_a_module_without_a_traceback(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_names_that_the_encoding_of_the_output_lacks_are_escaped(tmp_path):
+    """A file in Cyrillic is shown on a terminal or in a pipe that has ASCII alone."""
+    path = tiny_model(tmp_path / "model.safetensors", модель__weight=torch.ones(64, 64))
+    command = [sys.executable, "-m", "lowbit", "inspect", str(path)]
+
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"\u043c\u043e\u0434\u0435\u043b\u044c" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.parametrize(("closed", "name", "code"), [(">&-", "model", 0), ("2>&-", "no", 3)])
+def test_closed_streams_are_no_error(tmp_path, closed, name, code):
+    """A service may start the command without an output or an error stream: the exit code says all."""
+    tiny_model(tmp_path / "model.safetensors")
+    command = f'exec "{sys.executable}" -m lowbit inspect "{tmp_path / name}.safetensors" {closed}'
+
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+
+    assert done.returncode == code
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_brackets_in_names_are_no_markup(lowbit, tmp_path):
+    """What a tensor is called is shown as it is, whatever it would mean in a style language."""
+    named = {"a[/b]__weight": torch.ones(64, 64), "[bold]:heart:__weight": torch.ones(64, 64)}
+    done = lowbit("plan", tiny_model(tmp_path / "model.safetensors", **named), "--format", "int8")
+
+    assert done.code == 0
+    assert "a[/b] " in done.out
+    assert "[bold]:heart: " in done.out
+
+
 def test_help_does_not_import_what_only_the_demo_needs():
     """`lowbit --help` stays quick: transformers is not imported for it."""
     program = "import sys, lowbit.cli; sys.exit('transformers' in sys.modules)"
@@ -87,6 +126,32 @@ class Terminal(io.StringIO):
     def isatty(self):
         """Yes."""
         return True
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(40, 6), (100, 4)])
+def test_a_table_too_wide_for_the_terminal_is_shown_as_paragraphs(monkeypatch, columns, lines):
+    """No name is broken into columns of a few letters: each row becomes a name and what is said of it."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "dumb")
+    made = output.table("layer", "format", "why", "SQNR", title="worst", right=("SQNR",))
+    name = "transformer_blocks.0.attn.to_q"
+    made.add_row(name, "int8(granularity=row)", "the format for all", "40.00 dB")
+    made.add_row("b", "int8(granularity=row)", "", "41.00 dB")
+
+    output.show(made)
+
+    shown = terminal.getvalue().splitlines()
+    assert max(map(len, shown)) <= columns
+    assert any(line.rstrip() == name or line.startswith(f"{name} ") for line in shown)
+    if columns == 40:
+        assert shown[0] == "worst"
+        assert [line.strip() for line in shown if line.startswith("  ")][-2:] == [
+            "format int8(granularity=row); SQNR",
+            "41.00 dB",
+        ]
+    assert len(shown) >= lines
 
 
 def test_progress_shows_throughput_time_left_and_the_layer_on_a_terminal(monkeypatch):

@@ -235,3 +235,20 @@ def test_a_layout_is_written_behind_an_at_sign(lowbit, tmp_path):
     assert spec in groups
     assert lowbit("verify", model, out, "--min-sqnr", "15").code == 0
     assert lowbit("dequantize", out, "-o", tmp_path / "plain.safetensors").code == 0
+
+
+def test_what_a_preset_calls_unused_is_left_out_on_demand(lowbit, tmp_path, model):
+    """T5's decoder goes with --drop-unused; where there is nothing to drop, or for a target, the option is refused."""
+    layer = "block.0.layer.0.SelfAttention.q.weight"
+    names = ("shared.weight", f"encoder.{layer}", f"decoder.{layer}", "lm_head.weight")
+    save_file({name: torch.randn(64, 64).bfloat16() for name in names}, tmp_path / "t5.safetensors")
+    out = tmp_path / "out.safetensors"
+
+    done = lowbit("convert", tmp_path / "t5.safetensors", "-o", out, "--format", "int8", "--drop-unused")
+
+    assert done.code == 0
+    assert "2 left out" in done.out
+    assert not [key for key in load_file(out) if key.startswith(("decoder.", "lm_head."))]
+    for refused in (("--format", "int8"), ("--target-size", "0.6x")):
+        found = lowbit("plan", model, *refused, "--drop-unused")
+        assert (found.code, "--drop-unused" in found.err) == (2, True)

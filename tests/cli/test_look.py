@@ -74,6 +74,25 @@ def test_inspect_ends_with_1_and_names_the_layer_with_a_problem(lowbit, quantize
     assert "blocks.*.mlp.up" in text.out
 
 
+def test_inspect_says_once_what_holds_for_many_layers(lowbit, tmp_path):
+    """A file of hundreds of layers with an older marker gives one line, not hundreds; JSON names them all."""
+    marker = torch.frombuffer(bytearray(b'{"convrot": false, "per_row": true}'), dtype=torch.uint8)
+    codes = torch.zeros(8, 64, dtype=torch.int8)
+    tensors = {}
+    for i in range(5):
+        layer = {"weight": codes, "weight_scale": torch.ones(8, 1), "comfy_quant": marker}
+        tensors |= {f"blocks.{i}.q.{name}": tensor.clone() for name, tensor in layer.items()}
+    save_file(tensors, tmp_path / "old.safetensors")
+
+    text = lowbit("inspect", tmp_path / "old.safetensors").out
+    data = lowbit("inspect", tmp_path / "old.safetensors", "--json").json
+
+    lines = [line for line in text.splitlines() if line.startswith("note: ")]
+    assert len(data["notes"]) == 5
+    assert len(lines) == 1
+    assert lines[0].startswith("note: blocks.0.q and 4 more: the marker names no format (INT8-Fast)")
+
+
 def test_inspect_says_what_floats_of_8_bits_without_a_scale_are(lowbit, tmp_path):
     """They are plain values, which is no problem, but nobody should take them for quantized ones."""
     path = tmp_path / "bare.safetensors"

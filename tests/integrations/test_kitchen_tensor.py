@@ -273,6 +273,7 @@ def test_a_program_s_own_layout_is_one_of_the_family():
 
     assert get_layout_class("DoubledForATest") is Doubled
     assert w.t().layout_cls is Doubled
+    assert QuantizedTensor.from_float(torch.randn(N, K), Doubled).layout_name == "DoubledForATest"  # as the README does
     assert w.view(-1).layout_name == "DoubledForATest"
     with pytest.raises(UnknownFormatError, match=r"known formats: .*DoubledForATest") as caught:
         QuantizedTensor.from_float(torch.randn(N, K), "TensorCoreFP9Layout")

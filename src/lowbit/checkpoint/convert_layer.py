@@ -23,7 +23,7 @@ from .quantized_source import QuantizedComponent
 from .respell import described
 from .rewrite import Made
 from .tensor_plan import TensorPlan
-from .weight_shape import plain_shape, shape_options, weight_shape
+from .weight_shape import plain_shape, shape_options, value_dtype, weight_shape
 
 _WORKSPACE = 24 << 20  # bytes of temporaries of a worker
 
@@ -47,7 +47,7 @@ class LayerWork:
         self.plan, self.component, self.dialect, self.held = plan, component, dialect, held
         self.group = ""  # the piece of work that it is part of, if it is not one itself
         self.layer, self.fmt, self.layout = plan.layer, plan.fmt, plan.stored.layout
-        self.shape, self.dtype = plan.weight.matrix, plan.spec.dtype
+        self.shape, self.dtype = plan.weight.matrix, value_dtype(plan.spec.dtype)
         self.name = held.full_name(plan.key)
         self.place = name_place(str(held.component.tensors[plan.key].path), self.layer)
         self.seed = None if seed is None else seed + zlib.crc32(self.name.encode())

@@ -13,7 +13,7 @@ import torch
 
 from lowbit.checkpoint.dialects.base import TensorSpec, layer_of
 from lowbit.checkpoint.stored_format import StoredFormat
-from lowbit.checkpoint.weight_shape import BANK_AXES, KERNEL_AXES, WeightShape
+from lowbit.checkpoint.weight_shape import BANK_AXES, CAST_DTYPES, KERNEL_AXES, WeightShape
 from lowbit.formats.parts import FLOATS
 
 # 3-D weights of many experts: those that transformers 5 names so, and others that are known to be none of a Conv1d.
@@ -28,12 +28,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def cannot_hold(key: str, spec: TensorSpec) -> str | None:
-    """Why no format can store this tensor, or None."""
+def cannot_hold(key: str, spec: TensorSpec, *, requantize: bool = False) -> str | None:
+    """Why no format can store this tensor, or None. `requantize`: 8-bit floats without a scale are taken as values."""
     shape, name = spec.shape, dtype_name(spec.dtype)
-    if name.startswith("float8"):
-        return f"already quantized ({name})"
-    if spec.dtype not in _SOURCE_DTYPES:
+    cast = spec.dtype in CAST_DTYPES
+    if name.startswith("float8") and not (cast and requantize):
+        more = ", cast without a scale; --requantize converts its values, with the loss of both" if cast else ""
+        return f"already quantized ({name}{more})"
+    if spec.dtype not in (*_SOURCE_DTYPES, *CAST_DTYPES):
         return f"{name} values"
     if len(shape) < 2:
         return "1-D" if shape else "a single value"

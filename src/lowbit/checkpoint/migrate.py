@@ -16,17 +16,19 @@ from typing import Any
 from lowbit.errors import CheckpointError
 
 from .banks import experts_of
-from .dialects import Container, dialects, get_dialect
+from .dialects import Container, Dialect, dialects, get_dialect
 from .dialects.base import Read, StoredLayer, bias_orders
 from .dialects.comfy import COMFY
 from .dialects.comfy_migrate import CONVENTIONS, Migration, Step, describe, migrate as migrate_file
 from .folder_configs import FolderConfigs, refuse_target
 from .output import Staging
 from .pipeline import Progress
+from .presets import GENERIC, detect_preset
 from .quantized_source import QuantizedComponent, look_for_layers
 from .respell import Respelled, refuse_changed
 from .rewrite import Copy, Made, Piece, Settings, batch_copies, rewrite
 from .source import Component, Source
+from .weight_shape import lacks_lookup
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class _Work:
         self.pieces += batch_copies(component, held.found.plain, partial(self._staging.file_of, component))
         self.notes += [*held.found.notes, *(f"{plan.old.layer}: {note}" for plan in plans for note in plan.old.notes)]
         self.notes += [plan.note for plan in plans if plan.note]
+        self.notes += _tables(held, dialect)
         plain = {key: held.specs[key] for key in held.found.plain}
         self._staging.reorder(component, bias_orders(dialect, [plan.new for plan in plans]))
         for file in {self._staging.file_of(component, key) for key in held.specs}:
@@ -144,6 +147,15 @@ class _Work:
         if not self._respelled:
             return self._metadata
         return {file: describe(entries, self._stored[file], self._to) for file, entries in self._metadata.items()}
+
+
+def _tables(held: QuantizedComponent, dialect: Dialect) -> list[str]:
+    """What to know of the quantized tables of embeddings in a dialect whose other readers look plain ones up."""
+    why = lacks_lookup(dialect)
+    keys = list(held.component.tensors)
+    names = (detect_preset(keys) or GENERIC).bind(keys)
+    found = [layer for layer in held.layers if names.is_embedding(layer)]
+    return [f"{held.full_name(layer)}: is a quantized {why}" for layer in found] if why else []
 
 
 def _pieces(held: QuantizedComponent, migration: Migration, staging: Staging) -> Iterator[Piece]:

@@ -26,7 +26,7 @@ from .presets import GENERIC, BoundPreset, Preset, detect_preset, get_preset
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source
 from .stored_format import StoredFormat
-from .weight_shape import WeightShape, lacks_place, plain_key, plain_shape, weight_shape
+from .weight_shape import WeightShape, lacks_lookup, lacks_place, plain_key, plain_shape, value_dtype, weight_shape
 
 __all__ = ["ComponentPlan", "Plan", "TensorPlan", "make_plan", "with_shared_low_rank"]
 
@@ -70,7 +70,7 @@ def make_plan(
     kept, chosen = [Pattern("keep", text) for text in keep], [Pattern("only", text) for text in only]
     turned = [Pattern(TURNED_BANKS, text) for text in bank_transposed]
     stored, into = StoredFormat.parse(format), written_dialect(dialect)
-    rules = Rules(stored, solver, kept, chosen, by_layer, into, statistics, turned, convolutions)
+    rules = Rules(stored, solver, kept, chosen, by_layer, into, statistics, turned, convolutions, requantize)
     rules.check()
     components = []
     for component in source.components:
@@ -177,9 +177,11 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
     weight, said = rules.oriented(weight, full, family) if was is None else (weight, "")
     keep, only, rule = rules.match(full)
     opinion = names.preset.decide(name if layer is None else layer) if names.by_name else None
+    is_table = names.preset.is_embedding(layer or "")
     if opinion is not None and opinion.action == "drop":
         return _tensor(key, spec, "drop", opinion.why)
-    why = cannot_hold(name, spec)
+    unfit = cannot_hold(name, spec, requantize=rules.requantize)
+    why = unfit
     if why is None and keep is not None:
         why = f"matches --keep {keep.text!r}"
     if why is None and rule is None:
@@ -189,11 +191,13 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
             why = opinion.why
         else:
             why = _better_left(name, weight, rules, was)
+        if why is None and is_table and was is None:
+            why = lacks_lookup(rules.dialect)
     stored = rules.stored if rule is None else rule[1]
     if why is None:
-        why = cannot_store(stored, weight, embedding=names.preset.is_embedding(layer or ""))
+        why = cannot_store(stored, weight, embedding=is_table)
     if why is not None:
-        return _tensor(key, spec, "keep", why, axes=weight.axes if cannot_hold(name, spec) is None else "")
+        return _tensor(key, spec, "keep", why, axes=weight.axes if unfit is None else "")
     because = "the format for all weights" if rule is None else f"matches --layer {rule[0].text!r}"
     plan = _tensor(key, spec, "quantize", because + said, axes=weight.axes)
     if was is not None:
@@ -204,7 +208,7 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
 def _as_wanted(plan: TensorPlan, stored: StoredFormat, name: str, rules: Rules, *, has_bias: bool) -> TensorPlan:
     """The plan of a weight with its format and its solver."""
     layer = StoredLayer(
-        plan.layer, stored.format, plan.weight.matrix, plan.spec.dtype, layout=stored.layout,
+        plan.layer, stored.format, plan.weight.matrix, value_dtype(plan.spec.dtype), layout=stored.layout,
         options=plan.weight.options(),
     )  # fmt: skip
     fitted, also = rules.fit(layer, name)

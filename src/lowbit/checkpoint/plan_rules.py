@@ -43,7 +43,11 @@ class Pattern:
 
 @dataclass
 class Rules:
-    """What the user asked for. `turned_banks`: patterns of banks [E, K, N]; `convolutions`: kernels are wanted, too."""
+    """What the user asked for.
+
+    `turned_banks`: patterns of banks [E, K, N]; `convolutions`: kernels are wanted, too; `requantize`: so are weights
+    that are quantized already.
+    """
 
     stored: StoredFormat
     solver: str
@@ -54,6 +58,7 @@ class Rules:
     statistics: LayerStatistics | None = None
     turned_banks: list[Pattern] = field(default_factory=list)
     convolutions: bool = False
+    requantize: bool = False
     picked: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def check(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lowbit.errors import WriteError
 
+from .index import PICKLE_SUFFIXES
 from .source import Source
 
 _LONGEST_END = ".partial.journal.new"
@@ -28,6 +29,11 @@ def check_target(source: Source, target: str | Path) -> None:
     if source.kind == "folder" and Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source.root)):
         raise WriteError(f"{target}: lies in the folder that is read, {source.root}; choose an output outside of it")
     if is_single(source, target):
+        if target.suffix.lower() in PICKLE_SUFFIXES:
+            raise WriteError(
+                f"{target}: would be safetensors under the name of a pickle, which programs, this one too, refuse or "
+                f"misread; name it {target.stem}.safetensors"
+            )
         check_file_target(target)
         return
     if target.is_dir() and any(target.iterdir()):

@@ -23,7 +23,7 @@ from .dialects.base import Dialect, StoredLayer, TensorSpec, join_key, layer_of
 from .eligibility import cannot_hold, cannot_store, dtype_name
 from .safetensors_header import DTYPES
 from .stored_format import StoredFormat
-from .weight_shape import WeightShape, refusal
+from .weight_shape import WeightShape, refusal, value_dtype
 
 ACTIONS = ("quantize", "keep", "drop")
 _DTYPE_OF = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
@@ -85,7 +85,7 @@ class TensorPlan:
     def stored_layer(self) -> StoredLayer:
         """The layer as it is to be written."""
         options = self.weight.options(parameter=bool(self.name) or layer_of(self.key) is None)
-        dtype, layout = self.spec.dtype, self.stored.layout
+        dtype, layout = value_dtype(self.spec.dtype), self.stored.layout
         return StoredLayer(self.layer, self.fmt, self.weight.matrix, dtype, layout=layout, options=options)
 
     @property
@@ -129,7 +129,8 @@ class TensorPlan:
             raise PlanError(f"{place}: {error}") from error
         if misfits:
             raise PlanError(f"{place}: {fmt} {misfits}")
-        why = cannot_hold(join_key(self.layer, "weight") if self.name else self.key, self.spec)
+        key = join_key(self.layer, "weight") if self.name else self.key
+        why = cannot_hold(key, self.spec, requantize=True)  # a plan says what is wanted
         why = why or self.weight.problem or cannot_store(self.stored, self.weight)
         if why:
             raise PlanError(f"{place} cannot become {fmt}: {list(self.shape)} {why}; set its action to keep")

@@ -202,7 +202,7 @@ class _Task:
         elif weight.turned:
             w = weight.as_matrix(held.read(self.key)).contiguous()
         else:
-            return lambda start, stop: held.source.read_rows(held.component, self.key, start, stop).flatten(1)
+            return lambda a, b: weight.as_matrix(held.source.read_rows(held.component, self.key, a, b))
         return lambda start, stop: w[start:stop]
 
     def _compare_bias(self, stored: StoredLayer, share: Tensor | None) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
@@ -30,12 +31,18 @@ _OPTIONS = (KERNEL, TURNED, EXPERTS, TRANSPOSED, PARAMETER)
 
 _PADDING = 32  # a file that pads, and does not tell the shape, adds less than this to rows and columns
 MATRIX_AXES, TURNED_AXES, KERNEL_AXES, BANK_AXES, TURNED_BANK_AXES = "", "K N", "O I ...", "E N K", "E K N"
+CAST_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # what plain weights are cast to without a scale
 AXES = (MATRIX_AXES, TURNED_AXES, KERNEL_AXES, BANK_AXES, TURNED_BANK_AXES)
 
 
 def may_pad(held: tuple[int, int], shape: tuple[int, int]) -> bool:
     """Whether a file that does not tell the shape may hold a matrix of `shape` as one of shape `held`."""
     return all(size <= larger < size + _PADDING for size, larger in zip(shape, held, strict=True))
+
+
+def value_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to work in: that of the source, and for 8-bit floats without a scale bfloat16, which holds them all."""
+    return torch.bfloat16 if dtype in CAST_DTYPES else dtype
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,8 @@ class WeightShape:
         return found | ({TRANSPOSED: True} if self.turned else {}) | ({PARAMETER: True} if parameter else {})
 
     def as_matrix(self, w: Tensor) -> Tensor:
-        """A weight, or one expert of a bank, as a matrix [N, K]."""
-        return w.t() if self.turned else w.flatten(1)
+        """A weight, or one expert of a bank, as a matrix [N, K]; 8-bit floats without a scale as bfloat16."""
+        return (w.t() if self.turned else w.flatten(1)).to(value_dtype(w.dtype))
 
     def as_plain(self, matrix: Tensor) -> Tensor:
         """A matrix [N, K] as the weight, or as one expert of a bank."""
@@ -155,6 +162,17 @@ def lacks_place(dialect: Dialect, weight: WeightShape) -> str | None:
     if weight.axes == MATRIX_AXES or dialect.name == "comfy":
         return None
     return f"the dialect {dialect.name} has no place for a {weight.kind}, only for matrices [N, K]"
+
+
+def lacks_lookup(dialect: Dialect) -> str | None:
+    """Why a table of embeddings had better stay plain in a dialect, or None.
+
+    Where config.json describes the layers, it does so for linears. Programs take the weights of all other modules for
+    plain ones: those of transformers look codes up as if they were values, or start from random numbers.
+    """
+    if not dialect.needs_folder:
+        return None
+    return f"embedding table, which programs that read {dialect.name} take for a plain one"
 
 
 def refusal(dialect: Dialect, stored: StoredLayer) -> str | None:

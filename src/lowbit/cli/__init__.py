@@ -23,7 +23,7 @@ from lowbit.cli import (
     verify,
     warmup,
 )
-from lowbit.cli.output import epilog
+from lowbit.cli.output import epilog, make_streams_safe
 
 app = typer.Typer(
     name="lowbit",
@@ -88,4 +88,5 @@ app.add_typer(_lora, name="lora")
 
 def main() -> None:
     """Run the command with the arguments of the process."""
+    make_streams_safe()
     app()

@@ -73,6 +73,10 @@ class Target:
                 raise PlanError("--format is one format for all weights; to choose among some, give --formats")
             if wishes.requantize:
                 raise PlanError("--requantize does not go with a target: the formats are chosen for the 16-bit weights")
+            if wishes.drop_unused:
+                raise PlanError(
+                    "--drop-unused does not go with a target; set the action of those tensors to drop in the plan"
+                )
             for spec in self.specs:
                 StoredFormat.parse(spec)
             if self.size is not None:

@@ -58,6 +58,7 @@ def convert(
     bank_transposed: options.BankTransposed = None,
     dialect: options.Dialect = "comfy",
     requantize: options.Requantize = False,
+    drop_unused: options.DropUnused = False,
     stats: options.Stats = None,
     fold_scales: options.FoldScales = False,
     share_low_rank: options.ShareLowRank = False,
@@ -88,9 +89,9 @@ def convert(
     when the same command is given again.
     """
     patterns = (keep or (), only or (), layer or ())
-    banks = bank_transposed or ()
+    banks, shared = bank_transposed or (), share_low_rank
     wishes = Wishes(
-        format, solver, preset, *patterns, dialect, requantize, convolutions, banks, fold_scales, share_low_rank
+        format, solver, preset, *patterns, dialect, requantize, convolutions, banks, fold_scales, shared, drop_unused
     )
     refuse_both(wishes, plan)
     if error_lora is None:

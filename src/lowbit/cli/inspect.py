@@ -7,7 +7,7 @@ import typer
 from lowbit.checkpoint.inspection import Inspection, LayerGroup, inspect as look
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
-from lowbit.cli.output import Exit, command, epilog, print_json, say, show, size, table
+from lowbit.cli.output import Exit, command, epilog, print_json, say, show, show_notes, size, table
 
 EPILOG = epilog("lowbit inspect flux-fp8.safetensors", "lowbit inspect qwen-image-nvfp4/ --json | jq .problems")
 
@@ -52,8 +52,7 @@ def _show(found: Inspection) -> None:
     weights, count = sum(group.weights for group in found.quantized), sum(group.bytes for group in found.quantized)
     about = f", {8 * count / weights:.2f} bits a weight" if weights else ""
     say(f"{size(found.bytes)}; {layers} quantized layers{about}")
-    for note in found.notes:
-        say(f"note: {note}", "yellow")
+    show_notes(found.notes)
     for problem in found.problems:
         say(f"problem: {problem}", "red")
     say(f"{len(found.problems)} problems" if found.problems else "no problems")

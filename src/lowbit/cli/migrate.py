@@ -9,7 +9,7 @@ import typer
 from lowbit.checkpoint.migrate import migrate as run, refuse_unknown
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
-from lowbit.cli.output import asking, command, epilog, print_json, progress, say
+from lowbit.cli.output import asking, command, epilog, print_json, progress, say, show_notes
 
 EPILOG = epilog(
     "lowbit migrate flux-scaled-fp8.safetensors -o flux-fp8.safetensors",
@@ -40,6 +40,5 @@ def migrate(
     if as_json:
         print_json(done.to_json())
         return
-    for note in done.notes:
-        say(f"note: {note}", "yellow")
+    show_notes(done.notes)
     say(f"{done.target}: {len(done.layers)} layers in the {to} convention", "bold")

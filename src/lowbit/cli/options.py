@@ -137,6 +137,13 @@ ShareLowRank = Annotated[
         "proj_down, so that a runtime rounds that input once; as --stats knows, or by their names.",
     ),
 ]
+DropUnused = Annotated[
+    bool,
+    typer.Option(
+        "--drop-unused",
+        help="Leave out what the preset says that this use of the model never needs, such as T5's decoder.",
+    ),
+]
 ErrorLora = Annotated[
     Path | None,
     typer.Option(

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import json
 import logging
 import math
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
@@ -29,6 +33,7 @@ from lowbit.errors import CheckpointError, LowbitError, PlanError, WriteError
 
 PIPE_WIDTH = 200  # characters of a line where there is no terminal to ask
 _NAME_WIDTH = 36
+_LEAST_WIDTH = 14  # of a column of words; a table that leaves them less is shown as paragraphs
 _NOT_REACHED = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO}
 Update = Callable[[int, int, str], None]
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -71,7 +76,18 @@ def stderr() -> Console:
 
 def _console(*, error: bool) -> Console:
     stream = sys.stderr if error else sys.stdout
-    return Console(stderr=error, width=None if stream.isatty() else PIPE_WIDTH, highlight=False, soft_wrap=False)
+    width = None if stream.isatty() else PIPE_WIDTH
+    return Console(stderr=error, width=width, highlight=False, soft_wrap=False, markup=False, emoji=False)
+
+
+def make_streams_safe() -> None:
+    """Let any name be printed: escaped where the encoding lacks a character, nowhere where a stream is closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  (until the process ends)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def epilog(*examples: str) -> str:
@@ -99,6 +115,17 @@ def say(text: str, style: str = "") -> None:
     stdout().print(Text(text, style=style), soft_wrap=True)
 
 
+def show_notes(notes: Iterable[str]) -> None:
+    """Notes, one a line; what is said of many layers alike stands once, with the first one's name."""
+    alike: dict[str, list[str]] = {}
+    for note in notes:
+        name, colon, said = note.partition(": ")
+        alike.setdefault(said if colon else note, []).append(note if not colon else name)
+    for said, names in alike.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        say(f"note: {said}" if names[0] == said else f"note: {names[0]}{more}: {said}", "yellow")
+
+
 def table(*columns: str, title: str = "", right: tuple[str, ...] = ()) -> Table:
     """An empty table; the columns named in `right` hold numbers."""
     made = Table(
@@ -111,9 +138,29 @@ def table(*columns: str, title: str = "", right: tuple[str, ...] = ()) -> Table:
 
 
 def show(made: Table) -> None:
-    """Print a table and an empty line."""
-    stdout().print(made)
-    stdout().print()
+    """Print a table and an empty line; on a narrow terminal a paragraph for each row, which can be read there."""
+    console = stdout()
+    cells = [[str(cell) for cell in column.cells] for column in made.columns]
+    headers = [str(column.header) for column in made.columns]
+    longest = [max(map(cell_len, (header, *column))) for header, column in zip(headers, cells, strict=True)]
+    least = [
+        full if column.no_wrap else min(full, _LEAST_WIDTH) for full, column in zip(longest, made.columns, strict=True)
+    ]
+    if sum(least) + 2 * (len(least) - 1) <= console.width:
+        console.print(made)
+    else:
+        _show_paragraphs(console, str(made.title or ""), headers, list(zip(*cells, strict=True)))
+    console.print()
+
+
+def _show_paragraphs(console: Console, title: str, headers: list[str], rows: list[tuple[str, ...]]) -> None:
+    """The first cell of each row, and the others below it with their headers."""
+    if title:
+        console.print(Text(title, style="bold"))
+    for name, *others in rows:
+        console.print(Text(name, style="bold"), soft_wrap=True)
+        said = [f"{header} {cell}".strip() for header, cell in zip(headers[1:], others, strict=True) if cell]
+        console.print(Padding(Text("; ".join(said)), (0, 0, 0, 2)))
 
 
 def size(count: float) -> str:

@@ -57,6 +57,7 @@ def plan(
     bank_transposed: options.BankTransposed = None,
     dialect: options.Dialect = "comfy",
     requantize: options.Requantize = False,
+    drop_unused: options.DropUnused = False,
     stats: options.Stats = None,
     fold_scales: options.FoldScales = False,
     share_low_rank: options.ShareLowRank = False,
@@ -90,9 +91,9 @@ def plan(
     every layer so that all of them together lose least in that size, or take least for that quality.
     """
     patterns = (keep or (), only or (), layer or ())
-    banks = bank_transposed or ()
+    banks, shared = bank_transposed or (), share_low_rank
     wishes = Wishes(
-        format, solver, preset, *patterns, dialect, requantize, convolutions, banks, fold_scales, share_low_rank
+        format, solver, preset, *patterns, dialect, requantize, convolutions, banks, fold_scales, shared, drop_unused
     )
     target = Target(target_size, target_sqnr, formats or (), weight or (), measure_with, rows, sensitivities, jobs)
     mixed = None

@@ -37,6 +37,7 @@ class Wishes:
     bank_transposed: Sequence[str] = ()
     fold_scales: bool = False
     share_low_rank: bool = False
+    drop_unused: bool = False
 
     def check(self) -> None:
         """Refuse what no source could make right, before any file is opened. Raises `Failure`."""
@@ -64,11 +65,12 @@ class Wishes:
     def plan(self, source: Source, statistics: LayerStatistics | None = None) -> Plan:
         """The plan for this source."""
         rules = [split_rule(rule) for rule in self.layer]
-        return make_plan(
+        made = make_plan(
             source,
             self.format,
             solver=self.solver,
             preset=self.preset,
+            drop=self.drop_unused,
             keep=self.keep,
             only=self.only,
             layer_rules=rules,
@@ -79,6 +81,10 @@ class Wishes:
             bank_transposed=self.bank_transposed,
             share_low_rank=self.share_low_rank,
         )
+        if self.drop_unused and not made.count("drop"):
+            names = ", ".join(sorted({component.preset or "none" for component in made.components}))
+            raise PlanError(f"--drop-unused: the preset {names} calls nothing in {source.place} unused; leave it out")
+        return made
 
     def shared(self, plan: Plan, statistics: LayerStatistics | None) -> Plan:
         """A plan made otherwise, with a shared low rank where that is wished for."""

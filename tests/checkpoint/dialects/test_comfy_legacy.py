@@ -247,3 +247,34 @@ def test_two_spellings_of_one_tensor():
     """A layer with its scale under the old and the new key is not migrated: one of them would be lost."""
     with pytest.raises(PartsError, match=f"{WHERE}: .*both .*weight_scale' and .*scale_weight'"):
         migrated(legacy(weight_scale=torch.ones(3)), {}, "current")
+
+
+@pytest.mark.parametrize("spec", ["fp8_e4m3", "fp8_e5m2", "fp8_e4m3(granularity=row)", "mxfp8", "nvfp4"])
+def test_a_file_that_lost_every_description_is_read_where_comfy_is_named(spec):
+    """ComfyUI's tensors alone, without markers or header: naming the dialect settles what shapes cannot tell."""
+    described = stored(spec, (64, 64))
+    bare = {key: tensor for key, tensor in described.items() if not key.endswith("comfy_quant")}
+    layer = COMFY.find_layers(Container(specs_of(bare), where=WHERE), bare.__getitem__).layers[LAYER]
+
+    assert (layer.format, layer.shape) == (parse_spec(spec), (64, 64))
+    assert any(note.startswith("nothing says how it is stored; as the dialect was named") for note in layer.notes)
+    for name, part in load(described)[1].items():
+        assert_same_bits(COMFY.load_parts(layer, bare.__getitem__)[name], part)
+
+
+@pytest.mark.parametrize("spec", ["int8", "awq_w4a16", "svdquant_w4a4(rank=4)", "convrot_w4a4(rotation=16)"])
+def test_integers_without_a_description_stay_unknown(spec):
+    """They may be the codes of a rotated weight, of groups of any size: also where comfy is named they are refused."""
+    bare = {key: tensor for key, tensor in stored(spec, (64, 64)).items() if not key.endswith("comfy_quant")}
+
+    with pytest.raises(CheckpointError, match="no comfy_quant marker and no entry in the header"):
+        COMFY.find_layers(Container(specs_of(bare), where=WHERE), bare.__getitem__)
+
+
+def test_a_marked_file_with_an_unmarked_layer_is_not_completed():
+    """One description in a file says that there are descriptions: a layer without one is damage, and an error."""
+    tensors = stored("nvfp4", (64, 64))
+    other = {key.replace(LAYER, "other"): value for key, value in tensors.items() if not key.endswith("comfy_quant")}
+
+    with pytest.raises(CheckpointError, match=r"'other\.weight' is uint8"):
+        COMFY.find_layers(Container(specs_of(tensors | other), where=WHERE), (tensors | other).__getitem__)

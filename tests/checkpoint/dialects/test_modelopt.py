@@ -126,7 +126,7 @@ def test_unmarked_files_are_read_only_by_name():
     """Without a description nothing is guessed; named, the two orders of nibbles decode to the same weight."""
     stored, parts = layer_and_parts("nvfp4")
     tensors = DIALECT.store_parts(stored, parts)
-    with pytest.raises(CheckpointError, match="--source-dialect bfl, bfl_swapped"):
+    with pytest.raises(CheckpointError, match="--source-dialect comfy, bfl, bfl_swapped"):
         detect_dialect(container(tensors, {}))
     swapped = {**tensors, f"{LAYER}.weight": swap_nibbles(tensors[f"{LAYER}.weight"])}
     for name, given in (("bfl", tensors), ("bfl_swapped", swapped)):

@@ -258,7 +258,7 @@ def detect_dialect(held: Container) -> Dialect | None:
         raise CheckpointError(
             f"{held.where or 'the file'}: {foreign[0]!r} and {len(foreign) - 1} more look like quantized weights, but "
             "nothing says how they are stored, and shapes cannot tell: nibbles may be swapped and scales reordered. If "
-            "you know who wrote it, name its dialect (--source-dialect bfl, bfl_swapped, modelopt; "
+            "you know who wrote it, name its dialect (--source-dialect comfy, bfl, bfl_swapped, modelopt; "
             "`lowbit formats` lists them); if a folder's config.json describes it, name the folder; else take the "
             "16-bit file"
         )

@@ -37,7 +37,7 @@ from lowbit.checkpoint.dialects.base import (
 from lowbit.checkpoint.dialects.comfy_banks import as_one_expert, check_no_bank
 from lowbit.checkpoint.dialects.comfy_find import CONSUMED, Siblings, find_layer, format_of, siblings
 from lowbit.checkpoint.dialects.comfy_formats import UNFOLDED, disk_specs, storage_of
-from lowbit.checkpoint.dialects.comfy_legacy import add_legacy, is_legacy
+from lowbit.checkpoint.dialects.comfy_legacy import add_legacy, add_undescribed, is_legacy
 from lowbit.checkpoint.dialects.comfy_marker import (
     HEADER,
     MARKER,
@@ -79,6 +79,8 @@ class Comfy:
         tensors, where, found = held.tensors, held.where, FoundLayers()
         described = read_descriptions(tensors, held.metadata, read, where, found)
         add_legacy(tensors, read, where, found, described)
+        if not self.detect(held):  # somebody named the dialect
+            add_undescribed(tensors, where, described)
         beside = siblings(tensors)
         for layer, description in described.items():
             result = _layer_or_problem(description, tensors, beside, read, infer_act_unsigned)

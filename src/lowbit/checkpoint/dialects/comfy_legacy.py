@@ -5,6 +5,8 @@
   scale of exactly 1 means none. A scale beside a weight that is not float8 is a dummy, and 1.
 - INT8-Fast markers: `{"convrot": .., "convrot_groupsize": .., "per_row": true}` without a format, with int8 codes and
   a scale [N, 1], are int8_tensorwise.
+- Files without any description (a program lost the markers) are read where the dialect is named: float8 and nvfp4
+  weights by their tensors.
 - `weight_proj_down`, `weight_zeros` and their like: what comfy-kitchen's `state_dict` calls the parts.
 
 (Wrong labels of convert_to_quant, which the shape of the scale puts right, are dealt with in `comfy_one_byte`.)
@@ -16,7 +18,7 @@ from collections.abc import Mapping
 
 import torch
 
-from lowbit.checkpoint.dialects.base import FoundLayers, Problem, Read, TensorSpec, join_key, name_place
+from lowbit.checkpoint.dialects.base import FoundLayers, Problem, Read, TensorSpec, join_key, layer_of, name_place
 from lowbit.checkpoint.dialects.comfy_marker import Description
 from lowbit.errors import CheckpointError, LowbitError
 
@@ -76,6 +78,35 @@ def add_legacy(
         known[layer] = _describe(layer, weight, markers, where)
     if plain:
         found.notes.append(f"{plain} weights that are not float8 have a scale_weight of 1, which means nothing")
+
+
+def add_undescribed(tensors: Mapping[str, TensorSpec], where: str, known: dict[str, Description]) -> None:
+    """Add to `known` the layers of a file that describes none, and that somebody says is ComfyUI's.
+
+    That settles what nothing in the file does: the order of nibbles and scales. Integers stay unknown: theirs may be
+    the codes of a rotated weight.
+    """
+    for key, weight in tensors.items():
+        layer = layer_of(key)
+        if layer is None or layer in known:
+            continue
+        scale, second = (tensors.get(join_key(layer, name)) for name in ("weight_scale", "weight_scale_2"))
+        name = "" if scale is None else _undescribed_format(weight.dtype, scale, second is not None)
+        if name:
+            known[layer] = Description(layer, {"format": name}, where)
+            known[layer].note(f"nothing says how it is stored; as the dialect was named, {name} by its tensors")
+
+
+def _undescribed_format(weight: torch.dtype, scale: TensorSpec, second: bool) -> str:
+    """The format that these tensors are of, if ComfyUI wrote them; "" where it is not certain."""
+    if second:
+        blocks = len(scale.shape) == 2 and scale.dtype in (torch.float8_e4m3fn, torch.uint8)
+        return "nvfp4" if weight == torch.uint8 and blocks else ""
+    if weight == torch.float8_e4m3fn and scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        return "mxfp8"
+    return (
+        _FORMATS[weight] if weight in (torch.float8_e4m3fn, torch.float8_e5m2) and scale.dtype.is_floating_point else ""
+    )
 
 
 def repair_fields(description: Description, weight: TensorSpec, tensors: Mapping[str, TensorSpec]) -> None:

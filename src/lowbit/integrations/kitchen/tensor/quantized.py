@@ -17,7 +17,7 @@ from torch import Tensor
 from lowbit.errors import PartsError
 from lowbit.formats.parts import raw_bytes
 from lowbit.integrations.kitchen.tensor import generic
-from lowbit.integrations.kitchen.tensor.base import get_layout_class
+from lowbit.integrations.kitchen.tensor.base import LAYOUTS, get_layout_class
 
 
 class QuantizedTensor(torch.Tensor):
@@ -39,8 +39,10 @@ class QuantizedTensor(torch.Tensor):
         self._params = params
 
     @classmethod
-    def from_float(cls, tensor: Tensor, layout_cls: str, **kwargs: Any) -> QuantizedTensor:
-        """Quantize a float tensor; `kwargs` are the layout's."""
+    def from_float(cls, tensor: Tensor, layout_cls: str | type[Any], **kwargs: Any) -> QuantizedTensor:
+        """Quantize a float tensor; `layout_cls`: the layout or its name, `kwargs` are the layout's."""
+        if isinstance(layout_cls, type):
+            layout_cls = next((name for name, known in LAYOUTS.items() if known is layout_cls), layout_cls.__name__)
         qdata, params = get_layout_class(layout_cls).quantize(tensor, **kwargs)
         return cls(qdata, layout_cls, params)
 
