@@ -179,19 +179,33 @@ def _calibrated(done: ConversionReport) -> Iterator[str]:
     judged = [layer for layer in done.layers if layer.error is not None]
     if not judged:
         return
-    gains = [10 * math.log10(layer.rtn_error / layer.error) for layer in judged if layer.error and layer.rtn_error]
     exact = sum(layer.error == 0 and bool(layer.rtn_error) for layer in judged)
     line = f"calibrated: {len(judged)} layers"
-    if gains:
-        line += f", {sum(gains) / len(gains):.1f} dB less output error than rounding to nearest, on average"
+    known = [(layer.unseen_error, layer.error, layer.rtn_error) for layer in judged]
+    if gains := [(_gain(unseen, rtn), _gain(error, rtn)) for unseen, error, rtn in known if unseen and error and rtn]:
+        unseen, seen = (sum(column) / len(gains) for column in zip(*gains, strict=True))
+        line += (
+            f", {unseen:.1f} dB less output error than rounding to nearest on average, to be expected on other inputs"
+        )
+        line += f" of the same kind ({seen:.1f} dB on the calibration's own)"
     if exact:
         line += f", {exact} without any"
-    yield f"{line}, on samples of the calibration"
+    yield line
+    if alone := [_gain(error, rtn) for unseen, error, rtn in known if unseen is None and error and rtn]:
+        yield (
+            f"  {len(alone)} layers, {sum(alone) / len(alone):.1f} dB on average, are judged on the samples that they "
+            "were made from: the statistics hold none out"
+        )
     noted = [layer for layer in judged if layer.note]
     for layer in noted[:_NOTED]:
         yield f"  {layer.name}: {layer.solver}, {layer.note}"
     if len(noted) > _NOTED:
         yield f"  and {len(noted) - _NOTED} more, see --json"
+
+
+def _gain(error: float, rtn_error: float) -> float:
+    """In dB."""
+    return 10 * math.log10(rtn_error / error)
 
 
 def _page(src: str, plan: Plan, done: ConversionReport) -> ConversionPage:
