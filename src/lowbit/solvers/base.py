@@ -88,6 +88,12 @@ class Statistics:
         return replace(self, output_hessian=None, output_held_out=None)
 
     @property
+    def of_channels(self) -> Statistics:
+        """The same with the diagonals of the second moments of the input alone."""
+        held = self.held_out if self.held_out is None or self.held_out.dim() == 1 else self.held_out.diagonal()
+        return replace(self, hessian=self.diagonal, held_out=held)
+
+    @property
     def diagonal(self) -> Tensor | None:
         """E[x_k^2] of each channel as [K], or None."""
         if self.hessian is None:

@@ -61,6 +61,11 @@ def second_moments(hessian: Tensor, amount: float, factor: Tensor | None) -> Ten
     return shrunk
 
 
+def no_second_moment(where: str) -> str:
+    """What is said of a layer whose H is not positive definite."""
+    return f"{where}: the second moments of its input are no positive definite matrix; calibrate it again"
+
+
 class NotPositiveDefiniteError(SolverError):
     """H has no triangular factor: it is not a second moment."""
 
@@ -82,9 +87,7 @@ class Curvature:
         order = self.hessian.diagonal().argsort()
         lower = unit_lower(arranged(self.hessian, order))
         if lower is None:
-            raise NotPositiveDefiniteError(
-                f"{self._where}: the second moments of its input are no positive definite matrix; calibrate it again"
-            )
+            raise NotPositiveDefiniteError(no_second_moment(self._where))
         return order, lower
 
 

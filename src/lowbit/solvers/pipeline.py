@@ -18,6 +18,7 @@ from .refinement import Refinement, refinements
 AUTO = "auto"
 AWQ = "awq"
 SVDQUANT = "svdquant"
+SCALE_SEARCH = "scale_search"
 BIAS = "bias"
 Known = str
 """What is known of a layer's input: "" for nothing, "diagonal" or "full" second moments."""
@@ -54,7 +55,7 @@ def parse_pipeline(name: str) -> Pipeline:
         if part not in starts and part not in steps and part != BIAS:
             known = f"{', '.join([AUTO, *starts])}; refinements: {', '.join(steps)}, {BIAS}"
             raise SolverError(f"unknown solver {part!r}; known solvers: {known}; join them as in scale_search+gptq")
-    first, rest = (parts[0], parts[1:]) if parts[0] in starts else ("scale_search", parts)
+    first, rest = (parts[0], parts[1:]) if parts[0] in starts else (SCALE_SEARCH, parts)
     bias = rest[-1:] == [BIAS]
     rest = rest[: len(rest) - bias]
     wrong = [part for part in rest if part not in steps]

@@ -28,10 +28,11 @@ from lowbit.numerics.groups import round_up
 from lowbit.ops.encode import encode
 
 from .activations import activation_loss
+from .attempt import Attempt, Lost, ratio
 from .base import Statistics, solver
-from .curvature import NotPositiveDefiniteError, energy, output_loss, output_signal, shrinkage
+from .curvature import NotPositiveDefiniteError, energy, no_second_moment, output_loss, output_signal, shrinkage
 from .input_scale import input_scale, transformed
-from .pipeline import AUTO, SVDQUANT, Pipeline, parse_pipeline, pick_solver, what_is_known
+from .pipeline import AUTO, SCALE_SEARCH, SVDQUANT, Pipeline, parse_pipeline, pick_solver, what_is_known
 from .refinement import Unrefined, refine
 from .row_coupling import GradientsError, refine_coupled
 from .unseen import Trial, row_shares
@@ -143,20 +144,6 @@ def _with_input_scale(
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """Parts that a pipeline `name` made, and the trial that went before it; None where only the start was run.
-
-    `rows_coupled`: by G of both halves.
-    """
-
-    name: str
-    parts: Parts
-    trial: Trial | None = None
-    bias: Tensor | None = None
-    rows_coupled: bool = False
-
-
-@dataclass(frozen=True)
 class Problem:
     """A layer to solve with second moments of its input.
 
@@ -204,22 +191,27 @@ class Problem:
     # ---- attempts ---------------------------------------------------------------------------------------------------
 
     def _attempts(self, plain: Parts, notes: list[str]) -> Iterator[Attempt]:
+        name, known = self.pipeline.start, self.for_start
+        alone = name == SVDQUANT and self.start is None
         try:
-            start = self.start or self._started(self.for_start)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the low rank of svdquant solves under H
-            notes.append(f"{self.pipeline.start} cannot use second moments that are no positive definite matrix")
-            return
-        if self.pipeline.steps:
             try:
-                trial = self._trial(start, plain, notes)
-                if trial is not None:
-                    yield from self._all_refined(start, trial, notes)
-            except NotPositiveDefiniteError as error:
-                notes.append(f"only the diagonal was used: {error}")
-        yield Attempt(Pipeline(self.pipeline.start, bias=self.pipeline.bias).name, start)
+                start = self.start or self._started(name, known)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # svdquant solves under H
+                raise NotPositiveDefiniteError(no_second_moment(self.where)) from error
+            trial = self._trial(start, plain, notes) if self.pipeline.steps else None
+            if trial is not None:
+                yield from self._all_refined(start, trial, notes)
+        except NotPositiveDefiniteError as error:
+            notes.append(f"only the diagonal was used: {error}")
+            if alone:
+                start = self._started(name, known.of_channels)
+        yield Attempt(Pipeline(name, bias=self.pipeline.bias).name, start)
+        if alone:
+            start = self._started(SCALE_SEARCH, known)
+            yield Attempt(Pipeline(SCALE_SEARCH, bias=self.pipeline.bias).name, start)
 
-    def _started(self, known: Statistics) -> Parts:
-        return solver(self.pipeline.start)(self.w, self.fmt, known, where=self.where, seed=self.seed)
+    def _started(self, name: str, known: Statistics) -> Parts:
+        return solver(name)(self.w, self.fmt, known, where=self.where, seed=self.seed)
 
     def _all_refined(self, start: Parts, trial: Trial, notes: list[str]) -> Iterator[Attempt]:
         """Against the error of the model's output, where that is known, and against that of the layer's."""
@@ -259,7 +251,7 @@ class Problem:
             if other <= least:
                 seen, plain_seen = (output_loss(some, self.fmt, x, known.hessian) for x in (tried, rounded))
                 mean = self._mean_loss(some, tried)
-                shares = _ratio(max(seen - mean, 0.0), plain_seen), _ratio(max(other - mean, 0.0), plain_other)
+                shares = ratio(max(seen - mean, 0.0), plain_seen), ratio(max(other - mean, 0.0), plain_other)
                 return Trial(*shares, usual if amount < _STRONGER else amount)
             notes.append(f"a trial with H shrunk by {amount:g} lost")
         return None
@@ -334,30 +326,12 @@ class Problem:
     def _unseen_start(self, attempt: Attempt, lost: Lost) -> float:
         """The same of a start. It is made of one half alone; but svdquant's low rank is of both."""
         hessian, few = self.statistics.hessian, self.statistics.tokens < _MANY * self.w.shape[1]
-        if self.pipeline.start != SVDQUANT or attempt.name == "rtn" or hessian is None or hessian.dim() == 1 or not few:
+        if attempt.name.split("+")[0] != SVDQUANT or hessian is None or hessian.dim() == 1 or not few:
             return lost.error
         try:
-            one_half = self._started(replace(self.for_start, held_out=None, held_out_tokens=0))
+            one_half = self._started(SVDQUANT, replace(self.for_start, held_out=None, held_out_tokens=0))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             return lost.error
         seen, other = (output_loss(self.w, self.fmt, one_half, h) for h in (hessian, self._judge))
-        share = Trial(_ratio(seen, output_signal(self.w, hessian)), _ratio(other, output_signal(self.w, self._judge)))
+        share = Trial(ratio(seen, output_signal(self.w, hessian)), ratio(other, output_signal(self.w, self._judge)))
         return replace(lost, weight=lost.weight * share.excess).error
-
-
-@dataclass(frozen=True)
-class Lost:
-    """What a layer loses of its `signal`, by the error of its weight and by rounding its input."""
-
-    weight: float
-    input: float
-    signal: float
-
-    @property
-    def error(self) -> float:
-        """As a share of the signal."""
-        return _ratio(self.weight + self.input, self.signal)
-
-
-def _ratio(lost: float, signal: float) -> float:
-    return lost / signal if signal else float(lost > 0)
