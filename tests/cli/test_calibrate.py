@@ -200,7 +200,7 @@ def test_the_same_samples_are_not_merged(lowbit, factory, tmp_path):
     """A file named twice, a copy of it, and one that was taken again are refused by name, and nothing is written."""
     one, copy, again, both = (tmp_path / f"{name}.safetensors" for name in ("one", "copy", "again", "both"))
     lowbit("calibrate", "--module", f"{factory}:make", "-o", one)
-    lowbit("calibrate", "--module", f"{factory}:make", "--memory", "1MiB", "-o", again)
+    lowbit("calibrate", "--module", f"{factory}:make", "--memory", "2MiB", "-o", again)
     copy.write_bytes(one.read_bytes())
 
     for other in (one, copy, again):
