@@ -192,6 +192,7 @@ def test_it_does_not_help_the_output_and_solve_says_so():
 def test_options_are_those_of_the_function(monkeypatch):
     """A pipeline with options behind the name gives the bytes of the function with these arguments, and says them."""
     fmt, w = parse_spec("fp8_e4m3"), gaussian(64, 96)
+    monkeypatch.setattr("lowbit.solvers.learned_rounding.projected_rank", projected_rank)
     found = {}
     for text, bounds in {
         "": {},

@@ -11,7 +11,7 @@ import typer
 
 from lowbit.checkpoint.conversion_report import ConversionReport
 from lowbit.checkpoint.convert import convert as run
-from lowbit.checkpoint.error_lora import LoraLayer, check_error_lora, write_error_lora
+from lowbit.checkpoint.error_lora import LoraLayer, check_error_lora, embedding_tables, write_error_lora
 from lowbit.checkpoint.folding import folded
 from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.layer_statistics import LayerStatistics
@@ -118,26 +118,29 @@ def convert(
                 progress=update,
                 statistics=known,
             )
-        corrected = []
+        corrected: list[LoraLayer] = []
+        left_out: list[str] = []
         if error_lora is not None:
-            corrected = _correct(*folded(source, made, known), done, error_lora, lora_rank, lora_prefix)
+            corrected, left_out = _correct(*folded(source, made, known), done, error_lora, lora_rank, lora_prefix)
     if report is not None:
         write_conversion(report, _page(str(src), made, done))
     if as_json:
         more = {"plan": plan_totals(made), "report": None if report is None else str(report)}
-        print_json({**done.to_json(), **more, "error_lora": [vars(layer) for layer in corrected]})
+        loras = {"error_lora": [vars(layer) for layer in corrected], "error_lora_left_out": left_out}
+        print_json({**done.to_json(), **more, **loras})
     else:
         _show(done, report)
-        _show_lora(corrected, error_lora)
+        _show_lora(corrected, left_out, error_lora)
 
 
 def _correct(
     source: Source, known: LayerStatistics | None, done: ConversionReport, target: Path, rank: int, prefix: str
-) -> list[LoraLayer]:
-    """Write the LoRA that makes up for what was lost."""
+) -> tuple[list[LoraLayer], list[str]]:
+    """Write the LoRA that makes up for what was lost; its layers, and those left out."""
     biased = {layer.name for layer in done.layers if layer.solver.endswith(f"+{BIAS}")}
     with open_source(done.target) as converted, progress("correcting") as update:
-        return write_error_lora(
+        left_out = embedding_tables(source, converted)
+        made = write_error_lora(
             source,
             converted,
             target,
@@ -147,12 +150,15 @@ def _correct(
             prefix=prefix,
             progress=update,
         )
+    return made, left_out
 
 
-def _show_lora(layers: list[LoraLayer], target: Path | None) -> None:
+def _show_lora(layers: list[LoraLayer], left_out: list[str], target: Path | None) -> None:
     if target is not None and layers:
         left = sum(layer.error_after for layer in layers) / max(sum(layer.error_before for layer in layers), 1e-30)
         say(f"{target}: corrections of {len(layers)} layers leave {100 * left:.0f} % of their squared error")
+    if left_out:
+        say(f"{target}: none of {', '.join(left_out)}: tables of embeddings, whose LoRA not every loader takes")
 
 
 def _show(done: ConversionReport, report: Path | None) -> None:
