@@ -95,11 +95,11 @@ def test_the_report_says_what_was_run_and_gained(source, tmp_path):
     assert layers["down"].solver == "scale_search+gptq+descent"
     assert layers["unknown"].solver == "rtn"
     for name in ("up", "down"):
-        assert 0 < layers[name].error < 0.8 * layers[name].rtn_error
+        assert 0 < layers[name].error < layers[name].unseen_error < 0.8 * layers[name].rtn_error
         assert layers[name].note == ""
     assert (layers["unknown"].error, layers["unknown"].rtn_error) == (None, None)
     entry = next(layer for layer in report.to_json()["layers"] if layer["layer"] == "up")
-    assert {"solver", "note", "error", "rtn_error"} <= entry.keys()
+    assert {"solver", "note", "error", "rtn_error", "unseen_error"} <= entry.keys()
 
 
 def test_gradients_have_room(source, tmp_path, monkeypatch):

@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lowbit.checkpoint.convert import convert
-from lowbit.checkpoint.error_lora import write_error_lora
+from lowbit.checkpoint.error_lora import embedding_tables, write_error_lora
 from lowbit.checkpoint.layer_statistics import InMemory
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.quantized_source import look_for_layers
@@ -125,3 +125,32 @@ def test_the_command_writes_it_and_says_what_it_is_worth(tmp_path):
     assert layers
     assert all(layer["rank"] == 4 and layer["error_after"] < layer["error_before"] for layer in layers)
     assert (tmp_path / "lora.safetensors").exists()
+
+
+def test_tables_of_embeddings_are_left_out_and_named(tmp_path):
+    """PEFT and diffusers take no lora_A and lora_B for them: the file has none, the command says which."""
+    tensors = {"model.embed_tokens.weight": gaussian(64, 128), "model.layers.0.mlp.up_proj.weight": gaussian(128, 128)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    given = ["convert", tmp_path / "in.safetensors", "-o", tmp_path / "out.safetensors", "--format", "awq_w4a16"]
+    lora = ["--preset", "none", "--error-lora", tmp_path / "lora.safetensors", "--lora-rank", "8"]
+
+    done = CliRunner().invoke(app, [str(one) for one in (*given, *lora)])
+
+    assert done.exit_code == 0, done.output
+    assert "none of model.embed_tokens: tables of embeddings" in done.output
+    assert {key.split(".lora_")[0] for key in load_file(tmp_path / "lora.safetensors") if "lora_" in key} == {
+        "model.layers.0.mlp.up_proj"
+    }
+    with open_source(tmp_path / "in.safetensors") as source, open_source(tmp_path / "out.safetensors") as converted:
+        assert embedding_tables(source, converted) == ["model.embed_tokens"]
+
+
+def test_nothing_but_a_table_is_nothing_to_correct(tmp_path):
+    """One error says so, and no file appears."""
+    save_file({"model.embed_tokens.weight": gaussian(64, 128)}, tmp_path / "in.safetensors")
+    with open_source(tmp_path / "in.safetensors") as source:
+        convert(source, tmp_path / "out.safetensors", make_plan(source, "awq_w4a16", preset="none", solver="rtn"))
+        said = pytest.raises(PlanError, match="but tables of embeddings, which LoRAs do not correct")
+        with open_source(tmp_path / "out.safetensors") as converted, said:
+            write_error_lora(source, converted, tmp_path / "lora.safetensors", 8)
+    assert not (tmp_path / "lora.safetensors").exists()

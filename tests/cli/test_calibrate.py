@@ -32,6 +32,10 @@ def make():
     model = nn.Sequential(Block(), Block())
     return nn.ModuleDict({"blocks": model})["blocks"], [torch.randn(4, 9, 64) for _ in range(3)]
 
+def make_more():
+    model, batches = make()
+    return model, [x + 1 for x in batches]
+
 def with_names():
     model, batches = make()
     class Whole(nn.Module):
@@ -182,13 +186,28 @@ def test_wrong_options_end_with_2(lowbit, tmp_path, arguments, said):
 
 def test_files_are_merged(lowbit, factory, tmp_path):
     """--merge adds up the tokens of two files."""
-    one, both = tmp_path / "one.safetensors", tmp_path / "both.safetensors"
+    one, two, both = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "both"))
     lowbit("calibrate", "--module", f"{factory}:make", "-o", one)
+    lowbit("calibrate", "--module", f"{factory}:make_more", "-o", two)
 
-    done = lowbit("calibrate", "--merge", one, one, "-o", both, "--json")
+    done = lowbit("calibrate", "--merge", one, two, "-o", both, "--json")
 
     assert done.code == 0
     assert {facts["tokens"] for facts in done.json["inputs"].values()} == {108}
+
+
+def test_the_same_samples_are_not_merged(lowbit, factory, tmp_path):
+    """A file named twice, a copy of it, and one that was taken again are refused by name, and nothing is written."""
+    one, copy, again, both = (tmp_path / f"{name}.safetensors" for name in ("one", "copy", "again", "both"))
+    lowbit("calibrate", "--module", f"{factory}:make", "-o", one)
+    lowbit("calibrate", "--module", f"{factory}:make", "--memory", "2MiB", "-o", again)
+    copy.write_bytes(one.read_bytes())
+
+    for other in (one, copy, again):
+        done = lowbit("calibrate", "--merge", one, other, "-o", both)
+        assert done.code != 0
+        assert f"{one} and {other} are of the same samples, which would count twice; name each file once" in done.err
+        assert not both.exists()
 
 
 def test_an_importance_matrix_is_imported(lowbit, model, tmp_path):

@@ -268,3 +268,21 @@ def test_it_sorts_filters_and_shows_itself_in_a_browser(browser, tmp_path):
     assert [event for event in browser.events if event["method"] in wrong] == []
     asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     assert all(url.startswith("file:") for url in asked)
+
+
+def test_layers_without_statistics_are_apart():
+    """SQNRs of weights stand in a picture of their own, whose heading says so, not among those of outputs."""
+    layers = [layer("four", b, 5.25 + b, "mlp.up") for b in range(3)]
+    layers += [layer("four", b, 30 + b, output_sqnr=12.0 + b) for b in range(3)]
+    text = compare_html(page([candidate("four", 10_000_000, 20, output_sqnr=13.0)], layers))
+    outputs, _, weights = text.partition("Weight SQNR of the layers without statistics, dB")
+
+    assert_sound(text)
+    assert "without 3 that the statistics lack" in outputs
+    assert "four, blocks.0.attn.q: 12.00 dB" in outputs
+    assert "up: 5.25 dB" not in outputs
+    assert "four, blocks.0.mlp.up: 5.25 dB" in weights
+    assert "four, blocks.1: 13.0 dB" in outputs.partition("By depth")[2]
+    rows = re.findall(r'<tr data-name="([^"]+)"', text)
+    assert rows == [*(f"blocks.{b}.attn.q" for b in range(3)), *(f"blocks.{b}.mlp.up" for b in range(3))]
+    assert "Weight SQNR of the layers without" not in compare_html(full_page())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit.errors import SolverError
 from lowbit.formats import Format, Parts, parse_spec
-from lowbit.solvers import Statistics, refinements, solve, solver
+from lowbit.solvers import Statistics, base, refinements, solve, solver
 from lowbit.solvers.curvature import Curvature, output_error, second_moments
 from lowbit.solvers.refinement import Unrefined, refine
 from tests.support import gaussian
@@ -198,7 +198,7 @@ def test_factors_fall_back_to_float64():
 def test_an_indefinite_matrix_is_not_refined_with():
     """What cannot be a second moment is an error with the layer's name from the factor; solve does without and says so.
 
-    svdquant, whose low rank solves under H, is left to rounding.
+    svdquant, whose low rank solves under H, takes the diagonal, too.
     """
     h = torch.full((64, 64), -1.0).fill_diagonal_(1.0)
 
@@ -207,7 +207,27 @@ def test_an_indefinite_matrix_is_not_refined_with():
     for spec in ("int8", "awq_w4a16", "svdquant_w4a4(rank=8)"):
         found = solve(gaussian(16, 64), parse_spec(spec), "auto", Statistics(hessian=h, tokens=99), where="blocks.7")
         assert "gptq" not in found.solver
-        assert "no positive definite matrix" in found.note
+        assert found.note == (
+            "judged on the samples it was made from: there are no others; only the diagonal was used: blocks.7: the "
+            "second moments of its input are no positive definite matrix; calibrate it again"
+        )
+        assert found.solver == ("svdquant" if "svdquant" in spec else "scale_search")
+
+
+def test_svdquant_that_loses_is_a_scale_search(monkeypatch):
+    """What comes after it is not plain rounding at once, and that is said."""
+    layer, fmt = Layer.make(64, 128, 1.0), parse_spec("svdquant_w4a4(rank=8)")
+
+    def spoiled(*arguments, **options):
+        parts = solver("scale_search")(*arguments, **options)
+        return {**parts, "scale": parts["scale"] * 8}
+
+    monkeypatch.setitem(base._REGISTRY, "svdquant", spoiled)
+    found = solve(layer.weight, fmt, "svdquant", layer.statistics(512))
+
+    assert found.solver == "scale_search"
+    assert "svdquant was worse than rounding to nearest on the samples held out" in found.note
+    assert found.error < found.rtn_error
 
 
 GOOD = Layer.make(16, 64, 1.0).exact()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowbit.errors import SolverError
 from lowbit.formats import parse_spec
-from lowbit.solvers import Statistics, solve, solver
+from lowbit.solvers import Statistics, parse_pipeline, solve, solver
 from lowbit.solvers.curvature import output_error
 from lowbit.solvers.learned_rounding import Projection, _Problem, projected_rank
 from lowbit.solvers.learned_rounding_optimizers import OPTIMIZERS, AdamW, Polyak, Prodigy, RAdam
@@ -186,3 +187,64 @@ def test_it_does_not_help_the_output_and_solve_says_so():
     assert learned.solver == "rtn"
     assert "learned_rounding was worse" in learned.note
     assert refined.error < 0.7 * learned.error
+
+
+def test_options_are_those_of_the_function(monkeypatch):
+    """A pipeline with options behind the name gives the bytes of the function with these arguments, and says them."""
+    fmt, w = parse_spec("fp8_e4m3"), gaussian(64, 96)
+    monkeypatch.setattr("lowbit.solvers.learned_rounding.projected_rank", projected_rank)
+    found = {}
+    for text, bounds in {
+        "": {},
+        "(max_k=8)": {"max_k": 8},
+        "( min_k = 1, top_p=0.5 )": {"min_k": 1, "top_p": 0.5},
+    }.items():
+        solution = solve(w, fmt, f"learned_rounding{text}")
+        found[text] = solution.parts["qdata"]
+        assert torch.equal(found[text], solver("learned_rounding")(w, fmt, **bounds)["qdata"])
+        assert solution.solver == f"learned_rounding{text.replace(' ', '')}"
+    assert not torch.equal(found[""], found["(max_k=8)"])
+
+
+def test_the_search_has_options(monkeypatch):
+    """`iterations` bounds the steps, `lr` is the optimizer's rate, and the + of an exponent joins nothing."""
+    fmt, w, steps = parse_spec("int8"), gaussian(32, 64), []
+
+    class Counting(AdamW):
+        def step(self, gradient, loss):
+            steps.append(self.rate)
+            super().step(gradient, loss)
+
+    monkeypatch.setitem(OPTIMIZERS, "adamw", Counting)
+    found = solve(w, fmt, "learned_rounding_adamw(iterations=3,lr=1e+2)")
+
+    assert steps == [100.0] * 3
+    assert found.solver == "learned_rounding_adamw(iterations=3,lr=1e+2)"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("learned_rounding(top_p=0)", "top_p is '0', expected a number above 0 and at most 1"),
+     ("learned_rounding(top_p=nan)", "top_p is 'nan'"), ("learned_rounding(top_p=1.5)", "top_p is '1.5'"),
+     ("learned_rounding(min_k=2.5)", "min_k is '2.5', expected a whole number of at least 1"),
+     ("learned_rounding(max_k=0)", "max_k is '0'"),
+     ("learned_rounding_radam(lr=inf)", "lr is 'inf', expected a number above 0"),
+     ("learned_rounding(iterations=3)", "learned_rounding has no option 'iterations'; it has top_p, min_k, max_k"),
+     ("learned_rounding_prodigy(lr=1)", "has no option 'lr'; it has top_p, min_k, max_k, iterations"),
+     ("rtn(top_p=1)", "rtn has no option 'top_p'; it has none"), ("learned_rounding(top_p=1", "not closed"),
+     ("learned_rounding()", "write each option once, as option=value"),
+     ("learned_rounding(top_p=1,top_p=1)", "write each option once"),
+     ("learned(top_p=1)", r"unknown solver 'learned\(top_p=1\)'")],
+)  # fmt: skip
+def test_wrong_options_are_known_before_a_weight_is(name, said):
+    """A plan reads the pipeline, so a wrong option is one error that names it, before anything is converted."""
+    with pytest.raises(SolverError, match=said):
+        parse_pipeline(name)
+
+
+def test_options_go_with_refinements_and_a_bias():
+    """They belong to the start, and the rest of the pipeline is read as ever."""
+    found = parse_pipeline("learned_rounding(top_p=0.5,max_k=9)+gptq+bias")
+
+    assert (found.start, found.steps, found.bias) == ("learned_rounding(top_p=0.5,max_k=9)", ("gptq",), True)
+    assert parse_pipeline(found.name) == found

@@ -16,6 +16,7 @@ from lowbit.solvers.curvature import output_loss
 from lowbit.solvers.refinement import Unrefined, refine
 from lowbit.solvers.row_coupling import ROWS, refine_coupled, shrunk_outputs
 from lowbit.solvers.solve import Problem
+from lowbit.solvers.unseen import Trial
 from tests.support.layers import Layer, power_law
 
 
@@ -187,7 +188,7 @@ def test_without_gradients_nothing_is_tried_twice(monkeypatch):
     """A pipeline that loses on the samples held out is run once for each thing it can be run against."""
     layer, fmt, runs = Layer.make(64, 64), parse_spec("int8"), []
     nothing = fmt.quantize(torch.zeros(64, 64))
-    monkeypatch.setattr(Problem, "_amount", lambda *_: 0.0)
+    monkeypatch.setattr(Problem, "_trial", lambda *_: Trial(1.0, 1.0, 0.2))
     monkeypatch.setattr(Problem, "_refined", lambda *_, outputs=None: runs.append(outputs) or nothing)
 
     for outputs in (None, torch.eye(64)):

@@ -360,3 +360,27 @@ def test_broad_statistics_are_shrunk_less(tokens, narrow, broad):
     """By 0.4 K / T, at most 0.3, and at least 0.05 where the samples are of many kinds, else 0.2."""
     assert curvature.shrinkage(tokens, 64) == pytest.approx(narrow)
     assert curvature.shrinkage(tokens, 64, broad=True) == pytest.approx(broad)
+
+
+@pytest.mark.parametrize(
+    ("spec", "known", "advised"),
+    [("int8", "", True), ("int8", "full", False), ("int8(rotation=64)", "", False),
+     ("int8(activations=none)", "", False), ("int8(granularity=block)", "", False), ("svdquant_w4a4", "", False)],
+)  # fmt: skip
+def test_auto_proposes_a_rotation_where_rows_of_the_input_are_rounded(spec, known, advised):
+    """Without data, and only where the format rounds whole rows of the input as they are."""
+    assert ("int8(rotation=256), or 64" in pick_solver(AUTO, parse_spec(spec), known)[1]) == advised
+
+
+def test_what_the_advice_is_worth():
+    """A rotation takes half of the error and more off a layer with a heavy tail and channels that stand out."""
+    torch.manual_seed(3)
+    w, x = torch.randn(64, 256), torch.randn(128, 256)
+    w, x = (rows / torch.randn_like(rows).square().add_(0.3).sqrt_() for rows in (w, x))
+    x[:, ::64] *= 20
+    lost = {}
+    for spec in ("int8", "int8(rotation=256)"):
+        fmt = parse_spec(spec)
+        out = fmt.linear(x, solve(w, fmt).parts, None)
+        lost[spec] = float((out - x @ w.t()).norm() / (x @ w.t()).norm())
+    assert lost["int8(rotation=256)"] < 0.5 * lost["int8"]

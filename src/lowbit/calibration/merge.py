@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from lowbit.errors import StatisticsError
 from lowbit.solvers.base import Statistics
 
 from .accumulate import ROWS_KEPT
-from .collection import BROAD, Contents, Field, InputFacts, LayerInput, StatisticsCollection
+from .collection import BROAD, Contents, Field, InputFacts, LayerInput, StatisticsCollection, digest_of
 
 _MOMENTS = {"hessian": "tokens", "held_out": "held_out_tokens"}
 
@@ -24,7 +25,8 @@ class Merged(StatisticsCollection):
     are taken as its tokens are worth. A layer that some lack is taken from the others. Where one has only the diagonal,
     so has the result. What not all have of an input (the ranges, say, when one is an importance matrix) is left out.
 
-    Raises `StatisticsError` when a layer's shape differs between them.
+    Raises `StatisticsError` when a layer's shape differs between them. That two are of the same samples, which then
+    count twice, is the caller's affair: `refuse_same_samples`.
     """
 
     def __init__(self, collections: Sequence[StatisticsCollection]) -> None:
@@ -117,6 +119,24 @@ class Merged(StatisticsCollection):
         parts = [collection.load_input(other) for collection, other in self._parts(key)]
         tensors: dict[str, Any] = {name: _JOIN[name](parts, name, facts) for name in names}
         return Statistics(tokens=facts.tokens, held_out_tokens=facts.held_out_tokens, **tensors)
+
+
+def refuse_same_samples(collections: Sequence[StatisticsCollection]) -> None:
+    """Raise `StatisticsError` where two of them are of the same samples: their tokens would count twice."""
+    for one, other in itertools.combinations(collections, 2):
+        if _same_samples(one, other):
+            raise StatisticsError(
+                f"{one.place} and {other.place} are of the same samples, which would count twice; name each file once"
+            )
+
+
+def _same_samples(one: StatisticsCollection, other: StatisticsCollection) -> bool:
+    """Whether all layers that both know had the same input, to the bit; of others the first layer mostly tells."""
+    common = [name for name in one.layers if name in other]
+    digests = (
+        [digest_of(which.input_vectors(which.contents.layers[name].input)) for which in (one, other)] for name in common
+    )
+    return bool(common) and all(first == second for first, second in digests)
 
 
 def _tokens_of(collection: StatisticsCollection, output: str) -> int:

@@ -16,6 +16,8 @@ class LayerReport:
 
     `solver`: what made it, which is less than the plan's where that lost; `note`: why. `error`, `rtn_error`: relative
     errors of its output on the samples held out, its own and that of rounding to nearest; None without statistics.
+    `unseen_error`: what to expect instead of `error` on inputs that are not among the samples; None where no samples
+    were held out.
     `shares`: the group of layers with which it has one smooth_factor and one proj_down.
     """
 
@@ -31,6 +33,7 @@ class LayerReport:
     note: str = ""
     error: float | None = None
     rtn_error: float | None = None
+    unseen_error: float | None = None
     shares: str = ""
 
     @property

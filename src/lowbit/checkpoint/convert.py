@@ -249,5 +249,6 @@ def _layer_reports(layers: list[LayerWork], done: Rewritten) -> Iterator[LayerRe
             note=record["note"],
             error=record["error"],
             rtn_error=record["rtn_error"],
+            unseen_error=record.get("unseen_error"),  # a run that an earlier version began has none
             shares=record.get("shares", ""),
         )

@@ -25,6 +25,7 @@ class BankWork(LayerWork):
         """Read, solve and store, expert by expert; the marker, which is the same for all, comes last."""
         marker: dict[str, Tensor] = {}
         record: dict[str, Any] = {"seconds": 0.0, "solver": "", "note": "", "error": None, "rtn_error": None}
+        record["unseen_error"] = None
         meter = AccuracyMeter()
         slices = self._experts(marker, record, meter)
         return Made(marker, record, lambda _: {"accuracy": meter.result().to_json()}, slices)

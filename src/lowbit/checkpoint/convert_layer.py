@@ -168,4 +168,5 @@ def record_of(solution: Solution, seconds: float) -> dict[str, Any]:
         "note": solution.note,
         "error": solution.error,
         "rtn_error": solution.rtn_error,
+        "unseen_error": solution.unseen_error,
     }

@@ -7,6 +7,10 @@ them when the layer's name starts with "diffusion_model." (give that as `prefix`
 diffusers reads them with the model's place in the pipeline in front ("transformer."), which is there for a pipeline
 folder. PEFT wants "base_model.model." and an adapter_config.json with the rank.
 
+Tables of embeddings are left out (`embedding_tables`): PEFT holds their LoRA under other names, lora_embedding_A [r, V]
+and lora_embedding_B [K, r] without ".weight", diffusers loads none, and lora_A and lora_B on an nn.Embedding are
+refused or lost by both.
+
 It is made from the source and the converted checkpoint, as a loader gets it, so that any conversion can have one.
 """
 
@@ -30,6 +34,7 @@ from .dialects import StoredLayer
 from .dialects.base import join_key, name_place
 from .layer_statistics import LayerStatistics
 from .pipeline import Progress, Unit, run_units
+from .presets import GENERIC, detect_preset
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
 from .target import check_file_target
@@ -74,6 +79,8 @@ def write_error_lora(
 ) -> list[LoraLayer]:
     """Write the corrections of all layers that `converted` holds in fewer bits than `source`; it appears when complete.
 
+    Tables of embeddings get none: see `embedding_tables`.
+
     `bias_corrected`: names of layers whose bias makes up for their mean error already. One layer a thread is in memory.
 
     Raises:
@@ -82,9 +89,13 @@ def write_error_lora(
         CheckpointError: reading or writing failed.
     """
     check_error_lora(source, target, rank)
-    layers = [layer for component in converted.components for layer in _layers(source, converted, component.name)]
+    found = [layer for component in converted.components for layer in _layers(source, converted, component.name)]
+    layers = [layer for layer in found if not layer.is_table]
     if not layers:
-        raise PlanError(f"{converted.place}: holds no layer that {source.place} holds in more bits; nothing to correct")
+        tables = " but tables of embeddings, which LoRAs do not correct" if found else ""
+        raise PlanError(
+            f"{converted.place}: holds no layer that {source.place} holds in more bits{tables}; nothing to correct"
+        )
     entries = [entry for layer in layers for entry in layer.entries(rank, prefix)]
     writer = CheckpointWriter(target, entries, {"format": "pt"}, fingerprint="error_lora", resume=False)
     made: dict[str, LoraLayer] = {}
@@ -106,6 +117,12 @@ def write_error_lora(
     return [made[layer.name] for layer in layers]
 
 
+def embedding_tables(source: Source, converted: Source) -> list[str]:
+    """The layers that `write_error_lora` leaves out because their weight is a table whose rows are looked up."""
+    found = [layer for component in converted.components for layer in _layers(source, converted, component.name)]
+    return [layer.name for layer in found if layer.is_table]
+
+
 @dataclass(frozen=True)
 class _Layer:
     """A layer that one checkpoint holds in full and the other one in few bits."""
@@ -114,6 +131,7 @@ class _Layer:
     plain: QuantizedComponent
     held: QuantizedComponent
     stored: StoredLayer
+    is_table: bool
 
     @property
     def name(self) -> str:
@@ -184,7 +202,8 @@ def _layers(source: Source, converted: Source, name: str) -> list[_Layer]:
     """The matrices of one model that were quantized, by the names and formats in both checkpoints."""
     plain = look_for_layers(source, source.component(name))
     held = look_for_layers(converted, converted.component(name))
-    found = []
+    keys, found = list(plain.specs), []
+    names = (detect_preset(keys) or GENERIC).bind(keys)
     for layer, stored in held.layers.items():
         if weight_shape(stored).axes:
             continue  # a kernel or a bank of experts, for which such a LoRA has no place
@@ -197,5 +216,5 @@ def _layers(source: Source, converted: Source, name: str) -> list[_Layer]:
                 f"{stored.place}: is {list(stored.shape)}, in {source.place} it is {list(shape) or 'missing'}; these "
                 "are two models"
             )
-        found.append(_Layer(name, plain, held, stored))
+        found.append(_Layer(name, plain, held, stored, names.is_embedding(layer)))
     return found

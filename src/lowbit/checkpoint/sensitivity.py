@@ -1,9 +1,10 @@
 """How much of its output each layer loses in each format: tr(E H E^T) / tr(W H W^T), measured.
 
-H is the second moment of the layer's input on the samples held out, or on all there are; without statistics it is the
-identity, and the ratio is that of the weight. The codes come from a solver, by default the start of the pipeline that
-will convert the layer. Rows of a weight are alike, so by default some of them, spread evenly, stand for all; formats
-whose low-rank part depends on all rows get all of them. Of a bank of experts the one in the middle stands for all.
+H is the second moment of the layer's input on the samples held out, or on all there are; what was made of all of them
+counts by what is to be expected of others (`lowbit.solvers.unseen`). Without statistics H is the identity, and the
+ratio is that of the weight. The codes come from a solver, by default the start of the pipeline that will convert the
+layer. Rows of a weight are alike, so by default some of them, spread evenly, stand for all; formats whose low-rank part
+depends on all rows get all of them. Of a bank of experts the one in the middle stands for all.
 
 Where the gradient at the outputs is known, the error is that of the model's output, tr(G E H E^T) / tr(G W H W^T), of
 all rows, and what a layer is divided by, times the tokens that it saw, is kept as its weight: times that, errors of
@@ -267,8 +268,9 @@ class _Layer:
 
 def _error(w: Tensor, fmt: Format, solution: Solution) -> float:
     """The relative error of the output, or of the weight where nothing is known of the input."""
-    if solution.error is not None:
-        return max(solution.error, 0.0)
+    known = solution.error if solution.unseen_error is None else solution.unseen_error
+    if known is not None:
+        return max(known, 0.0)
     lost, signal = output_error(w, fmt, solution.parts, None)
     return lost / signal if signal else float(lost > 0)
 

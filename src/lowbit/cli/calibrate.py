@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lowbit.calibration import StatisticsCollection, StatisticsFile, calibrate as run, save_statistics
 from lowbit.calibration.imatrix import import_imatrix
-from lowbit.calibration.merge import Merged
+from lowbit.calibration.merge import Merged, refuse_same_samples
 from lowbit.calibration.names import checkpoint_names, layer_shapes
 from lowbit.calibration.options import as_bytes
 from lowbit.calibration.time_embedding import GUIDANCE, modulation_statistics
@@ -304,6 +304,7 @@ def _modulation(checkpoint: Path, output: Path, guidance: float) -> StatisticsFi
 def _merged(paths: list[Path], output: Path) -> StatisticsFile:
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(StatisticsFile(path)) for path in paths]
+        refuse_same_samples(files)
         return StatisticsFile(save_statistics(Merged(files), output))
 
 

@@ -11,7 +11,7 @@ import typer
 
 from lowbit.checkpoint.conversion_report import ConversionReport
 from lowbit.checkpoint.convert import convert as run
-from lowbit.checkpoint.error_lora import LoraLayer, check_error_lora, write_error_lora
+from lowbit.checkpoint.error_lora import LoraLayer, check_error_lora, embedding_tables, write_error_lora
 from lowbit.checkpoint.folding import folded
 from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.layer_statistics import LayerStatistics
@@ -119,26 +119,29 @@ def convert(
                 progress=update,
                 statistics=known,
             )
-        corrected = []
+        corrected: list[LoraLayer] = []
+        left_out: list[str] = []
         if error_lora is not None:
-            corrected = _correct(*folded(source, made, known), done, error_lora, lora_rank, lora_prefix)
+            corrected, left_out = _correct(*folded(source, made, known), done, error_lora, lora_rank, lora_prefix)
     if report is not None:
         write_conversion(report, _page(str(src), made, done))
     if as_json:
         more = {"plan": plan_totals(made), "report": None if report is None else str(report)}
-        print_json({**done.to_json(), **more, "error_lora": [vars(layer) for layer in corrected]})
+        loras = {"error_lora": [vars(layer) for layer in corrected], "error_lora_left_out": left_out}
+        print_json({**done.to_json(), **more, **loras})
     else:
         _show(done, report)
-        _show_lora(corrected, error_lora)
+        _show_lora(corrected, left_out, error_lora)
 
 
 def _correct(
     source: Source, known: LayerStatistics | None, done: ConversionReport, target: Path, rank: int, prefix: str
-) -> list[LoraLayer]:
-    """Write the LoRA that makes up for what was lost."""
+) -> tuple[list[LoraLayer], list[str]]:
+    """Write the LoRA that makes up for what was lost; its layers, and those left out."""
     biased = {layer.name for layer in done.layers if layer.solver.endswith(f"+{BIAS}")}
     with open_source(done.target) as converted, progress("correcting") as update:
-        return write_error_lora(
+        left_out = embedding_tables(source, converted)
+        made = write_error_lora(
             source,
             converted,
             target,
@@ -148,12 +151,15 @@ def _correct(
             prefix=prefix,
             progress=update,
         )
+    return made, left_out
 
 
-def _show_lora(layers: list[LoraLayer], target: Path | None) -> None:
+def _show_lora(layers: list[LoraLayer], left_out: list[str], target: Path | None) -> None:
     if target is not None and layers:
         left = sum(layer.error_after for layer in layers) / max(sum(layer.error_before for layer in layers), 1e-30)
         say(f"{target}: corrections of {len(layers)} layers leave {100 * left:.0f} % of their squared error")
+    if left_out:
+        say(f"{target}: none of {', '.join(left_out)}: tables of embeddings, whose LoRA not every loader takes")
 
 
 def _show(done: ConversionReport, report: Path | None) -> None:
@@ -180,19 +186,33 @@ def _calibrated(done: ConversionReport) -> Iterator[str]:
     judged = [layer for layer in done.layers if layer.error is not None]
     if not judged:
         return
-    gains = [10 * math.log10(layer.rtn_error / layer.error) for layer in judged if layer.error and layer.rtn_error]
     exact = sum(layer.error == 0 and bool(layer.rtn_error) for layer in judged)
     line = f"calibrated: {len(judged)} layers"
-    if gains:
-        line += f", {sum(gains) / len(gains):.1f} dB less output error than rounding to nearest, on average"
+    known = [(layer.unseen_error, layer.error, layer.rtn_error) for layer in judged]
+    if gains := [(_gain(unseen, rtn), _gain(error, rtn)) for unseen, error, rtn in known if unseen and error and rtn]:
+        unseen, seen = (sum(column) / len(gains) for column in zip(*gains, strict=True))
+        line += (
+            f", {unseen:.1f} dB less output error than rounding to nearest on average, to be expected on other inputs"
+        )
+        line += f" of the same kind ({seen:.1f} dB on the calibration's own)"
     if exact:
         line += f", {exact} without any"
-    yield f"{line}, on samples of the calibration"
+    yield line
+    if alone := [_gain(error, rtn) for unseen, error, rtn in known if unseen is None and error and rtn]:
+        yield (
+            f"  {len(alone)} layers, {sum(alone) / len(alone):.1f} dB on average, are judged on the samples that they "
+            "were made from: the statistics hold none out"
+        )
     noted = [layer for layer in judged if layer.note]
     for layer in noted[:_NOTED]:
         yield f"  {layer.name}: {layer.solver}, {layer.note}"
     if len(noted) > _NOTED:
         yield f"  and {len(noted) - _NOTED} more, see --json"
+
+
+def _gain(error: float, rtn_error: float) -> float:
+    """In dB."""
+    return 10 * math.log10(rtn_error / error)
 
 
 def _page(src: str, plan: Plan, done: ConversionReport) -> ConversionPage:

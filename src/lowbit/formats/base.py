@@ -76,6 +76,11 @@ class Format(ABC):
     largest_activation: ClassVar[float] = 0.0
     """The largest code that a static activation scale is for; 0 where there is no such scale."""
 
+    @property
+    def data_free_advice(self) -> str:
+        """What `--solver auto` says of a better variant when nothing is known about the activations; "" for none."""
+        return ""
+
     # ---- what a subclass states -------------------------------------------------------------------------------------
 
     @abstractmethod

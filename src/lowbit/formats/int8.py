@@ -70,6 +70,16 @@ class Int8(Granular):
         "int8(rotation=1024)": 42.15,
     }
 
+    @property
+    def data_free_advice(self) -> str:
+        """A rotation, where a linear rounds whole rows of its input: it is one wherever lowbit or ComfyUI run it."""
+        if self.granularity != "row" or self.rotation or not self.rounds_input:
+            return ""
+        return (
+            "int8(rotation=256), or 64 where 256 does not divide K, loses a half to four fifths less where channels of "
+            "the input stand out; lowbit and ComfyUI run it"
+        )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, "rotation", (0, *REGULAR_SIZES))

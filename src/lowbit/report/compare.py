@@ -111,20 +111,23 @@ def compare_html(page: ComparePage) -> str:
     judged = {layer.name for layer in page.layers if layer.status != "kept"}
     layers = [layer for layer in page.layers if layer.name in judged]
     lossy = sorted((layer for layer in layers if layer.status != "kept"), key=_badness)
+    seen, unseen = _by_statistics(layers)
     measures = list(dict.fromkeys(name for c in page.candidates if c.run is not None for name in c.run.measures))
     return render(
         "compare.html.jinja",
         page=page,
         colours=colours,
         rows=sorted(page.layers, key=_badness),
+        left_out=len({layer.name for layer in unseen}),
         formats=sorted({layer.format for layer in lossy}),
         worst=lossy[0] if lossy else None,
         measures=measures,
         shown=measure,
         frontiers=_frontiers(page, colours),
-        depth=_by_depth(layers, colours),
+        depth=_by_depth(seen, colours),
         blocks=_blocks(page.candidates, colours),
-        strips=type_strips(layers, colours),
+        strips=type_strips(seen, colours),
+        weight_strips=type_strips(unseen, colours),
         histograms=[(layer, histogram_bars(layer.errors)) for layer in lossy if layer.errors is not None],
     )
 
@@ -138,8 +141,20 @@ def measure(name: str, value: float | None) -> str:
     return f"{value:.2f}" if "dB" in name else f"{value:.3g}"
 
 
-def _badness(layer: CompareLayer) -> float:
-    return -math.inf if math.isnan(layer.quality) else layer.quality
+def _badness(layer: CompareLayer) -> tuple[bool, float]:
+    """Layers whose outputs are known come first: SQNRs of weights are not to be compared with those of outputs."""
+    broken = math.isnan(layer.quality)
+    return layer.output_sqnr is None and not broken, -math.inf if broken else layer.quality
+
+
+def _by_statistics(layers: Sequence[CompareLayer]) -> tuple[list[CompareLayer], list[CompareLayer]]:
+    """Layers that are judged by their outputs, and those by their weights where others are judged by outputs."""
+    known = {layer.name for layer in layers if layer.output_sqnr is not None}
+    if not known:
+        return list(layers), []
+    alike = [layer for layer in layers if layer.name in known]
+    seen = [layer for layer in alike if layer.output_sqnr is not None or not math.isfinite(layer.sqnr)]
+    return seen, [layer for layer in layers if layer.name not in known]
 
 
 def _frontiers(page: ComparePage, colours: Mapping[str, int]) -> list[dict[str, Any]]:

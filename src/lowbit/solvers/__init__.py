@@ -4,7 +4,7 @@ Importing this package registers them all.
 """
 
 from lowbit.solvers import awq, descent, gptq, learned_rounding, rtn, scale_search, svdquant
-from lowbit.solvers.base import Solver, Statistics, register_solver, solver, solvers
+from lowbit.solvers.base import Option, Solver, Statistics, register_solver, solver, solvers
 from lowbit.solvers.input_scale import input_scale, percentile
 from lowbit.solvers.pipeline import AUTO, AWQ, BIAS, Pipeline, misfit, parse_pipeline, pick_solver, what_is_known
 from lowbit.solvers.refinement import DRAFT_ELEMENTS, refinements, register_refinement
@@ -18,6 +18,7 @@ __all__ = [
     "DRAFT_ELEMENTS",
     "STARTS",
     "Member",
+    "Option",
     "Pipeline",
     "SharedSolution",
     "Solution",

@@ -8,9 +8,11 @@ Where the second moment G of the gradient at the output is known, it is the erro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -88,6 +90,12 @@ class Statistics:
         return replace(self, output_hessian=None, output_held_out=None)
 
     @property
+    def of_channels(self) -> Statistics:
+        """The same with the diagonals of the second moments of the input alone."""
+        held = self.held_out if self.held_out is None or self.held_out.dim() == 1 else self.held_out.diagonal()
+        return replace(self, hessian=self.diagonal, held_out=held)
+
+    @property
     def diagonal(self) -> Tensor | None:
         """E[x_k^2] of each channel as [K], or None."""
         if self.hessian is None:
@@ -137,6 +145,31 @@ _BY_CHANNEL = ("absmax", "mean", "minimum", "maximum")
 _BY_OUTPUT = ("output_hessian", "output_held_out")
 
 
+@dataclass(frozen=True)
+class Option:
+    """A number that a solver takes: an int or a float above or at `least`, at most `most`; finite."""
+
+    kind: type[int] | type[float]
+    least: float = 0.0
+    most: float = float("inf")
+    above: bool = False
+
+    def read(self, text: str, what: str) -> float:
+        """The value that a text gives. Raises `SolverError`, beginning with `what`, for another."""
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = self.kind(self.least) if self.above else -1
+        low = value > self.least if self.above else value >= self.least
+        if low and value <= self.most and math.isfinite(value):
+            return value
+        noun = "a whole number" if self.kind is int else "a number"
+        most = f" and at most {self.most:g}" if math.isfinite(self.most) else ""
+        raise SolverError(
+            f"{what} is {text!r}, expected {noun} {'above' if self.above else 'of at least'} {self.least:g}{most}"
+        )
+
+
 class Solver(Protocol):
     """A solver is a function with this signature, registered under a name."""
 
@@ -158,16 +191,21 @@ class Solver(Protocol):
 
 
 _REGISTRY: dict[str, Solver] = {}
-S = TypeVar("S", bound=Solver)
+_OPTIONS: dict[str, dict[str, Option]] = {}
+S = TypeVar("S", bound=Callable[..., Parts])
 
 
-def register_solver(name: str) -> Callable[[S], S]:
-    """Function decorator: make a solver known by its name. A second one of that name is refused."""
+def register_solver(name: str, **options: Option) -> Callable[[S], S]:
+    """Function decorator: make a solver known by its name. A second one of that name is refused.
+
+    `options`: keyword arguments that the function takes besides those of `Solver`, each with a default. A pipeline
+    gives them as `name(option=value,...)`.
+    """
 
     def add(function: S) -> S:
         if name in _REGISTRY:
             raise SolverError(f"a solver named {name!r} is registered already")
-        _REGISTRY[name] = function
+        _REGISTRY[name], _OPTIONS[name] = function, options
         return function
 
     return add
@@ -179,7 +217,29 @@ def solvers() -> dict[str, Solver]:
 
 
 def solver(name: str) -> Solver:
-    """The solver of that name; `SolverError` lists the known ones."""
-    if name not in _REGISTRY:
-        raise SolverError(f"unknown solver {name!r}; known solvers: {', '.join(sorted(_REGISTRY))}")
-    return _REGISTRY[name]
+    """The solver of that name, with the options behind it, as in `learned_rounding(top_p=0.1)`.
+
+    Raises `SolverError`, listing what is known, for an unknown solver or option, and for a value that it cannot have.
+    """
+    bare, _, given = name.partition("(")
+    if bare not in _REGISTRY:
+        raise SolverError(f"unknown solver {bare!r}; known solvers: {', '.join(sorted(_REGISTRY))}")
+    found = _REGISTRY[bare]
+    return partial(found, **_read_options(name, bare, given)) if given else found
+
+
+def _read_options(name: str, bare: str, given: str) -> dict[str, Any]:
+    """The values of what stands behind the parenthesis of a solver's name."""
+    known = _OPTIONS.get(bare, {})
+    if not given.endswith(")"):
+        raise SolverError(f"{name!r}: a parenthesis is not closed; write it like learned_rounding(top_p=0.1,max_k=512)")
+    read: dict[str, Any] = {}
+    for item in given[:-1].split(","):
+        key, equals, value = (piece.strip() for piece in item.partition("="))
+        if not equals or key in read:
+            raise SolverError(f"{name!r}: write each option once, as option=value, instead of {item.strip()!r}")
+        if key not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise SolverError(f"{name!r}: {bare} has no option {key!r}; {has}")
+        read[key] = known[key].read(value, f"{name!r}: {key}")
+    return read

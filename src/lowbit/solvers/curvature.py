@@ -28,6 +28,7 @@ _LEAST_SHRUNK, _LEAST_SHRUNK_BROAD = 0.2, 0.05
 _DEAD = 1e-6  # of the mean second moment: what a channel without any gets, so that H has an inverse
 _LEAST = 2.0**-126  # where all channels are dead: the inverse of this is still a float32
 _PIECE = 1 << 22  # elements of a temporary
+_ROWS = 64  # that are put in another order at a time
 
 
 def shrinkage(tokens: int, k: int, *, broad: bool = False) -> float:
@@ -60,6 +61,11 @@ def second_moments(hessian: Tensor, amount: float, factor: Tensor | None) -> Ten
     return shrunk
 
 
+def no_second_moment(where: str) -> str:
+    """What is said of a layer whose H is not positive definite."""
+    return f"{where}: the second moments of its input are no positive definite matrix; calibrate it again"
+
+
 class NotPositiveDefiniteError(SolverError):
     """H has no triangular factor: it is not a second moment."""
 
@@ -79,13 +85,21 @@ class Curvature:
         Raises `SolverError` when H is not positive definite, in float64 either.
         """
         order = self.hessian.diagonal().argsort()
-        arranged = self.hessian[order][:, order]
-        lower = unit_lower(arranged)
+        lower = unit_lower(arranged(self.hessian, order))
         if lower is None:
-            raise NotPositiveDefiniteError(
-                f"{self._where}: the second moments of its input are no positive definite matrix; calibrate it again"
-            )
+            raise NotPositiveDefiniteError(no_second_moment(self._where))
         return order, lower
+
+
+def arranged(matrix: Tensor, order: Tensor) -> Tensor:
+    """`matrix[order][:, order]`, on a CPU some rows at a time: a third of the time, as they stay in the cache."""
+    if matrix.device.type != "cpu":
+        return matrix.index_select(0, order).index_select(1, order)
+    found = torch.empty_like(matrix)
+    for start in range(0, len(order), _ROWS):
+        rows = matrix.index_select(0, order[start : start + _ROWS])
+        torch.index_select(rows, 1, order, out=found[start : start + _ROWS])
+    return found
 
 
 def unit_lower(matrix: Tensor) -> Tensor | None:

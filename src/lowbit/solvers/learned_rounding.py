@@ -23,13 +23,19 @@ the decoded weight that does it is -U U^T E V V^T. `learned_rounding` makes that
 search for it step by step, with the exact gradient by the codes, dL/dq = dL/d(decoded) * scale:
 `learned_rounding_original`, `_adamw`, `_radam` and `_prodigy` (see `learned_rounding_optimizers`).
 
+Options are written behind the name, as in `learned_rounding(top_p=0.1,max_k=512)`: `top_p` (0.2), `min_k` (256) and
+`max_k` (1280) of `projected_rank`; of the iterative ones also `iterations` (300 at most), and `lr` (0.05 codes an
+iteration) of `_adamw` and `_radam`; the others find their step themselves.
+
 What is compared is L after rounding, and the best is kept, plain rounding among them: none of these returns a larger L
 than rounding to nearest. Everything is float32, and the same weight gives the same bits on the same number of threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +45,7 @@ from lowbit.formats.parts import Parts, narrow_rows
 from lowbit.numerics.groups import row_chunks
 from lowbit.numerics.low_rank import leading_basis, orthonormal
 
-from .base import Statistics, register_solver
+from .base import Option, Statistics, register_solver
 from .learned_rounding_optimizers import OPTIMIZERS, Optimizer
 
 TOP_P, MIN_K, MAX_K = 0.2, 256, 1280
@@ -80,12 +86,14 @@ class Projection:
 class _Problem:
     """One weight in one format: what rounding to nearest gives, and the best found so far."""
 
-    def __init__(self, w: Tensor, fmt: Format, where: str, seed: int | None) -> None:
+    def __init__(
+        self, w: Tensor, fmt: Format, where: str, seed: int | None, bounds: Mapping[str, Any] | None = None
+    ) -> None:
         self.w, self.fmt, self.where, self.seed = w, fmt, where, seed
         self.plain = fmt.quantize(w, where=where, seed=seed)
         self.target = w.float()
         self.params = {rule.name: self.plain[rule.name] for rule in fmt.param_rules}
-        self.objective = Projection(self.target, projected_rank(w.shape[0], w.shape[1]))
+        self.objective = Projection(self.target, projected_rank(w.shape[0], w.shape[1], **(bounds or {})))
         self.decoded = self._decode(self.plain)
         self.best, self.least = self.plain, self.objective.loss(self.decoded - self.target)
 
@@ -111,12 +119,12 @@ class _Problem:
             out[start:stop] = (by_column if grid.factor is None else by_column * grid.factor.unsqueeze(1)).t()
         return out
 
-    def search(self, make: Callable[[Tensor], Optimizer]) -> None:
+    def search(self, make: Callable[[Tensor], Optimizer], iterations: int) -> None:
         """Let an optimizer move the codes, rounding them after each step, until that gains little."""
         steps, codes = self.steps(), torch.zeros_like(self.target)
         optimizer, idle, least = make(codes), 0, torch.inf
         change = torch.zeros_like(self.target)
-        for _ in range(ITERATIONS):
+        for _ in range(iterations):
             seen = self.objective.seen(self.decoded + change - self.target)
             loss = float(torch.linalg.vector_norm(seen, dtype=torch.float64))
             before = self.least
@@ -130,29 +138,57 @@ class _Problem:
                 return
 
 
-@register_solver("learned_rounding")
+_BOUNDS = {"top_p": Option(float, most=1.0, above=True), "min_k": Option(int, least=1), "max_k": Option(int, least=1)}
+_SEARCH = {"iterations": Option(int, least=1)}
+_RATE = {"lr": Option(float, above=True)}
+_WITH_RATE = ("adamw", "radam")
+
+
+@register_solver("learned_rounding", **_BOUNDS)
 def learned_rounding(
-    w: Tensor, fmt: Format, statistics: Statistics | None = None, *, where: str = "weight", seed: int | None = None
+    w: Tensor,
+    fmt: Format,
+    statistics: Statistics | None = None,
+    *,
+    where: str = "weight",
+    seed: int | None = None,
+    **bounds: Any,
 ) -> Parts:
-    """The closed form: one change, one rounding. Statistics change nothing. See the module and `Solver`."""
+    """The closed form: one change, one rounding. Statistics change nothing. See the module and `Solver`.
+
+    bounds: of `projected_rank`.
+    """
     if not w.numel():
         return fmt.quantize(w, where=where, seed=seed)
-    problem = _Problem(w, fmt, where, seed)
+    problem = _Problem(w, fmt, where, seed, bounds)
     error = problem.decoded - problem.target
     problem.round_at(-problem.objective.back(problem.objective.seen(error)))
     return problem.best
 
 
 def _register(name: str) -> None:
-    @register_solver(f"learned_rounding_{name}")
+    options = {**_BOUNDS, **_SEARCH, **(_RATE if name in _WITH_RATE else {})}
+
+    @register_solver(f"learned_rounding_{name}", **options)
     def iterative(
-        w: Tensor, fmt: Format, statistics: Statistics | None = None, *, where: str = "weight", seed: int | None = None
+        w: Tensor,
+        fmt: Format,
+        statistics: Statistics | None = None,
+        *,
+        where: str = "weight",
+        seed: int | None = None,
+        iterations: int | None = None,
+        lr: float | None = None,
+        **bounds: Any,
     ) -> Parts:
         """The same objective, step by step; see the module and `Solver`."""
         if not w.numel():
             return fmt.quantize(w, where=where, seed=seed)
-        problem = _Problem(w, fmt, where, seed)
-        problem.search(OPTIMIZERS[name])
+        problem = _Problem(w, fmt, where, seed, bounds)
+        make: Callable[..., Optimizer] = OPTIMIZERS[name]
+        if lr is not None:
+            make = partial(make, rate=lr)
+        problem.search(make, iterations or ITERATIONS)
         return problem.best
 
 

@@ -7,18 +7,21 @@ the input everything gains from refining, by 10 log10(tr H / tr D) of the output
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from lowbit.errors import SolverError
 from lowbit.formats.base import Format
 
-from .base import Statistics, solvers
+from .base import Statistics, solver, solvers
 from .refinement import Refinement, refinements
 
 AUTO = "auto"
 AWQ = "awq"
 SVDQUANT = "svdquant"
+SCALE_SEARCH = "scale_search"
 BIAS = "bias"
+_JOINT = re.compile(r"\+(?![^(]*\))")  # not within the parenthesis of options, as in 1e+2
 Known = str
 """What is known of a layer's input: "" for nothing, "diagonal" or "full" second moments."""
 
@@ -44,17 +47,22 @@ class Pipeline:
 
 
 def parse_pipeline(name: str) -> Pipeline:
-    """Read `start+refinement+...+bias`. Without a start, `scale_search` is one.
+    """Read `start+refinement+...+bias`. Without a start, `scale_search` is one; a start may have options.
 
-    Raises `SolverError` for an unknown part, listing the known ones, or for one out of place.
+    Raises `SolverError` for an unknown part, listing the known ones, or for one out of place, and for options that a
+    start does not have.
     """
     starts, steps = solvers(), refinements()
-    parts = [part.strip() for part in name.split("+")]
+    parts = ["".join(part.split()) for part in _JOINT.split(name)]
+    bare = parts[0].partition("(")[0]
+    if bare in starts and bare != parts[0]:
+        solver(parts[0])
+        starts = {**starts, parts[0]: starts[bare]}
     for part in parts:
         if part not in starts and part not in steps and part != BIAS:
-            known = f"{', '.join([AUTO, *starts])}; refinements: {', '.join(steps)}, {BIAS}"
+            known = f"{', '.join([AUTO, *solvers()])}; refinements: {', '.join(steps)}, {BIAS}"
             raise SolverError(f"unknown solver {part!r}; known solvers: {known}; join them as in scale_search+gptq")
-    first, rest = (parts[0], parts[1:]) if parts[0] in starts else ("scale_search", parts)
+    first, rest = (parts[0], parts[1:]) if parts[0] in starts else (SCALE_SEARCH, parts)
     bias = rest[-1:] == [BIAS]
     rest = rest[: len(rest) - bias]
     wrong = [part for part in rest if part not in steps]
@@ -109,7 +117,8 @@ def _automatic(fmt: Format, known: Known, *, has_bias: bool) -> tuple[Pipeline, 
         raise SolverError(f"{fmt} stores a pre_quant_scale, which needs second moments of the input; calibrate")
     start = fmt.data_free_solver
     if not known:
-        return parse_pipeline(start), f"auto: the default of {fmt.name} without calibration data"
+        advice = f"; {fmt.data_free_advice}" if fmt.data_free_advice else ""
+        return parse_pipeline(start), f"auto: the default of {fmt.name} without calibration data{advice}"
     start = AWQ if fmt.pre_quant_scale else fmt.calibrated_start
     if known == "diagonal":
         return parse_pipeline(start), "auto: second moments of single channels are known"

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SolverError
+from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, gather_rows
 
-from .curvature import unit_lower
+from .curvature import arranged, unit_lower
 from .refinement import Draft, Refinement, Unrefined, refine
 
 ROWS = 32
@@ -38,12 +39,17 @@ def refine_coupled(given: Unrefined, steps: Sequence[Refinement], outputs: Tenso
     they keep their places.
     """
     rules, outputs = given.fmt.rules, shrunk_outputs(outputs.to(given.w.device))
-    if any(rule.rows_per_entry != 1 for rule in rules):
+    order = row_order(given.fmt, outputs)
+    if order is None:
         return refine(given, steps, RowCoupling(outputs, given.where))
-    order = outputs.diagonal().argsort()
-    coupling = RowCoupling(outputs[order][:, order], given.where)
+    coupling = RowCoupling(arranged(outputs, order), given.where)
     ordered = replace(given, w=given.w[order], parts=gather_rows(rules, given.parts, order))
     return gather_rows(rules, refine(ordered, steps, coupling), order.argsort())
+
+
+def row_order(fmt: Format, outputs: Tensor) -> Tensor | None:
+    """In which order rows are taken, int64 [N], by G [N, N]; None for that of the file."""
+    return None if any(rule.rows_per_entry != 1 for rule in fmt.rules) else outputs.diagonal().argsort()
 
 
 class GradientsError(SolverError):

@@ -6,10 +6,10 @@ for the mean error in the layer's bias. (Refining against the covariance of the 
 the mean error would allow, was better on text of the calibration's kind and worse on another: 0.336 against 0.325 of
 plain rounding's error for 4-bit weights of a sentence model.)
 
-Statistics come in two halves. The first refinement is tried on some rows with H of one half and judged with H of the
-other. If it beats rounding to nearest and the start there, all rows are solved with H of both halves, and the result is
-kept if it is no worse than rounding to nearest on the half held out. If not, a stronger shrinkage is tried, then the
-start alone, and at last nothing but rounding is left.
+Statistics come in two halves. The refinements are tried on some rows with H of one half and judged with H of the other.
+If they beat rounding to nearest and the start there, all rows are solved with H of both halves, and the result is kept
+if it is no worse than rounding to nearest on the half held out, nor can be expected to be on other inputs (`unseen`).
+If not, a stronger shrinkage is tried, then the start alone, and at last nothing but rounding is left.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ from lowbit.numerics.groups import round_up
 from lowbit.ops.encode import encode
 
 from .activations import activation_loss
+from .attempt import Attempt, Lost, ratio
 from .base import Statistics, solver
-from .curvature import NotPositiveDefiniteError, energy, output_loss, output_signal, shrinkage
+from .curvature import NotPositiveDefiniteError, energy, no_second_moment, output_loss, output_signal, shrinkage
 from .input_scale import input_scale, transformed
-from .pipeline import AUTO, Pipeline, parse_pipeline, pick_solver, what_is_known
+from .pipeline import AUTO, SCALE_SEARCH, SVDQUANT, Pipeline, parse_pipeline, pick_solver, what_is_known
 from .refinement import Unrefined, refine
 from .row_coupling import GradientsError, refine_coupled
+from .unseen import Trial, row_shares
 
-_TRIAL_SHARE, _TRIAL_ROWS = 8, 64  # an eighth of the rows, but at least so many
+_TRIAL_SHARE, _TRIAL_ROWS = 8, (64, 512)  # an eighth of the rows, within these
 _LEAST = 0.01  # of the median second moment of a channel: the mean may be that of a few outliers
 _STRONGER = 0.5  # the shrinkage of the second attempt
+_MANY = 4  # tokens a channel with which a low rank fits less than 0.1 dB of noise
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ class Solution:
     `bias`: float32 [N] to add to the layer's true bias, or None. `solver`: the pipeline that made the parts; less than
     was asked for where that lost. `note`: why, in words. `error`, `rtn_error`: tr(G E H E^T) / tr(G W H W^T) on the
     samples held out, of the parts and of rounding to nearest (G the identity where the gradient is not known); None
-    without statistics. `signal`: tr(G W H W^T) itself; layers with G known can be compared by it.
+    without statistics. `unseen_error`: what to expect instead of `error` on inputs that are not among the samples,
+    which the parts were made of (`rtn_error` is that already); None where no samples were held out, so that nobody
+    knows. `signal`: tr(G W H W^T) itself; layers with G known can be compared by it.
     """
 
     parts: Parts
@@ -57,6 +62,7 @@ class Solution:
     error: float | None = None
     rtn_error: float | None = None
     signal: float | None = None
+    unseen_error: float | None = None
 
 
 def solve(
@@ -158,48 +164,65 @@ class Problem:
         if self.fmt.pre_quant_scale:
             dtype = self.fmt.part_dtypes(self.w.dtype)["pre_quant_scale"]
             plain["pre_quant_scale"] = torch.ones(self.w.shape[1], dtype=dtype, device=self.w.device)
-        rtn_error = self._error(plain, None)
+        rounded = self._lost(plain, None)
         notes = [] if self._held_out else ["judged on the samples it was made from: there are no others"]
         if self.pipeline.name == "rtn":
-            error = rtn_error if self.start is None else self._error(self.start, None)
-            return Solution(self.start or plain, "rtn", None, "", error, rtn_error, self._signal)
-        for name, parts in self._attempts(plain, notes):
-            bias = self._bias(parts) if self.pipeline.bias else None
-            error = self._error(parts, bias)
-            if error <= rtn_error:
-                return Solution(parts, name, bias, "; ".join(notes), error, rtn_error, self._signal)
-            notes.append(f"{name} was worse than rounding to nearest on the samples held out")
-        return Solution(plain, "rtn", None, "; ".join(notes), rtn_error, rtn_error, self._signal)
+            lost = rounded if self.start is None else self._lost(self.start, None)
+            return self._solution(Attempt("rtn", self.start or plain), notes, lost, rounded)
+        for attempt in self._attempts(plain, notes):
+            bias = self._bias(self.w, attempt.parts) if self.pipeline.bias else None
+            lost = self._lost(attempt.parts, bias)
+            if lost.error > rounded.error:
+                notes.append(f"{attempt.name} was worse than rounding to nearest on the samples held out")
+                continue
+            found = self._solution(replace(attempt, bias=bias), notes, lost, rounded)
+            if found.unseen_error is None or found.unseen_error <= rounded.error:
+                return found
+            notes.append(f"{attempt.name} was better on its own samples, but hardly is on others")
+        return self._solution(Attempt("rtn", plain), notes, rounded, rounded)
+
+    def _solution(self, attempt: Attempt, notes: list[str], lost: Lost, rounded: Lost) -> Solution:
+        unseen = self._unseen_error(attempt, lost, rounded) if self._held_out else None
+        told = "; ".join(notes)
+        return Solution(
+            attempt.parts, attempt.name, attempt.bias, told, lost.error, rounded.error, self._signal, unseen
+        )
 
     # ---- attempts ---------------------------------------------------------------------------------------------------
 
-    def _attempts(self, plain: Parts, notes: list[str]) -> Iterator[tuple[str, Parts]]:
+    def _attempts(self, plain: Parts, notes: list[str]) -> Iterator[Attempt]:
+        name, known = self.pipeline.start, self.for_start
+        alone = name == SVDQUANT and self.start is None
         try:
-            start = self.start or solver(self.pipeline.start)(
-                self.w, self.fmt, self.for_start, where=self.where, seed=self.seed
-            )
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the low rank of svdquant solves under H
-            notes.append(f"{self.pipeline.start} cannot use second moments that are no positive definite matrix")
-            return
-        if self.pipeline.steps:
             try:
-                amount = self._amount(start, plain, notes)
-                if amount is not None:
-                    yield from self._all_refined(start, amount, notes)
-            except NotPositiveDefiniteError as error:
-                notes.append(f"only the diagonal was used: {error}")
-        name = Pipeline(self.pipeline.start, bias=self.pipeline.bias).name
-        yield name, start
+                start = self.start or self._started(name, known)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # svdquant solves under H
+                raise NotPositiveDefiniteError(no_second_moment(self.where)) from error
+            trial = self._trial(start, plain, notes) if self.pipeline.steps else None
+            if trial is not None:
+                yield from self._all_refined(start, trial, notes)
+        except NotPositiveDefiniteError as error:
+            notes.append(f"only the diagonal was used: {error}")
+            if alone:
+                start = self._started(name, known.of_channels)
+        yield Attempt(Pipeline(name, bias=self.pipeline.bias).name, start)
+        if alone:
+            start = self._started(SCALE_SEARCH, known)
+            yield Attempt(Pipeline(SCALE_SEARCH, bias=self.pipeline.bias).name, start)
 
-    def _all_refined(self, start: Parts, amount: float, notes: list[str]) -> Iterator[tuple[str, Parts]]:
+    def _started(self, name: str, known: Statistics) -> Parts:
+        return solver(name)(self.w, self.fmt, known, where=self.where, seed=self.seed)
+
+    def _all_refined(self, start: Parts, trial: Trial, notes: list[str]) -> Iterator[Attempt]:
         """Against the error of the model's output, where that is known, and against that of the layer's."""
         hessian, outputs = self.statistics.combined, self.statistics.combined_output
         if outputs is not None:
             try:
-                yield self.pipeline.name, self._refined(self.w, start, hessian, amount, outputs=outputs)
+                parts = self._refined(self.w, start, hessian, trial.amount, outputs=outputs)
+                yield Attempt(self.pipeline.name, parts, trial, rows_coupled=True)
             except GradientsError as error:
                 notes.append(f"rows were solved one by one: {error}")
-        yield self.pipeline.name, self._refined(self.w, start, hessian, amount)
+        yield Attempt(self.pipeline.name, self._refined(self.w, start, hessian, trial.amount), trial)
 
     @cached_property
     def for_start(self) -> Statistics:
@@ -211,21 +234,25 @@ class Problem:
         diagonal.clamp_(min=float(diagonal.median()) * _LEAST)
         return replace(self.statistics, hessian=floored)
 
-    def _amount(self, start: Parts, plain: Parts, notes: list[str]) -> float | None:
-        """The shrinkage with which a trial on some rows beats rounding to nearest and the start, or None."""
-        k = self.w.shape[1]
-        known = self.statistics
+    def _trial(self, start: Parts, plain: Parts, notes: list[str]) -> Trial | None:
+        """One on some rows that beats rounding to nearest and the start on the half that it did not see, or None."""
+        known, (n, k) = self.statistics, self.w.shape
         usual = shrinkage(known.total_tokens, k, broad=known.broad)
         if not self._held_out:
-            return usual
-        rows = min(self.w.shape[0], round_up(max(_TRIAL_ROWS, self.w.shape[0] // _TRIAL_SHARE), self.fmt.row_multiple))
-        some, rules = self.w[:rows], self.fmt.rules
-        begun = narrow_rows(rules, start, 0, rows)
-        least = min(self._loss(some, narrow_rows(rules, plain, 0, rows)), self._loss(some, begun))
+            return Trial(1.0, 1.0, usual)
+        most = min(max(_TRIAL_ROWS[0], n // _TRIAL_SHARE), _TRIAL_ROWS[1])
+        rows = min(n, round_up(most, self.fmt.row_multiple))
+        some, (begun, rounded) = self.w[:rows], (narrow_rows(self.fmt.rules, x, 0, rows) for x in (start, plain))
+        plain_other = self._loss(some, rounded)
+        least = min(plain_other, self._loss(some, begun))
         for amount in (max(usual, shrinkage(known.tokens, k, broad=known.broad)), _STRONGER):
-            tried = self._refined(some, begun, self.statistics.hessian, amount, first_only=True)
-            if self._loss(some, tried) <= least:
-                return usual if amount < _STRONGER else amount
+            tried = self._refined(some, begun, known.hessian, amount)
+            other = self._loss(some, tried)
+            if other <= least:
+                seen, plain_seen = (output_loss(some, self.fmt, x, known.hessian) for x in (tried, rounded))
+                mean = self._mean_loss(some, tried)
+                shares = ratio(max(seen - mean, 0.0), plain_seen), ratio(max(other - mean, 0.0), plain_other)
+                return Trial(*shares, usual if amount < _STRONGER else amount)
             notes.append(f"a trial with H shrunk by {amount:g} lost")
         return None
 
@@ -236,12 +263,10 @@ class Problem:
         hessian: Tensor | None,
         amount: float,
         *,
-        first_only: bool = False,
         outputs: Tensor | None = None,
     ) -> Parts:
         assert hessian is not None
-        steps = self.pipeline.refinements[: 1 if first_only else None]
-        given = Unrefined(w, self.fmt, start, hessian, amount, self.where)
+        steps, given = self.pipeline.refinements, Unrefined(w, self.fmt, start, hessian, amount, self.where)
         return refine(given, steps) if outputs is None else refine_coupled(given, steps, outputs)
 
     # ---- judging ----------------------------------------------------------------------------------------------------
@@ -259,30 +284,54 @@ class Problem:
         known = self.statistics
         return known.output_held_out if self._held_out and known.output_held_out is not None else known.output_hessian
 
-    def _bias(self, parts: Parts) -> Tensor | None:
+    def _bias(self, w: Tensor, parts: Parts) -> Tensor | None:
         """(W - Wq) E[x], float32 [N]: what the output lacks on average."""
         mean, pieces = self.statistics.sure_mean, []
         if mean is None:
             return None
-        for start, stop in self.fmt.row_ranges(self.w.shape[0], self.w.shape[1]):
-            decoded = self.fmt.dequantize_rows(parts, self.w.shape[1], start, stop, torch.float32)
-            pieces.append((self.w[start:stop].float() - decoded) @ mean)
+        for start, stop in self.fmt.row_ranges(w.shape[0], w.shape[1]):
+            decoded = self.fmt.dequantize_rows(parts, w.shape[1], start, stop, torch.float32)
+            pieces.append((w[start:stop].float() - decoded) @ mean)
         return torch.cat(pieces)
 
     def _loss(self, w: Tensor, parts: Parts) -> float:
         return output_loss(w, self.fmt, parts, self._judge)
 
+    def _mean_loss(self, w: Tensor, parts: Parts) -> float:
+        """What of tr(E H E^T) is the mean error's, which the pipeline corrects; 0 where it does not."""
+        bias = self._bias(w, parts) if self.pipeline.bias else None
+        return 0.0 if bias is None else energy(bias.unsqueeze(0), None)
+
     @cached_property
     def _signal(self) -> float:
         return output_signal(self.w, self._judge, self._output_judge)
 
-    def _error(self, parts: Parts, bias: Tensor | None) -> float:
+    def _lost(self, parts: Parts, bias: Tensor | None) -> Lost:
         outputs = self._output_judge
         lost = output_loss(self.w, self.fmt, parts, self._judge, outputs)
         if bias is not None:  # what is left around the mean; rounding may put it below zero
             lost = max(lost - energy(bias.unsqueeze(0), outputs), 0.0)
-        return _ratio(lost + activation_loss(self.fmt, parts, self.statistics.samples, outputs), self._signal)
+        by_input = activation_loss(self.fmt, parts, self.statistics.samples, outputs)
+        return Lost(lost, by_input, self._signal)
 
+    def _unseen_error(self, attempt: Attempt, lost: Lost, rounded: Lost) -> float:
+        """What to expect of inputs that are not among the samples; see `unseen`."""
+        known, trial = self.statistics, attempt.trial
+        if trial is None:
+            return self._unseen_start(attempt, lost)
+        if attempt.rows_coupled and known.output_hessian is not None and known.output_held_out is not None:
+            trial = trial.along_rows(row_shares(self.w, self.fmt, known.output_hessian, known.output_held_out))
+        return replace(lost, weight=trial.expected(lost.weight, rounded.weight)).error
 
-def _ratio(lost: float, signal: float) -> float:
-    return lost / signal if signal else float(lost > 0)
+    def _unseen_start(self, attempt: Attempt, lost: Lost) -> float:
+        """The same of a start. It is made of one half alone; but svdquant's low rank is of both."""
+        hessian, few = self.statistics.hessian, self.statistics.tokens < _MANY * self.w.shape[1]
+        if attempt.name.split("+")[0] != SVDQUANT or hessian is None or hessian.dim() == 1 or not few:
+            return lost.error
+        try:
+            one_half = self._started(SVDQUANT, replace(self.for_start, held_out=None, held_out_tokens=0))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            return lost.error
+        seen, other = (output_loss(self.w, self.fmt, one_half, h) for h in (hessian, self._judge))
+        share = Trial(ratio(seen, output_signal(self.w, hessian)), ratio(other, output_signal(self.w, self._judge)))
+        return replace(lost, weight=lost.weight * share.excess).error
