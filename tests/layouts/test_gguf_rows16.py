@@ -37,6 +37,27 @@ def test_round_trip(name):
         assert torch.equal(gguf_rows16.unpack(fmt, packed)["qdata"], plain["qdata"])
 
 
+@EVERY_TYPE
+def test_rows_are_looked_up(name):
+    """Any rows of packed blocks are the plain ones, in any order, more than once, or none."""
+    for n, blocks in SIZES:
+        fmt, plain = drawn(name, n, blocks)
+        packed = gguf_rows16.pack(fmt, plain)["qdata"]
+        for rows in ([n - 1, 0, n // 2, n - 1], [n // 3], []):
+            indices = torch.tensor(rows, dtype=torch.int32)
+            assert torch.equal(gguf_rows16.look_up(fmt, packed, indices), plain["qdata"][indices])
+
+
+def test_rows_with_gaps():
+    """Rows that are a piece of longer ones are packed as those that are not, by either way."""
+    fmt, plain = drawn("Q6_K", 32, 2)
+    spread = torch.nn.functional.pad(plain["qdata"], (3, 8))[:, 3:-8]
+    assert torch.equal(gguf_rows16.interleave(fmt, spread), gguf_rows16.interleave(fmt, plain["qdata"]))
+    if load("cpu") is None:
+        made = QuantizedTensor({"qdata": spread}, fmt, (32, 512), torch.float32).in_layout("gguf_rows16")
+        assert torch.equal(made.parts["qdata"], gguf_rows16.interleave(fmt, plain["qdata"]))
+
+
 def test_a_scale_rides_along():
     """The global scale of NVFP4 stays what it was."""
     fmt, plain = drawn("NVFP4", 5, 2)

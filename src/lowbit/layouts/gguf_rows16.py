@@ -40,6 +40,7 @@ _HALVES = {
     "Q5_K": (0, 2), "Q6_K": (208,), "MXFP4": (), "NVFP4": (),
 }  # fmt: skip
 _BYTE = {"MXFP4": 0}
+_UNITS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 Interleaver = Callable[[GgufBlock, Tensor], Tensor]
 Separator = Callable[[GgufBlock, Tensor, int, int], Tensor]
 
@@ -103,6 +104,24 @@ def separate(fmt: GgufBlock, packed: Tensor, n: int, size: int) -> Tensor:
         blocks[..., at] = section.permute(0, 3, 1, 2, 4).flatten(-2)
         begin = end
     return blocks.view(strips * ROWS, size)[:n].contiguous()
+
+
+def look_up(fmt: GgufBlock, packed: Tensor, indices: Tensor) -> Tensor:
+    """The plain blocks uint8 [count, row bytes] of the rows that indices, integers [count], name; they are unchecked.
+
+    Only those rows are read: a table that is the head of a model as well is packed, and never unpacked for a lookup.
+    """
+    size = fmt.block.size
+    count = row_bytes(fmt, packed) // size
+    strips, lanes = indices.long() // ROWS, indices.long() % ROWS
+    blocks = packed.new_empty((indices.numel(), count, size), dtype=torch.uint8)
+    flat, begin = packed.view(torch.uint8), 0
+    for at, unit in _sections(fmt, packed.device) if indices.numel() else ():
+        end = begin + ROWS * count * at.numel()
+        section = flat[:, begin:end].view(_UNITS[unit]).unflatten(1, (count, -1, ROWS))
+        blocks[..., at] = section[strips, :, :, lanes].view(torch.uint8)
+        begin = end
+    return blocks.flatten(1)
 
 
 def pack(fmt: Format, parts: Mapping[str, Tensor], interleaver: Interleaver = interleave) -> Parts:

@@ -12,6 +12,7 @@ from lowbit.dispatch import preferred_layout, select, use_backend
 from lowbit.errors import UnsupportedError
 from lowbit.formats import parse_spec
 from lowbit.numerics.gguf_blocks import READABLE
+from lowbit.ops import generic
 from lowbit.tensor import QuantizedTensor
 from tests.support.cpu_linear import DTYPES, ROWS, TOKENS, activations, relative_error
 from tests.support.cpu_rows import check_embedding, check_plain_linear, decoded, same_bits
@@ -84,6 +85,40 @@ def test_rows_by_index(spec):
     check_embedding(one, decoded(one, torch.float32, "eager"))
     with use_backend("cpu"), pytest.raises(IndexError, match="35 names no row of a table with 35"):
         F.embedding(torch.tensor([3, 35]), one)
+
+
+@EVERY_TYPE
+def test_rows_by_index_of_packed_blocks(spec):
+    """A table that a head shares is packed: its rows are looked up there, and it is not unpacked for that."""
+    one = any_bytes(spec, 35, columns(spec, 3))
+    packed = one.in_layout("gguf_rows16")
+    before = generic.FALLBACKS.total()
+    check_embedding(packed, decoded(one, torch.float32, "eager"))
+    assert generic.FALLBACKS.total() == before
+    for index in (35, -1):
+        with use_backend("cpu"), pytest.raises(IndexError, match=f"{index} names no row of a table with 35"):
+            F.embedding(torch.tensor([3, index]), packed)
+
+
+@pytest.mark.parametrize("rows", [1024, 16, 5], ids=["whole", "strips", "too_few"])
+@pytest.mark.parametrize("spec", [*SPECS, "gguf(type=Q4_K,pre_quant_scale=True)"])
+def test_gradients(spec, rows, monkeypatch):
+    """The gradient of the input is the reference's, of plain blocks, those with gaps and packed ones, in pieces."""
+    n, k = 35, columns(spec, 3)
+    monkeypatch.setattr("lowbit.backends.eager.linear_input_gradient.DECODE_ELEMENTS", rows * k)
+    one = weight(spec, n, k)
+    spread = one.map_parts(lambda part: torch.stack([part, part], 1)[:, 0] if part.dim() == 2 else part)
+    for dtype in DTYPES:
+        grad = activations(6, n, torch.float32).mul_(2.0**-10).to(dtype).view(2, 3, n)
+        wanted = grad.double() @ decoded(one, torch.float32, "eager").double()
+        for layout, of in (("", one), ("", spread), ("gguf_rows16", one.in_layout("gguf_rows16"))):
+            chosen = select("linear_input_gradient", "gguf", layout, "cpu", (one.format, grad, of.parts, k))
+            assert chosen.name == "cpu:linear_input_gradient_gguf" + ("_rows16" if layout else "")
+            with use_backend("cpu"):
+                found = generic.linear_input_gradient(grad, of.part_list, k, of.spec)
+            assert found.dtype == dtype
+            assert found.shape == (2, 3, k)
+            assert relative_error(found, wanted) <= (1e-5 if dtype == torch.float32 else chosen.tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

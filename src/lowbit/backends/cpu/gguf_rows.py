@@ -32,10 +32,13 @@ class Blocks:
     n: int
     """Rows."""
 
-    def __init__(self, fmt: GgufBlock, parts: Parts, *, packed: bool) -> None:
+    def __init__(self, fmt: GgufBlock, parts: Parts, *, packed: bool, first: int = 0) -> None:
+        """first: the row to begin with, of packed blocks one that begins a strip."""
         codes, scale = parts["qdata"], parts.get("global_scale")
+        self.n = (gguf_rows16.rows(fmt, parts) if packed else codes.shape[0]) - first
+        if first:
+            codes = codes[first // (gguf_rows16.ROWS if packed else 1) :]
         codes = codes if codes.stride(-1) == 1 else codes.contiguous()
-        self.n = gguf_rows16.rows(fmt, parts) if packed else codes.shape[0]
         self.place = (TYPES.index(fmt.type), codes.data_ptr(), codes.stride(0) * codes.element_size(), packed)
         self.scale = 0 if scale is None else scale.data_ptr()
         self._held = (codes, scale)
@@ -55,18 +58,21 @@ def refuses(fmt: GgufBlock, dtype: torch.dtype, k: int) -> str | None:
 
 def decode(
     fmt: GgufBlock, parts: Parts, k: int, dtype: torch.dtype, indices: Tensor | None, shape: tuple[int, ...], *,
-    packed: bool = False,
+    packed: bool = False, rows: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The rows that indices name, or all of them -> `shape` in `dtype`. Raises `IndexError` for one that is none.
 
-    packed: of parts in gguf_rows16, all rows.
+    packed: of parts in gguf_rows16, where no indices are known. rows: start and stop, for these and not all; of packed
+    ones the start is a multiple of 16.
     """
-    blocks, out = Blocks(fmt, parts, packed=packed), memory.empty(shape, dtype)
+    blocks = Blocks(fmt, parts, packed=packed, first=rows[0] if rows else 0)
+    count = rows[1] - rows[0] if rows else blocks.n
+    out = memory.empty(shape, dtype)
     indices = None if indices is None else indices.contiguous()
     columns = parts["pre_quant_scale"].contiguous() if fmt.pre_quant_scale else None
     wrong = native.module().dequantize_gguf(
         *blocks.place, blocks.n, k, address(indices), indices is not None and indices.dtype == torch.int64, 0,
-        blocks.n if indices is None else indices.numel(), blocks.scale, address(columns), dtype_code(columns),
+        count if indices is None else indices.numel(), blocks.scale, address(columns), dtype_code(columns),
         out.data_ptr(), DTYPES[dtype], native.threads(),
     )  # fmt: skip
     if indices is not None:
