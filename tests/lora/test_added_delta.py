@@ -35,6 +35,12 @@ SPECS = [
     "wna16(bits=4,group_size=32,zero_point=true)",
     "w4a8_codebook(rotation=64)",
     "w4a8_codebook(bits=6,rotation=64,codebook=false)",
+    "gguf(type=Q4_0)",
+    "gguf(type=Q4_1)",
+    "gguf(type=Q5_0)",
+    "gguf(type=Q5_1)",
+    "gguf(type=Q8_0)",
+    "gguf(type=MXFP4)",
 ]
 
 

@@ -194,7 +194,7 @@ class _Job:
                 sums.refitted = sums.clipped = sums.units = count if self.whole else sums.units + count
             codes = self.fmt.encode(self.fmt.from_grid(values, params), params)
             self._measure(codes, params, start, old, sums)
-            self.fmt.store_rows(out, {"qdata": self.fmt.pack(codes), **params}, self.shape, start)
+            self.fmt.store_rows(out, {**params, "qdata": self.fmt.pack(codes)}, self.shape, start)
         return sums.result({**parts, **out})
 
     def _move(
@@ -250,7 +250,7 @@ class _Job:
             if noise is not None:
                 codes = self._neighbours(codes, old, change, params, noise).to(codes.dtype)
             self._measure(codes, params, start, old, sums)
-            self.fmt.store_rows(out, {"qdata": self.fmt.pack(codes), **params}, self.shape, start)
+            self.fmt.store_rows(out, {**params, "qdata": self.fmt.pack(codes)}, self.shape, start)
         return sums.result({**self.parts, **out})
 
     def _neighbours(self, codes: Tensor, old: Tensor, change: Tensor, params: Parts, noise: Tensor) -> Tensor:
