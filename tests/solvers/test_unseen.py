@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import replace
 
@@ -98,6 +99,22 @@ def test_without_samples_held_out_nobody_knows():
     assert found.unseen_error is None
     assert found.note == "judged on the samples it was made from: there are no others"
     assert solve(layer.weight, parse_spec("int8")).unseen_error is None
+
+
+def test_plain_rounding_is_made_of_no_samples():
+    """So nothing is said of them where none are held out."""
+    known = replace(Layer.make(32, 64).statistics(64), held_out=None, held_out_tokens=0)
+
+    assert solve(Layer.make(32, 64).weight, parse_spec("int8"), "rtn", known).note == ""
+
+
+def test_an_error_is_never_below_zero(monkeypatch):
+    """What rounding leaves of a sum that cancels has no logarithm, and the command takes one of every error."""
+    layer = Layer.make(32, 64)
+    monkeypatch.setattr(importlib.import_module("lowbit.solvers.solve"), "output_loss", lambda *_: -1e-9)
+    found = solve(layer.weight, parse_spec("int8"), "scale_search", layer.statistics(64))
+
+    assert (found.error, found.rtn_error, found.unseen_error) == (0.0, 0.0, 0.0)
 
 
 def test_a_layer_that_only_its_samples_favour_is_not_kept(monkeypatch):

@@ -161,7 +161,7 @@ class Option:
         except ValueError:
             value = self.kind(self.least) if self.above else -1
         low = value > self.least if self.above else value >= self.least
-        if low and value <= self.most and math.isfinite(value):
+        if low and value <= self.most and (isinstance(value, int) or math.isfinite(value)):  # ints have no end
             return value
         noun = "a whole number" if self.kind is int else "a number"
         most = f" and at most {self.most:g}" if math.isfinite(self.most) else ""
