@@ -143,6 +143,23 @@ def test_the_law_of_halves(seen, other, lost, expected):
     assert Trial(seen, other).expected(lost, 1.0) == pytest.approx(expected, abs=2e-3)
 
 
+@pytest.mark.parametrize(("tokens", "held_out"), [(224, 32), (32, 224), (250, 6)])
+def test_halves_need_not_be_alike(tokens, held_out):
+    """Of a long text and a short one: the figure is as honest, and the samples show more than there is."""
+    shown = told = 0.0
+    for seed in range(4):
+        layer = Layer.make(SIZE, SIZE, 1.0, seed)
+        first, second = layer.samples(256, seed).split([tokens, held_out])
+        halves = {"hessian": (first.t() @ first / tokens).float(), "held_out": (second.t() @ second / held_out).float()}
+        known = replace(layer.statistics(SIZE, seed), tokens=tokens, held_out_tokens=held_out, **halves)
+        found = solve(layer.weight, parse_spec("nvfp4"), AUTO, known)
+        true = true_gain(layer, "nvfp4", found)
+        shown += decibels(found.rtn_error / found.error) / 4 - true / 4
+        told += decibels(found.rtn_error / found.unseen_error) / 4 - true / 4
+
+    assert abs(told) < 0.5 < shown
+
+
 def test_exact_gradients_are_not_marked_down():
     """Of the same G in both halves nothing was fitted; of one that is no second moment nothing is said."""
     w, g = torch.randn(48, 32), Layer.make(1, 48, 1.0).hessian

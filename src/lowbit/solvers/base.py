@@ -56,12 +56,16 @@ class Statistics:
         return self.tokens + self.held_out_tokens
 
     @property
+    def share(self) -> float:
+        """Of all rows those in the first half."""
+        return self.tokens / max(self.total_tokens, 1)
+
+    @property
     def combined(self) -> Tensor | None:
         """E[x x^T] over all samples: the mean of both halves, each by its tokens; [K, K] or [K]."""
         if self.hessian is None or self.held_out is None or not self.held_out_tokens:
             return self.hessian
-        share = self.tokens / self.total_tokens
-        return torch.lerp(self.held_out, self.hessian, share)
+        return torch.lerp(self.held_out, self.hessian, self.share)
 
     @property
     def combined_output(self) -> Tensor | None:

@@ -252,7 +252,7 @@ class Problem:
                 seen, plain_seen = (output_loss(some, self.fmt, x, known.hessian) for x in (tried, rounded))
                 mean = self._mean_loss(some, tried)
                 shares = ratio(max(seen - mean, 0.0), plain_seen), ratio(max(other - mean, 0.0), plain_other)
-                return Trial(*shares, usual if amount < _STRONGER else amount)
+                return Trial(*shares, usual if amount < _STRONGER else amount, known.share)
             notes.append(f"a trial with H shrunk by {amount:g} lost")
         return None
 
@@ -333,5 +333,5 @@ class Problem:
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             return lost.error
         seen, other = (output_loss(self.w, self.fmt, one_half, h) for h in (hessian, self._judge))
-        share = Trial(ratio(seen, output_signal(self.w, hessian)), ratio(other, output_signal(self.w, self._judge)))
-        return replace(lost, weight=lost.weight * share.excess).error
+        seen, other = ratio(seen, output_signal(self.w, hessian)), ratio(other, output_signal(self.w, self._judge))
+        return replace(lost, weight=lost.weight * Trial(seen, other, share=self.statistics.share).excess).error
