@@ -330,6 +330,34 @@ def test_float8_without_a_scale_is_kept_unless_asked_for(tmp_path):
     assert Plan.from_json(plans[1].to_json()) == plans[1]
 
 
+@pytest.mark.parametrize("scale", ["a.scale", "a.qscale_weight", "a.weight.scale"])
+def test_float8_beside_an_unknown_scale_is_kept(tmp_path, scale):
+    """Other programs spell scales otherwise (DeepSeek's .scale): without it the values would be wrong."""
+    tensors = {f"{name}.weight": torch.randn(128, 128).to(torch.float8_e4m3fn) for name in "ab"}
+    with opened(tmp_path / "a.safetensors", {**tensors, scale: torch.full((1, 1), 1e-3)}) as source:
+        plan = by_key(make_plan(source, "int8", preset="none", requantize=True))
+
+    assert plan["a.weight"].why == f"already quantized (float8_e4m3fn), and how {scale!r} scales it is not known"
+    assert [plan[f"{name}.weight"].action for name in "ab"] == ["keep", "quantize"]
+
+
+@pytest.mark.parametrize(("dialect", "noted"), [("compressed_tensors", True), ("comfy", False)])
+def test_a_table_that_is_converted_again_for_others_is_named(tmp_path, dialect, noted):
+    """It was quantized, so it is not plain to keep; a note says what programs make of it, unless a rule asks for it."""
+    tensors = {f"{name}.weight": torch.randn(128, 128) for name in (TABLE, "encoder.layer.0.attention.self.query")}
+    with opened(tmp_path / "a.safetensors", tensors) as source:
+        convert(source, tmp_path / "b.safetensors", make_plan(source, "int8"))
+    with open_source(tmp_path / "b.safetensors") as again:
+        made, ruled = (
+            make_plan(again, "wna16" if noted else "int8", dialect=dialect, requantize=True, layer_rules=rules)
+            for rules in ([], [(TABLE, "wna16" if noted else "int8")])
+        )
+
+    said = f"{TABLE}: is a quantized embedding table, which programs that read {dialect} take for a plain one"
+    assert [any(note.startswith(said) for note in plan.notes) for plan in (made, ruled)] == [noted, False]
+    assert by_key(made)[f"{TABLE}.weight"].action == "quantize"
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("spec", ["int8", "nvfp4", "svdquant_w4a4(rank=8)"])
 def test_values_cast_to_float8_are_converted_as_if_they_were_bfloat16(tmp_path, dtype, spec):

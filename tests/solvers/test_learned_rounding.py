@@ -227,7 +227,7 @@ def test_the_search_has_options(monkeypatch):
     [("learned_rounding(top_p=0)", "top_p is '0', expected a number above 0 and at most 1"),
      ("learned_rounding(top_p=nan)", "top_p is 'nan'"), ("learned_rounding(top_p=1.5)", "top_p is '1.5'"),
      ("learned_rounding(min_k=2.5)", "min_k is '2.5', expected a whole number of at least 1"),
-     ("learned_rounding(max_k=0)", "max_k is '0'"),
+     ("learned_rounding(max_k=0)", "max_k is '0'"), (f"learned_rounding(max_k=-1{'0' * 400})", "max_k is '-1000"),
      ("learned_rounding_radam(lr=inf)", "lr is 'inf', expected a number above 0"),
      ("learned_rounding(iterations=3)", "learned_rounding has no option 'iterations'; it has top_p, min_k, max_k"),
      ("learned_rounding_prodigy(lr=1)", "has no option 'lr'; it has top_p, min_k, max_k, iterations"),
@@ -240,6 +240,11 @@ def test_wrong_options_are_known_before_a_weight_is(name, said):
     """A plan reads the pipeline, so a wrong option is one error that names it, before anything is converted."""
     with pytest.raises(SolverError, match=said):
         parse_pipeline(name)
+
+
+def test_a_whole_number_has_no_upper_end():
+    """One that no float holds is a number like others."""
+    assert parse_pipeline(f"learned_rounding(max_k=1{'0' * 400})").start.startswith("learned_rounding(max_k=1000")
 
 
 def test_options_go_with_refinements_and_a_bias():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import replace
 
@@ -100,6 +101,22 @@ def test_without_samples_held_out_nobody_knows():
     assert solve(layer.weight, parse_spec("int8")).unseen_error is None
 
 
+def test_plain_rounding_is_made_of_no_samples():
+    """So nothing is said of them where none are held out."""
+    known = replace(Layer.make(32, 64).statistics(64), held_out=None, held_out_tokens=0)
+
+    assert solve(Layer.make(32, 64).weight, parse_spec("int8"), "rtn", known).note == ""
+
+
+def test_an_error_is_never_below_zero(monkeypatch):
+    """What rounding leaves of a sum that cancels has no logarithm, and the command takes one of every error."""
+    layer = Layer.make(32, 64)
+    monkeypatch.setattr(importlib.import_module("lowbit.solvers.solve"), "output_loss", lambda *_: -1e-9)
+    found = solve(layer.weight, parse_spec("int8"), "scale_search", layer.statistics(64))
+
+    assert (found.error, found.rtn_error, found.unseen_error) == (0.0, 0.0, 0.0)
+
+
 def test_a_layer_that_only_its_samples_favour_is_not_kept(monkeypatch):
     """Better than rounding on the samples, but not to be expected to be on others: the start stays, and why is said."""
     layer, fmt = Layer.make(64, 64), parse_spec("int8")
@@ -124,6 +141,23 @@ def test_a_layer_that_only_its_samples_favour_is_not_kept(monkeypatch):
 def test_the_law_of_halves(seen, other, lost, expected):
     """Half of what a trial loses more on the half that it did not see is taken off, in dB."""
     assert Trial(seen, other).expected(lost, 1.0) == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize(("tokens", "held_out"), [(224, 32), (32, 224), (250, 6)])
+def test_halves_need_not_be_alike(tokens, held_out):
+    """Of a long text and a short one: the figure is as honest, and the samples show more than there is."""
+    shown = told = 0.0
+    for seed in range(4):
+        layer = Layer.make(SIZE, SIZE, 1.0, seed)
+        first, second = layer.samples(256, seed).split([tokens, held_out])
+        halves = {"hessian": (first.t() @ first / tokens).float(), "held_out": (second.t() @ second / held_out).float()}
+        known = replace(layer.statistics(SIZE, seed), tokens=tokens, held_out_tokens=held_out, **halves)
+        found = solve(layer.weight, parse_spec("nvfp4"), AUTO, known)
+        true = true_gain(layer, "nvfp4", found)
+        shown += decibels(found.rtn_error / found.error) / 4 - true / 4
+        told += decibels(found.rtn_error / found.unseen_error) / 4 - true / 4
+
+    assert abs(told) < 0.5 < shown
 
 
 def test_exact_gradients_are_not_marked_down():

@@ -8,7 +8,7 @@ stored. Patterns are regular expressions searched for in the layer's name (in a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lowbit.errors import PlanError
@@ -26,7 +26,16 @@ from .presets import GENERIC, BoundPreset, Preset, detect_preset, get_preset
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source
 from .stored_format import StoredFormat
-from .weight_shape import WeightShape, lacks_lookup, lacks_place, plain_key, plain_shape, value_dtype, weight_shape
+from .weight_shape import (
+    CAST_DTYPES,
+    WeightShape,
+    lacks_lookup,
+    lacks_place,
+    plain_key,
+    plain_shape,
+    value_dtype,
+    weight_shape,
+)
 
 __all__ = ["ComponentPlan", "Plan", "TensorPlan", "make_plan", "with_shared_low_rank"]
 
@@ -120,7 +129,8 @@ def _plan_component(
     owner = {key: stored for stored in held.layers.values() for key in stored.keys.values()}
     container = set(held.found.container)
     biases = frozenset(key for key, spec in held.specs.items() if key.endswith(".bias") and len(spec.shape) == 1)
-    names = _Naming(component.name, bound, biases, by_name=preset != "none")
+    scales = {layer: key for key in held.found.plain for layer in [_scaled_layer(key, held.specs)] if layer is not None}
+    names = _Naming(component.name, bound, biases, scales, by_name=preset != "none")
     weights = {
         stored.layer: _decide(plain_key(stored), TensorSpec(stored.dtype, plain_shape(stored)), names, rules, stored)
         for stored in held.layers.values()
@@ -139,11 +149,15 @@ def _plan_component(
 
 @dataclass(frozen=True)
 class _Naming:
-    """What names say: the component, its biases, and the preset's opinion unless the user wants none."""
+    """What names say: the component, its biases, and the preset's opinion unless the user wants none.
+
+    `scales`: by layer the key of what may be the scale of a weight of 8-bit floats, in a spelling that no dialect has.
+    """
 
     component: str
     preset: BoundPreset
     biases: frozenset[str]
+    scales: Mapping[str, str]
     by_name: bool
 
 
@@ -180,7 +194,8 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
     is_table = names.preset.is_embedding(layer or "")
     if opinion is not None and opinion.action == "drop":
         return _tensor(key, spec, "drop", opinion.why)
-    unfit = cannot_hold(name, spec, requantize=rules.requantize)
+    unfit = _other_scale(spec, names.scales.get(layer or "") if was is None and layer is not None else None)
+    unfit = unfit or cannot_hold(name, spec, requantize=rules.requantize)
     why = unfit
     if why is None and keep is not None:
         why = f"matches --keep {keep.text!r}"
@@ -201,8 +216,27 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
     because = "the format for all weights" if rule is None else f"matches --layer {rule[0].text!r}"
     plan = _tensor(key, spec, "quantize", because + said, axes=weight.axes)
     if was is not None:
+        if is_table and rule is None and (misread := lacks_lookup(rules.dialect)):
+            rules.doubts.append(
+                f"{full}: is a quantized {misread}; a --layer rule for it, or the 16-bit file, settles it"
+            )
         plan = replace(plan, was=was.format.spec, name="" if key == name else was.layer)
     return _as_wanted(plan, stored, full, rules, has_bias=join_key(layer or "", "bias") in names.biases)
+
+
+def _scaled_layer(key: str, specs: Mapping[str, TensorSpec]) -> str | None:
+    """The layer whose weight of 8-bit floats this tensor may scale, by its name; None for any other tensor."""
+    layer, _, name = key.rpartition(".")
+    weight = specs.get(join_key(layer.removesuffix(".weight"), "weight"))
+    cast = weight is not None and weight.dtype in CAST_DTYPES
+    return layer.removesuffix(".weight") if cast and "scale" in name else None
+
+
+def _other_scale(spec: TensorSpec, scale: str | None) -> str | None:
+    """Why the values of a weight of 8-bit floats are not to be had, or None."""
+    if scale is None or spec.dtype not in CAST_DTYPES:
+        return None
+    return f"already quantized ({dtype_name(spec.dtype)}), and how {scale!r} scales it is not known"
 
 
 def _as_wanted(plan: TensorPlan, stored: StoredFormat, name: str, rules: Rules, *, has_bias: bool) -> TensorPlan:

@@ -46,7 +46,7 @@ class Rules:
     """What the user asked for.
 
     `turned_banks`: patterns of banks [E, K, N]; `convolutions`: kernels are wanted, too; `requantize`: so are weights
-    that are quantized already.
+    that are quantized already. `doubts`: what to know of single layers before the plan is followed.
     """
 
     stored: StoredFormat
@@ -60,6 +60,7 @@ class Rules:
     convolutions: bool = False
     requantize: bool = False
     picked: dict[tuple[str, str], str] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         """Raise for a layout that no file holds, a format that needs calibration, and an unknown solver."""
@@ -129,8 +130,8 @@ class Rules:
         return stored
 
     def notes(self) -> Iterable[str]:
-        """Which solver was taken for which format."""
-        return self.picked.values()
+        """Which solver was taken for which format, and the doubts."""
+        return [*self.picked.values(), *self.doubts]
 
     def refuse_unused(self, components: Iterable[ComponentPlan]) -> None:
         """A pattern that matches nothing is a typing error until shown otherwise."""

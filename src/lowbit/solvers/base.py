@@ -56,12 +56,16 @@ class Statistics:
         return self.tokens + self.held_out_tokens
 
     @property
+    def share(self) -> float:
+        """Of all rows those in the first half."""
+        return self.tokens / max(self.total_tokens, 1)
+
+    @property
     def combined(self) -> Tensor | None:
         """E[x x^T] over all samples: the mean of both halves, each by its tokens; [K, K] or [K]."""
         if self.hessian is None or self.held_out is None or not self.held_out_tokens:
             return self.hessian
-        share = self.tokens / self.total_tokens
-        return torch.lerp(self.held_out, self.hessian, share)
+        return torch.lerp(self.held_out, self.hessian, self.share)
 
     @property
     def combined_output(self) -> Tensor | None:
@@ -161,7 +165,7 @@ class Option:
         except ValueError:
             value = self.kind(self.least) if self.above else -1
         low = value > self.least if self.above else value >= self.least
-        if low and value <= self.most and math.isfinite(value):
+        if low and value <= self.most and (isinstance(value, int) or math.isfinite(value)):  # ints have no end
             return value
         noun = "a whole number" if self.kind is int else "a number"
         most = f" and at most {self.most:g}" if math.isfinite(self.most) else ""

@@ -165,10 +165,10 @@ class Problem:
             dtype = self.fmt.part_dtypes(self.w.dtype)["pre_quant_scale"]
             plain["pre_quant_scale"] = torch.ones(self.w.shape[1], dtype=dtype, device=self.w.device)
         rounded = self._lost(plain, None)
-        notes = [] if self._held_out else ["judged on the samples it was made from: there are no others"]
-        if self.pipeline.name == "rtn":
+        if self.pipeline.name == "rtn":  # made from no samples at all
             lost = rounded if self.start is None else self._lost(self.start, None)
-            return self._solution(Attempt("rtn", self.start or plain), notes, lost, rounded)
+            return self._solution(Attempt("rtn", self.start or plain), [], lost, rounded)
+        notes = [] if self._held_out else ["judged on the samples it was made from: there are no others"]
         for attempt in self._attempts(plain, notes):
             bias = self._bias(self.w, attempt.parts) if self.pipeline.bias else None
             lost = self._lost(attempt.parts, bias)
@@ -252,7 +252,7 @@ class Problem:
                 seen, plain_seen = (output_loss(some, self.fmt, x, known.hessian) for x in (tried, rounded))
                 mean = self._mean_loss(some, tried)
                 shares = ratio(max(seen - mean, 0.0), plain_seen), ratio(max(other - mean, 0.0), plain_other)
-                return Trial(*shares, usual if amount < _STRONGER else amount)
+                return Trial(*shares, usual if amount < _STRONGER else amount, known.share)
             notes.append(f"a trial with H shrunk by {amount:g} lost")
         return None
 
@@ -309,10 +309,10 @@ class Problem:
     def _lost(self, parts: Parts, bias: Tensor | None) -> Lost:
         outputs = self._output_judge
         lost = output_loss(self.w, self.fmt, parts, self._judge, outputs)
-        if bias is not None:  # what is left around the mean; rounding may put it below zero
-            lost = max(lost - energy(bias.unsqueeze(0), outputs), 0.0)
+        if bias is not None:  # what is left around the mean
+            lost -= energy(bias.unsqueeze(0), outputs)
         by_input = activation_loss(self.fmt, parts, self.statistics.samples, outputs)
-        return Lost(lost, by_input, self._signal)
+        return Lost(max(lost, 0.0), by_input, self._signal)  # of few tokens, rounding may put it below zero
 
     def _unseen_error(self, attempt: Attempt, lost: Lost, rounded: Lost) -> float:
         """What to expect of inputs that are not among the samples; see `unseen`."""
@@ -324,7 +324,7 @@ class Problem:
         return replace(lost, weight=trial.expected(lost.weight, rounded.weight)).error
 
     def _unseen_start(self, attempt: Attempt, lost: Lost) -> float:
-        """The same of a start. It is made of one half alone; but svdquant's low rank is of both."""
+        """The same of a start. It is made of one half alone, but for awq's one exponent and svdquant's low rank."""
         hessian, few = self.statistics.hessian, self.statistics.tokens < _MANY * self.w.shape[1]
         if attempt.name.split("+")[0] != SVDQUANT or hessian is None or hessian.dim() == 1 or not few:
             return lost.error
@@ -333,5 +333,5 @@ class Problem:
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             return lost.error
         seen, other = (output_loss(self.w, self.fmt, one_half, h) for h in (hessian, self._judge))
-        share = Trial(ratio(seen, output_signal(self.w, hessian)), ratio(other, output_signal(self.w, self._judge)))
-        return replace(lost, weight=lost.weight * share.excess).error
+        seen, other = ratio(seen, output_signal(self.w, hessian)), ratio(other, output_signal(self.w, self._judge))
+        return replace(lost, weight=lost.weight * Trial(seen, other, share=self.statistics.share).excess).error

@@ -7,7 +7,10 @@ more on the other half, in dB, is twice what the whole layer will, as twice the 
     gain on other inputs = gain on the samples - (gain of the trial on its half - on the other) / 2
 
 and no more than the trial gained on the other half and 1.5 dB, about what twice the samples can add where they are so
-few that this halving does not hold. The trial's rows do not make up for each other as all of them may (`row_coupling`).
+few that this halving does not hold. Of halves that are not alike, T1 tokens and T2, it is T1 / (T1 + T2) instead of a
+half: what a fit to H of T tokens takes from the error on any of them falls as 1 / T.
+
+The trial's rows do not make up for each other as all of them may (`row_coupling`).
 What that fits of the noise of one half's G = L D L^T shows without rounding anything: row errors U without a part in
 each other become L^-T U, so what row j costs is (L^-1 G L^-T)_jj, of either half's G.
 
@@ -17,6 +20,7 @@ figure is within 0.5 dB of the gain on fresh inputs on average, where that on th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,8 +31,9 @@ from lowbit.formats.base import Format
 from .curvature import arranged, unit_lower
 from .row_coupling import row_order, shrunk_outputs
 
-_SHARE = 0.5  # of what the trial lost on the other half, in the logarithm
-_AT_MOST = 10**0.15  # what twice the samples add to the trial's gain: 1.5 dB
+_HALF = 0.5
+_AT_MOST = 0.15  # what twice the samples add to the trial's gain, in powers of ten: 1.5 dB
+_LEAST = 1e-6  # share of the samples; of none nothing was fitted
 _PROBES = 16
 _SEED = 0x5EE
 
@@ -38,18 +43,21 @@ class Trial:
     """What was lost by some rows that were solved with H of one half, as a share of what rounding to nearest loses.
 
     `seen`: on that half; `other`: on the other one. `amount`: the shrinkage with which all rows are to be solved.
+    `share`: of all samples that are in that half.
     """
 
     seen: float
     other: float
     amount: float = 0.0
+    share: float = _HALF
 
     def expected(self, lost: float, plain: float) -> float:
         """What a layer loses of other inputs that loses `lost` on its samples, where rounding to nearest does `plain`.
 
         Never less than `lost`.
         """
-        return max(lost * self.excess, plain * self.other / _AT_MOST)
+        doublings = -math.log2(max(self.share, _LEAST))
+        return max(lost * self.excess, plain * self.other / 10 ** (_AT_MOST * doublings))
 
     def along_rows(self, shares: tuple[float, float]) -> Trial:
         """The same where rows make up for each other, too, and lose `shares` of the rest by it; see `row_shares`."""
@@ -58,7 +66,7 @@ class Trial:
     @property
     def excess(self) -> float:
         """By what factor the error of the whole layer is too small on its own samples; 1 or more."""
-        return max(self.other / self.seen, 1.0) ** _SHARE if self.seen > 0 else 1.0
+        return max(self.other / self.seen, 1.0) ** self.share if self.seen > 0 else 1.0
 
 
 def row_shares(w: Tensor, fmt: Format, outputs: Tensor, others: Tensor) -> tuple[float, float]:
