@@ -2,10 +2,10 @@
 //
 //   w = (code - kOffset) * step + zero        one step (and zero) for every kUnit columns
 //
-// Rows lie as they do in the file. The words of one block of 16 rows are interleaved, in the cache, and from there on
-// everything is done lane by lane: what the headers pack in six bits is unpacked for as many rows as a vector has
-// lanes. Steps, zeros and values are made by the operations of the reference (`numerics.gguf_blocks`) in its order, so
-// that they are the same bit for bit.
+// Where rows lie as they do in the file, the words of one block of 16 rows are interleaved in the cache; in the layout
+// gguf_rows16 they lie like that. From there on everything is done lane by lane: what the headers pack in six bits is
+// unpacked for as many rows as a vector has lanes. Steps, zeros and values are made by the operations of the reference
+// (`numerics.gguf_blocks`) in its order, so that they are the same bit for bit.
 //
 // A type states
 //
