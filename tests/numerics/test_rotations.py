@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowbit.errors import FormatError
+from lowbit.numerics import rotations
 from lowbit.numerics.rotations import REGULAR_SIZES, regular_hadamard, rotate_groups
 
 
@@ -98,3 +100,15 @@ def test_the_defaults_of_dtype_and_device_do_not_matter():
     finally:
         torch.set_default_dtype(torch.float32)
     assert (matrix.dtype, matrix.device.type) == (torch.float32, "cpu")
+
+
+def test_a_matrix_made_under_a_dispatch_mode_does_not_outlive_it():
+    """Fake tensors are not kept for the time after, and plain ones that are kept do not meet fake ones."""
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    want = x @ regular_hadamard(64)
+    regular_hadamard.cache_clear()
+    rotations._hadamard_on.cache_clear()
+    for _ in range(2):  # with nothing kept, then with both matrices
+        with FakeTensorMode():
+            assert rotate_groups(torch.empty(2, 64), 64).shape == (2, 64)
+        assert torch.equal(rotate_groups(x, 64), want)

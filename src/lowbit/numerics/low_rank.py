@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lowbit.numerics.constants import kept
 
 Pieces = Callable[[], Iterator[Tensor]]
 Lossy = Callable[[Tensor], Tensor]
@@ -97,13 +98,12 @@ def leading_basis_of(
     return step(basis).next_basis() if passes else basis
 
 
-@lru_cache(maxsize=4)
+@kept(maxsize=4)
 def _start(columns: int, count: int, device: torch.device) -> Tensor:
     """Where every search begins. Do not write to it: it is kept, as each weight asks for the same ten times."""
-    with torch.inference_mode(False):
-        generator = torch.Generator().manual_seed(_SEED)
-        start = torch.randn((columns, count), generator=generator, dtype=torch.float32, device="cpu")
-        return orthonormal(start.to(device))
+    generator = torch.Generator().manual_seed(_SEED)
+    start = torch.randn((columns, count), generator=generator, dtype=torch.float32, device="cpu")
+    return orthonormal(start.to(device))
 
 
 def refined_basis(passes: Passes, basis: Tensor, rank: int, count: int) -> Tensor:

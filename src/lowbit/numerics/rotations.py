@@ -7,18 +7,17 @@ matrix it has no row of ones, so a constant offset of a group is not gathered in
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError
+from lowbit.numerics.constants import kept
 
 REGULAR_SIZES = (16, 64, 256, 1024)
 _H4 = ((1.0, 1.0, 1.0, -1.0), (1.0, 1.0, -1.0, 1.0), (1.0, -1.0, 1.0, 1.0), (-1.0, 1.0, 1.0, 1.0))
 
 
-@lru_cache(maxsize=16)
+@kept(maxsize=16)
 def regular_hadamard(size: int) -> Tensor:
     """The [size, size] float32 regular Hadamard matrix on the CPU, orthonormal. Do not write to it: it is cached.
 
@@ -26,18 +25,16 @@ def regular_hadamard(size: int) -> Tensor:
     """
     if size < 4 or size & (size - 1) or (size.bit_length() - 1) % 2:
         raise FormatError(f"a regular Hadamard rotation needs a group size that is a power of 4, not {size}")
-    with torch.inference_mode(False):  # a cached inference tensor could not serve autograd later
-        step = torch.tensor(_H4, dtype=torch.float32, device="cpu")
-        matrix = step
-        while matrix.shape[0] < size:
-            matrix = torch.kron(matrix, step)
-        return matrix / size**0.5
+    step = torch.tensor(_H4, dtype=torch.float32, device="cpu")
+    matrix = step
+    while matrix.shape[0] < size:
+        matrix = torch.kron(matrix, step)
+    return matrix / size**0.5
 
 
-@lru_cache(maxsize=32)
+@kept(maxsize=32)
 def _hadamard_on(size: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return regular_hadamard(size).to(device)
+    return regular_hadamard(size).to(device)
 
 
 def rotate_groups(x: Tensor, group_size: int) -> Tensor:

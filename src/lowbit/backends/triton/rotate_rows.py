@@ -8,14 +8,13 @@ are the value, where there are tensor cores for them; elsewhere float32 is multi
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lowbit.backends.triton.device import Target
+from lowbit.numerics.constants import kept
 from lowbit.numerics.rotations import REGULAR_SIZES, regular_hadamard
 
 SIZES = REGULAR_SIZES
@@ -37,13 +36,12 @@ def matrix(rotation: int, dtype: torch.dtype, target: Target, where: torch.devic
     return _matrix(rotation, torch.bfloat16 if cuts(dtype, target) else dtype, where)
 
 
-@cache  # for good: a CUDA graph reads it as long as it lives
+@kept(maxsize=None)  # for good: a CUDA graph reads it as long as it lives
 def _matrix(rotation: int, dtype: torch.dtype, where: torch.device) -> Tensor:
     inner = min(rotation, COLUMNS)
-    with torch.inference_mode(False):  # a cached inference tensor could not serve autograd later
-        block = torch.kron(torch.eye(COLUMNS // inner, device="cpu"), regular_hadamard(inner))
-        # A power of two, as all of them are: exact also in 16 bits.
-        return (block * (inner / rotation) ** 0.5).to(where, dtype)
+    block = torch.kron(torch.eye(COLUMNS // inner, device="cpu"), regular_hadamard(inner))
+    # A power of two, as all of them are: exact also in 16 bits.
+    return (block * (inner / rotation) ** 0.5).to(where, dtype)
 
 
 @triton.jit
