@@ -8,11 +8,11 @@ global_scale   []                 float32, with `global_scale`: what lies beside
 
 type    c    b    bits a weight   made here        type    c    b    bits a weight
 Q4_0    32   18   4.5             yes              Q2_K    256  84   2.625
-Q4_1    32   20   5               yes              Q4_K    256  144  4.5
-Q5_0    32   22   5.5             yes              Q5_K    256  176  5.5
-Q5_1    32   24   6               yes              Q6_K    256  210  6.5625
-Q8_0    32   34   8.5             yes              NVFP4   64   36   4.5
-MXFP4   32   17   4.25            yes
+Q4_1    32   20   5               yes              Q3_K    256  110  3.4375
+Q5_0    32   22   5.5             yes              Q4_K    256  144  4.5
+Q5_1    32   24   6               yes              Q5_K    256  176  5.5
+Q8_0    32   34   8.5             yes              Q6_K    256  210  6.5625
+MXFP4   32   17   4.25            yes              NVFP4   64   36   4.5
 
 Values are those of ggml bit for bit, and so are the blocks of the types that are made here, when nothing but rounding
 is asked for; the others can only be read. The codes of a row, which `unpack` gives, are its K codes, one a byte, and

@@ -36,8 +36,8 @@ _WORD = 4  # bytes
 _LINE = 64
 # Where the float16 of a block's header begin, and its scale of a byte; whatever else a block holds is whole words.
 _HALVES = {
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q4_K": (0, 2),
-    "Q5_K": (0, 2), "Q6_K": (208,), "MXFP4": (), "NVFP4": (),
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "MXFP4": (), "NVFP4": (),
 }  # fmt: skip
 _BYTE = {"MXFP4": 0}
 _UNITS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}

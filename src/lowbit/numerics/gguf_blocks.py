@@ -238,7 +238,15 @@ def _signed_bytes(header: Tensor) -> Steps:
     return halves(header[:, 16:]) * header[:, :16].contiguous().view(torch.int8).float(), None
 
 
-READABLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "NVFP4")
+def _six_bits_signed(header: Tensor) -> Steps:
+    """Sixteen scales of six bits, 32 more than they mean: nibbles of eight bytes, then the upper two bits of four."""
+    nibbles, upper = header[:, :8], header[:, 8:12]
+    low = torch.cat([nibbles & 0x0F, nibbles >> 4], dim=1)
+    high = torch.cat([(upper >> shift) & 3 for shift in (0, 2, 4, 6)], dim=1)
+    return halves(header[:, 12:]) * (low | (high << 4)).float().sub_(32.0), None
+
+
+READABLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "NVFP4")
 
 
 @cache
@@ -252,6 +260,15 @@ def _types() -> dict[str, BlockType]:
         BlockType("Q5_1", 32, ((0, 4),), (Field(8, 24, 4, 16), Field(4, 8, 1, 1, 4)), _two_halves, five),
         BlockType("Q8_0", 32, ((0, 2),), (Field(2, 34, 8, 32),), _one_half, IntegerLevels(-127, 127)),
         BlockType("Q2_K", 16, ((0, 16), (80, 84)), (Field(16, 80, 2, 32),), _four_bits_each, IntegerLevels(0, 3)),
+        BlockType(
+            "Q3_K",
+            16,
+            ((96, 110),),
+            (Field(32, 96, 2, 32), Field(0, 32, 1, 32, 2)),
+            _six_bits_signed,
+            IntegerLevels(-4, 3),
+            4,
+        ),
         BlockType("Q4_K", 32, ((0, 16),), (Field(16, 144, 4, 32),), _scales_and_minima, four),
         BlockType("Q5_K", 32, ((0, 16),), (Field(48, 176, 4, 32), Field(16, 48, 1, 32, 4)), _scales_and_minima, five),
         BlockType(

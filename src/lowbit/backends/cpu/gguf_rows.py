@@ -13,7 +13,7 @@ from lowbit.formats.parts import Parts
 from lowbit.layouts import gguf_rows16
 
 # The types with a kernel; the place of each is its number for `with_type` of native/gguf_blocks.h.
-TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "NVFP4")
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "NVFP4", "Q3_K")
 
 
 class Blocks:

@@ -21,7 +21,8 @@ from lowbit.numerics.gguf_blocks import Field, block_type
 
 _MAGIC = tl.constexpr(8388608.0)  # 2**23: the mantissa of a float32 of this size counts in ones
 UNSIGNED, SIGNED, E2M1 = (tl.constexpr(i) for i in range(3))  # what codes are
-HALF, TWO_HALVES, SIX_BITS, FOUR_BITS, BYTES, POWER, E4M3 = (tl.constexpr(i) for i in range(7))  # what headers are
+# What headers are.
+HALF, TWO_HALVES, SIX_BITS, FOUR_BITS, BYTES, POWER, E4M3, SIGNED_SIX_BITS = (tl.constexpr(i) for i in range(8))
 
 # Of each type: its codes, its header, and where in a block the float16 scales and the scales of groups begin.
 _READ = {
@@ -31,6 +32,7 @@ _READ = {
     "Q5_1": (UNSIGNED, TWO_HALVES, 0, 0),
     "Q8_0": (SIGNED, HALF, 0, 0),
     "Q2_K": (UNSIGNED, FOUR_BITS, 80, 0),
+    "Q3_K": (UNSIGNED, SIGNED_SIX_BITS, 108, 96),
     "Q4_K": (UNSIGNED, SIX_BITS, 0, 4),
     "Q5_K": (UNSIGNED, SIX_BITS, 0, 4),
     "Q6_K": (UNSIGNED, BYTES, 208, 192),
@@ -149,6 +151,10 @@ def _step(raw, halves, block, group, inside, KIND: tl.constexpr):
         step = _half(raw, halves, block, inside, KIND.halves, KIND)
         if KIND.header == SIX_BITS or KIND.header == FOUR_BITS:  # noqa: PLR1714  (Triton knows no `in`)
             step *= _scale_and_minimum(raw, block, group, inside, KIND)[0]
+        elif KIND.header == SIGNED_SIX_BITS:  # nibbles of eight bytes, then the upper two bits of four; 32 means 0
+            low = _byte(raw, at + group % 8, inside) >> (group // 8 * 4)
+            high = _byte(raw, at + 8 + group % 4, inside) >> (group // 4 * 2)
+            step *= (((low & 15) | ((high & 3) << 4)) - 32).to(tl.float32)
         elif KIND.header == BYTES:
             step *= ((_byte(raw, at + group, inside) ^ 128) - 128).to(tl.float32)
     return step

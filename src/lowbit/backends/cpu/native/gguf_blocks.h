@@ -13,7 +13,7 @@
 //   kOffset, kSigned              the code of level 0; whether codes are int8 (elsewhere they are 0..63)
 //   kZero                         whether there are zeros
 //   kHalves                       where the float16 of the header lie
-//   kBody, kBodyWords             where the words lie that are interleaved, four at a time
+//   kBody, kBodyWords             where the words lie that are interleaved, four at a time: at least four
 //   kLoose, kLooseBytes           a word behind them that lies elsewhere (-1: none), and how many of its bytes count
 //   kSpan                         after how many columns the pattern of the codes begins again
 //   codes<q>(words, span, v)      columns 4 q .. 4 q + 3 of a span, for the rows of vector v
@@ -43,12 +43,17 @@ struct Words {
   alignas(64) uint32_t words[kCount * kBlockRows];
   alignas(64) uint16_t halves[T::kHalves.size() + 1][kBlockRows];
 
+  // The last four overlap with those before where there are not as many: behind a block there may be nothing to read.
+  static constexpr int four_words_at(int from) { return std::min(from, T::kBodyWords - 4); }
+
   // From byte `at` of every row on.
   void gather(const uint8_t* const (&rows)[kBlockRows], int64_t at) {
 #if defined(LOWBIT_ISA_AVX512) && !defined(LOWBIT_EMULATE)
     // Whole vectors: what is stored in pieces would have to reach the cache before it can be loaded.
-    for (int word = 0; word < T::kBodyWords; word += 4)
+    for (int from = 0; from < T::kBodyWords; from += 4) {
+      const int word = four_words_at(from);
       simd::interleave_words(rows, at + T::kBody + 4 * word, words + word * kBlockRows);
+    }
     if constexpr (T::kLoose >= 0) {
       const I32 mask = set1_i32(T::kLooseBytes == 4 ? -1 : (1 << 8 * (T::kLooseBytes % 4)) - 1);
       store_i32(words + T::kBodyWords * kBlockRows, bit_and(gather_words(rows, at + T::kLoose), mask));
@@ -61,8 +66,10 @@ struct Words {
       store_low_halves(halves[half], from == T::kHalves[half] ? word : shift_right<16>(word));
     }
 #else
-    for (int word = 0; word < T::kBodyWords; word += 4)
+    for (int from = 0; from < T::kBodyWords; from += 4) {
+      const int word = four_words_at(from);
       interleave_words(rows, at + T::kBody + 4 * word, words + word * kBlockRows);
+    }
     if constexpr (T::kLoose >= 0) {
       for (int r = 0; r < kBlockRows; ++r) {
         uint32_t word = 0;  // whose low bytes come first on every machine that there are kernels for
@@ -210,6 +217,35 @@ struct Q2_K {
   }
 };
 
+struct Q3_K {
+  static constexpr int kColumns = 256, kSize = 110, kUnit = 16, kSpan = 256, kOffset = 4;
+  static constexpr int kBody = 0, kBodyWords = 27, kLoose = -1, kLooseBytes = 4;  // third bits, two bits, steps
+  static constexpr bool kSigned = false, kZero = false;
+  static constexpr std::array<int, 1> kHalves{108};
+
+  // Of six bits each, 32 more than they mean: the nibbles of two words, then the upper two bits of one.
+  template <class W>
+  static void steps(const W& words, int v, F32* step, F32*) {
+    const F32 d = words.half(0, v);
+    const I32 upper = words.word(26, v);
+    for_each_place<4>([&](auto quarter) {
+      constexpr int k = decltype(quarter)::value;
+      const Bytes both = as_bytes(words.word(24 + k % 2, v));
+      const I32 low = as_i32(k / 2 ? high_nibbles(both) : low_nibbles(both));
+      const I32 six = bit_or(low, moved_bits<2 * k, 4>(upper, 0x30));
+      for_each_place<4>([&](auto byte) {
+        constexpr int j = decltype(byte)::value;
+        step[4 * k + j] = mul(d, sub(byte_value<j>(six), set1_f32(32.0f)));
+      });
+    });
+  }
+  template <int q, class W>
+  static Bytes codes(const W& words, int, int v) {
+    const I32 low = moved_bits<2 * (q / 8 % 4), 0>(words.word(8 + q / 32 * 8 + q % 8, v), 3);
+    return as_bytes(bit_or(low, moved_bits<q / 8, 2>(words.word(q % 8, v), 4)));
+  }
+};
+
 // Eight scales and eight minima of six bits, in three words.
 template <class W>
 inline void six_bit_steps(const W& words, int v, F32* step, F32* zero) {
@@ -353,6 +389,8 @@ void with_type(int type, const F& f) {
       return f(MXFP4{});
     case 10:
       return f(NVFP4{});
+    case 11:
+      return f(Q3_K{});
     default:
       throw std::invalid_argument("no GGUF type has the number " + std::to_string(type) +
                                   " here; TYPES of gguf_rows.py lists them");
