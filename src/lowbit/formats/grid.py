@@ -33,6 +33,15 @@ class RowSnap(Protocol):
         ...
 
 
+@runtime_checkable
+class UnitSnap(RowSnap, Protocol):
+    """One that is another one for each unit, too: called itself, it is given the steps of all of them."""
+
+    def at(self, units: slice) -> Snap:
+        """That of some of the units."""
+        ...
+
+
 def keep_as_they_are(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The `Snap` of steps that are stored in float32."""
     return step, zero
@@ -48,7 +57,7 @@ class Grid:
     factor   [K]               an error of 1 in `target` is an error of this in the weight; None for 1
 
     `columns` (c) share a step along K, and `rows` of them along N. `snap` gives the nearest steps and zeros that the
-    format can store.
+    format can store: call `snapped`, which says of which units they are.
     """
 
     target: Tensor
@@ -99,6 +108,11 @@ class Grid:
         """The levels of grid values [last - first, n] of some columns, float32."""
         shifted = values if self.zero is None else values - self.spread(self.zero, first, last)
         return self.levels.round_(shifted / self.spread(self._divisor, first, last))
+
+    def snapped(self, units: slice, step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The nearest steps and zeros that the format can store for some units, of float32 ones [units, n]."""
+        snap = self.snap.at(units) if isinstance(self.snap, UnitSnap) else self.snap
+        return snap(step, zero)
 
     def narrow(self, start: int, stop: int) -> Grid:
         """The grid of some of the rows, copied."""

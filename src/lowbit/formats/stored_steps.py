@@ -58,6 +58,45 @@ class E4m3Steps:
 
 
 @dataclass(frozen=True)
+class Multiples:
+    """Whole multiples, from `low` to `high` but not 0, of a factor for each step; zeros likewise, negated, from 0 up.
+
+    factor, zero_factor: float32 [U, n], the latter 0 where a zero can only be 0. Units that share a factor keep it.
+    """
+
+    factor: Tensor
+    low: int
+    high: int
+    zero_factor: Tensor | None = None
+
+    def __call__(self, step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Snap`."""
+        found = multiples_of(step, self.factor, self.low, self.high)
+        least = torch.where((step < 0) == (self.factor < 0), 1.0, -1.0) if self.low else torch.ones_like(step)
+        stored = torch.where(found == 0, least, found).mul_(self.factor)
+        if zero is None or self.zero_factor is None:
+            return stored, zero
+        return stored, multiples_of(-zero, self.zero_factor, 0, self.high).mul_(self.zero_factor).neg_()
+
+    def narrow(self, start: int, stop: int) -> Multiples:
+        """Those of some of the rows."""
+        return self._cut((slice(None), slice(start, stop)))
+
+    def at(self, units: slice) -> Multiples:
+        """Those of some of the units."""
+        return self._cut((units, slice(None)))
+
+    def _cut(self, where: tuple[slice, slice]) -> Multiples:
+        zero_factor = None if self.zero_factor is None else self.zero_factor[where]
+        return replace(self, factor=self.factor[where], zero_factor=zero_factor)
+
+
+def multiples_of(x: Tensor, factor: Tensor, low: int, high: int) -> Tensor:
+    """Which multiple of a factor is nearest to x, float32; 0 of a factor of 0."""
+    return (x / factor.masked_fill(factor == 0, torch.inf)).round_().clamp_(low, high)
+
+
+@dataclass(frozen=True)
 class PowerSteps:
     """Powers of two, the nearest by difference; the smaller of two."""
 

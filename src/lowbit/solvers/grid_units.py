@@ -19,9 +19,9 @@ _BEYOND = 1e-3  # levels beyond the last one that count as clipped: less is roun
 def stored_steps(grid: Grid) -> tuple[Tensor, Tensor | None]:
     """Steps, and zeros, that can be stored and at which the target fits, about the smallest: [U, n]."""
     exact, zero = fitting_steps(grid)
-    step, zero = grid.snap(exact, zero)
+    step, zero = grid.snapped(slice(None), exact, zero)
     for factor in _UP if zero is None else ():
-        larger, _ = grid.snap(exact * factor, None)
+        larger, _ = grid.snapped(slice(None), exact * factor, None)
         step = torch.where(step.abs() < exact.abs() * (1 - _BEYOND), larger, step)
     return step, zero
 

@@ -37,6 +37,6 @@ def refit_unit(grid: Grid, start: int, stop: int, slope: Tensor, inner: Tensor, 
     unit = (start - first, count, block, n, slope.data_ptr(), inner.data_ptr(), *inner.stride())
     rest = (values[start].data_ptr(), terms.data_ptr(), threads)
     module.refit_propose(*where, *levels, *unit, *rest)
-    stored, stored_zero = grid.snap(terms[:1], None if zero is None else terms[1:2])
+    stored, stored_zero = grid.snapped(slice(place, place + 1), terms[:1], None if zero is None else terms[1:2])
     stored, stored_zero = stored.contiguous(), None if stored_zero is None else stored_zero.contiguous()
     module.refit_apply(*where, *levels, stored.data_ptr(), address(stored_zero), *unit, *rest)
