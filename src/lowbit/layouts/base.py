@@ -166,6 +166,9 @@ def misfit(fmt: Format, layout: str, parts: Mapping[str, Tensor], n: int, k: int
 def _expect(fmt: Format, layout: str, n: int, k: int) -> _Expected | str:
     """What the parts of a weight [n, k] must be, or why it cannot be in the layout."""
     if not layout:
+        # K may be another that fills as many blocks. Rows may have been cut: they are as many as there are.
+        if why := fmt.check_shape(max(n, k), k):
+            return f"a weight [{n}, {k}] {why}"
         codes = fmt.rules[0]
         return 0, ((codes.name, codes.shape(fmt.sizes(n, k))),)
     known = get_layout(layout, fmt)
