@@ -20,6 +20,8 @@ from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
 from lowbit.errors import CheckpointError
 from lowbit.formats import parse_spec
+from lowbit.formats.gguf_block import GgufBlock
+from lowbit.numerics.gguf_encode import SEARCHED
 from lowbit.solvers import Statistics, solver
 from tests.support.checkpoints import model_tensors, save_model
 from tests.support.specs import ALL_SPECS, weight_shape
@@ -114,8 +116,10 @@ def test_rounding_flips_nothing_and_stays_within_half_a_step(spec):
     found = error_histogram(w, fmt, parts)
 
     assert sum(found.counts) + found.beyond > 0.9 * w.numel()
-    # ggml gives up half of the upper end; w4a8_codebook clips, and its integers lie unevenly.
-    beyond = {"gguf": 1.01, "w4a8_codebook": 2.01}.get(fmt.name, 0.56)
+    # ggml gives up half of the upper end, and more of its types are clipped where that costs less; w4a8_codebook clips,
+    # and its integers lie unevenly.
+    clips = isinstance(fmt, GgufBlock) and fmt.type in SEARCHED
+    beyond = 1.2 if clips else {"gguf": 1.01, "w4a8_codebook": 2.01}.get(fmt.name, 0.56)
     assert found.largest <= beyond  # half a step, and what rounding the grid itself adds
     assert 0.1 < found.rms < 0.32  # 0.29 where errors are even; low where the low rank fits the rounding
     health = scale_health({**parts, "scale": fmt.scales(parts)})

@@ -112,8 +112,8 @@ def test_tiny_and_huge_weights_stay_finite(fmt, scale):
     back = fmt.dequantize(fmt.quantize(w), tuple(w.shape), torch.float32)
 
     assert torch.isfinite(back).all()
-    # An 8-bit step of so small a weight is a subnormal float16, and ggml stores no other.
-    coarse = fmt.spec == "gguf(type=Q8_0)" and scale == 1e-4
+    # An 8-bit step of so small a weight is a subnormal float16, and ggml stores no other. Scales of NVFP4 are e4m3.
+    coarse = (fmt.spec == "gguf(type=Q8_0)" and scale == 1e-4) or fmt.spec == "gguf(type=NVFP4)"
     if scale in (1e-4, 1e4) and not coarse:
         unscaled = _weight(fmt)
         usual = sqnr(unscaled, fmt.dequantize(fmt.quantize(unscaled), tuple(w.shape), torch.float32))

@@ -9,7 +9,7 @@ from lowbit.errors import FormatError, WeightError
 from lowbit.formats import Format, parse_spec
 from lowbit.formats.gguf_recast import SAME_CODES, block_format, put_together
 from lowbit.numerics.gguf_blocks import GGML_TYPES, READABLE
-from lowbit.numerics.gguf_encode import WRITABLE
+from lowbit.numerics.gguf_encode import AS_GGML, WRITABLE
 from lowbit.solvers.base import Statistics
 from lowbit.solvers.solve import solve
 from tests.support import gaussian, outlier_weight, sqnr
@@ -59,7 +59,7 @@ def test_any_bytes_decode_as_the_package_decodes_them(name):
     assert (found.view(np.int32) == expected.view(np.int32))[~nan].all()
 
 
-@pytest.mark.parametrize("name", WRITABLE)
+@pytest.mark.parametrize("name", AS_GGML)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_are_those_of_the_package(name, dtype):
     """quantize makes the very bytes of gguf.quantize, at ties, zeros and powers of two as well."""
@@ -83,10 +83,10 @@ def test_a_global_scale_multiplies():
 @pytest.mark.parametrize("name", WRITABLE)
 def test_second_moments_help(name):
     """The refinements work on blocks: with correlated inputs they lose less of the output than rounding does."""
-    w = outlier_weight(32, 128)
-    x = torch.randn(512, 128, generator=torch.Generator().manual_seed(1)) @ gaussian(128, 128, seed=2)
-    halves = [half.t() @ half / 256 for half in x.split(256)]
-    statistics = Statistics(hessian=halves[0], tokens=256, held_out=halves[1], held_out_tokens=256)
+    w = outlier_weight(32, 256)
+    x = torch.randn(1024, 256, generator=torch.Generator().manual_seed(1)) @ gaussian(256, 256, seed=2)
+    halves = [half.t() @ half / 512 for half in x.split(512)]
+    statistics = Statistics(hessian=halves[0], tokens=512, held_out=halves[1], held_out_tokens=512)
 
     solution = solve(w, of(name), "rtn+gptq+descent", statistics)
 
@@ -116,8 +116,10 @@ def test_what_is_wrong_is_named():
         parse_spec("gguf(type=Q4_0,global_scale=true)").quantize(gaussian(4, 64))
     with pytest.raises(WeightError, match="has 40 columns, not a multiple of the 32 of a Q4_0 block"):
         of("Q4_0").quantize(gaussian(4, 40))
-    with pytest.raises(FormatError, match=r"proj: gguf\(type=Q4_K\) can only be read.*Q4_0, Q4_1"):
-        of("Q4_K").quantize(gaussian(4, 256), where="proj")
+    with pytest.raises(FormatError, match=r"proj: gguf\(type=NVFP4,global_scale=True\) can only be read.*or to nvfp4"):
+        parse_spec("gguf(type=NVFP4,global_scale=true)").quantize(gaussian(4, 256), where="proj")
+    with pytest.raises(WeightError, match="not a multiple of the 256 of a Q4_K block; those of Q4_0 have 32"):
+        of("Q4_K").quantize(gaussian(4, 288))
 
 
 def test_values_near_a_weight_come_back_under_its_scales():

@@ -11,9 +11,9 @@ A format is one frozen dataclass in one file. Its fields are its JSON config; it
 - where it rounds in another basis (a rotation): `prepare(rows)` and its inverse, `restore(rows)`. All other hooks that
   take or give rows mean prepared ones;
 - `unit(shape)`: the tile (rows, columns) of weights that share one scale, and `candidates(rows, params)`: other
-  scales worth trying; `grid(rows, params)`: the values that the rows may take (`grid.py`), with its inverses
-  `with_steps` and `from_grid`. The solvers work on these and on the hooks above, so each is written once for all
-  formats;
+  scales worth trying, or, where units cannot choose theirs alone, `searched(rows, weights)`: the best ones;
+  `grid(rows, params)`: the values that the rows may take (`grid.py`), with its inverses `with_steps` and `from_grid`.
+  The solvers work on these and on the hooks above, so each is written once for all formats;
 - `golden_sqnr`: the signal-to-noise ratio in dB on the shared Gaussian, by spec, which the tests hold to both sides.
 
 `Format` supplies quantize and dequantize in bounded pieces, validation, byte counts, row operations, spec and JSON
@@ -69,12 +69,15 @@ class Format(ABC):
     supports_embedding: ClassVar[bool] = True
     data_free_solver: ClassVar[str] = "rtn"
     """What `--solver auto` takes when nothing is known about the activations."""
-    calibrated_start: ClassVar[str] = "scale_search"
-    """What it starts from when their second moments are known."""
     instead: ClassVar[str] = "another format"
     """What to convert to where a variant can only be read."""
     largest_activation: ClassVar[float] = 0.0
     """The largest code that a static activation scale is for; 0 where there is no such scale."""
+
+    @property
+    def calibrated_start(self) -> str:
+        """What `--solver auto` starts from when the second moments of the activations are known."""
+        return "scale_search"
 
     @property
     def data_free_advice(self) -> str:
@@ -130,6 +133,13 @@ class Format(ABC):
     def candidates(self, rows: Tensor, params: Parts) -> Iterator[Candidate]:
         """Other parameters worth trying for these rows, most promising first."""
         return iter(())
+
+    def searched(self, rows: Tensor, weights: Tensor | None) -> Parts | None:
+        """The parameters of some rows by a search of the format's own; None where `candidates` are all there is.
+
+        weights: float32 [K], how much the squared error of each column counts; None: all the same.
+        """
+        return None
 
     @abstractmethod
     def grid(self, rows: Tensor, params: Parts) -> Grid:

@@ -6,18 +6,20 @@ part           shape              meaning
 qdata          [N, K / c * b]     uint8; c columns in b bytes, row after row, as ggml lays them out
 global_scale   []                 float32, with `global_scale`: what lies beside NVFP4 weights, usually
 
-type    c    b    bits a weight   made here        type    c    b    bits a weight
-Q4_0    32   18   4.5             yes              Q2_K    256  84   2.625
-Q4_1    32   20   5               yes              Q3_K    256  110  3.4375
-Q5_0    32   22   5.5             yes              Q4_K    256  144  4.5
-Q5_1    32   24   6               yes              Q5_K    256  176  5.5
-Q8_0    32   34   8.5             yes              Q6_K    256  210  6.5625
-MXFP4   32   17   4.25            yes              NVFP4   64   36   4.5
+type    c    b    bits a weight        type    c    b    bits a weight
+Q4_0    32   18   4.5                  Q2_K    256  84   2.625
+Q4_1    32   20   5                    Q3_K    256  110  3.4375
+Q5_0    32   22   5.5                  Q4_K    256  144  4.5
+Q5_1    32   24   6                    Q5_K    256  176  5.5
+Q8_0    32   34   8.5                  Q6_K    256  210  6.5625
+MXFP4   32   17   4.25                 NVFP4   64   36   4.5
 
-Values are those of ggml bit for bit, and so are the blocks of the types that are made here, when nothing but rounding
-is asked for; the others can only be read. The codes of a row, which `unpack` gives, are its K codes, one a byte, and
-behind them the headers of its blocks (what is no code). The parameters of a row are blocks of which only the headers
-count.
+Values are those of ggml bit for bit. When nothing but rounding is asked for, the blocks of the types on the left are
+ggml's as well; those on the right are searched for the least squared error, which is less than that of ggml's. The
+steps and zeros of a K-quant are whole multiples of two float16 of the block: `grid` keeps to those.
+
+The codes of a row, which `unpack` gives, are its K codes, one a byte, and behind them the headers of its blocks (what
+is no code). The parameters of a row are blocks of which only the headers count.
 
 >>> import torch
 >>> from lowbit.formats import parse_spec
@@ -31,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
@@ -39,17 +41,22 @@ from torch import Tensor
 
 from lowbit.formats.base import Format
 from lowbit.formats.gguf_recast import SAME_CODES, take_apart
-from lowbit.formats.grid import Grid
+from lowbit.formats.global_scale import GlobalScale
+from lowbit.formats.grid import Grid, Snap
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import one_of, parse_spec, register
+from lowbit.formats.stored_steps import E4m3Steps, Multiples
 from lowbit.numerics.gguf_blocks import READABLE, BlockType, block_type
-from lowbit.numerics.gguf_encode import WRITABLE, encode_blocks, set_steps, snap_steps
+from lowbit.numerics.gguf_encode import SEARCHED, WRITABLE, encode_blocks, set_steps, snap_steps
+
+# For weights whose columns the blocks do not divide: about as many bits in blocks of 32.
+_OF_32_COLUMNS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q4_0", "Q5_K": "Q5_0", "Q6_K": "Q8_0", "NVFP4": "MXFP4"}
 
 
 @register
 @dataclass(frozen=True)
 class GgufBlock(Format):
-    """GGUF blocks (llama.cpp's), 2.6 to 8.5 bits a weight; the K-quants and NVFP4 can only be read."""
+    """GGUF blocks (llama.cpp's), 2.6 to 8.5 bits a weight, the K-quants among them."""
 
     type: str = "Q8_0"
     global_scale: bool = False
@@ -62,9 +69,14 @@ class GgufBlock(Format):
         "gguf(type=Q5_0)": 27.4,
         "gguf(type=Q5_1)": 28.44,
         "gguf(type=Q8_0)": 45.43,
+        "gguf(type=Q2_K)": 11.74,
+        "gguf(type=Q3_K)": 16.86,
+        "gguf(type=Q4_K)": 23.05,
+        "gguf(type=Q5_K)": 29.09,
+        "gguf(type=Q6_K)": 35.6,
         "gguf(type=MXFP4)": 18.78,
+        "gguf(type=NVFP4)": 21.77,
     }
-    calibrated_start: ClassVar[str] = "rtn"
     instead: ClassVar[str] = f"gguf(type=...) of {', '.join(WRITABLE)}, or to nvfp4, mxfp4 or int8"
 
     def __post_init__(self) -> None:
@@ -72,8 +84,13 @@ class GgufBlock(Format):
         one_of(self, "global_scale", (False, True))
 
     @property
+    def calibrated_start(self) -> str:
+        """See `Format`. The types that are ggml's propose no other scales."""
+        return "scale_search" if self.type in SEARCHED else "rtn"
+
+    @property
     def encodable(self) -> bool:
-        """Whether ggml's reference encoder for the type is written here, too; it knows no global scale."""
+        """Not with a global scale: weights get one as nvfp4, and become these blocks with the codes that they have."""
         return self.type in WRITABLE and not self.global_scale
 
     @cached_property
@@ -89,6 +106,11 @@ class GgufBlock(Format):
         """The type of the blocks."""
         return block_type(self.type)
 
+    @property
+    def smaller(self) -> str:
+        """The type of about as many bits whose blocks have 32 columns, where these have more; else ""."""
+        return _OF_32_COLUMNS.get(self.type, "")
+
     def part_rules(self) -> tuple[Part, ...]:
         blocks = Part("qdata", (N, Dim("K", self.block.columns, self.block.size)), (torch.uint8,))
         return (blocks, Part("global_scale", (), (torch.float32,))) if self.global_scale else (blocks,)
@@ -100,13 +122,14 @@ class GgufBlock(Format):
 
     def check_shape(self, n: int, k: int) -> str | None:
         if k % self.block.columns:
-            return f"has {k} columns, not a multiple of the {self.block.columns} of a {self.type} block"
+            instead = f"; those of {self.smaller} have 32" if self.smaller and k % 32 == 0 else ""
+            return f"has {k} columns, not a multiple of the {self.block.columns} of a {self.type} block{instead}"
         return None
 
     def quantize(
         self, w: Tensor, *, params: Parts | None = None, seed: int | None = None, where: str = "weight"
     ) -> Parts:
-        """See `Format.quantize`. Where nothing is chosen beforehand, the blocks are those of ggml's own encoder."""
+        """See `Format.quantize`. Where nothing is chosen beforehand, codes are chosen together with their steps."""
         if params is not None or seed is not None:
             return super().quantize(w, params=params, seed=seed, where=where)
         self.check_encodable(where)
@@ -118,9 +141,20 @@ class GgufBlock(Format):
         return {"qdata": out}
 
     def fit(self, rows: Tensor, shared: Parts) -> Parts:
-        """Whole blocks, as ggml makes them."""
+        """Whole blocks, as ggml makes them, or searched for the least squared error."""
+        return self._encoded(rows, None)
+
+    def searched(self, rows: Tensor, weights: Tensor | None) -> Parts | None:
+        """Whole blocks of the types that are searched anyway."""
+        return self._encoded(rows, weights) if self.type in SEARCHED else None
+
+    def _encoded(self, rows: Tensor, weights: Tensor | None) -> Parts:
+        """Blocks of some rows; weights: of columns [K]."""
         self.check_encodable("weight")
-        return {"qdata": _rows(encode_blocks(self.block, _blocks(rows, self.block.columns)), rows, self.block.columns)}
+        columns = self.block.columns
+        count = None if weights is None else weights.float().expand_as(rows)
+        made = encode_blocks(self.block, _blocks(rows, columns), None if count is None else _blocks(count, columns))
+        return {"qdata": _rows(made, rows, columns)}
 
     def encode(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:
         """uint8 [n, K + headers]: the nearest codes under the headers of `params`, and these."""
@@ -149,19 +183,38 @@ class GgufBlock(Format):
         step, zero = (None if x is None else x.t().contiguous() for x in self._steps(params))
         assert step is not None
         kind = self.block
+        return Grid(rows.t().contiguous(), step, kind.levels, columns=kind.unit, zero=zero, snap=self._snap(params))
 
-        def snap(step: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            return snap_steps(kind, step, zero)
-
-        return Grid(rows.t().contiguous(), step, kind.levels, columns=kind.unit, zero=zero, snap=snap)
+    def _snap(self, params: Parts) -> Snap:
+        """What steps can be stored: of K-quants, multiples of the float16 that their blocks have."""
+        kind = self.block
+        if self.type == "NVFP4":
+            half = torch.full((), 0.5, device=params["qdata"].device)
+            return E4m3Steps(GlobalScale(divides=False, by_row=False), params.get("global_scale", half * 2) * half)
+        if kind.shared is None:
+            return partial(snap_steps, kind)
+        found = kind.shared.split(kind.headers(_blocks(params["qdata"], kind.size))).smallest
+        units = kind.columns // kind.unit
+        factor, zero_factor = (
+            None if x is None else _rows(x.expand(-1, units), params["qdata"], kind.size).t().contiguous()
+            for x in (found.factor, found.zero_factor)
+        )
+        assert factor is not None
+        return Multiples(factor, kind.shared.low, kind.shared.high, zero_factor)
 
     def with_steps(self, params: Parts, grid: Grid) -> Parts:
         self.check_encodable("weight")
-        step, zero = (None if x is None else x.t().reshape(-1, 1) for x in (grid.step, grid.zero))
+        kind = self.block
+        units = kind.columns // kind.unit
+        step, zero = (None if x is None else x.t().reshape(-1, units) for x in (grid.step, grid.zero))
         assert step is not None
-        blocks = _blocks(params["qdata"], self.block.size).clone()
-        self.block.put_headers(blocks, set_steps(self.block, step, zero))
-        return {"qdata": _rows(blocks, params["qdata"], self.block.size)}
+        blocks = _blocks(params["qdata"], kind.size).clone()
+        if kind.shared is None:
+            headers = set_steps(kind, step, zero)
+        else:
+            headers = kind.shared.join(kind.shared.split(kind.headers(blocks)).with_steps(step, zero))
+        kind.put_headers(blocks, headers)
+        return {"qdata": _rows(blocks, params["qdata"], kind.size)}
 
     def equivalents(self) -> tuple[Format, ...]:
         """The format of the same codes, where there is one (see `gguf_recast`), and those that are its own equals."""

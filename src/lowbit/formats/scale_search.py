@@ -3,7 +3,7 @@
 A unit is the tile of weights that shares one scale. Codes at a given scale are rounded to nearest, so the error of a
 unit depends on its own scale alone, and an exhaustive search over `Format.candidates` finds the best of them. The
 search starts at the format's own scale and moves only where the squared error becomes smaller: no unit is ever worse
-than by rounding to nearest at that.
+than by rounding to nearest at that. Formats whose units share a part of their scales search by themselves.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ def best_params(w: Tensor, fmt: Format, weights: Tensor | None, where: str) -> P
 
 def search_rows(rows: Tensor, fmt: Format, params: Parts, weights: Tensor | None) -> Parts:
     """The best parameters of some prepared rows (float32 [n, K]) that hold whole units."""
+    own = fmt.searched(rows, None if weights is None else weights.to(rows.device))
+    if own is not None:
+        return own
     best = _errors(rows, fmt, params, weights)
     # A bound on plain squares holds for weighted ones times this.
     lightest = 1.0 if weights is None else float(weights.min())

@@ -89,7 +89,6 @@ class SvdquantW4A4(Format):
     }
     golden_sqnr: ClassVar = {"svdquant_w4a4": 20.79, "svdquant_w4a4(rank=16,act_unsigned=True)": 20.19}
     data_free_solver: ClassVar[str] = "scale_search"
-    calibrated_start: ClassVar[str] = "svdquant"
 
     def __post_init__(self) -> None:
         rank: object = self.rank
@@ -97,6 +96,11 @@ class SvdquantW4A4(Format):
             raise FormatError(f"{self.name}: rank is {rank!r}, expected a positive number such as 32")
         if not isinstance(self.act_unsigned, bool):
             raise FormatError(f"{self.name}: act_unsigned is {self.act_unsigned!r}, expected true or false")
+
+    @property
+    def calibrated_start(self) -> str:
+        """See `Format`."""
+        return "svdquant"
 
     def part_rules(self) -> tuple[Part, ...]:
         return (

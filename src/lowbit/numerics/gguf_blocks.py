@@ -20,6 +20,18 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.floats import e2m1_codes, e2m1_values, round_to_e2m1
+from lowbit.numerics.gguf_headers import (
+    FOUR_BITS,
+    SIGNED_BYTES,
+    SIGNED_SIX_BITS,
+    SIX_BITS,
+    Shared,
+    Steps,
+    one_half,
+    power,
+    two_halves,
+    unsigned_e4m3,
+)
 from lowbit.numerics.levels import FloatLevels, IntegerLevels, Levels
 
 # ggml's number of a type -> its name, the columns of a block, its bytes.
@@ -61,7 +73,6 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
 }
 _SIZES = {name: (columns, size) for name, columns, size in GGML_TYPES.values()}
 
-Steps = tuple[Tensor, "Tensor | None"]
 E2M1_DOUBLED = FloatLevels(1, 1, 12.0)  # ggml doubles these values and halves their scale
 
 
@@ -108,6 +119,8 @@ class BlockType:
     levels: Levels
     offset: int = 0
     """The code of level 0, where levels are integers in the order of the codes."""
+    shared: Shared | None = None
+    """How steps are stored on two levels, of the K-quants; None where each stands for itself."""
 
     @property
     def columns(self) -> int:
@@ -177,75 +190,6 @@ def block_type(name: str) -> BlockType:
     return _types()[name]
 
 
-def halves(raw: Tensor) -> Tensor:
-    """uint8 [B, 2 n] -> float32 [B, n]: little-endian float16."""
-    pairs = raw.reshape(raw.shape[0], raw.shape[1] // 2, 2).to(torch.int16)
-    return (pairs[..., 0] | (pairs[..., 1] << 8)).view(torch.float16).float()
-
-
-def half_bytes(values: Tensor) -> Tensor:
-    """float32 [B, n] -> uint8 [B, 2 n]: the inverse of `halves`, rounding to nearest."""
-    bits = values.to(torch.float16).contiguous().view(torch.int16)
-    return torch.stack([bits & 0xFF, (bits >> 8) & 0xFF], dim=-1).to(torch.uint8).flatten(1)
-
-
-def _one_half(header: Tensor) -> Steps:
-    return halves(header), None
-
-
-def _two_halves(header: Tensor) -> Steps:
-    both = halves(header)
-    return both[:, :1], both[:, 1:]
-
-
-def _power(header: Tensor) -> Steps:
-    """2 ** (e - 128) for the byte e; the two smallest are subnormal."""
-    wide = header.to(torch.int32)
-    return torch.where(wide < 2, 0x200000 << wide.clamp_max(1), (wide - 1) << 23).to(torch.int32).view(
-        torch.float32
-    ), None
-
-
-def _unsigned_e4m3(header: Tensor) -> Steps:
-    """Half of an e4m3 value whose sign bit does not count; 0x7f is zero."""
-    exponent, mantissa = ((header >> 3) & 0xF).to(torch.int32), (header & 7).float()
-    power = ((exponent - 8 + 127) << 23).view(torch.float32)
-    value = torch.where(exponent == 0, mantissa * 2.0**-10, (1.0 + mantissa / 8.0) * power)
-    return value.masked_fill_(header == 0x7F, 0.0), None
-
-
-def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 [B, 12] -> eight scales and eight minima of six bits each."""
-    scale, least, upper = packed.split(4, dim=1)
-    return (
-        torch.cat([scale & 0x3F, (upper & 0x0F) | ((scale >> 2) & 0x30)], dim=1).float(),
-        torch.cat([least & 0x3F, (upper >> 4) | ((least >> 2) & 0x30)], dim=1).float(),
-    )
-
-
-def _scales_and_minima(header: Tensor) -> Steps:
-    both = halves(header[:, :4])
-    scale, least = _six_bits(header[:, 4:])
-    return both[:, :1] * scale, (both[:, 1:] * least).neg_()
-
-
-def _four_bits_each(header: Tensor) -> Steps:
-    scales, both = header[:, :16], halves(header[:, 16:])
-    return both[:, :1] * (scales & 0xF).float(), (both[:, 1:] * (scales >> 4).float()).neg_()
-
-
-def _signed_bytes(header: Tensor) -> Steps:
-    return halves(header[:, 16:]) * header[:, :16].contiguous().view(torch.int8).float(), None
-
-
-def _six_bits_signed(header: Tensor) -> Steps:
-    """Sixteen scales of six bits, 32 more than they mean: nibbles of eight bytes, then the upper two bits of four."""
-    nibbles, upper = header[:, :8], header[:, 8:12]
-    low = torch.cat([nibbles & 0x0F, nibbles >> 4], dim=1)
-    high = torch.cat([(upper >> shift) & 3 for shift in (0, 2, 4, 6)], dim=1)
-    return halves(header[:, 12:]) * (low | (high << 4)).float().sub_(32.0), None
-
-
 READABLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "NVFP4")
 
 
@@ -254,33 +198,46 @@ def _types() -> dict[str, BlockType]:
     signed4, signed5 = IntegerLevels(-8, 7), IntegerLevels(-16, 15)
     four, five = IntegerLevels(0, 15), IntegerLevels(0, 31)
     found = (
-        BlockType("Q4_0", 32, ((0, 2),), (Field(2, 18, 4, 16),), _one_half, signed4, 8),
-        BlockType("Q4_1", 32, ((0, 4),), (Field(4, 20, 4, 16),), _two_halves, four),
-        BlockType("Q5_0", 32, ((0, 2),), (Field(6, 22, 4, 16), Field(2, 6, 1, 1, 4)), _one_half, signed5, 16),
-        BlockType("Q5_1", 32, ((0, 4),), (Field(8, 24, 4, 16), Field(4, 8, 1, 1, 4)), _two_halves, five),
-        BlockType("Q8_0", 32, ((0, 2),), (Field(2, 34, 8, 32),), _one_half, IntegerLevels(-127, 127)),
-        BlockType("Q2_K", 16, ((0, 16), (80, 84)), (Field(16, 80, 2, 32),), _four_bits_each, IntegerLevels(0, 3)),
-        BlockType(
+        BlockType("Q4_0", 32, ((0, 2),), (Field(2, 18, 4, 16),), one_half, signed4, 8),
+        BlockType("Q4_1", 32, ((0, 4),), (Field(4, 20, 4, 16),), two_halves, four),
+        BlockType("Q5_0", 32, ((0, 2),), (Field(6, 22, 4, 16), Field(2, 6, 1, 1, 4)), one_half, signed5, 16),
+        BlockType("Q5_1", 32, ((0, 4),), (Field(8, 24, 4, 16), Field(4, 8, 1, 1, 4)), two_halves, five),
+        BlockType("Q8_0", 32, ((0, 2),), (Field(2, 34, 8, 32),), one_half, IntegerLevels(-127, 127)),
+        _of_shared("Q2_K", 16, ((0, 16), (80, 84)), (Field(16, 80, 2, 32),), FOUR_BITS, IntegerLevels(0, 3)),
+        _of_shared(
             "Q3_K",
             16,
             ((96, 110),),
             (Field(32, 96, 2, 32), Field(0, 32, 1, 32, 2)),
-            _six_bits_signed,
+            SIGNED_SIX_BITS,
             IntegerLevels(-4, 3),
             4,
         ),
-        BlockType("Q4_K", 32, ((0, 16),), (Field(16, 144, 4, 32),), _scales_and_minima, four),
-        BlockType("Q5_K", 32, ((0, 16),), (Field(48, 176, 4, 32), Field(16, 48, 1, 32, 4)), _scales_and_minima, five),
-        BlockType(
+        _of_shared("Q4_K", 32, ((0, 16),), (Field(16, 144, 4, 32),), SIX_BITS, four),
+        _of_shared("Q5_K", 32, ((0, 16),), (Field(48, 176, 4, 32), Field(16, 48, 1, 32, 4)), SIX_BITS, five),
+        _of_shared(
             "Q6_K",
             16,
             ((192, 210),),
             (Field(0, 128, 4, 64), Field(128, 192, 2, 32, 4)),
-            _signed_bytes,
+            SIGNED_BYTES,
             IntegerLevels(-32, 31),
             32,
         ),
-        BlockType("MXFP4", 32, ((0, 1),), (Field(1, 17, 4, 16),), _power, E2M1_DOUBLED),
-        BlockType("NVFP4", 16, ((0, 4),), (Field(4, 36, 4, 8),), _unsigned_e4m3, E2M1_DOUBLED),
+        BlockType("MXFP4", 32, ((0, 1),), (Field(1, 17, 4, 16),), power, E2M1_DOUBLED),
+        BlockType("NVFP4", 16, ((0, 4),), (Field(4, 36, 4, 8),), unsigned_e4m3, E2M1_DOUBLED),
     )
     return {kind.name: kind for kind in found}
+
+
+def _of_shared(
+    name: str,
+    unit: int,
+    header: tuple[tuple[int, int], ...],
+    fields: tuple[Field, ...],
+    shared: Shared,
+    levels: Levels,
+    offset: int = 0,
+) -> BlockType:
+    """A type whose units share a float16."""
+    return BlockType(name, unit, header, fields, shared.steps, levels, offset, shared)
