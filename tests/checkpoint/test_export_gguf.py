@@ -17,6 +17,7 @@ from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
 from lowbit.errors import CheckpointError, DependencyError, PlanError, WeightError, WriteError
+from lowbit.formats import parse_spec
 from lowbit.solvers.base import Statistics
 from tests.checkpoint.gguf_files import blocks, gguf, read_file, write_file
 from tests.support import outlier_weight
@@ -73,6 +74,46 @@ def test_blocks_are_those_of_the_package(path, tmp_path, kind):
     assert report.notes == (
         "b.weight: [8, 40] has 40 columns, not a multiple of the 32 of a " + kind + " block; kept as F16",
     )
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "NVFP4"])
+def test_searched_blocks_are_read_by_the_package(tmp_path, kind):
+    """K-quants and NVFP4 hold the weight; rows that they do not divide get a type with blocks of 32, or stay."""
+    w = outlier_weight(6, 512)
+    model = {"a.weight": w, "b.weight": w[:, :96].contiguous(), "c.weight": w[:, :40].half()}
+    save_file(model, tmp_path / "in.safetensors")
+
+    report = export(tmp_path / "in.safetensors", tmp_path / "out.gguf", kind)
+
+    found, smaller = read_file(tmp_path / "out.gguf"), parse_spec(f"gguf(type={kind})").smaller
+    assert report.types == {"a.weight": kind, "b.weight": smaller, "c.weight": "F16"}
+    back = torch.from_numpy(gguf.dequantize(found["a.weight"][1], gguf.GGMLQuantizationType[kind]).copy())
+    fmt = parse_spec(f"gguf(type={kind})")
+    assert torch.equal(back, fmt.dequantize(fmt.quantize(w), (6, 512), torch.float32))
+    assert [note.partition("; ")[2] for note in report.notes] == [f"made {smaller}", "kept as F16"]
+    with open_source(tmp_path / "out.gguf") as source:
+        assert parts_of(tmp_path / "out.gguf")["a"][0] == f"gguf(type={kind})"
+        stated = next(iter(source.files.values())).metadata["general.file_type"]
+    assert gguf.LlamaFileType(int(stated)).name in (f"MOSTLY_{kind}", f"MOSTLY_{kind}_S")
+
+
+def test_a_plan_of_k_quants_is_solved_with_statistics(tmp_path):
+    """Layers of a plan are solved by their solver: with second moments, less of the output is lost than by rounding."""
+    w = outlier_weight(32, 256)
+    x = torch.randn(1024, 256, generator=torch.Generator().manual_seed(1)) @ outlier_weight(256, 256, seed=2)
+    halves = [half.t() @ half / 512 for half in x.split(512)]
+    known = Statistics(hessian=halves[0], tokens=512, held_out=halves[1], held_out_tokens=512)
+    save_file({"a.weight": w}, tmp_path / "in.safetensors")
+    lost = {}
+    for solver in ("rtn", "auto"):
+        with open_source(tmp_path / "in.safetensors") as source:
+            plan = make_plan(source, "gguf(type=Q4_K)", preset="none", solver=solver, statistics=InMemory({"a": known}))
+            export_gguf(source, tmp_path / "m.gguf", plan, statistics=InMemory({"a": known}))
+        spec, parts = parts_of(tmp_path / "m.gguf")["a"]
+        assert spec == "gguf(type=Q4_K)"
+        error = parse_spec(spec).dequantize(parts, (32, 256), torch.float32) - w
+        lost[solver] = float((error @ halves[1] * error).sum())
+    assert lost["auto"] < 0.7 * lost["rtn"]
 
 
 def test_our_reader_reads_it(path, tmp_path):
@@ -226,8 +267,8 @@ def test_nothing_is_left_behind(tmp_path):
 
 def test_what_cannot_be_done_is_said(path, tmp_path, monkeypatch):
     """Unknown types, places, names and dtypes, and a missing package, each give one error that says what to do."""
-    with pytest.raises(CheckpointError, match="'Q4_K' is no GGUF type that is made here; those are Q4_0"):
-        export(path, tmp_path / "out.gguf", "Q4_K")
+    with pytest.raises(CheckpointError, match="'IQ4_XS' is no GGUF type that is made here; those are Q4_0"):
+        export(path, tmp_path / "out.gguf", "IQ4_XS")
     with pytest.raises(WriteError, match="is a folder"):
         export(path, tmp_path)
     with pytest.raises(WriteError, match="is the input itself"):

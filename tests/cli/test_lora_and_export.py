@@ -82,7 +82,7 @@ def test_a_checkpoint_is_exported_and_read_again(lowbit, tmp_path):
 def test_an_unknown_type_is_a_wrong_option(lowbit, tmp_path):
     """The types that can be written are named."""
     model = tiny_model(tmp_path / "m.safetensors")
-    done = lowbit("export", model, "-o", tmp_path / "m.gguf", "--type", "Q4_K")
+    done = lowbit("export", model, "-o", tmp_path / "m.gguf", "--type", "IQ4_XS")
     assert done.code == 2
     assert "Q8_0" in done.err
 
@@ -98,7 +98,7 @@ def test_no_safetensors_file_gets_the_name_of_a_gguf_file(lowbit, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        (("convert", "-f", "gguf(type=Q4_K)", "-o"), "Q8_0"),
+        (("convert", "-f", "gguf(type=NVFP4,global_scale=true)", "-o"), "nvfp4"),
         (("convert", "-f", "int8", "--dialect", "bfl", "-o"), "compressed_tensors"),
         (("dequantize", "--source-dialect", "nope", "-o"), "bfl_swapped"),
     ],

@@ -65,9 +65,11 @@ def export_gguf(
 ) -> ExportReport:
     """Write a model of `source` as the GGUF file `target`.
 
-    types: one of `TYPES` for all weights of two axes and more whose rows its blocks divide, by plain rounding: the
-        bytes of ggml's own encoder ("keep": all as they are); or a plan whose formats are `gguf(type=...)`, with its
-        solvers. Other tensors keep their dtype, but vectors become F32, as llama.cpp wants them.
+    types: one of `TYPES` for all weights of two axes and more ("keep": all as they are), by plain rounding: the bytes
+        of ggml's own encoder or, of a K-quant or NVFP4, blocks of less error. Rows that such blocks do not divide get a
+        type of blocks of 32 columns with about as many bits; those that 32 does not divide keep their dtype. Or a plan
+        whose formats are `gguf(type=...)`, with its solvers. Other tensors keep their dtype, but vectors become F32, as
+        llama.cpp wants them.
     architecture: written as general.architecture. For one in `gguf_names.ARCHITECTURES`, the tensors of a transformers
         model get llama.cpp's names and order of rows. Of a source that is a GGUF file, names and fields are kept.
     metadata: further fields, name -> text, flag, whole number, number or list of these.
@@ -163,19 +165,26 @@ class _Export:
         return Entry(self._naming.of(key), kind, spec.shape, partial(self._bytes_of, key, kind))
 
     def _chosen(self, key: str, shape: tuple[int, ...], kind: str) -> str:
-        """The type asked for, or its own where that does not fit."""
+        """The type asked for; where its blocks do not divide the rows, one of smaller blocks, or `kind`, its own."""
         wanted = kind if self._types == KEEP else str(self._types)
-        if wanted in WRITABLE and (why := _format(wanted).check_shape(math.prod(shape[:-1]), shape[-1])):
-            self.notes.append(f"{key}: {list(shape)} {why}; kept as {kind}")
-            return kind
-        return wanted
+        if wanted not in WRITABLE:
+            return wanted
+        n, k, smaller = math.prod(shape[:-1]), shape[-1], _format(wanted).smaller
+        why = _format(wanted).check_shape(n, k)
+        if why is None:
+            return wanted
+        fits = smaller if smaller and _format(smaller).check_shape(n, k) is None else ""
+        instead = f"made {fits}" if fits else f"kept as {kind}"
+        self.notes.append(f"{key}: {list(shape)} {why.partition(';')[0]}; {instead}")
+        return fits or kind
 
     def _coded(self, stored: StoredLayer, planned: TensorPlan | None) -> list[Entry]:
         """The tensors of a layer that is quantized already."""
         fmt = stored.format
         wanted = _blocks_of(planned) if planned is not None and planned.action == "quantize" else None
+        key = join_key(stored.layer, "weight")
         if isinstance(self._types, str) and self._types in WRITABLE:
-            wanted = _format(self._types)
+            wanted = _format(self._chosen(key, stored.shape, self._types))
         decoded = isinstance(self._types, str) and self._types in FLOATS
         if isinstance(fmt, GgufBlock) and not decoded and (wanted is None or wanted.type == fmt.type):
             return self._copied(stored, fmt, partial(self._held.load, stored))
@@ -197,7 +206,6 @@ class _Export:
                 f"{stored.place}: the bias of {fmt} holds a share of the weight; decode the model first (lowbit "
                 "dequantize)"
             )
-        key = join_key(stored.layer, "weight")
         if decoded:
             kind = str(self._types)
             make = partial(self._decoded_bytes, stored, FLOATS[kind])
@@ -282,7 +290,7 @@ def _file_type(types: str | Plan) -> dict[str, int]:
     """llama.cpp's number for files that are mostly of one type."""
     import gguf
 
-    names = {f"{prefix}_{types}{suffix}" for prefix in ("MOSTLY", "ALL") for suffix in ("", "_MOE")}
+    names = {f"{prefix}_{types}{suffix}" for prefix in ("MOSTLY", "ALL") for suffix in ("", "_MOE", "_S")}
     number = next((int(kind) for kind in gguf.LlamaFileType if kind.name in names), None)
     return {} if number is None else {"general.file_type": number}
 
