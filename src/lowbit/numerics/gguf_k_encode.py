@@ -29,17 +29,17 @@ from lowbit.numerics.levels import IntegerLevels
 
 _CACHED, _AT_ONCE = 1 << 16, 1 << 20  # values worked on at once: on a CPU what stays in its second cache
 _LEAST_WEIGHT = 1e-6  # of the largest of a block: what counts nothing is still not to become anything
-_FEW_LEVELS = 8  # above 0: of so few, which sign has one more counts
 _SMALL = 2.0**-14  # of a block's largest value: below, its float16 may be the smallest there is
 _SOLVABLE = 1e-6  # of the product of the diagonal: the least determinant of two equations
 
 
 @dataclass(frozen=True)
-class _Effort:
+class Effort:
     """What is tried for a type. More gains less than 0.02 dB on Gaussian weights.
 
     `tries`, `passes`: of `gguf_units`. `factors`: float16 to try, as multiples of the one whose largest multiple is the
-    largest step. `rounds` of 3. and 4.; `neighbours`: how far multiples may move in one.
+    largest step. `rounds` of 3. and 4.; `neighbours`: how far multiples may move in one. `both_signs`: of steps; which
+    end of the levels has one more counts where they are few.
     """
 
     tries: tuple[float, ...]
@@ -47,20 +47,21 @@ class _Effort:
     factors: tuple[float, ...]
     rounds: int = 1
     neighbours: int = 0
+    both_signs: bool = False
 
 
 def _evenly(first: float, last: float, count: int) -> tuple[float, ...]:
     return tuple(first + (last - first) * i / (count - 1) for i in range(count))
 
 
-_EFFORTS = {
-    "Q2_K": _Effort(_evenly(-0.3, 1.6, 5), 1, _evenly(0.6, 1.12, 14), rounds=2, neighbours=1),
-    "Q3_K": _Effort(_evenly(-0.9, 0.9, 5), 2, (0.85, 0.9, 0.95, 1.0)),
-    "Q4_K": _Effort(_evenly(-0.6, 3.0, 5), 2, (0.97, 1.0)),
-    "Q5_K": _Effort(_evenly(-0.6, 4.0, 5), 2, (0.97, 1.0)),
-    "Q6_K": _Effort(_evenly(-1.0, 4.0, 9), 2, (0.995, 1.0)),
+EFFORTS = {
+    "Q2_K": Effort(_evenly(-0.3, 1.6, 5), 1, _evenly(0.6, 1.12, 14), rounds=2, neighbours=1),
+    "Q3_K": Effort(_evenly(-0.9, 0.9, 5), 2, (0.85, 0.9, 0.95, 1.0), both_signs=True),
+    "Q4_K": Effort(_evenly(-0.6, 3.0, 5), 2, (0.97, 1.0)),
+    "Q5_K": Effort(_evenly(-0.6, 4.0, 5), 2, (0.97, 1.0)),
+    "Q6_K": Effort(_evenly(-1.0, 4.0, 9), 2, (0.995, 1.0)),
 }
-WRITABLE_K = tuple(_EFFORTS)
+WRITABLE_K = tuple(EFFORTS)
 
 
 def encode_k_blocks(kind: BlockType, x: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -79,7 +80,7 @@ def encode_k_blocks(kind: BlockType, x: Tensor, weights: Tensor | None = None) -
 
 
 def _encode(kind: BlockType, x: Tensor, weights: Tensor | None) -> Tensor:
-    shared, effort = kind.shared, _EFFORTS[kind.name]
+    shared, effort = kind.shared, EFFORTS[kind.name]
     assert shared is not None
     assert isinstance(kind.levels, IntegerLevels)
     x = x.clamp(-MAX_HALF * shared.high, MAX_HALF * shared.high)  # beyond, a sum of squares may overflow
@@ -132,10 +133,10 @@ def _unit_weights(weights: Tensor | None, unit: int) -> Tensor | None:
     return _by_unit(relative.clamp_min_(_LEAST_WEIGHT), unit)
 
 
-def _begin(units: Units, blocks: int, shared: Shared, effort: _Effort) -> Split:
+def _begin(units: Units, blocks: int, shared: Shared, effort: Effort) -> Split:
     """The first choice of multiples and float16."""
     if shared.low:
-        step = search_steps(units, effort.tries, effort.passes, both_signs=units.levels.high < _FEW_LEVELS)
+        step = search_steps(units, effort.tries, effort.passes, both_signs=effort.both_signs)
         curve = units.sums(units.rounded(step, None)).qq
         return Split(*_multiples(step.view(blocks, -1), curve.view(blocks, -1), shared, effort.factors))
     step, zero = search_steps_and_zeros(units, effort.tries, effort.passes)
