@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lowbit.numerics.floats import (
+    all_finite,
     bytes_to_fp8,
     e2m1_codes,
     e2m1_values,
@@ -199,3 +200,17 @@ def test_given_bytes_round_like_comfy_kitchen_for_every_float16(dtype, oracle):
         number = ~theirs.float().isnan()
         assert torch.equal(ours.view(torch.uint8)[number], theirs.view(torch.uint8)[number])
         assert torch.equal(ours.float().isnan(), x.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_all_finite(dtype):
+    """A sum that overflows is not taken for an infinity, and one infinity or NaN anywhere is found."""
+    top = torch.finfo(dtype).max
+    for fine in ([], [[top] * 500] * 3, [top, -top, 1.0]):
+        assert all_finite(torch.tensor(fine, dtype=dtype))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.ones(4, 5, dtype=dtype)
+        x[2, 3] = bad
+        assert not all_finite(x)
+    both = torch.tensor([float("inf"), -float("inf")], dtype=dtype)
+    assert not all_finite(both)
