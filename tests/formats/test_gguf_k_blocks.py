@@ -210,6 +210,41 @@ def test_refitted_steps_are_multiples_of_what_the_block_has(name):
     assert both.error < refit.error < both.rtn_error
 
 
+@EVERY_K
+def test_units_and_rows_of_a_grid_have_the_factors_of_their_blocks(name):
+    """A part of the units, or of the rows, snaps to what the whole does there; other places have other factors."""
+    fmt, w = of(name), outlier_weight(12, 768)
+    grid = fmt.grid(w, fmt.quantize(w))
+    wanted = grid.step * torch.linspace(0.6, 1.3, grid.step.shape[0]).unsqueeze(1)
+    zero = None if grid.zero is None else grid.zero * 0.9
+    step, stored_zero = grid.snapped(slice(None), wanted, zero)
+
+    units, piece = slice(3, 7), grid.narrow(4, 9)
+    some, some_zero = grid.snapped(units, wanted[units], None if zero is None else zero[units])
+    few, few_zero = piece.snapped(units, wanted[units, 4:9], None if zero is None else zero[units, 4:9])
+
+    assert torch.equal(some, step[units])
+    assert torch.equal(few, step[units, 4:9])
+    assert not torch.equal(grid.snapped(units, wanted[20:24], None if zero is None else zero[20:24])[0], step[20:24])
+    if stored_zero is not None:
+        assert torch.equal(some_zero, stored_zero[units])
+        assert torch.equal(few_zero, stored_zero[units, 4:9])
+
+
+def test_rows_that_make_up_for_each_other():
+    """With second moments of the gradient, rows are solved some at a time, and less is lost than by rounding."""
+    fmt, w = of("Q4_K"), outlier_weight(96, 256)
+    x = torch.randn(1024, 256, generator=torch.Generator().manual_seed(1)) @ gaussian(256, 256, seed=2)
+    g = torch.randn(1024, 96, generator=torch.Generator().manual_seed(3)) @ gaussian(96, 96, seed=4)
+    moments, outputs = ([half.t() @ half / 512 for half in both.split(512)] for both in (x, g))
+    statistics = Statistics(moments[0], 512, moments[1], 512, output_hessian=outputs[0], output_held_out=outputs[1])
+
+    solution = solve(w, fmt, "auto", statistics)
+
+    assert solution.solver == "scale_search+gptq+descent"
+    assert solution.error < 0.7 * solution.rtn_error
+
+
 def split(fmt: Format, parts: Parts) -> Split:
     """The headers of blocks."""
     kind = block_type(fmt.config()["type"])
