@@ -12,6 +12,7 @@ from lowbit.errors import FormatError, UnsupportedError
 from lowbit.formats import parse_spec
 from lowbit.integrations.comfyui import is_lowbit, layout_for
 from lowbit.integrations.comfyui.layout import bias_gain, parts_of
+from tests.support.specs import READ_ONLY_SPECS
 
 kitchen = pytest.importorskip("comfy_kitchen.tensor", reason="comfy-kitchen is not installed")
 
@@ -187,7 +188,7 @@ def test_what_cannot_be_made_is_refused():
     with pytest.raises(UnsupportedError, match="lowbit convert"):
         kitchen.QuantizedTensor.from_float(torch.randn(N, K), calibrated.NAME)
     with pytest.raises(FormatError, match="can only be read"):
-        kitchen.QuantizedTensor.from_float(torch.randn(N, K), layout_for(parse_spec("gguf(type=Q2_K)")).NAME)
+        kitchen.QuantizedTensor.from_float(torch.randn(N, K), layout_for(parse_spec(READ_ONLY_SPECS[0])).NAME)
 
 
 def test_parts_come_back():

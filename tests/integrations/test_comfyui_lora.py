@@ -10,6 +10,7 @@ pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed")
 from lowbit.formats import parse_spec
 from lowbit.integrations.comfyui import is_lowbit, layout_for, lowbit_ops
 from tests.support.comfy_tree import BOTH, install, loaded, same_tensors, stored_linear
+from tests.support.specs import READ_ONLY_SPECS, any_parts
 
 SPECS = (
     "awq_w4a16",
@@ -148,12 +149,11 @@ def test_a_step_function_on_a_baked_layer_has_the_true_bias(comfy):
 
 
 def test_a_format_that_is_only_read_is_baked_as_plain_values(comfy):
-    """GGUF blocks cannot be made again: the layer with a LoRA is decoded, runs, and is saved as plain values."""
-    fmt = parse_spec("gguf(type=Q2_K)")
-    blocks = torch.randint(0, 16, fmt.part_shapes(128, 256)["qdata"], dtype=torch.uint8)
+    """Some GGUF blocks cannot be made again: the layer with a LoRA is decoded, runs, and is saved as plain values."""
+    fmt = parse_spec(READ_ONLY_SPECS[0])
     tensors = stored_linear("awq_w4a16")[0]
     model = loaded(lowbit_ops(torch.float32), tensors)
-    wrapped = layout_for(fmt).wrap({"qdata": blocks}, torch.float32, (128, 256))
+    wrapped = layout_for(fmt).wrap(any_parts(fmt, (128, 256)), torch.float32, (128, 256))
     model.lin.weight = nn.Parameter(wrapped, requires_grad=False)
     change = _change()
     old = _bake(model.lin, change, seed=1)

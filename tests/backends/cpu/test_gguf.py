@@ -35,7 +35,7 @@ def weight(spec: str, n: int, k: int) -> QuantizedTensor:
     """A weight [n, k] with finite steps of all sizes."""
     fmt = parse_spec(spec)
     generator = torch.Generator().manual_seed(n + k)
-    if fmt.encodable:
+    if fmt.encodable and not fmt.pre_quant_scale:
         w = torch.randn(n, k, generator=generator) * torch.exp(torch.randn(n, 1, generator=generator))
         return QuantizedTensor.quantize(w, spec, dtype=torch.float32)
     return QuantizedTensor.from_parts(any_parts(fmt, (n, k), seed=n), spec, (n, k), torch.float32)

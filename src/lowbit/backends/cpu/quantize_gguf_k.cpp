@@ -115,7 +115,7 @@ bool search(const Matrix& w, const float* weights, const Search& how, float offs
   with_dtype(w.dtype, [&](auto dtype) {
     parallel_for((blocks + kLanes - 1) / kLanes, threads, [&](int64_t task) {
       Tile tile;
-      alignas(64) float block[kSearchColumns];
+      alignas(64) float block[kSearchColumns + kLanes];  // a compiler sees loads of what is behind, which never run
       alignas(64) uint8_t codes[kSearchColumns * kLanes];
       const int64_t first = task * kLanes;
       const auto count = static_cast<int>(std::min<int64_t>(kLanes, blocks - first));
@@ -129,7 +129,7 @@ bool search(const Matrix& w, const float* weights, const Search& how, float offs
           return;
         }
         small |= float_of(bits) < kSmall;
-        for (float& value : block) value = std::clamp(value, -most, most);
+        for (int c = 0; c < kSearchColumns; ++c) block[c] = std::clamp(block[c], -most, most);
         Tile::put(tile.x, block, lane);
         if (weights) Tile::put(tile.weights, columns.data() + at % in_row * kSearchColumns, lane);
       }

@@ -197,13 +197,14 @@ class Nvfp4Encoder {
 
 }  // namespace
 
-// False: the weight holds NaN or infinity, and what was written means nothing.
+// False: the weight holds NaN or infinity, and what was written means nothing. given: the global scales are there, and
+// stay.
 bool quantize_nvfp4(Ptr<const void> w, int dtype, int64_t n, int64_t k, bool divides, bool by_row, bool search,
-                    Ptr<const float> weights, Ptr<uint8_t> codes, Ptr<uint8_t> scales, Ptr<float> globals,
+                    Ptr<const float> weights, Ptr<uint8_t> codes, Ptr<uint8_t> scales, Ptr<float> globals, bool given,
                     int threads) {
   const Matrix matrix{w, dtype, n, k};
   const Nvfp4Encoder encoder(matrix, divides, search, weights);
-  if (!by_row) {
+  if (!by_row && !given) {
     const int32_t bits = largest_bits(matrix, threads);
     if (bits >= kInfinityBits) return false;
     globals[0] = encoder.fitted(bits);
@@ -216,7 +217,7 @@ bool quantize_nvfp4(Ptr<const void> w, int dtype, int64_t n, int64_t k, bool div
         finite = false;
         return;
       }
-      if (by_row) globals[row] = encoder.fitted(bits);
+      if (by_row && !given) globals[row] = encoder.fitted(bits);
       const int64_t at = row * encoder.groups();
       encoder.encode_row(room, globals[by_row ? row : 0], codes + at * (kGroup / 2), scales + at,
                          [&](int64_t first) { prefetch(matrix, (row + 1) * k + first, kLanes * kGroup); });
@@ -228,7 +229,7 @@ bool quantize_nvfp4(Ptr<const void> w, int dtype, int64_t n, int64_t k, bool div
 void bind_quantize_nvfp4(nb::module_& m) {
   m.def("quantize_nvfp4", &quantize_nvfp4, nb::call_guard<nb::gil_scoped_release>(), nb::arg("w"), nb::arg("dtype"),
         nb::arg("n"), nb::arg("k"), nb::arg("divides"), nb::arg("by_row"), nb::arg("search"), nb::arg("weights"),
-        nb::arg("codes"), nb::arg("scales"), nb::arg("globals"), nb::arg("threads"));
+        nb::arg("codes"), nb::arg("scales"), nb::arg("globals"), nb::arg("given"), nb::arg("threads"));
 }
 
 }  // namespace lowbit

@@ -29,6 +29,6 @@ def _encoded(fmt: Nvfp4, w: Tensor, weights: Tensor | None, where: str, *, searc
     finite = native.module().quantize_nvfp4(
         source.data_ptr(), DTYPES[source.dtype], n, k, fmt.global_scale_divides, fmt.row_global_scale, search,
         address(columns), parts["qdata"].data_ptr(), parts["scale"].data_ptr(), parts["global_scale"].data_ptr(),
-        native.threads(),
+        False, native.threads(),
     )  # fmt: skip
     return encoders.finished(parts, source, where, finite=finite)

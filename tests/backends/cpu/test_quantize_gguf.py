@@ -1,4 +1,4 @@
-"""quantize and scale_search for K-quants on the CPU backend: no more is lost than by the reference."""
+"""quantize and scale_search for K-quants and NVFP4 blocks on the CPU backend: no more is lost than by the reference."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from lowbit.dispatch import explain, select, use_backend
 from lowbit.errors import WeightError
 from lowbit.formats import Format, Parts, parse_spec
 from lowbit.formats.scale_search import best_params
-from lowbit.numerics.gguf_encode import WRITABLE
-from lowbit.numerics.gguf_k_encode import EFFORTS
+from lowbit.numerics.gguf_encode import SEARCHED, WRITABLE
 from lowbit.ops.encode import encode, encode_searched
 from tests.support import gaussian, outlier_weight
 
 pytest.importorskip("lowbit.backends.cpu", reason="no compiled kernels", exc_type=ImportError)
 
-EVERY_TYPE = pytest.mark.parametrize("name", EFFORTS)
+EVERY_TYPE = pytest.mark.parametrize("name", SEARCHED)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIKE = 2e-3  # of the error: what the order of sums decides otherwise
 
@@ -93,12 +92,13 @@ def test_tiny_and_huge_weights(name, scale):
 
 @EVERY_TYPE
 def test_codes_are_the_nearest_under_what_is_stored(name):
-    """Encoding the weight again under the headers gives the same blocks, bit for bit."""
+    """Encoding the weight again under the headers gives the same values, bit for bit."""
     fmt, w = of(name), awkward((24, 512))
     for weights in (None, torch.logspace(-1, 1, 512)):
         parts = made(fmt, w, weights)
+        values, again = (fmt.dequantize(x, (24, 512), torch.float32) for x in (parts, fmt.quantize(w, params=parts)))
 
-        assert torch.equal(fmt.quantize(w, params=parts)["qdata"], parts["qdata"])
+        assert torch.equal(again, values)
 
 
 @EVERY_TYPE
@@ -122,7 +122,7 @@ def test_many_rows_are_worked_on_in_pieces(monkeypatch, name):
     """Pieces of rows make up the same weight."""
     fmt, w = of(name), gaussian(33, 512)
     whole = made(fmt, w)
-    monkeypatch.setattr("lowbit.backends.cpu.quantize_gguf_k._ELEMENTS", 4096)
+    monkeypatch.setattr("lowbit.backends.cpu.quantize_gguf._ELEMENTS", 4096)
 
     assert torch.equal(made(fmt, w)["qdata"], whole["qdata"])
 
@@ -143,6 +143,6 @@ def test_what_the_kernel_does_not_take():
     """Other types go to the reference, and so does a scale of the whole weight; each refusal says why."""
     for name in WRITABLE:
         fmt, w = of(name), gaussian(2, 256)
-        assert (select("quantize", "gguf", "", "cpu", (fmt, w, None)).backend == "cpu") == (name in EFFORTS)
+        assert (select("quantize", "gguf", "", "cpu", (fmt, w, None)).backend == "cpu") == (name in SEARCHED)
     reasons = str(explain("scale_search", "gguf", "", "cpu", (of("Q4_0"), gaussian(2, 256), None)))
     assert "blocks of the type Q4_0; the kernel makes Q2_K, Q3_K" in reasons

@@ -1,4 +1,8 @@
-"""quantize and scale_search for the K-quants of gguf: the reference's search, with sums in another order."""
+"""quantize and scale_search for the types of gguf whose scales are searched: K-quants and NVFP4.
+
+K-quants are searched as by the reference, with sums in another order. NVFP4 blocks are weights of nvfp4 under a global
+scale of one, whose scales are the best there are.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ from lowbit.backends.cpu import encoders, native
 from lowbit.backends.cpu.operands import DTYPES, address
 from lowbit.dispatch import kernel
 from lowbit.formats.gguf_block import GgufBlock
+from lowbit.formats.gguf_recast import put_together
+from lowbit.formats.nvfp4 import Nvfp4
 from lowbit.formats.parts import Parts
+from lowbit.numerics.gguf_encode import SEARCHED
 from lowbit.numerics.gguf_headers import Split
 from lowbit.numerics.gguf_k_encode import EFFORTS
 from lowbit.numerics.groups import row_chunks
@@ -29,19 +36,19 @@ def refuses_search(fmt: GgufBlock, w: Tensor, weights: Tensor | None, where: str
 
 
 def _refuses_type(fmt: GgufBlock) -> str | None:
-    if fmt.type not in EFFORTS:
-        return f"blocks of the type {fmt.type}; the kernel makes {', '.join(EFFORTS)}"
+    if fmt.type not in SEARCHED:
+        return f"blocks of the type {fmt.type}; the kernel makes {', '.join(SEARCHED)}"
     return None if fmt.encodable else "a scale of the whole weight; the kernel makes blocks without one"
 
 
 @kernel("quantize", format="gguf", backend="cpu", refuses=refuses_quantize)
-def quantize_gguf_k(fmt: GgufBlock, w: Tensor, seed: int | None, where: str = "weight") -> Parts:
+def quantize_gguf(fmt: GgufBlock, w: Tensor, seed: int | None, where: str = "weight") -> Parts:
     """w [N, K] -> parts, of the least squared error that is found."""
     return _encoded(fmt, w, None, where)
 
 
 @kernel("scale_search", format="gguf", backend="cpu", refuses=refuses_search)
-def scale_search_gguf_k(fmt: GgufBlock, w: Tensor, weights: Tensor | None, where: str = "weight") -> Parts:
+def scale_search_gguf(fmt: GgufBlock, w: Tensor, weights: Tensor | None, where: str = "weight") -> Parts:
     """w [N, K], weights of columns [K] or None -> parts of the least weighted squared error that is found."""
     return _encoded(fmt, w, weights, where)
 
@@ -50,13 +57,14 @@ def _encoded(fmt: GgufBlock, w: Tensor, weights: Tensor | None, where: str) -> P
     source, columns, parts = encoders.begin(fmt, w, weights, where)
     n, k = source.shape
     for start, stop in row_chunks(n, k, elements=_ELEMENTS):
-        blocks, finite = _blocks(fmt, source[start:stop], columns)
+        rows = source[start:stop]
+        blocks, finite = _nvfp4_blocks(rows, columns) if fmt.type == "NVFP4" else _k_blocks(fmt, rows, columns)
         encoders.finished(parts, source, where, finite=finite)
         parts["qdata"][start:stop] = blocks.view(stop - start, -1)
     return parts
 
 
-def _blocks(fmt: GgufBlock, rows: Tensor, columns: Tensor | None) -> tuple[Tensor, bool]:
+def _k_blocks(fmt: GgufBlock, rows: Tensor, columns: Tensor | None) -> tuple[Tensor, bool]:
     """Blocks uint8 [B, size] of some rows, and whether these are finite."""
     kind, effort = fmt.block, EFFORTS[fmt.type]
     assert kind.shared is not None
@@ -76,3 +84,16 @@ def _blocks(fmt: GgufBlock, rows: Tensor, columns: Tensor | None) -> tuple[Tenso
     zeros = (None, None) if kind.shared.low else (factors[1], multiples[1])
     found = Split(factors[0], multiples[0], *zeros)
     return kind.join(codes, kind.shared.join(found)), finite
+
+
+def _nvfp4_blocks(rows: Tensor, columns: Tensor | None) -> tuple[Tensor, bool]:
+    """The same of NVFP4."""
+    fmt = Nvfp4()
+    n, k = rows.shape
+    parts = fmt.empty_parts((n, k), rows.device)
+    parts["global_scale"].fill_(1.0)
+    finite = native.module().quantize_nvfp4(
+        rows.data_ptr(), DTYPES[rows.dtype], n, k, False, False, True, address(columns), parts["qdata"].data_ptr(),
+        parts["scale"].data_ptr(), parts["global_scale"].data_ptr(), True, native.threads(),
+    )  # fmt: skip
+    return put_together(fmt, parts, (n, k), "weight")["qdata"] if finite else parts["qdata"], finite
