@@ -71,9 +71,9 @@ class GgufBlock(Format):
         "gguf(type=Q8_0)": 45.43,
         "gguf(type=Q2_K)": 11.74,
         "gguf(type=Q3_K)": 16.86,
-        "gguf(type=Q4_K)": 23.05,
-        "gguf(type=Q5_K)": 29.09,
-        "gguf(type=Q6_K)": 35.6,
+        "gguf(type=Q4_K)": 23.11,
+        "gguf(type=Q5_K)": 29.24,
+        "gguf(type=Q6_K)": 35.62,
         "gguf(type=MXFP4)": 18.78,
         "gguf(type=NVFP4)": 21.77,
     }

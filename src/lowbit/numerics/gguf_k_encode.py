@@ -6,7 +6,7 @@
 2. The float16 of the zeros and the multiples of it are chosen together: of several float16, the one whose multiples
    miss the zeros by least, each zero by how much missing it costs once its step has made up for it.
 3. Steps are fitted again beside the zeros as they are now, and float16 and multiples chosen for them in the same way.
-   Of Q2_K, whose multiples are coarse, units also try the neighbours of both, with codes of their own.
+   Units then try the neighbours of both multiples, with codes of their own.
 4. With codes and multiples as they are, the two float16 are least squares in two unknowns.
 5. Codes are the nearest under what is stored.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -35,18 +36,17 @@ _SOLVABLE = 1e-6  # of the product of the diagonal: the least determinant of two
 
 @dataclass(frozen=True)
 class Effort:
-    """What is tried for a type. More gains less than 0.02 dB on Gaussian weights.
+    """What is tried for a type. More gains less than 0.05 dB on Gaussian weights.
 
     `tries`, `passes`: of `gguf_units`. `factors`: float16 to try, as multiples of the one whose largest multiple is the
-    largest step. `rounds` of 3. and 4.; `neighbours`: how far multiples may move in one. `both_signs`: of steps; which
-    end of the levels has one more counts where they are few.
+    largest step. `rounds` of the neighbours and of 4.; `both_signs`: of steps; which end of the levels has one more
+    counts where they are few.
     """
 
     tries: tuple[float, ...]
     passes: int
     factors: tuple[float, ...]
     rounds: int = 1
-    neighbours: int = 0
     both_signs: bool = False
 
 
@@ -55,10 +55,10 @@ def _evenly(first: float, last: float, count: int) -> tuple[float, ...]:
 
 
 EFFORTS = {
-    "Q2_K": Effort(_evenly(-0.3, 1.6, 5), 1, _evenly(0.6, 1.12, 14), rounds=2, neighbours=1),
+    "Q2_K": Effort(_evenly(-0.3, 1.6, 5), 1, _evenly(0.6, 1.12, 14), rounds=2),
     "Q3_K": Effort(_evenly(-0.9, 0.9, 5), 2, (0.85, 0.9, 0.95, 1.0), both_signs=True),
-    "Q4_K": Effort(_evenly(-0.6, 3.0, 5), 2, (0.97, 1.0)),
-    "Q5_K": Effort(_evenly(-0.6, 4.0, 5), 2, (0.97, 1.0)),
+    "Q4_K": Effort(_evenly(-0.6, 3.0, 5), 2, _evenly(0.94, 1.02, 5)),
+    "Q5_K": Effort(_evenly(-0.6, 4.0, 5), 2, _evenly(0.94, 1.02, 5)),
     "Q6_K": Effort(_evenly(-1.0, 4.0, 9), 2, (0.995, 1.0)),
 }
 WRITABLE_K = tuple(EFFORTS)
@@ -89,7 +89,7 @@ def _encode(kind: BlockType, x: Tensor, weights: Tensor | None) -> Tensor:
     units = Units(_by_unit(turned, kind.unit), _unit_weights(weights, kind.unit), kind.levels)
     found = _begin(units, x.shape[0], shared, effort)
     for _ in range(effort.rounds):
-        found = _moved(units, found, shared, effort.neighbours)
+        found = _moved(units, found, shared)
         found = _refitted(units, found)
     if bool((x.abs().amax(1) < _SMALL).any()):
         found = _at_least_zeros(units, found)
@@ -169,23 +169,22 @@ def _multiples(wanted: Tensor, curve: Tensor, shared: Shared, factors: Sequence[
     return best, multiples
 
 
-def _moved(units: Units, found: Split, shared: Shared, far: int) -> Split:
-    """The best of the multiples around those of each unit, up to `far` away, with the nearest codes of each."""
-    if not far:
-        return found
-    assert found.minima is not None
-    scales, minima = around = found.scales, found.minima
+def _moved(units: Units, found: Split, shared: Shared) -> Split:
+    """The best of the multiples beside those of each unit, with the nearest codes of each."""
+    scales, minima = found.scales, found.minima
     least = torch.full_like(scales, torch.inf)
-    for i in range(-far, far + 1):
-        for j in range(-far, far + 1):
-            other = (around[0] + i).clamp_(shared.low, shared.high)
-            other_minima = (around[1] + j).clamp_(0, shared.high)
-            step, zero = found._replace(scales=other, minima=other_minima).steps
-            assert zero is not None
-            error = units.errors(step.flatten(), zero.flatten()).view_as(least)
-            better = error < least
-            least = torch.where(better, error, least)
-            scales, minima = torch.where(better, other, scales), torch.where(better, other_minima, minima)
+    around = (-1, 0, 1)
+    for i, j in product(around, around if minima is not None else (0,)):
+        other = found._replace(scales=(found.scales + i).clamp_(shared.low, shared.high))
+        if found.minima is not None:
+            other = other._replace(minima=(found.minima + j).clamp_(0, shared.high))
+        step, zero = other.steps
+        error = units.errors(step.flatten(), None if zero is None else zero.flatten()).view_as(least)
+        better = error < least
+        least = torch.where(better, error, least)
+        scales = torch.where(better, other.scales, scales)
+        if minima is not None and other.minima is not None:
+            minima = torch.where(better, other.minima, minima)
     return found._replace(scales=scales, minima=minima)
 
 

@@ -77,7 +77,7 @@ def _k_blocks(fmt: GgufBlock, rows: Tensor, columns: Tensor | None) -> tuple[Ten
     finite = native.module().quantize_gguf_k(
         rows.data_ptr(), DTYPES[rows.dtype], *rows.shape, address(columns), kind.unit, kind.levels.low,
         kind.levels.high, kind.offset, kind.shared.low, kind.shared.high, tries.data_ptr(), tries.numel(),
-        effort.passes, tried.data_ptr(), tried.numel(), effort.rounds, effort.neighbours, effort.both_signs,
+        effort.passes, tried.data_ptr(), tried.numel(), effort.rounds, effort.both_signs,
         factors[0].data_ptr(), factors[1].data_ptr(), multiples[0].data_ptr(), multiples[1].data_ptr(),
         codes.data_ptr(), native.threads(),
     )  # fmt: skip

@@ -149,11 +149,10 @@ bool search(const Matrix& w, const float* weights, const Search& how, float offs
 // False: the weight holds NaN or infinity, and what was written means nothing. tries, factors: as many as their counts.
 bool quantize_gguf_k(Ptr<const void> w, int dtype, int64_t n, int64_t k, Ptr<const float> weights, int unit, float low,
                      float high, float offset, float first, float last, Ptr<const float> tries, int64_t try_count,
-                     int64_t passes, Ptr<const float> factors, int64_t factor_count, int64_t rounds, int64_t neighbours,
-                     bool both_signs, Ptr<float> factor, Ptr<float> zero_factor, Ptr<float> scales, Ptr<float> minima,
+                     int64_t passes, Ptr<const float> factors, int64_t factor_count, int64_t rounds, bool both_signs,
+                     Ptr<float> factor, Ptr<float> zero_factor, Ptr<float> scales, Ptr<float> minima,
                      Ptr<uint8_t> codes, int threads) {
-  const Search how{tries,      try_count, passes, factors, factor_count, rounds, neighbours,
-                   both_signs, unit,      low,    high,    first,        last};
+  const Search how{tries, try_count, passes, factors, factor_count, rounds, both_signs, unit, low, high, first, last};
   return search({w, dtype, n, k}, weights, how, offset, {factor, zero_factor, scales, minima, codes}, threads);
 }
 
@@ -161,9 +160,8 @@ void bind_quantize_gguf_k(nb::module_& m) {
   m.def("quantize_gguf_k", &quantize_gguf_k, nb::call_guard<nb::gil_scoped_release>(), nb::arg("w"), nb::arg("dtype"),
         nb::arg("n"), nb::arg("k"), nb::arg("weights"), nb::arg("unit"), nb::arg("low"), nb::arg("high"),
         nb::arg("offset"), nb::arg("first"), nb::arg("last"), nb::arg("tries"), nb::arg("try_count"), nb::arg("passes"),
-        nb::arg("factors"), nb::arg("factor_count"), nb::arg("rounds"), nb::arg("neighbours"), nb::arg("both_signs"),
-        nb::arg("factor"), nb::arg("zero_factor"), nb::arg("scales"), nb::arg("minima"), nb::arg("codes"),
-        nb::arg("threads"));
+        nb::arg("factors"), nb::arg("factor_count"), nb::arg("rounds"), nb::arg("both_signs"), nb::arg("factor"),
+        nb::arg("zero_factor"), nb::arg("scales"), nb::arg("minima"), nb::arg("codes"), nb::arg("threads"));
 }
 
 }  // namespace lowbit

@@ -22,7 +22,7 @@ struct Search {
   const float* tries;
   int64_t try_count, passes;
   const float* factors;
-  int64_t factor_count, rounds, neighbours;
+  int64_t factor_count, rounds;
   bool both_signs;
   int unit;           // columns
   float low, high;    // levels
@@ -199,7 +199,7 @@ class SearchedBlocks {
   Scales run() const {
     Scales found = begin();
     for (int64_t i = 0; i < how_.rounds; ++i) {
-      if (how_.neighbours) move(found);
+      move(found);
       refit(found);
     }
     return found;
@@ -288,17 +288,16 @@ class SearchedBlocks {
     return best;
   }
 
-  // The best of the multiples around those of each unit.
+  // The best of the multiples beside those of each unit.
   void move(Scales& found) const {
-    const auto far = static_cast<int>(how_.neighbours);
     for (int u = 0; u < how_.units(); ++u) {
       const F32 scale = found.scales[u], minimum = found.minima[u];
       F32 least = set1_f32(std::numeric_limits<float>::infinity());
-      for (int i = -far; i <= far; ++i)
-        for (int j = -far; j <= far; ++j) {
+      for (int i = -1; i <= 1; ++i)
+        for (int j = how_.zeros() ? -1 : 0; j <= (how_.zeros() ? 1 : 0); ++j) {
           const F32 other = clamped(add(scale, set1_f32(static_cast<float>(i))), how_.first, how_.last);
           const F32 other_minimum = clamped(add(minimum, set1_f32(static_cast<float>(j))), 0.0f, how_.last);
-          const F32 zero = sub(zero_f32(), mul(found.zero_factor, other_minimum));
+          const F32 zero = how_.zeros() ? sub(zero_f32(), mul(found.zero_factor, other_minimum)) : zero_f32();
           const F32 error = unit(u).error(mul(found.factor, other), zero);
           const Mask better = less(error, least);
           least = select(better, error, least);
