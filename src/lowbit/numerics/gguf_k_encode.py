@@ -173,7 +173,7 @@ def _moved(units: Units, found: Split, shared: Shared) -> Split:
     """The best of the multiples beside those of each unit, with the nearest codes of each."""
     scales, minima = found.scales, found.minima
     least = torch.full_like(scales, torch.inf)
-    around = (-1, 0, 1)
+    around = (0, -1, 1)  # of equals the first stays: zeros have multiples of 0
     for i, j in product(around, around if minima is not None else (0,)):
         other = found._replace(scales=(found.scales + i).clamp_(shared.low, shared.high))
         if found.minima is not None:

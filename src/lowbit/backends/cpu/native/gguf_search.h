@@ -293,8 +293,9 @@ class SearchedBlocks {
     for (int u = 0; u < how_.units(); ++u) {
       const F32 scale = found.scales[u], minimum = found.minima[u];
       F32 least = set1_f32(std::numeric_limits<float>::infinity());
-      for (int i = -1; i <= 1; ++i)
-        for (int j = how_.zeros() ? -1 : 0; j <= (how_.zeros() ? 1 : 0); ++j) {
+      for (int i : {0, -1, 1})  // of equals the first stays: zeros have multiples of 0
+        for (int j : {0, -1, 1}) {
+          if (j && !how_.zeros()) continue;
           const F32 other = clamped(add(scale, set1_f32(static_cast<float>(i))), how_.first, how_.last);
           const F32 other_minimum = clamped(add(minimum, set1_f32(static_cast<float>(j))), 0.0f, how_.last);
           const F32 zero = how_.zeros() ? sub(zero_f32(), mul(found.zero_factor, other_minimum)) : zero_f32();
