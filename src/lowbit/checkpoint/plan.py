@@ -21,7 +21,7 @@ from .dialects.base import join_key, layer_of
 from .eligibility import axes_of, better_left, cannot_hold, cannot_store, dtype_name, not_by_default
 from .layer_statistics import LayerStatistics
 from .plan_data import ComponentPlan, Plan, TensorPlan
-from .plan_rules import TURNED_BANKS, Pattern, Rules, full_name
+from .plan_rules import FULL_PRECISION, TURNED_BANKS, Pattern, Rules, full_name
 from .presets import GENERIC, BoundPreset, Preset, detect_preset, get_preset
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source
@@ -58,6 +58,7 @@ def make_plan(
     convolutions: bool = False,
     bank_transposed: Sequence[str] = (),
     share_low_rank: bool = False,
+    full_precision: Sequence[str] = (),
 ) -> Plan:
     """Decide what becomes of every tensor of `source`; reads headers and markers only.
 
@@ -70,6 +71,8 @@ def make_plan(
     `convolutions`: quantize their kernels, too, which otherwise only a layer rule does. `bank_transposed`: patterns of
     banks of experts that are [E, K, N]; all others are taken for [E, N, K], as transformers documents.
     `share_low_rank`: layers of svdquant_w4a4 that read the same input get one smooth_factor and one proj_down.
+    `full_precision`: patterns of layers whose marker says full_precision_matrix_mult: no runtime may quantize their
+    activations (comfy; fp8, mxfp8 and nvfp4).
 
     Raises:
         PlanError: a pattern is wrong or matches nothing, the source is quantized already, the preset is unknown.
@@ -79,7 +82,8 @@ def make_plan(
     kept, chosen = [Pattern("keep", text) for text in keep], [Pattern("only", text) for text in only]
     turned = [Pattern(TURNED_BANKS, text) for text in bank_transposed]
     stored, into = StoredFormat.parse(format), written_dialect(dialect)
-    rules = Rules(stored, solver, kept, chosen, by_layer, into, statistics, turned, convolutions, requantize)
+    full = [Pattern(FULL_PRECISION, text) for text in full_precision]
+    rules = Rules(stored, solver, kept, chosen, by_layer, into, statistics, turned, convolutions, requantize, full)
     rules.check()
     components = []
     for component in source.components:
@@ -248,7 +252,9 @@ def _as_wanted(plan: TensorPlan, stored: StoredFormat, name: str, rules: Rules, 
     fitted, also = rules.fit(layer, name)
     stored = rules.spelled(replace(stored, format=fitted), layer)
     solver = rules.pick(stored.format, name, has_bias=has_bias)
-    return replace(plan, why=plan.why + also, format=stored.spec, solver=solver)
+    options = rules.options(stored.format, name)
+    also += f"; {options}" if options else ""
+    return replace(plan, why=plan.why + also, format=stored.spec, solver=solver, options=options)
 
 
 def _better_left(name: str, weight: WeightShape, rules: Rules, was: StoredLayer | None) -> str | None:

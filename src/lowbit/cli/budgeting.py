@@ -101,6 +101,7 @@ class Target:
             statistics=statistics,
             convolutions=wishes.convolutions,
             bank_transposed=wishes.bank_transposed,
+            full_precision=wishes.full_precision_matrix_mult,
         ).weighted(self.weight_rules)
         how = self.how(selection.candidates, statistics)
         if statistics is not None:
