@@ -16,6 +16,7 @@ from lowbit.formats.base import Format
 from lowbit.solvers import AUTO
 
 from . import shared_low_rank as shared
+from .cast_weights import not_to_be_had, unknown_scales
 from .dialects import StoredLayer, TensorSpec, written_dialect
 from .dialects.base import join_key, layer_of
 from .eligibility import axes_of, better_left, cannot_hold, cannot_store, dtype_name, not_by_default
@@ -27,7 +28,6 @@ from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source
 from .stored_format import StoredFormat
 from .weight_shape import (
-    CAST_DTYPES,
     WeightShape,
     lacks_lookup,
     lacks_place,
@@ -133,7 +133,7 @@ def _plan_component(
     owner = {key: stored for stored in held.layers.values() for key in stored.keys.values()}
     container = set(held.found.container)
     biases = frozenset(key for key, spec in held.specs.items() if key.endswith(".bias") and len(spec.shape) == 1)
-    scales = {layer: key for key in held.found.plain for layer in [_scaled_layer(key, held.specs)] if layer is not None}
+    scales = unknown_scales(held.found.plain, held.specs)
     names = _Naming(component.name, bound, biases, scales, by_name=preset != "none")
     weights = {
         stored.layer: _decide(plain_key(stored), TensorSpec(stored.dtype, plain_shape(stored)), names, rules, stored)
@@ -198,7 +198,7 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
     is_table = names.preset.is_embedding(layer or "")
     if opinion is not None and opinion.action == "drop":
         return _tensor(key, spec, "drop", opinion.why)
-    unfit = _other_scale(spec, names.scales.get(layer or "") if was is None and layer is not None else None)
+    unfit = not_to_be_had(spec, names.scales.get(layer or "") if was is None and layer is not None else None)
     unfit = unfit or cannot_hold(name, spec, requantize=rules.requantize)
     why = unfit
     if why is None and keep is not None:
@@ -226,21 +226,6 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
             )
         plan = replace(plan, was=was.format.spec, name="" if key == name else was.layer)
     return _as_wanted(plan, stored, full, rules, has_bias=join_key(layer or "", "bias") in names.biases)
-
-
-def _scaled_layer(key: str, specs: Mapping[str, TensorSpec]) -> str | None:
-    """The layer whose weight of 8-bit floats this tensor may scale, by its name; None for any other tensor."""
-    layer, _, name = key.rpartition(".")
-    weight = specs.get(join_key(layer.removesuffix(".weight"), "weight"))
-    cast = weight is not None and weight.dtype in CAST_DTYPES
-    return layer.removesuffix(".weight") if cast and "scale" in name else None
-
-
-def _other_scale(spec: TensorSpec, scale: str | None) -> str | None:
-    """Why the values of a weight of 8-bit floats are not to be had, or None."""
-    if scale is None or spec.dtype not in CAST_DTYPES:
-        return None
-    return f"already quantized ({dtype_name(spec.dtype)}), and how {scale!r} scales it is not known"
 
 
 def _as_wanted(plan: TensorPlan, stored: StoredFormat, name: str, rules: Rules, *, has_bias: bool) -> TensorPlan:

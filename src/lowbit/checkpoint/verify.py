@@ -24,7 +24,7 @@ from .folding import folded_like, paired
 from .pipeline import Progress, Unit, run_units
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
-from .weight_shape import KERNEL_AXES, WeightShape, may_pad, plain_key, weight_shape
+from .weight_shape import CAST_DTYPES, KERNEL_AXES, WeightShape, may_pad, plain_key, weight_shape
 
 _PIECE = 16 << 20  # bytes compared at a time
 
@@ -56,7 +56,7 @@ class VerifyResult:
     layers: tuple[LayerResult, ...]
     problems: tuple[str, ...]
     identical: int
-    """How many other tensors have the very bytes of the source."""
+    """How many other tensors have the very bytes of the source, or, of 8-bit floats, its values in a wider dtype."""
 
     def failing(self, threshold: float) -> list[LayerResult]:
         """The layers whose SQNR is below `threshold` dB, or that could not be compared."""
@@ -224,12 +224,23 @@ class _Task:
 
     def _compare_bytes(self) -> None:
         before, after = self.held.specs[self.key], self.made.specs[self.key]
-        if before != after:
+        if before != after and self._widened():
+            self.same = 1
+        elif before != after:
             self.problem = f"{self.name}: is {after} here and {before} in the source{self._distance()}"
         elif self._bytes_equal(after.shape, after.nbytes):
             self.same = 1
         else:
             self.problem = f"{self.name}: differs from the source{self._distance()}"
+
+    def _widened(self) -> bool:
+        """Whether these are the values of 8-bit floats in a wider dtype, as `dequantize` writes them."""
+        before, after = self.held.specs[self.key], self.made.specs[self.key]
+        values = self.key in self.held.found.plain and before.dtype in CAST_DTYPES
+        wider = after.dtype.is_floating_point and after.dtype.itemsize > before.dtype.itemsize
+        if not values or not wider or before.shape != after.shape:
+            return False
+        return self._bytes_equal(after.shape, after.nbytes)
 
     def _distance(self) -> str:
         """How far a plain weight is from the source's, in words; of a dequantized file that is what one asks."""
@@ -246,14 +257,18 @@ class _Task:
 
     def _bytes_equal(self, shape: tuple[int, ...], size: int) -> bool:
         if size <= _PIECE or not shape:
-            return _equal(self.held.read(self.key), self.made.read(self.key))
+            return self._same(self.held.read(self.key), self.made.read(self.key))
         rows = max(1, _PIECE * shape[0] // size)
         return all(
-            _equal(
+            self._same(
                 *(x.source.read_rows(x.component, self.key, a, min(a + rows, shape[0])) for x in (self.held, self.made))
             )
             for a in range(0, shape[0], rows)
         )
+
+    def _same(self, before: Tensor, after: Tensor) -> bool:
+        before = before if before.dtype == after.dtype else before.to(after.dtype)
+        return torch.equal(before.reshape(-1).view(torch.uint8), after.reshape(-1).view(torch.uint8))
 
 
 def _add(meter: AccuracyMeter, stored: StoredLayer, parts: Parts, rows: Callable[[int, int], Tensor]) -> None:
@@ -265,7 +280,3 @@ def _add(meter: AccuracyMeter, stored: StoredLayer, parts: Parts, rows: Callable
         for start, stop in row_chunks(n, k, fmt.row_multiple)
     ]
     meter.add_sums(torch.cat(sums, dim=1))  # at once, as the conversion adds them: the same number to the last bit
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
