@@ -99,11 +99,12 @@ def test_solver_is_taken(lowbit, model, tmp_path):
     assert {layer["solver"] for layer in report["layers"]} == {"rtn"}
 
 
-def test_seed_makes_stochastic_rounding_repeatable(lowbit, model, tmp_path):
-    """The same seed gives the same bytes, another one others."""
+@pytest.mark.parametrize("spec", ["int8", "nvfp4", "mxfp4"])
+def test_seed_makes_stochastic_rounding_repeatable(lowbit, model, tmp_path, spec):
+    """The same seed gives the same bytes with any number of threads, another one others."""
     files = [tmp_path / f"{name}.safetensors" for name in "abc"]
-    for path, seed in zip(files, (1, 1, 2), strict=True):
-        assert lowbit("convert", model, "-o", path, "--format", "int8", "--seed", seed).code == 0
+    for path, seed, jobs in zip(files, (1, 1, 2), (1, 3, 1), strict=True):
+        assert lowbit("convert", model, "-o", path, "--format", spec, "--seed", seed, "--jobs", jobs).code == 0
 
     assert files[0].read_bytes() == files[1].read_bytes()
     assert files[0].read_bytes() != files[2].read_bytes()
