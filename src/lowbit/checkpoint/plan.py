@@ -236,6 +236,7 @@ def _as_wanted(plan: TensorPlan, stored: StoredFormat, name: str, rules: Rules, 
     )  # fmt: skip
     fitted, also = rules.fit(layer, name)
     stored = rules.spelled(replace(stored, format=fitted), layer)
+    rules.note_dtype(replace(layer, format=stored.format))
     solver = rules.pick(stored.format, name, has_bias=has_bias)
     options = rules.options(stored.format, name)
     also += f"; {options}" if options else ""

@@ -12,6 +12,7 @@ from lowbit.solvers import AUTO, parse_pipeline, pick_solver
 
 from .dialects import Dialect, StoredLayer
 from .eligibility import axes_of
+from .folder_configs import changed_dtype
 from .full_precision import OPTION, lacks_option, refuses_option
 from .layer_statistics import LayerStatistics, knowledge
 from .plan_data import ComponentPlan, TensorPlan
@@ -123,6 +124,12 @@ class Rules:
         if why is not None and why not in self.doubts:
             self.doubts.append(why)
         return OPTION if why is None else ""
+
+    def note_dtype(self, stored: StoredLayer) -> None:
+        """Say once that the dialect's readers take models with this format in another dtype than the source's."""
+        note = changed_dtype(self.dialect, stored)
+        if note and note not in self.doubts:
+            self.doubts.append(note)
 
     def oriented(self, weight: WeightShape, name: str, family: str) -> tuple[WeightShape, str]:
         """A weight with the axes that the user says it has, and the reason to add where it is a bank.
