@@ -20,6 +20,7 @@ from .accuracy import Accuracy, AccuracyMeter
 from .banks import decoded_expert, expert_parts
 from .dialects import StoredLayer
 from .dialects.base import join_key, layer_of
+from .dropped import dropped_keys
 from .folding import folded_like, paired
 from .pipeline import Progress, Unit, run_units
 from .quantized_source import QuantizedComponent, look_for_layers
@@ -57,6 +58,8 @@ class VerifyResult:
     problems: tuple[str, ...]
     identical: int
     """How many other tensors have the very bytes of the source, or, of 8-bit floats, its values in a wider dtype."""
+    dropped: tuple[str, ...] = ()
+    """Tensors of the source that the conversion left out, as the output's header says (`--drop-unused`)."""
 
     def failing(self, threshold: float) -> list[LayerResult]:
         """The layers whose SQNR is below `threshold` dB, or that could not be compared."""
@@ -70,7 +73,8 @@ class VerifyResult:
     def to_json(self) -> dict[str, Any]:
         """As JSON data."""
         layers = [layer.to_json() for layer in self.layers]
-        return {"layers": layers, "problems": list(self.problems), "identical": self.identical}
+        found = {"problems": list(self.problems), "identical": self.identical, "dropped": list(self.dropped)}
+        return {"layers": layers, **found}
 
 
 def _sqnr(layer: LayerResult) -> float:
@@ -91,12 +95,14 @@ def verify(
     """
     tasks: list[_Task] = []
     problems: list[str] = []
+    dropped: list[str] = []
     pairs = paired(source, output)
     source, _ = folded_like(source, output, pairs)
     for before, after in pairs:
         held, made = look_for_layers(source, before, strict=False), look_for_layers(output, after, strict=False)
         problems += [problem.message for problem in made.found.problems]
         problems += _missing(held, made)
+        dropped += [made.full_name(key) for key in _left_out(held, made)]
         tasks += _tasks(held, made)
     units = [Unit(task.name, task.size, task.memory, task.run) for task in tasks]
     run_units(units, jobs=jobs, progress=progress)
@@ -104,13 +110,23 @@ def verify(
         tuple(task.result for task in tasks if task.result is not None),
         (*problems, *(task.problem for task in tasks if task.problem)),
         sum(task.same for task in tasks),
+        tuple(dropped),
     )
+
+
+def _keys(held: QuantizedComponent) -> set[str]:
+    """The keys of all weights and tensors, as if none were quantized."""
+    return {*held.found.plain, *map(plain_key, held.layers.values())}
+
+
+def _left_out(held: QuantizedComponent, made: QuantizedComponent) -> list[str]:
+    """The keys that only the source has, because the conversion dropped them."""
+    return sorted((_keys(held) - _keys(made)) & dropped_keys(made.component))
 
 
 def _missing(held: QuantizedComponent, made: QuantizedComponent) -> list[str]:
     """Tensors that only one of the two has, in words. Those of a layer that cannot be read are its own problem."""
-    before = {*held.found.plain, *map(plain_key, held.layers.values())}
-    after = {*made.found.plain, *map(plain_key, made.layers.values())}
+    before, after = _keys(held) - set(_left_out(held, made)), _keys(made)
     made_biases = {join_key(layer, "bias") for layer, stored in made.layers.items() if stored.format.folds_bias}
     place = made.component.shards[0].path
     lost = [f"{place}: {key!r} of the source is missing" for key in sorted(before - after) if not _broken(made, key)]
