@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lowbit.numerics.floats import (
+    all_finite,
     bytes_to_fp8,
     e2m1_codes,
     e2m1_values,
@@ -218,3 +219,17 @@ def test_stochastic_e2m1_goes_to_a_neighbour_by_distance():
         assert torch.equal(stochastic_to_e2m1(signed, torch.full_like(signed, noise)), signed)
         assert stochastic_to_e2m1(torch.tensor([9.0]), torch.tensor([noise])).item() == 6.0
     assert torch.signbit(stochastic_to_e2m1(torch.tensor([-0.0, -0.1]), torch.zeros(2))).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_all_finite(dtype):
+    """A sum that overflows is not taken for an infinity, and one infinity or NaN anywhere is found."""
+    top = torch.finfo(dtype).max
+    for fine in ([], [[top] * 500] * 3, [top, -top, 1.0]):
+        assert all_finite(torch.tensor(fine, dtype=dtype))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.ones(4, 5, dtype=dtype)
+        x[2, 3] = bad
+        assert not all_finite(x)
+    both = torch.tensor([float("inf"), -float("inf")], dtype=dtype)
+    assert not all_finite(both)

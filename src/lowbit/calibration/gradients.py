@@ -11,7 +11,6 @@ them. Else they take a pass of their own after the first. Both give the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import StatisticsError
+from lowbit.numerics.floats import all_finite
 
 from .accumulate import FLUSH, Gathered, Moment
 from .batches import Batch, Split, tensors_in
@@ -178,7 +178,7 @@ class Gradients:
 
     def _see(self, name: str, g: Tensor) -> None:
         assert self._split is not None
-        if not _is_finite(g):
+        if not all_finite(g):
             raise StatisticsError(
                 f"{name}: the gradient at its output has NaN or infinite values in batch {self._index}; run the model "
                 "in a wider dtype (bfloat16 or float32), or calibrate without gradients"
@@ -189,11 +189,6 @@ class Gradients:
             self._moments[name] = OutputMoments(rows.shape[1], rows.device)
         for half, index in enumerate(chosen.halves):
             self._moments[name].add(rows, half, index)
-
-
-def _is_finite(x: Tensor) -> bool:
-    """Whether all of x is. A finite sum says so in a tenth of the time; one that is not may have overflowed."""
-    return math.isfinite(float(x.sum(dtype=torch.float32))) or bool(x.isfinite().all())
 
 
 def fitting(linears: Mapping[str, nn.Linear], memory: int | None) -> dict[str, nn.Linear]:

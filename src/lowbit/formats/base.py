@@ -38,6 +38,7 @@ from lowbit import memory
 from lowbit.errors import FormatError, WeightError
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import FLOATS, HALVES, K, Part, Parts, check_parts, gather_rows, narrow_rows
+from lowbit.numerics.floats import all_finite
 from lowbit.numerics.groups import reduce_tiles, row_chunks
 from lowbit.numerics.integers import uniform_noise
 
@@ -388,10 +389,7 @@ class Format(ABC):
 
 def check_finite(rows: Tensor, where: str) -> None:
     """Raise `WeightError` when any value is NaN or infinite."""
-    if not rows.numel():
-        return
-    low, high = torch.aminmax(rows)
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+    if not all_finite(rows):
         raise WeightError(f"{where}: holds NaN or infinity; repair the source or keep this layer")
 
 

@@ -13,6 +13,7 @@ L_ij|^2. Rounding from the last column to the first, each one corrected by the e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -29,6 +30,7 @@ _DEAD = 1e-6  # of the mean second moment: what a channel without any gets, so t
 _LEAST = 2.0**-126  # where all channels are dead: the inverse of this is still a float32
 _PIECE = 1 << 22  # elements of a temporary
 _ROWS = 64  # that are put in another order at a time
+_BLOCK = 192  # along the diagonal of a symmetric matrix of which one triangle is multiplied
 
 
 def shrinkage(tokens: int, k: int, *, broad: bool = False) -> float:
@@ -147,9 +149,47 @@ def output_signal(w: Tensor, hessian: Tensor | None, outputs: Tensor | None = No
 
 def energy(rows: Tensor, hessian: Tensor | None, outputs: Tensor | None = None) -> float:
     """tr(G X H X^T) of float32 rows [n, K]; without `outputs`, G [n, n], tr(X H X^T)."""
-    if outputs is None and hessian is None:
-        return float(torch.linalg.vector_norm(rows, dtype=torch.float64) ** 2)
-    weighted = rows if hessian is None else rows * hessian if hessian.dim() == 1 else rows @ hessian
-    if outputs is not None:
-        return float((weighted @ rows.mT).mul_(outputs).sum(dtype=torch.float64))
-    return float((weighted * rows if weighted is rows else weighted.mul_(rows)).sum(dtype=torch.float64))
+    if outputs is None:
+        if hessian is None:
+            return float(torch.linalg.vector_norm(rows, dtype=torch.float64) ** 2)
+        if hessian.dim() == 1:
+            return float((rows * hessian).mul_(rows).sum(dtype=torch.float64))
+        return 2 * _dot(_times_half(rows, hessian), rows)
+    if hessian is None or hessian.dim() == 1:
+        weighted = rows if hessian is None else rows * hessian
+        return 2 * _dot(_half_times(outputs, rows), weighted)
+    if rows.shape[0] > rows.shape[1]:
+        return 2 * _dot(_half_times(outputs, rows), rows @ hessian)
+    return 2 * _dot(outputs @ rows, _times_half(rows, hessian))
+
+
+def _dot(made: Tensor, other: Tensor) -> float:
+    """The sum of the products of two matrices, the first overwritten."""
+    return float(made.mul_(other).sum(dtype=torch.float64))
+
+
+def _times_half(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows @ T, T + T^T = a symmetric matrix: half of it, or its upper triangle, which is half of the work."""
+    out = torch.empty_like(rows)
+    for here, before in _blocks(matrix):
+        torch.mm(rows[:, here], matrix[here, here], out=out[:, here]).mul_(0.5)
+        if before.stop:
+            out[:, here].addmm_(rows[:, before], matrix[before, here])
+    return out
+
+
+def _half_times(matrix: Tensor, rows: Tensor) -> Tensor:
+    """T^T @ rows of the same T."""
+    out = torch.empty_like(rows)
+    for here, before in _blocks(matrix):
+        torch.mm(matrix[here, here], rows[here], out=out[here]).mul_(0.5)
+        if before.stop:
+            out[here].addmm_(matrix[here, before], rows[before])
+    return out
+
+
+def _blocks(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Blocks along the diagonal, and what is before each. One on a GPU, for which small products are no less work."""
+    n = matrix.shape[0]
+    size = _BLOCK if matrix.device.type == "cpu" else max(n, 1)
+    return ((slice(start, min(start + size, n)), slice(0, start)) for start in range(0, n, size))
