@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.dequantize import dequantize
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
+from lowbit.checkpoint.verify import verify
 from lowbit.errors import CheckpointError
 from tests.support.checkpoints import files_below, model_tensors, save_model, save_shards
 from tests.support.specs import ALL_SPECS, fits
@@ -105,3 +106,64 @@ def test_a_plain_file_is_named(tmp_path):
     unfit = pytest.raises(CheckpointError, match=r"in\.safetensors: holds no quantized layer")
     with open_source(save_model(tmp_path / "in.safetensors")) as source, unfit:
         dequantize(source, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.float32])
+@pytest.mark.parametrize("cast", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_cast_to_8_bit_floats_are_widened(tmp_path, cast, dtype):
+    """Without a scale the values are what they are: of every rank, bfloat16 if nothing else is asked; verify agrees."""
+    shapes = {"a.weight": (48, 32), "a.bias": (48,), "conv.weight": (8, 4, 3, 3), "one": ()}
+    stored = {key: (4 * torch.randn(shape)).to(cast) for key, shape in shapes.items()}
+    save_file({**stored, "norm.weight": torch.ones(8)}, tmp_path / "cast.safetensors")
+
+    with open_source(tmp_path / "cast.safetensors") as source:
+        report = dequantize(source, tmp_path / "plain.safetensors", dtype=dtype)
+        with open_source(tmp_path / "plain.safetensors") as plain:
+            result = verify(source, plain)
+
+    assert (report.widened, report.copied, report.layers) == (4, 1, {})
+    out = load_file(tmp_path / "plain.safetensors")
+    for key, tensor in stored.items():
+        assert out[key].dtype == (dtype or torch.bfloat16)
+        assert torch.equal(out[key].float(), tensor.float())
+    assert out["norm.weight"].dtype == torch.float32
+    assert (result.problems, result.identical) == ((), 5)
+
+
+def test_another_value_in_a_wider_dtype_is_a_problem(tmp_path):
+    """Verify forgives the dtype of widened 8-bit floats, and no change of a value; large tensors are read in pieces."""
+    wide = torch.randn(4096, 4096).to(torch.float8_e4m3fn)
+    save_file({"a.weight": wide}, tmp_path / "cast.safetensors")
+    changed = wide.bfloat16()
+    changed[-1, -1] += 1
+    for name, tensor in {"same": wide.bfloat16(), "changed": changed}.items():
+        save_file({"a.weight": tensor}, tmp_path / f"{name}.safetensors")
+        with open_source(tmp_path / "cast.safetensors") as source, open_source(tmp_path / f"{name}.safetensors") as out:
+            assert len(verify(source, out).problems) == (name == "changed")
+
+
+def test_8_bit_floats_with_a_scale_that_nobody_knows_are_refused(tmp_path):
+    """DeepSeek's `.scale` beside a weight: its values cannot be had, so no file is written that pretends to."""
+    tensors = {"a.weight": torch.ones(128, 128).to(torch.float8_e4m3fn), "a.scale": torch.ones(1, 1)}
+    save_file(tensors, tmp_path / "in.safetensors")
+
+    with open_source(tmp_path / "in.safetensors") as source, pytest.raises(CheckpointError, match=r"'a\.scale' scales"):
+        dequantize(source, tmp_path / "out.safetensors")
+
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_cast_tensors_beside_quantized_layers_are_widened(tmp_path):
+    """A checkpoint may hold both; the result is one that any program loads."""
+    with open_source(converted(tmp_path, "int8")) as source:
+        held = look_for_layers(source, source.components[0])
+        tensors = {key: held.read(key) for key in held.specs}
+        metadata = held.metadata
+    tensors["extra.weight"] = torch.ones(16, 16).to(torch.float8_e5m2)
+    save_file(tensors, tmp_path / "mixed.safetensors", metadata)
+
+    with open_source(tmp_path / "mixed.safetensors") as source:
+        report = dequantize(source, tmp_path / "plain.safetensors")
+
+    assert report.widened == 1
+    assert {tensor.dtype.itemsize for tensor in load_file(tmp_path / "plain.safetensors").values()} == {2, 4, 8}

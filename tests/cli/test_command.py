@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 import typer
+from safetensors.torch import save_file
 
 import lowbit as package
 from lowbit.cli import app, output
@@ -63,6 +64,65 @@ def test_an_unknown_option_ends_with_2(lowbit):
     assert done.code == 2
     assert "No such option" in done.err
     assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("inspect", "a.safetensors", "--unknown"), "No such option"),
+        (("inspect",), "Missing argument"),
+        (("convert", "a.safetensors", "-o", "b.safetensors", "--seed", "x"), "Invalid value"),
+        (("inspect", "a.safetensors", "--source-dialect", "klingon"), "'klingon' is unknown"),
+        (("lora", "bake", "--rank"), "No such option"),
+        (("unheard-of",), "No such command"),
+    ],
+)
+def test_wrong_use_is_json_where_that_is_asked_for(lowbit, arguments, said):
+    """A script that gave --json reads what is wrong on stdout, shaped as other errors are; people read it on stderr."""
+    done = lowbit(*arguments, "--json")
+
+    assert done.code == 2
+    assert (set(done.json), done.json["exit_code"]) == ({"error", "kind", "exit_code"}, 2)
+    assert said in done.json["error"]
+    assert done.json["kind"] == "UsageError"
+    assert said.split()[0] in done.err
+    assert lowbit(*arguments).out == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the pipes of POSIX")
+@pytest.mark.parametrize("arguments", [("model",), ("model", "--json"), ("no", "--json")])
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path, arguments):
+    """`lowbit inspect FILE | head -1`: no traceback, no message, and the exit code of a program that SIGPIPE killed."""
+    tiny_model(tmp_path / "model.safetensors")
+    name, *more = arguments
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "lowbit", "inspect", str(tmp_path / f"{name}.safetensors"), *more],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+
+    assert done.returncode == 141
+    assert [line for line in done.stderr.splitlines() if not line.startswith("error: ")] == []
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(lowbit, tmp_path):
+    """What a tensor is called cannot move the cursor or clear the screen: it is shown as repr shows it."""
+    evil = "a\x1b[2J\x07\r\u202e"
+    path = tmp_path / "model.safetensors"
+    broken = {f"{evil}.comfy_quant": torch.zeros(3, dtype=torch.uint8)}
+    save_file({f"{evil}.weight": torch.ones(64, 64), f"{evil}.v": torch.full((64,), torch.nan), **broken}, path)
+
+    for arguments in (("inspect", path), ("plan", path, "--format", "int8"), ("verify", path, path)):
+        done = lowbit(*arguments)
+        shown = done.out + done.err
+        assert r"a\x1b[2J\x07\r\u202e" in shown
+        assert [c for c in shown if not c.isprintable() and c != "\n"] == []
 
 
 def test_it_runs_as_a_module_without_a_traceback(tmp_path):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lowbit.checkpoint import source
@@ -99,11 +100,12 @@ def test_solver_is_taken(lowbit, model, tmp_path):
     assert {layer["solver"] for layer in report["layers"]} == {"rtn"}
 
 
-def test_seed_makes_stochastic_rounding_repeatable(lowbit, model, tmp_path):
-    """The same seed gives the same bytes, another one others."""
+@pytest.mark.parametrize("spec", ["int8", "nvfp4", "mxfp4"])
+def test_seed_makes_stochastic_rounding_repeatable(lowbit, model, tmp_path, spec):
+    """The same seed gives the same bytes with any number of threads, another one others."""
     files = [tmp_path / f"{name}.safetensors" for name in "abc"]
-    for path, seed in zip(files, (1, 1, 2), strict=True):
-        assert lowbit("convert", model, "-o", path, "--format", "int8", "--seed", seed).code == 0
+    for path, seed, jobs in zip(files, (1, 1, 2), (1, 3, 1), strict=True):
+        assert lowbit("convert", model, "-o", path, "--format", spec, "--seed", seed, "--jobs", jobs).code == 0
 
     assert files[0].read_bytes() == files[1].read_bytes()
     assert files[0].read_bytes() != files[2].read_bytes()
@@ -237,11 +239,15 @@ def test_a_layout_is_written_behind_an_at_sign(lowbit, tmp_path):
     assert lowbit("dequantize", out, "-o", tmp_path / "plain.safetensors").code == 0
 
 
+def t5_names():
+    """A table, a layer of T5's encoder, one of its decoder, and its head."""
+    layer = "block.0.layer.0.SelfAttention.q.weight"
+    return "shared.weight", f"encoder.{layer}", f"decoder.{layer}", "lm_head.weight"
+
+
 def test_what_a_preset_calls_unused_is_left_out_on_demand(lowbit, tmp_path, model):
     """T5's decoder goes with --drop-unused; where there is nothing to drop, or for a target, the option is refused."""
-    layer = "block.0.layer.0.SelfAttention.q.weight"
-    names = ("shared.weight", f"encoder.{layer}", f"decoder.{layer}", "lm_head.weight")
-    save_file({name: torch.randn(64, 64).bfloat16() for name in names}, tmp_path / "t5.safetensors")
+    save_file({name: torch.randn(64, 64).bfloat16() for name in t5_names()}, tmp_path / "t5.safetensors")
     out = tmp_path / "out.safetensors"
 
     done = lowbit("convert", tmp_path / "t5.safetensors", "-o", out, "--format", "int8", "--drop-unused")
@@ -252,3 +258,102 @@ def test_what_a_preset_calls_unused_is_left_out_on_demand(lowbit, tmp_path, mode
     for refused in (("--format", "int8"), ("--target-size", "0.6x")):
         found = lowbit("plan", model, *refused, "--drop-unused")
         assert (found.code, "--drop-unused" in found.err) == (2, True)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_what_a_conversion_dropped_is_not_missing(lowbit, tmp_path, shards):
+    """verify names what --drop-unused left out, after migrating too, with 0; what was lost since then is missing."""
+    tensors = {name: torch.randn(64, 64).bfloat16() for name in t5_names()}
+    source, out = tmp_path / "t5.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    if shards:
+        source, out = tmp_path / "t5", tmp_path / "out"
+        source.mkdir()
+        places = {name: f"{index}.safetensors" for index, name in enumerate(tensors)}
+        for name, place in places.items():
+            save_file({name: tensors[name]}, source / place)
+        (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    decoder, head = t5_names()[2:]
+    assert lowbit("convert", source, "-o", out, "--format", "int8", "--drop-unused").code == 0
+    again = tmp_path / ("again" if shards else "again.safetensors")
+    assert lowbit("migrate", out, "-o", again).code == 0
+
+    for made in (out, again):
+        done = lowbit("verify", source, made)
+        assert (done.code, "problem" in done.out) == (0, False), done.out
+        assert f"2 tensors of SRC were left out by the conversion: {decoder}, {head}" in done.out
+        assert lowbit("verify", source, made, "--json").json["dropped"] == [decoder, head]
+    found = lowbit("compare", source, out)
+    assert (found.code, "left them out (--drop-unused)" in found.err) == (3, True)
+    if not shards:
+        with safe_open(out, "pt") as file:
+            metadata = file.metadata()
+        save_file({key: value for key, value in load_file(out).items() if key != "shared.weight"}, out, metadata)
+        done = lowbit("verify", source, out)
+        assert (done.code, "'shared.weight' of the source is missing" in done.out) == (1, True)
+
+
+def test_a_layer_that_is_quantized_already_may_be_dropped(lowbit, tmp_path):
+    """Of a quantized source the plain name of a dropped layer is told; a layer converted again is no dropped one."""
+    source, int8, out = (tmp_path / f"{name}.safetensors" for name in ("t5", "int8", "out"))
+    save_file({name: torch.randn(64, 64).bfloat16() for name in t5_names()}, source)
+    assert lowbit("convert", source, "-o", int8, "--format", "int8", "--preset", "none").code == 0
+    done = lowbit("convert", int8, "-o", out, "--format", "fp8_e4m3", "--requantize", "--drop-unused")
+    assert done.code == 0, done.err
+
+    for path in (source, int8):
+        assert lowbit("verify", path, out, "--json").json["dropped"] == list(t5_names()[2:])
+
+
+def marker(path, layer):
+    """What the marker of a layer says."""
+    return json.loads(bytes(load_file(path)[f"{layer}.comfy_quant"].tolist()))
+
+
+@pytest.mark.parametrize("spec", ["fp8_e4m3", "fp8_e5m2", "mxfp8", "nvfp4"])
+def test_markers_ask_for_products_in_full_precision(lowbit, model, tmp_path, spec):
+    """--full-precision-matrix-mult writes the field for the layers that match and no other; migrate keeps it."""
+    out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
+
+    done = lowbit("convert", model, "-o", out, "--format", spec, "--full-precision-matrix-mult", "mlp")
+
+    assert done.code == 0, done.err
+    assert lowbit("migrate", out, "-o", again).code == 0
+    for path in (out, again):
+        assert marker(path, "blocks.1.mlp.up")["full_precision_matrix_mult"] is True
+        assert "full_precision_matrix_mult" not in marker(path, "blocks.1.attn.q")
+    assert lowbit("verify", model, again).code == 0
+
+
+def test_full_precision_products_come_through_a_plan(lowbit, model, tmp_path):
+    """The plan file says it of each layer, and a wrong word in it is refused."""
+    plan, out = tmp_path / "plan.json", tmp_path / "out.safetensors"
+    asked = ("--format", "nvfp4", "--full-precision-matrix-mult", ".")
+    assert lowbit("plan", model, *asked, "-o", plan).code == 0
+    assert lowbit("convert", model, "-o", out, "--plan", plan).code == 0
+    assert marker(out, "blocks.0.attn.q")["full_precision_matrix_mult"] is True
+
+    plan.write_text(plan.read_text().replace('"full_precision_matrix_mult"', '"half_precision"'))
+    found = lowbit("convert", model, "-o", out, "--plan", plan)
+    assert (found.code, "options is 'half_precision'" in found.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--format", "int8"), "write it with activations=none"),
+        (("--format", "svdquant_w4a4(rank=16)"), "leave the layer out"),
+        (("--format", "nvfp4", "--keep", "."), "matches no layer that is quantized"),
+        (("--format", "nvfp4", "--dialect", "modelopt"), "modelopt has no place"),
+    ],
+)
+def test_full_precision_products_are_refused_where_nothing_could_say_so(lowbit, model, arguments, said):
+    """A format that rounds by definition, a pattern without a layer and another dialect are errors that say why."""
+    found = lowbit("plan", model, *arguments, "--full-precision-matrix-mult", ".")
+    assert (found.code, said in found.err) == (2, True), found.err
+
+
+def test_full_precision_products_of_weight_only_formats_are_noted(lowbit, model):
+    """A format that never rounds its input is left as it is, and the plan says so."""
+    done = lowbit("plan", model, "--format", "awq_w4a16", "--full-precision-matrix-mult", ".")
+    assert (done.code, "never rounds its input" in done.out) == (0, True)

@@ -96,13 +96,18 @@ def test_inspect_says_once_what_holds_for_many_layers(lowbit, tmp_path):
 def test_inspect_says_what_floats_of_8_bits_without_a_scale_are(lowbit, tmp_path):
     """They are plain values, which is no problem, but nobody should take them for quantized ones."""
     path = tmp_path / "bare.safetensors"
-    save_file({f"{name}.weight": torch.ones(64, 64).to(torch.float8_e4m3fn) for name in "ab"}, path)
+    tensors = {f"{name}.weight": torch.ones(64, 64).to(torch.float8_e4m3fn) for name in "abc"}
+    save_file({**tensors, "c.scale": torch.ones(1)}, path)
 
     done = lowbit("inspect", path, "--json")
 
     assert done.code == 0
     assert done.json["notes"] == [
-        "'a.weight' and 1 more: 8-bit floats without a scale; they are read as plain values, whatever made them"
+        (
+            "'a.weight' and 1 more: 8-bit floats without a scale; they are read as plain values, whatever made them "
+            "(lowbit dequantize writes them in 16 bits)"
+        ),
+        "'c.weight': 8-bit floats, and how 'c.scale' scales them is not known; take the 16-bit file",
     ]
 
 

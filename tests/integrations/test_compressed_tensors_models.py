@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -82,6 +84,67 @@ def test_stock_transformers_sees_the_same_model(tmp_path, spec, dtype):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)  # kernels add in an order of their own
     plain = llama(dtype)(TOKENS).logits
     assert (theirs - ours).abs().max() < 0.5 * (theirs - plain).abs().max() + 0.02
+
+
+def test_a_configuration_without_a_dtype_gets_one(tmp_path):
+    """Stock would take the dtype of the first tensor."""
+    llama(torch.float32).save_pretrained(tmp_path / "plain")
+    path = tmp_path / "plain" / "config.json"
+    path.write_text(
+        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "dtype"})
+    )
+    with open_source(tmp_path / "plain") as source:
+        plan = make_plan(source, "nvfp4", dialect="compressed_tensors", keep=["embed_tokens", "lm_head"])
+        convert(source, tmp_path / "out", plan)
+
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+
+    assert stock.dtype == torch.bfloat16
+    assert torch.isfinite(stock(TOKENS).logits).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("spec", BFLOAT16_ONLY)
+def test_models_of_another_dtype_are_described_as_bfloat16(tmp_path, spec, dtype):
+    """Stock decodes these formats to bfloat16, so config.json names it, and the plan says so: the model runs."""
+    folder = converted(tmp_path, spec, dtype)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    mine = llama(torch.bfloat16)
+    load(mine, folder)
+
+    with torch.no_grad():
+        theirs, ours, plain = (model(TOKENS).logits.float() for model in (stock, mine, llama(dtype)))
+
+    assert stock.dtype == torch.bfloat16
+    assert len(dtype_notes(tmp_path / "plain", spec)) == 1
+    assert not dtype_notes(tmp_path / "plain", "fp8_e4m3")
+    assert (theirs - ours).norm() < 0.3 * (theirs - plain).norm()
+
+
+def dtype_notes(folder, spec: str) -> list[str]:
+    """What a plan says of the dtype of the model."""
+    with open_source(folder) as source:
+        plan = make_plan(source, spec, dialect="compressed_tensors")
+    return [note for note in plan.notes if "config.json says" in note]
+
+
+def test_migration_changes_the_dtype_of_a_configuration(tmp_path):
+    """A float32 model in nvfp4 that comes from another dialect is described as bfloat16, its parts too, with a note."""
+    llama(torch.float32).save_pretrained(tmp_path / "plain")
+    about = json.loads((tmp_path / "plain" / "config.json").read_text())
+    about["text_config"] = {"torch_dtype": "float32", "other": "float32"}
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(about))
+    with open_source(tmp_path / "plain") as source:
+        convert(
+            source, tmp_path / "comfy", make_plan(source, "nvfp4(global_scale_divides=true)", keep=["embed", "head"])
+        )
+    with open_source(tmp_path / "comfy") as source:
+        report = migrate(source, tmp_path / "out", "compressed_tensors")
+
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (made["dtype"], made["text_config"]) == ("bfloat16", {"torch_dtype": "bfloat16", "other": "float32"})
+    assert json.loads((tmp_path / "comfy" / "config.json").read_text())["dtype"] == "float32"
+    assert len([note for note in report.notes if "config.json says bfloat16 instead of float32" in note]) == 1
 
 
 def test_mixed_formats_and_a_shard(tmp_path):

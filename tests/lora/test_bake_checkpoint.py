@@ -209,3 +209,60 @@ def test_what_cannot_work_is_refused_and_writes_nothing(tmp_path):
             bake_checkpoint(path, to, what, **options)
 
     assert files_below(tmp_path) == before
+
+
+def test_loha_lokr_and_dora_are_baked_into_files(tmp_path):
+    """By the names of LyCORIS, in one file: each layer moves by its change; a DoRA by that of the weight it finds."""
+    path = quantized(tmp_path, "int8")
+    before = decoded(path)
+    n, k = before["blocks.0.up"][1].shape
+    m = before["blocks.1.down"][1].shape[0]
+    generator = torch.Generator().manual_seed(3)
+
+    def rand(*shape):
+        return torch.randn(shape, generator=generator) / 4
+
+    hada = {f"hada_w{i}_{side}": rand(*s) for i in (1, 2) for side, s in (("a", (n, 4)), ("b", (4, k)))}
+    lokr = {
+        "lokr_w1": rand(4, 4) / 8,
+        "lokr_w2_a": rand(n // 4, 4),
+        "lokr_w2_b": rand(4, k // 4),
+        "alpha": torch.ones(()),
+    }
+    rows = before["blocks.1.down"][1].norm(dim=1, keepdim=True)
+    dora = {"lora_down.weight": rand(4, before["blocks.1.down"][1].shape[1]) / 8, "lora_up.weight": rand(m, 4)}
+    dora["dora_scale"] = rows * (1 + 0.2 * torch.rand(rows.shape, generator=generator))
+    layers = {"blocks.0.up": hada, "blocks.1.up": lokr, "blocks.1.down": dora}
+    spelled = {f"lycoris_{name.replace('.', '_')}.{key}": t for name, ts in layers.items() for key, t in ts.items()}
+    save_file({key: tensor.contiguous() for key, tensor in spelled.items()}, tmp_path / "lycoris.safetensors")
+
+    report = bake_checkpoint(path, tmp_path / "baked.safetensors", tmp_path / "lycoris.safetensors")
+
+    after = decoded(tmp_path / "baked.safetensors")
+    full = before["blocks.1.down"][1] + dora["lora_up.weight"] @ dora["lora_down.weight"]
+    wanted = {
+        "blocks.0.up": (hada["hada_w1_a"] @ hada["hada_w1_b"]) * (hada["hada_w2_a"] @ hada["hada_w2_b"]),
+        "blocks.1.up": torch.kron(lokr["lokr_w1"], lokr["lokr_w2_a"] @ lokr["lokr_w2_b"]) / 4,
+        "blocks.1.down": dora["dora_scale"] * full / full.norm(dim=1, keepdim=True) - before["blocks.1.down"][1],
+    }
+    assert set(report.layers) == set(wanted)
+    for name, change in wanted.items():
+        gained = after[name][1] - before[name][1]
+        assert float((gained * change).sum() / change.square().sum()) == pytest.approx(1, abs=0.05)
+        assert float((gained - change).norm() / change.norm()) < 0.5
+
+
+def test_a_quantized_kernel_takes_the_change_of_a_convolution(tmp_path):
+    """A kernel that is stored as its matrix is found by its own shape, and moves by the kernel's change."""
+    save_file({"conv.weight": torch.randn(16, 8, 3, 3)}, tmp_path / "in.safetensors")
+    with open_source(tmp_path / "in.safetensors") as source:
+        plan = make_plan(source, "int8", preset="none", layer_rules=[("conv", "int8")], solver="rtn")
+        convert(source, tmp_path / "out.safetensors", plan)
+    down, up = torch.randn(4, 8, 3, 3), torch.randn(16, 4, 1, 1) / 8
+    save_file({"conv.lora_down.weight": down, "conv.lora_up.weight": up}, tmp_path / "lora.safetensors")
+
+    bake_checkpoint(tmp_path / "out.safetensors", tmp_path / "baked.safetensors", tmp_path / "lora.safetensors")
+
+    gained = decoded(tmp_path / "baked.safetensors")["conv"][1] - decoded(tmp_path / "out.safetensors")["conv"][1]
+    change = up.flatten(1) @ down.flatten(1)
+    assert float((gained - change).norm() / change.norm()) < 0.2

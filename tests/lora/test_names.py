@@ -89,11 +89,11 @@ def test_alpha_from_peft_configuration(tmp_path):
     scales = {name: delta.scale for name, delta in read_adapter(folder).match(SHAPES).layers.items()}
     (folder / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
     rooted = {name: delta.scale for name, delta in read_adapter(folder).match(SHAPES).layers.items()}
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "OFT"}))
 
     assert list(scales.values()) == [2.0, 2.0, 0.5]
     assert list(rooted.values()) == [4.0, 4.0, 1.0]
-    with pytest.raises(UnsupportedError, match="is DoRA"):
+    with pytest.raises(UnsupportedError, match="is OFT"):
         read_adapter(folder)
 
 
@@ -149,11 +149,8 @@ def test_what_does_not_fit_is_refused_with_names(tmp_path):
 @pytest.mark.parametrize(
     ("key", "method"),
     [
-        ("lora_unet_x.dora_scale", "DoRA"),
-        ("base_model.model.x.lora_magnitude_vector.default.weight", "DoRA"),
-        ("lora_unet_x.lokr_w1", "LoKr"),
-        ("lora_unet_x.hada_w1_a", "LoHa"),
-        ("lora_unet_x.lora_mid.weight", "Tucker"),
+        ("lora_unet_x.oft_blocks", "OFT"),
+        ("lora_unet_x.on_input.ia3_l", "IA3"),
         ("base_model.model.x.lora_embedding_A.default", "embedding"),
         ("diffusion_model.x.diff_b", "biases"),
     ],

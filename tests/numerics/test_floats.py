@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from lowbit.numerics.floats import (
     fp8_max,
     from_fp8,
     round_to_e2m1,
+    stochastic_to_e2m1,
     stochastic_to_fp8,
     to_fp8,
 )
@@ -200,6 +203,22 @@ def test_given_bytes_round_like_comfy_kitchen_for_every_float16(dtype, oracle):
         number = ~theirs.float().isnan()
         assert torch.equal(ours.view(torch.uint8)[number], theirs.view(torch.uint8)[number])
         assert torch.equal(ours.float().isnan(), x.isnan())
+
+
+def test_stochastic_e2m1_goes_to_a_neighbour_by_distance():
+    """A value and its noise go up where they reach the next step together, else down; values of the grid stay."""
+    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    for low, high in itertools.pairwise(grid):
+        for share in (0.25, 0.5, 0.875):
+            x = torch.stack([low + share * (high - low)] * 2)
+            noise = torch.tensor([1 - share, 1 - share - 0.0625])
+            for sign in (1, -1):
+                assert torch.equal(stochastic_to_e2m1(sign * x, noise), sign * torch.stack([high, low]))
+    for noise in (0.0, 0.5, 1 - 2**-20):
+        signed = torch.cat([grid, -grid])
+        assert torch.equal(stochastic_to_e2m1(signed, torch.full_like(signed, noise)), signed)
+        assert stochastic_to_e2m1(torch.tensor([9.0]), torch.tensor([noise])).item() == 6.0
+    assert torch.signbit(stochastic_to_e2m1(torch.tensor([-0.0, -0.1]), torch.zeros(2))).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

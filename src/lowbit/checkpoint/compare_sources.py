@@ -16,6 +16,7 @@ from .banks import decoded_expert, expert_parts
 from .comparison import CandidateComparison, LayerComparison
 from .dialects import StoredLayer
 from .dialects.base import join_key, layer_of
+from .dropped import dropped_keys
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
 from .weight_shape import KERNEL_AXES, WeightShape, may_pad, weight_shape
@@ -135,8 +136,11 @@ def _check_layers(
         if which
     ]
     if wrong:
+        dropped = missing and {join_key(layer, "weight") for layer in missing} <= dropped_keys(made.component)
+        remedy = "the conversion left them out (--drop-unused): use verify, or compare with a source without them"
         raise CheckpointError(
-            f"{where}: {'; '.join(wrong)}, compared with {source}; compare a checkpoint with the one it was made from"
+            f"{where}: {'; '.join(wrong)}, compared with {source}; "
+            + (remedy if dropped else "compare a checkpoint with the one it was made from")
         )
 
 

@@ -21,6 +21,7 @@ from .convert_group import GroupWork, record_in
 from .convert_layer import LayerWork
 from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
 from .dialects.base import bias_orders
+from .dropped import DROPPED, dropped_text
 from .fold_check import check_folds_fit, check_norms
 from .fold_data import FOLDED, folds_as_text
 from .folder_configs import FolderConfigs, refuse_target
@@ -173,9 +174,9 @@ class _Work:
                 described.setdefault(self._staging.file_of(component, key), []).append(stored)
         plain = {key: held.specs[key] for key in kept}
         self._describe(held, described, plain)
-        if text := folds_as_text(plan.folds):
-            for file in {self._staging.file_of(component, key) for key in held.specs}:
-                self.metadata.setdefault(file, {})[FOLDED] = text
+        for name, text in ((FOLDED, folds_as_text(plan.folds)), (DROPPED, dropped_text(held, plan.tensors))):
+            for file in {self._staging.file_of(component, key) for key in held.specs} if text else ():
+                self.metadata.setdefault(file, {})[name] = text
 
     def _refuse_mixture(self, held: QuantizedComponent) -> None:
         """Layers that stay quantized as they are need the dialect that they are in."""

@@ -1,11 +1,14 @@
-"""A quantized checkpoint turned back into a plain one: every layer decoded, every other tensor copied."""
+"""A quantized checkpoint turned back into a plain one: every layer decoded, every other tensor copied.
+
+Tensors that were cast to 8-bit floats without a scale are values as they are; they are written in 16 bits.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 from lowbit.errors import CheckpointError
 
 from .banks import decoded_expert, experts_of
+from .cast_weights import cast_tensors
 from .dialects import StoredLayer, TensorSpec
 from .dialects.base import join_key
 from .eligibility import dtype_name
@@ -24,7 +28,7 @@ from .pipeline import Progress
 from .quantized_source import QuantizedComponent, look_for_layers
 from .rewrite import Copy, Made, Piece, Settings, batch_copies, rewrite
 from .source import Source
-from .weight_shape import as_plain, plain_key, plain_shape
+from .weight_shape import as_plain, plain_key, plain_shape, value_dtype
 
 _WORKSPACE = 16 << 20
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -32,7 +36,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class DequantizeReport:
-    """What was decoded: the layers' names with the formats they had, and how many other tensors were copied."""
+    """What was decoded: the layers' names with the formats they had; how many other tensors were copied.
+
+    `widened`: how many tensors of 8-bit floats without a scale became wider floats of the same value.
+    """
 
     target: str
     layers: dict[str, str]
@@ -40,6 +47,7 @@ class DequantizeReport:
     resumed: int
     bytes_after: int
     seconds: float
+    widened: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As JSON data."""
@@ -57,12 +65,14 @@ def dequantize(
 ) -> DequantizeReport:
     """Write the effective weights of a quantized checkpoint, as a file that any program loads.
 
-    `dtype`: of the decoded weights; by default what each was before it was quantized. Biases that a format had put a
+    `dtype`: of the decoded weights; by default what each was before it was quantized, bfloat16 for those that were cast
+    to 8-bit floats. Biases that a format had put a
     constant into get it back. Scales, markers and the description in the header are left out. Other options as in
     `convert`.
 
     Raises:
-        CheckpointError: nothing in the source is quantized, a layer is not sound, or writing failed.
+        CheckpointError: nothing in the source is quantized or cast, a layer is not sound, 8-bit floats have a scale
+            that lowbit does not know, or writing failed.
     """
     began = time.perf_counter()
     _check_dtype(dtype)
@@ -70,16 +80,21 @@ def dequantize(
     metadata = staging.metadata()
     pieces: list[Piece | Copy] = []
     layers: dict[str, str] = {}
+    widened = 0
     configs = FolderConfigs()
     for component in source.components:
         held = look_for_layers(source, component)
-        pieces += _pieces(held, staging, dtype)
+        casts = cast_tensors(held)
+        widened += len(casts)
+        pieces += _pieces(held, staging, dtype, casts)
         layers |= {held.full_name(name): stored.format.spec for name, stored in held.layers.items()}
         for entries in metadata.values():
             held.strip_description(entries)
         configs.strip(held)
-    if not layers:
-        raise CheckpointError(f"{source.place}: holds no quantized layer; there is nothing to decode")
+    if not layers and not widened:
+        raise CheckpointError(
+            f"{source.place}: holds no quantized layer and no 8-bit floats; there is nothing to decode"
+        )
     staging.replaced = configs.texts()
     facts = ["dequantize", source.fingerprint(), str(dtype), torch.__version__]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -87,7 +102,7 @@ def dequantize(
     done = rewrite(source, staging, pieces, metadata, fingerprint=fingerprint, settings=settings)
     copied = sum(len(piece.specs) for piece in pieces if isinstance(piece, Copy))
     size = sum(spec.nbytes for piece in pieces for spec in piece.specs.values())
-    return DequantizeReport(str(target), layers, copied, done.resumed, size, time.perf_counter() - began)
+    return DequantizeReport(str(target), layers, copied, done.resumed, size, time.perf_counter() - began, widened)
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:
@@ -96,8 +111,10 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
         raise CheckpointError(f"cannot decode to {dtype_name(dtype)}; the dtypes for weights are {names}")
 
 
-def _pieces(held: QuantizedComponent, staging: Staging, dtype: torch.dtype | None) -> list[Piece | Copy]:
-    """One piece a quantized layer, and copies of all other tensors that mean something."""
+def _pieces(
+    held: QuantizedComponent, staging: Staging, dtype: torch.dtype | None, casts: Mapping[str, TensorSpec]
+) -> list[Piece | Copy]:
+    """One piece a quantized layer or cast tensor, and copies of all other tensors that mean something."""
     pieces: list[Piece | Copy] = []
     folded: set[str] = set()
     for layer, stored in held.layers.items():
@@ -111,7 +128,12 @@ def _pieces(held: QuantizedComponent, staging: Staging, dtype: torch.dtype | Non
         memory = (2 * size + 2 * sum(spec.nbytes for spec in specs.values())) // (experts_of(stored) or 1) + _WORKSPACE
         file = staging.file_of(held.component, stored.keys["qdata"])
         pieces.append(Piece(held.full_name(layer), file, specs, size, memory, _Decode(held, stored, specs)))
-    plain = [key for key in held.found.plain if key not in folded]
+    for key, spec in casts.items():
+        specs = {key: TensorSpec(dtype or value_dtype(spec.dtype), spec.shape)}
+        memory = spec.nbytes + 2 * specs[key].nbytes + _WORKSPACE
+        file = staging.file_of(held.component, key)
+        pieces.append(Piece(f"widen {held.full_name(key)}", file, specs, spec.nbytes, memory, _Widen(held, specs)))
+    plain = [key for key in held.found.plain if key not in folded and key not in casts]
     pieces += batch_copies(held.component, plain, lambda key: staging.file_of(held.component, key))
     return pieces
 
@@ -140,3 +162,14 @@ class _Decode:
         for index in range(experts_of(self.stored)):
             w = decoded_expert(self.held, self.stored, index, self.specs[key].dtype)
             yield Made({key: as_plain(w, self.stored)})
+
+
+@dataclass(frozen=True)
+class _Widen:
+    """Makes one tensor of 8-bit floats in the dtype of its spec, which holds all of its values."""
+
+    held: QuantizedComponent
+    specs: dict[str, TensorSpec]
+
+    def __call__(self) -> Made:
+        return Made({key: self.held.read(key).to(spec.dtype) for key, spec in self.specs.items()})

@@ -11,10 +11,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+import torch
+
 from lowbit.errors import PlanError
 
-from .dialects.base import Dialect, StoredLayer, TensorSpec
+from .dialects.base import Dialect, StoredLayer, TensorSpec, needed_dtype
+from .eligibility import dtype_name
 from .quantized_source import QuantizedComponent
+
+_DTYPES = ("dtype", "torch_dtype")  # what transformers calls it, now and before
 
 
 class FolderConfigs:
@@ -34,12 +39,17 @@ class FolderConfigs:
     def describe(
         self, held: QuantizedComponent, dialect: Dialect, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]
     ) -> None:
-        """Put in what a dialect says about its layers. A file that the source lacks is made only where it is needed."""
+        """Put in what a dialect says about its layers. A file that the source lacks is made only where it is needed.
+
+        Where the dialect's readers need a model of one dtype, config.json gives it that.
+        """
+        layers = list(layers)
+        dtype = needed_dtype(dialect, (layer.format for layer in layers))
         for name, fields in dialect.config_fields(layers, plain).items():
             path = _path(held, name)
             content = self.contents[path] if path in self.contents else held.configs.get(name)
             if name in held.configs or (dialect.needs_folder and name != "config.json"):
-                self.contents[path] = {**(content or {}), **fields}
+                self.contents[path] = _with_dtype({**(content or {}), **fields}, dtype)
 
     def texts(self) -> dict[str, str | None]:
         """What takes the place of the source's files, by path; None for a file that is left out."""
@@ -47,6 +57,36 @@ class FolderConfigs:
             path: None if content is None else json.dumps(content, indent=2) + "\n"
             for path, content in self.contents.items()
         }
+
+
+def _with_dtype(config: dict[str, Any], dtype: torch.dtype | None, *, whole: bool = True) -> dict[str, Any]:
+    """A configuration, and those of a model's parts in it, with another dtype wherever one is named.
+
+    `whole`: it is that of a whole model, which has to name one.
+    """
+    if dtype is None:
+        return config
+    changed = dict(config)
+    if whole and not any(isinstance(config.get(name), str) for name in _DTYPES):
+        changed["torch_dtype"] = dtype_name(dtype)  # the name that all versions of transformers read
+    for name, value in config.items():
+        if name in _DTYPES and isinstance(value, str):
+            changed[name] = dtype_name(dtype)
+        elif name.endswith("_config") and name != "quantization_config" and isinstance(value, dict):
+            changed[name] = _with_dtype(value, dtype, whole=False)
+    return changed
+
+
+def changed_dtype(dialect: Dialect, stored: StoredLayer) -> str:
+    """What to know where a layer makes `describe` give the model another dtype; "" where it does not."""
+    dtype = needed_dtype(dialect, (stored.format,))
+    if dtype is None or dtype == stored.dtype:
+        return ""
+    now = dtype_name(dtype)
+    return (
+        f"{stored.format.name}: programs that read {dialect.name} decode it to {now}, so config.json says {now} "
+        f"instead of {dtype_name(stored.dtype)}; tensors that are kept are rounded to it when they are loaded"
+    )
 
 
 def refuse_target(held: QuantizedComponent, dialect: Dialect, *, single: bool) -> None:

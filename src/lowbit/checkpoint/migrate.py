@@ -20,7 +20,7 @@ from .dialects import Container, Dialect, dialects, get_dialect
 from .dialects.base import Read, StoredLayer, bias_orders
 from .dialects.comfy import COMFY
 from .dialects.comfy_migrate import CONVENTIONS, Migration, Step, describe, migrate as migrate_file
-from .folder_configs import FolderConfigs, refuse_target
+from .folder_configs import FolderConfigs, changed_dtype, refuse_target
 from .output import Staging
 from .pipeline import Progress
 from .presets import GENERIC, detect_preset
@@ -125,6 +125,7 @@ class _Work:
         self.pieces += batch_copies(component, held.found.plain, partial(self._staging.file_of, component))
         self.notes += [*held.found.notes, *(f"{plan.old.layer}: {note}" for plan in plans for note in plan.old.notes)]
         self.notes += [plan.note for plan in plans if plan.note]
+        self.notes += dict.fromkeys(note for plan in plans if (note := changed_dtype(dialect, plan.new)))
         self.notes += _tables(held, dialect)
         plain = {key: held.specs[key] for key in held.found.plain}
         self._staging.reorder(component, bias_orders(dialect, [plan.new for plan in plans]))

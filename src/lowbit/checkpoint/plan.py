@@ -16,18 +16,18 @@ from lowbit.formats.base import Format
 from lowbit.solvers import AUTO
 
 from . import shared_low_rank as shared
+from .cast_weights import not_to_be_had, unknown_scales
 from .dialects import StoredLayer, TensorSpec, written_dialect
 from .dialects.base import join_key, layer_of
 from .eligibility import axes_of, better_left, cannot_hold, cannot_store, dtype_name, not_by_default
 from .layer_statistics import LayerStatistics
 from .plan_data import ComponentPlan, Plan, TensorPlan
-from .plan_rules import TURNED_BANKS, Pattern, Rules, full_name
+from .plan_rules import FULL_PRECISION, TURNED_BANKS, Pattern, Rules, full_name
 from .presets import GENERIC, BoundPreset, Preset, detect_preset, get_preset
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source
 from .stored_format import StoredFormat
 from .weight_shape import (
-    CAST_DTYPES,
     WeightShape,
     lacks_lookup,
     lacks_place,
@@ -58,6 +58,7 @@ def make_plan(
     convolutions: bool = False,
     bank_transposed: Sequence[str] = (),
     share_low_rank: bool = False,
+    full_precision: Sequence[str] = (),
 ) -> Plan:
     """Decide what becomes of every tensor of `source`; reads headers and markers only.
 
@@ -70,6 +71,8 @@ def make_plan(
     `convolutions`: quantize their kernels, too, which otherwise only a layer rule does. `bank_transposed`: patterns of
     banks of experts that are [E, K, N]; all others are taken for [E, N, K], as transformers documents.
     `share_low_rank`: layers of svdquant_w4a4 that read the same input get one smooth_factor and one proj_down.
+    `full_precision`: patterns of layers whose marker says full_precision_matrix_mult: no runtime may quantize their
+    activations (comfy; fp8, mxfp8 and nvfp4).
 
     Raises:
         PlanError: a pattern is wrong or matches nothing, the source is quantized already, the preset is unknown.
@@ -79,7 +82,8 @@ def make_plan(
     kept, chosen = [Pattern("keep", text) for text in keep], [Pattern("only", text) for text in only]
     turned = [Pattern(TURNED_BANKS, text) for text in bank_transposed]
     stored, into = StoredFormat.parse(format), written_dialect(dialect)
-    rules = Rules(stored, solver, kept, chosen, by_layer, into, statistics, turned, convolutions, requantize)
+    full = [Pattern(FULL_PRECISION, text) for text in full_precision]
+    rules = Rules(stored, solver, kept, chosen, by_layer, into, statistics, turned, convolutions, requantize, full)
     rules.check()
     components = []
     for component in source.components:
@@ -129,7 +133,7 @@ def _plan_component(
     owner = {key: stored for stored in held.layers.values() for key in stored.keys.values()}
     container = set(held.found.container)
     biases = frozenset(key for key, spec in held.specs.items() if key.endswith(".bias") and len(spec.shape) == 1)
-    scales = {layer: key for key in held.found.plain for layer in [_scaled_layer(key, held.specs)] if layer is not None}
+    scales = unknown_scales(held.found.plain, held.specs)
     names = _Naming(component.name, bound, biases, scales, by_name=preset != "none")
     weights = {
         stored.layer: _decide(plain_key(stored), TensorSpec(stored.dtype, plain_shape(stored)), names, rules, stored)
@@ -194,7 +198,7 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
     is_table = names.preset.is_embedding(layer or "")
     if opinion is not None and opinion.action == "drop":
         return _tensor(key, spec, "drop", opinion.why)
-    unfit = _other_scale(spec, names.scales.get(layer or "") if was is None and layer is not None else None)
+    unfit = not_to_be_had(spec, names.scales.get(layer or "") if was is None and layer is not None else None)
     unfit = unfit or cannot_hold(name, spec, requantize=rules.requantize)
     why = unfit
     if why is None and keep is not None:
@@ -224,21 +228,6 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
     return _as_wanted(plan, stored, full, rules, has_bias=join_key(layer or "", "bias") in names.biases)
 
 
-def _scaled_layer(key: str, specs: Mapping[str, TensorSpec]) -> str | None:
-    """The layer whose weight of 8-bit floats this tensor may scale, by its name; None for any other tensor."""
-    layer, _, name = key.rpartition(".")
-    weight = specs.get(join_key(layer.removesuffix(".weight"), "weight"))
-    cast = weight is not None and weight.dtype in CAST_DTYPES
-    return layer.removesuffix(".weight") if cast and "scale" in name else None
-
-
-def _other_scale(spec: TensorSpec, scale: str | None) -> str | None:
-    """Why the values of a weight of 8-bit floats are not to be had, or None."""
-    if scale is None or spec.dtype not in CAST_DTYPES:
-        return None
-    return f"already quantized ({dtype_name(spec.dtype)}), and how {scale!r} scales it is not known"
-
-
 def _as_wanted(plan: TensorPlan, stored: StoredFormat, name: str, rules: Rules, *, has_bias: bool) -> TensorPlan:
     """The plan of a weight with its format and its solver."""
     layer = StoredLayer(
@@ -247,8 +236,11 @@ def _as_wanted(plan: TensorPlan, stored: StoredFormat, name: str, rules: Rules, 
     )  # fmt: skip
     fitted, also = rules.fit(layer, name)
     stored = rules.spelled(replace(stored, format=fitted), layer)
+    rules.note_dtype(replace(layer, format=stored.format))
     solver = rules.pick(stored.format, name, has_bias=has_bias)
-    return replace(plan, why=plan.why + also, format=stored.spec, solver=solver)
+    options = rules.options(stored.format, name)
+    also += f"; {options}" if options else ""
+    return replace(plan, why=plan.why + also, format=stored.spec, solver=solver, options=options)
 
 
 def _better_left(name: str, weight: WeightShape, rules: Rules, was: StoredLayer | None) -> str | None:

@@ -12,12 +12,15 @@ from lowbit.solvers import AUTO, parse_pipeline, pick_solver
 
 from .dialects import Dialect, StoredLayer
 from .eligibility import axes_of
+from .folder_configs import changed_dtype
+from .full_precision import OPTION, lacks_option, refuses_option
 from .layer_statistics import LayerStatistics, knowledge
 from .plan_data import ComponentPlan, TensorPlan
 from .stored_format import StoredFormat
 from .weight_shape import BANK_AXES, TURNED_BANK_AXES, WeightShape, refusal
 
 TURNED_BANKS = "bank-transposed"
+FULL_PRECISION = "full-precision-matrix-mult"
 
 
 @dataclass
@@ -46,7 +49,8 @@ class Rules:
     """What the user asked for.
 
     `turned_banks`: patterns of banks [E, K, N]; `convolutions`: kernels are wanted, too; `requantize`: so are weights
-    that are quantized already. `doubts`: what to know of single layers before the plan is followed.
+    that are quantized already; `full_precision`: of layers whose activations no runtime may quantize. `doubts`: what to
+    know of single layers before the plan is followed.
     """
 
     stored: StoredFormat
@@ -59,11 +63,14 @@ class Rules:
     turned_banks: list[Pattern] = field(default_factory=list)
     convolutions: bool = False
     requantize: bool = False
+    full_precision: list[Pattern] = field(default_factory=list)
     picked: dict[tuple[str, str], str] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         """Raise for a layout that no file holds, a format that needs calibration, and an unknown solver."""
+        if self.full_precision and (why := lacks_option(self.dialect)):
+            raise PlanError(f"--{FULL_PRECISION}: {why}")
         for wanted in (self.stored, *(stored for _, stored in self.by_layer)):
             wanted.check_stored()
             fmt = wanted.format
@@ -107,6 +114,23 @@ class Rules:
             return layer.format, f"{why}, but the dialect {self.dialect.name} has no place for {fitted}"
         return fitted, why
 
+    def options(self, fmt: Format, name: str) -> str:
+        """The option that a layer's marker says, or "" (`TensorPlan.options`)."""
+        if not [pattern for pattern in self.full_precision if pattern.matches(name)]:
+            return ""
+        why = refuses_option(fmt)
+        if why is not None and fmt.rounds_input:
+            raise PlanError(f"--{FULL_PRECISION}: layer {name!r}: {why}")
+        if why is not None and why not in self.doubts:
+            self.doubts.append(why)
+        return OPTION if why is None else ""
+
+    def note_dtype(self, stored: StoredLayer) -> None:
+        """Say once that the dialect's readers take models with this format in another dtype than the source's."""
+        note = changed_dtype(self.dialect, stored)
+        if note and note not in self.doubts:
+            self.doubts.append(note)
+
     def oriented(self, weight: WeightShape, name: str, family: str) -> tuple[WeightShape, str]:
         """A weight with the axes that the user says it has, and the reason to add where it is a bank.
 
@@ -135,10 +159,12 @@ class Rules:
 
     def refuse_unused(self, components: Iterable[ComponentPlan]) -> None:
         """A pattern that matches nothing is a typing error until shown otherwise."""
-        for pattern in (*self.keep, *self.only, *(pattern for pattern, _ in self.by_layer), *self.turned_banks):
+        rules = (pattern for pattern, _ in self.by_layer)
+        for pattern in (*self.keep, *self.only, *rules, *self.turned_banks, *self.full_precision):
             if not pattern.used:
                 banks = pattern.option == TURNED_BANKS
                 what, short = ("bank of experts", "bank") if banks else ("layer", "layer")
+                what += " that is quantized" if pattern.option == FULL_PRECISION else ""
                 names = list(_names(components, banks=banks))
                 example = f"; a {short}'s name is, for example, {names[len(names) // 2]!r}" if names else ""
                 raise PlanError(f"--{pattern.option} {pattern.text!r} matches no {what}{example}; correct the pattern")

@@ -21,6 +21,7 @@ from lowbit.solvers import Pipeline, misfit, parse_pipeline
 from .banks import stored_specs
 from .dialects.base import Dialect, StoredLayer, TensorSpec, join_key, layer_of
 from .eligibility import cannot_hold, cannot_store, dtype_name
+from .full_precision import OPTION, lacks_option, refuses_option
 from .safetensors_header import DTYPES
 from .stored_format import StoredFormat
 from .weight_shape import WeightShape, refusal, value_dtype
@@ -38,7 +39,8 @@ class TensorPlan:
     it, when it is quantized already. `name`: the layer, where the key does not tell (another tool's codes, and codes of
     a parameter without ".weight"). `axes`: what the axes of a quantized weight are, where it is no matrix [N, K]:
     "O I ..." of a convolution, "E N K" of a bank of experts, and others of `weight_shape`. `shares`: a name that layers
-    have in common which get one smooth_factor and one proj_down (`shared_low_rank`).
+    have in common which get one smooth_factor and one proj_down (`shared_low_rank`). `options`: "" or
+    "full_precision_matrix_mult", which the layer's marker then says (`full_precision`).
     """
 
     key: str
@@ -52,6 +54,7 @@ class TensorPlan:
     name: str = ""
     axes: str = ""
     shares: str = ""
+    options: str = ""
 
     @property
     def layer(self) -> str:
@@ -85,6 +88,7 @@ class TensorPlan:
     def stored_layer(self) -> StoredLayer:
         """The layer as it is to be written."""
         options = self.weight.options(parameter=bool(self.name) or layer_of(self.key) is None)
+        options |= {OPTION: True} if self.options else {}
         dtype, layout = value_dtype(self.spec.dtype), self.stored.layout
         return StoredLayer(self.layer, self.fmt, self.weight.matrix, dtype, layout=layout, options=options)
 
@@ -107,6 +111,8 @@ class TensorPlan:
             return {}
         if self.action == "keep":
             return {self.key: self.spec}
+        if self.options and (why := lacks_option(dialect)):
+            raise PlanError(f"layer {self.layer!r}: {why}")
         if why := refusal(dialect, self.stored_layer):
             raise PlanError(
                 f"layer {self.layer!r} as {self.format}: {why}; keep this layer, or choose another format or dialect"
@@ -129,6 +135,10 @@ class TensorPlan:
             raise PlanError(f"{place}: {error}") from error
         if misfits:
             raise PlanError(f"{place}: {fmt} {misfits}")
+        if self.options not in ("", OPTION):
+            raise PlanError(f"{place}: options is {self.options!r}, expected {OPTION!r} or nothing")
+        if self.options and (why := refuses_option(fmt)):
+            raise PlanError(f"{place}: {why}")
         key = join_key(self.layer, "weight") if self.name else self.key
         why = cannot_hold(key, self.spec, requantize=True)  # a plan says what is wanted
         why = why or self.weight.problem or cannot_store(self.stored, self.weight)

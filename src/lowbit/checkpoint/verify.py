@@ -20,11 +20,12 @@ from .accuracy import Accuracy, AccuracyMeter
 from .banks import decoded_expert, expert_parts
 from .dialects import StoredLayer
 from .dialects.base import join_key, layer_of
+from .dropped import dropped_keys
 from .folding import folded_like, paired
 from .pipeline import Progress, Unit, run_units
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
-from .weight_shape import KERNEL_AXES, WeightShape, may_pad, plain_key, weight_shape
+from .weight_shape import CAST_DTYPES, KERNEL_AXES, WeightShape, may_pad, plain_key, weight_shape
 
 _PIECE = 16 << 20  # bytes compared at a time
 
@@ -56,7 +57,9 @@ class VerifyResult:
     layers: tuple[LayerResult, ...]
     problems: tuple[str, ...]
     identical: int
-    """How many other tensors have the very bytes of the source."""
+    """How many other tensors have the very bytes of the source, or, of 8-bit floats, its values in a wider dtype."""
+    dropped: tuple[str, ...] = ()
+    """Tensors of the source that the conversion left out, as the output's header says (`--drop-unused`)."""
 
     def failing(self, threshold: float) -> list[LayerResult]:
         """The layers whose SQNR is below `threshold` dB, or that could not be compared."""
@@ -70,7 +73,8 @@ class VerifyResult:
     def to_json(self) -> dict[str, Any]:
         """As JSON data."""
         layers = [layer.to_json() for layer in self.layers]
-        return {"layers": layers, "problems": list(self.problems), "identical": self.identical}
+        found = {"problems": list(self.problems), "identical": self.identical, "dropped": list(self.dropped)}
+        return {"layers": layers, **found}
 
 
 def _sqnr(layer: LayerResult) -> float:
@@ -91,12 +95,14 @@ def verify(
     """
     tasks: list[_Task] = []
     problems: list[str] = []
+    dropped: list[str] = []
     pairs = paired(source, output)
     source, _ = folded_like(source, output, pairs)
     for before, after in pairs:
         held, made = look_for_layers(source, before, strict=False), look_for_layers(output, after, strict=False)
         problems += [problem.message for problem in made.found.problems]
         problems += _missing(held, made)
+        dropped += [made.full_name(key) for key in _left_out(held, made)]
         tasks += _tasks(held, made)
     units = [Unit(task.name, task.size, task.memory, task.run) for task in tasks]
     run_units(units, jobs=jobs, progress=progress)
@@ -104,13 +110,23 @@ def verify(
         tuple(task.result for task in tasks if task.result is not None),
         (*problems, *(task.problem for task in tasks if task.problem)),
         sum(task.same for task in tasks),
+        tuple(dropped),
     )
+
+
+def _keys(held: QuantizedComponent) -> set[str]:
+    """The keys of all weights and tensors, as if none were quantized."""
+    return {*held.found.plain, *map(plain_key, held.layers.values())}
+
+
+def _left_out(held: QuantizedComponent, made: QuantizedComponent) -> list[str]:
+    """The keys that only the source has, because the conversion dropped them."""
+    return sorted((_keys(held) - _keys(made)) & dropped_keys(made.component))
 
 
 def _missing(held: QuantizedComponent, made: QuantizedComponent) -> list[str]:
     """Tensors that only one of the two has, in words. Those of a layer that cannot be read are its own problem."""
-    before = {*held.found.plain, *map(plain_key, held.layers.values())}
-    after = {*made.found.plain, *map(plain_key, made.layers.values())}
+    before, after = _keys(held) - set(_left_out(held, made)), _keys(made)
     made_biases = {join_key(layer, "bias") for layer, stored in made.layers.items() if stored.format.folds_bias}
     place = made.component.shards[0].path
     lost = [f"{place}: {key!r} of the source is missing" for key in sorted(before - after) if not _broken(made, key)]
@@ -224,12 +240,23 @@ class _Task:
 
     def _compare_bytes(self) -> None:
         before, after = self.held.specs[self.key], self.made.specs[self.key]
-        if before != after:
+        if before != after and self._widened():
+            self.same = 1
+        elif before != after:
             self.problem = f"{self.name}: is {after} here and {before} in the source{self._distance()}"
         elif self._bytes_equal(after.shape, after.nbytes):
             self.same = 1
         else:
             self.problem = f"{self.name}: differs from the source{self._distance()}"
+
+    def _widened(self) -> bool:
+        """Whether these are the values of 8-bit floats in a wider dtype, as `dequantize` writes them."""
+        before, after = self.held.specs[self.key], self.made.specs[self.key]
+        values = self.key in self.held.found.plain and before.dtype in CAST_DTYPES
+        wider = after.dtype.is_floating_point and after.dtype.itemsize > before.dtype.itemsize
+        if not values or not wider or before.shape != after.shape:
+            return False
+        return self._bytes_equal(after.shape, after.nbytes)
 
     def _distance(self) -> str:
         """How far a plain weight is from the source's, in words; of a dequantized file that is what one asks."""
@@ -246,14 +273,18 @@ class _Task:
 
     def _bytes_equal(self, shape: tuple[int, ...], size: int) -> bool:
         if size <= _PIECE or not shape:
-            return _equal(self.held.read(self.key), self.made.read(self.key))
+            return self._same(self.held.read(self.key), self.made.read(self.key))
         rows = max(1, _PIECE * shape[0] // size)
         return all(
-            _equal(
+            self._same(
                 *(x.source.read_rows(x.component, self.key, a, min(a + rows, shape[0])) for x in (self.held, self.made))
             )
             for a in range(0, shape[0], rows)
         )
+
+    def _same(self, before: Tensor, after: Tensor) -> bool:
+        before = before if before.dtype == after.dtype else before.to(after.dtype)
+        return torch.equal(before.reshape(-1).view(torch.uint8), after.reshape(-1).view(torch.uint8))
 
 
 def _add(meter: AccuracyMeter, stored: StoredLayer, parts: Parts, rows: Callable[[int, int], Tensor]) -> None:
@@ -265,7 +296,3 @@ def _add(meter: AccuracyMeter, stored: StoredLayer, parts: Parts, rows: Callable
         for start, stop in row_chunks(n, k, fmt.row_multiple)
     ]
     meter.add_sums(torch.cat(sums, dim=1))  # at once, as the conversion adds them: the same number to the last bit
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

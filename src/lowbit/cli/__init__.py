@@ -23,10 +23,12 @@ from lowbit.cli import (
     verify,
     warmup,
 )
+from lowbit.cli.group import Commands
 from lowbit.cli.output import epilog, make_streams_safe
 
 app = typer.Typer(
     name="lowbit",
+    cls=Commands,
     help="Take model weights from 16 bits to 8 and 4, prove what was lost, and run them.",
     epilog=epilog(
         "lowbit demo",

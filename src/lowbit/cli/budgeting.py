@@ -26,7 +26,7 @@ from lowbit.checkpoint.plan import Plan
 from lowbit.checkpoint.sensitivity import PLANNED, START, Candidate, Sensitivities, measure
 from lowbit.checkpoint.source import Source
 from lowbit.checkpoint.stored_format import StoredFormat
-from lowbit.cli.output import asking, decibels, progress, say, show, size, split_rule, stderr, table
+from lowbit.cli.output import asking, decibels, progress, say, show, size, split_rule, table, warn
 from lowbit.cli.planning import Wishes, becomes
 from lowbit.errors import PlanError
 from lowbit.solvers import parse_pipeline
@@ -101,6 +101,7 @@ class Target:
             statistics=statistics,
             convolutions=wishes.convolutions,
             bank_transposed=wishes.bank_transposed,
+            full_precision=wishes.full_precision_matrix_mult,
         ).weighted(self.weight_rules)
         how = self.how(selection.candidates, statistics)
         if statistics is not None:
@@ -151,10 +152,10 @@ def _warn_of_missing_gradients(candidates: Sequence[Candidate], statistics: Laye
     lacking = [one.name for one in candidates if not statistics.has_gradients(one.name)]
     if 0 < len(lacking) < len(candidates):
         line = (
-            f"warning: {len(lacking)} of {len(candidates)} layers with a choice have no gradients ({some(lacking)}), "
+            f"{len(lacking)} of {len(candidates)} layers with a choice have no gradients ({some(lacking)}), "
             "so all layers count the same; with --keep for these the rest counts by what it does to the model's output"
         )
-        stderr().print(line, soft_wrap=True, markup=False)
+        warn(line)
 
 
 def parse_size(text: str, whole: int) -> int:

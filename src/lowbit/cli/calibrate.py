@@ -23,7 +23,7 @@ from lowbit.checkpoint.target import check_file_target, refuse_inputs
 from lowbit.cli import options
 from lowbit.cli.beside import files_of
 from lowbit.cli.given import refuse_idle
-from lowbit.cli.output import asking, command, epilog, print_json, say, show, size, stderr, table
+from lowbit.cli.output import asking, command, epilog, print_json, say, show, size, stderr, table, warn
 from lowbit.errors import PlanError
 from lowbit.integrations.factories import call_factory
 from lowbit.integrations.text_batches import (
@@ -335,7 +335,7 @@ def _counting() -> Iterator[Callable[[int, int | None, str], None] | None]:
 
 def _tell(found: StatisticsCollection, output: Path, *, as_json: bool) -> None:
     for line in found.warnings():
-        stderr().print(f"warning: {line}", soft_wrap=True, markup=False)
+        warn(line)
     if as_json:
         print_json({"target": str(output), "bytes": output.stat().st_size, **found.describe()})
         return

@@ -59,6 +59,7 @@ def convert(
     dialect: options.Dialect = "comfy",
     requantize: options.Requantize = False,
     drop_unused: options.DropUnused = False,
+    full_precision_matrix_mult: options.FullPrecision = None,
     stats: options.Stats = None,
     fold_scales: options.FoldScales = False,
     share_low_rank: options.ShareLowRank = False,
@@ -89,9 +90,20 @@ def convert(
     when the same command is given again.
     """
     patterns = (keep or (), only or (), layer or ())
-    banks, shared = bank_transposed or (), share_low_rank
+    banks, full = bank_transposed or (), full_precision_matrix_mult or ()
     wishes = Wishes(
-        format, solver, preset, *patterns, dialect, requantize, convolutions, banks, fold_scales, shared, drop_unused
+        format,
+        solver,
+        preset,
+        *patterns,
+        dialect,
+        requantize,
+        convolutions,
+        banks,
+        fold_scales,
+        share_low_rank,
+        drop_unused,
+        full,
     )
     refuse_both(wishes, plan)
     if error_lora is None:

@@ -28,7 +28,8 @@ def dequantize(
         str,
         typer.Option(
             metavar="NAME",
-            help=f"Dtype of the decoded weights: {', '.join(_DTYPES)}; by default what each was.",
+            help=f"Dtype of the decoded weights: {', '.join(_DTYPES)}; by default what each was, "
+            "bfloat16 for 8-bit floats that no scale belongs to.",
             show_default=False,
         ),
     ] = "",
@@ -37,14 +38,18 @@ def dequantize(
     source_dialect: options.SourceDialect = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write the weights that a quantized checkpoint stands for, as a file that any program loads."""
+    """Write the weights that a quantized checkpoint stands for, as a file that any program loads.
+
+    Weights that were only cast to 8-bit floats become 16 bits, with the same values.
+    """
     chosen = _dtype(dtype)
     with open_source(src, source_dialect) as source, progress("decoding") as update:
         done = run(source, output, dtype=chosen, jobs=jobs, resume=resume, progress=update)
     if as_json:
         print_json(done.to_json())
         return
-    say(f"{len(done.layers)} layers decoded, {done.copied} tensors copied")
+    widened = f", {done.widened} tensors of 8-bit floats without a scale widened" if done.widened else ""
+    say(f"{len(done.layers)} layers decoded{widened}, {done.copied} tensors copied")
     say(f"{done.target}: {size(done.bytes_after)} in {done.seconds:.1f} s", "bold")
 
 

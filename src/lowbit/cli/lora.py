@@ -21,7 +21,8 @@ EPILOG = epilog(
     "lowbit lora bake flux-nvfp4.safetensors style.safetensors -o flux-style-nvfp4.safetensors --strength 0.8",
 )
 AdapterPath = Annotated[
-    Path, typer.Argument(metavar="ADAPTER", help="A LoRA file, or a PEFT folder.", show_default=False)
+    Path,
+    typer.Argument(metavar="ADAPTER", help="A file of LoRA, LoHa, LoKr or DoRA, or a PEFT folder.", show_default=False),
 ]
 
 
@@ -35,7 +36,7 @@ def inspect(
     source_dialect: options.SourceDialect = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show the layers that a LoRA changes, with their ranks and scales, and where they are in a checkpoint."""
+    """Show the layers that an adapter changes, with their ranks and scales, and where they are in a checkpoint."""
     read = read_adapter(adapter)
     places: dict[str, str] = {}
     if checkpoint is not None:
@@ -44,10 +45,12 @@ def inspect(
     if as_json:
         print_json({"layers": [_row(read, name, places) for name in read.layers], "notes": list(read.notes)})
         return
-    shown = table("layer", "rank", "scale", "changes", "in the checkpoint", right=("rank", "scale"))
+    shown = table("layer", "kind", "rank", "scale", "changes", "in the checkpoint", right=("rank", "scale"))
     for name, delta in read.layers.items():
         shape = "x".join(map(str, delta.shape))
-        shown.add_row(name, str(delta.rank), f"{delta.scale:g}", shape, places.get(name, "-"))
+        shown.add_row(
+            name, delta.kind, str(delta.rank) if delta.rank else "-", f"{delta.scale:g}", shape, places.get(name, "-")
+        )
     show(shown)
     for note in read.notes:
         say(f"note: {note}", "yellow")
@@ -108,7 +111,14 @@ def bake(
 def _row(adapter: Adapter, name: str, places: dict[str, str]) -> dict[str, object]:
     delta = adapter.layers[name]
     found = {"in": places[name]} if name in places else {}
-    return {"layer": name, "rank": delta.rank, "scale": delta.scale, "shape": list(delta.shape), **found}
+    return {
+        "layer": name,
+        "kind": delta.kind,
+        "rank": delta.rank,
+        "scale": delta.scale,
+        "shape": list(delta.shape),
+        **found,
+    }
 
 
 def _show(done: BakeReport) -> None:

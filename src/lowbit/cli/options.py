@@ -144,6 +144,16 @@ DropUnused = Annotated[
         help="Leave out what the preset says that this use of the model never needs, such as T5's decoder.",
     ),
 ]
+FullPrecision = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--full-precision-matrix-mult",
+        metavar="REGEX",
+        help="Layers in fp8, mxfp8 or nvfp4 whose activations ComfyUI must not quantize ('.' for all): their markers "
+        "say so; may be repeated.",
+        show_default=False,
+    ),
+]
 ErrorLora = Annotated[
     Path | None,
     typer.Option(

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import typer
 from rich.cells import cell_len
@@ -29,6 +29,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from lowbit.cli.printable import printable
 from lowbit.errors import CheckpointError, LowbitError, PlanError, WriteError
 
 PIPE_WIDTH = 200  # characters of a line where there is no terminal to ask
@@ -48,11 +49,12 @@ class Exit(IntEnum):
     INPUT = 3  # an input file is missing, broken or does not hold what is needed
     OUTPUT = 4  # the output cannot be written
     INTERRUPTED = 130
+    CLOSED = 141  # whoever read the output has ended, as `head` does; what a program killed by SIGPIPE ends with
 
 
 CODES = (
     "Exit codes: 0 done, 1 problems found or below the threshold, 2 wrong option, plan or selection, 3 bad input, "
-    "4 output cannot be written, 130 interrupted."
+    "4 output cannot be written, 130 interrupted, 141 nobody reads the output any more."
 )
 
 
@@ -62,6 +64,24 @@ class Failure(Exception):  # noqa: N818  (it carries an exit code; the error is 
     def __init__(self, code: Exit, error: LowbitError) -> None:
         super().__init__(str(error))
         self.code, self.error = code, error
+
+
+class OutputClosed(Exception):  # noqa: N818  (no error of this command)
+    """Nobody reads stdout or stderr any more."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process with 1."""
+        _discard(sys.stderr if self.stderr else sys.stdout)
+
+
+def _discard(stream: TextIO) -> NoReturn:
+    """Send what is still to be written nowhere, or Python would try again as it ends. Raises `OutputClosed`."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+    raise OutputClosed
 
 
 def stdout() -> Console:
@@ -77,7 +97,7 @@ def stderr() -> Console:
 def _console(*, error: bool) -> Console:
     stream = sys.stderr if error else sys.stdout
     width = None if stream.isatty() else PIPE_WIDTH
-    return Console(stderr=error, width=width, highlight=False, soft_wrap=False, markup=False, emoji=False)
+    return _Console(stderr=error, width=width, highlight=False, soft_wrap=False, markup=False, emoji=False)
 
 
 def make_streams_safe() -> None:
@@ -97,8 +117,11 @@ def epilog(*examples: str) -> str:
 
 def print_json(data: Any) -> None:
     """The one JSON document on stdout."""
-    sys.stdout.write(json.dumps(_storable(data), indent=2, default=str, allow_nan=False) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(_storable(data), indent=2, default=str, allow_nan=False) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
 
 
 def _storable(data: Any) -> Any:
@@ -111,8 +134,14 @@ def _storable(data: Any) -> Any:
 
 
 def say(text: str, style: str = "") -> None:
-    """One line of the result; nothing in it is markup."""
-    stdout().print(Text(text, style=style), soft_wrap=True)
+    """One line of the result; nothing in it is markup, and control characters are escaped."""
+    stdout().print(Text(printable(text, lines=True), style=style), soft_wrap=True)
+
+
+def warn(text: str, kind: str = "warning", style: str = "yellow") -> None:
+    """One line on stderr, its kind before it; nothing in it is markup, and control characters are escaped."""
+    line = Text.assemble((f"{kind}: ", style), printable(text, lines=True))
+    stderr().print(line, soft_wrap=True)
 
 
 def show_notes(notes: Iterable[str]) -> None:
@@ -126,9 +155,15 @@ def show_notes(notes: Iterable[str]) -> None:
         say(f"note: {said}" if names[0] == said else f"note: {names[0]}{more}: {said}", "yellow")
 
 
+class _Table(Table):
+    def add_row(self, *cells: Any, **look: Any) -> None:
+        """Control characters are escaped."""
+        super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), **look)
+
+
 def table(*columns: str, title: str = "", right: tuple[str, ...] = ()) -> Table:
     """An empty table; the columns named in `right` hold numbers."""
-    made = Table(
+    made = _Table(
         title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold"
     )
     for column in columns:
@@ -219,7 +254,7 @@ def _unfinished(output: Path | None) -> bool:
 
 
 def _fail(code: Exit, error: LowbitError, *, as_json: bool) -> None:
-    stderr().print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+    warn(str(error), "error", "bold red")
     if as_json:
         print_json({"error": str(error), "kind": type(error).__name__, "exit_code": int(code)})
     raise typer.Exit(code) from None
@@ -238,8 +273,7 @@ class _Warnings(logging.Handler):
     """Writes warnings of the library as single lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = Text.assemble((f"{record.levelname.lower()}: ", "yellow"), record.getMessage())
-        stderr().print(line, soft_wrap=True)
+        warn(record.getMessage(), record.levelname.lower())
 
 
 def _show_warnings() -> None:
@@ -263,13 +297,13 @@ def progress(what: str) -> Iterator[Update | None]:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[layer]}", style="dim"),
+        TextColumn("{task.fields[layer]}", style="dim", markup=False),
     )
     with Progress(*columns, console=stderr(), transient=True, expand=True) as line:
         task = line.add_task(what, total=None, layer="")
 
         def update(done: int, total: int, name: str) -> None:
-            line.update(task, completed=done, total=total, layer=name[-_NAME_WIDTH:])
+            line.update(task, completed=done, total=total, layer=printable(name[-_NAME_WIDTH:]))
 
         yield update
 

@@ -58,6 +58,7 @@ def plan(
     dialect: options.Dialect = "comfy",
     requantize: options.Requantize = False,
     drop_unused: options.DropUnused = False,
+    full_precision_matrix_mult: options.FullPrecision = None,
     stats: options.Stats = None,
     fold_scales: options.FoldScales = False,
     share_low_rank: options.ShareLowRank = False,
@@ -91,9 +92,20 @@ def plan(
     every layer so that all of them together lose least in that size, or take least for that quality.
     """
     patterns = (keep or (), only or (), layer or ())
-    banks, shared = bank_transposed or (), share_low_rank
+    banks, full = bank_transposed or (), full_precision_matrix_mult or ()
     wishes = Wishes(
-        format, solver, preset, *patterns, dialect, requantize, convolutions, banks, fold_scales, shared, drop_unused
+        format,
+        solver,
+        preset,
+        *patterns,
+        dialect,
+        requantize,
+        convolutions,
+        banks,
+        fold_scales,
+        share_low_rank,
+        drop_unused,
+        full,
     )
     target = Target(target_size, target_sqnr, formats or (), weight or (), measure_with, rows, sensitivities, jobs)
     mixed = None

@@ -38,6 +38,7 @@ class Wishes:
     fold_scales: bool = False
     share_low_rank: bool = False
     drop_unused: bool = False
+    full_precision_matrix_mult: Sequence[str] = ()
 
     def check(self) -> None:
         """Refuse what no source could make right, before any file is opened. Raises `Failure`."""
@@ -80,6 +81,7 @@ class Wishes:
             convolutions=self.convolutions,
             bank_transposed=self.bank_transposed,
             share_low_rank=self.share_low_rank,
+            full_precision=self.full_precision_matrix_mult,
         )
         if self.drop_unused and not made.count("drop"):
             names = ", ".join(sorted({component.preset or "none" for component in made.components}))

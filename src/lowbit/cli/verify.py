@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.verify import VerifyResult, verify as compare
 from lowbit.cli import options
@@ -35,7 +36,8 @@ def verify(
     """Decode every layer of OUT, compare it with SRC, and compare every other tensor byte by byte.
 
     SQNR: 10 log10(signal / noise) of the weights in dB; 6 dB are one bit. Ends with 1 when a layer cannot be
-    compared, when another tensor differs or is missing, and when a layer is below --min-sqnr.
+    compared, when another tensor differs or is missing, and when a layer is below --min-sqnr. What --drop-unused left
+    out is named, and no problem.
     """
     with open_source(src, source_dialect) as source, open_source(out) as output, progress("verifying") as update:
         result = compare(source, output, jobs=jobs, progress=update)
@@ -67,6 +69,9 @@ def _show(result: VerifyResult, count: int, min_sqnr: float | None) -> None:
     if rows.row_count:
         show(rows)
     say(f"{len(result.layers)} quantized layers compared, {result.identical} other tensors identical")
+    if result.dropped:
+        groups = [name for name, _ in grouped(result.dropped, lambda key: key, lambda _: "")]
+        say(f"{len(result.dropped)} tensors of SRC were left out by the conversion: {', '.join(groups)}")
     for problem in (*result.problems, *(layer.problem for layer in result.layers if layer.problem)):
         say(f"problem: {problem}", "red")
     if not result.layers:

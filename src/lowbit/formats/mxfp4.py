@@ -35,7 +35,7 @@ from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import register
 from lowbit.formats.stored_steps import PowerSteps
 from lowbit.numerics.floats import E2M1_MAX, e2m1_codes, e2m1_values, e8m0_values, round_to_e2m1
-from lowbit.numerics.groups import group_amax
+from lowbit.numerics.groups import group_amax, pad_to
 from lowbit.numerics.levels import E2M1
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles
 
@@ -49,6 +49,7 @@ class Mxfp4(Format):
     """e2m1 codes with a power-of-two scale per 32 weights: 4.25 bits a weight."""
 
     name: ClassVar[str] = "mxfp4"
+    stochastic: ClassVar[bool] = True
     keys: ClassVar = {
         "comfy": {"qdata": "weight", "scale": "weight_scale"},
         "compressed_tensors": {"qdata": "weight_packed", "scale": "weight_scale"},
@@ -73,7 +74,9 @@ class Mxfp4(Format):
         lowest = params["scale"] == 0
         if bool(lowest.any()):
             scaled[lowest] += 0.0  # turns the negative zeros of a zero group into positive ones
-        return e2m1_codes(round_to_e2m1(scaled)).flatten(1)
+        if noise is not None:
+            noise = pad_to(noise, rows.shape[0], scaled.shape[1] * GROUP).view(scaled.shape)
+        return e2m1_codes(round_to_e2m1(scaled, noise)).flatten(1)
 
     def decode(self, codes: Tensor, params: Parts) -> Tensor:
         """float32 [n, 32 * ceil(K / 32)]."""

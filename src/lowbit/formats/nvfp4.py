@@ -40,7 +40,7 @@ from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import one_of, register
 from lowbit.formats.stored_steps import E4m3Steps
 from lowbit.numerics.floats import E2M1_MAX, e2m1_codes, e2m1_values, from_fp8, round_to_e2m1, to_fp8
-from lowbit.numerics.groups import ceil_div, group_amax, pad_to
+from lowbit.numerics.groups import group_amax, pad_to
 from lowbit.numerics.levels import E2M1
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles
 
@@ -60,6 +60,7 @@ class Nvfp4(Format):
     row_global_scale: bool = False
 
     name: ClassVar[str] = "nvfp4"
+    stochastic: ClassVar[bool] = True
     keys: ClassVar = {
         "comfy": {"qdata": "weight", "scale": "weight_scale", "global_scale": "weight_scale_2"},
         "modelopt": {"qdata": "weight", "scale": "weight_scale", "global_scale": "weight_scale_2"},
@@ -120,7 +121,8 @@ class Nvfp4(Format):
     def encode(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:
         """uint8 codes 0..15, [n, 16 * ceil(K / 16)]. Zeros keep their sign, except in a group whose scale is 0."""
         steps = self._steps(params)
-        codes = e2m1_codes(round_to_e2m1(_divide(rows, steps)))
+        noise = None if noise is None else _grouped(noise, steps)
+        codes = e2m1_codes(round_to_e2m1(_divide(rows, steps), noise))
         dead = steps == 0
         if bool(dead.any()):
             codes.mul_((~dead).to(torch.uint8).unsqueeze(-1))  # +0, where rounding kept the sign of the weight
@@ -236,9 +238,13 @@ def _candidate(codes: Tensor, global_scale: Tensor, bound: Tensor | None = None)
 
 def _divide(rows: Tensor, steps: Tensor) -> Tensor:
     """Rows in units of their steps, by groups: [n, G, 16]. A step of zero gives zeros."""
-    n, groups = rows.shape[0], ceil_div(rows.shape[1], GROUP)
-    divisors = steps.masked_fill(steps == 0, _INF).unsqueeze(-1)
-    return pad_to(rows, n, groups * GROUP).unflatten(1, (groups, GROUP)) / divisors
+    return _grouped(rows, steps) / steps.masked_fill(steps == 0, _INF).unsqueeze(-1)
+
+
+def _grouped(rows: Tensor, steps: Tensor) -> Tensor:
+    """Rows [n, K] by the groups [n, G] of their steps: [n, G, 16], filled with zeros."""
+    n, groups = steps.shape
+    return pad_to(rows, n, groups * GROUP).unflatten(1, (groups, GROUP))
 
 
 def _round_in_place(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""What an adapter is once it is read: a low-rank change for each of some layers, found by the layer's name.
+"""What an adapter is once it is read: a change for each of some layers (`adapter_delta`), found by the layer's name.
 
-    W' = W + strength * scale * up down            down [R, K], up [N, R], scale = alpha / R
+    W' = W + strength * scale * up down            of a LoRA: down [R, K], up [N, R], scale = alpha / R
 
 Names in adapter files are those of a model somewhere in a program: with that program's prefix, or with underscores for
 dots. `Adapter.match` finds the layers of a model or checkpoint at hand that they mean, and never guesses: a name that
@@ -9,13 +9,14 @@ could mean two layers is an error that lists them. Parts of projections that the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from lowbit.errors import CheckpointError, WeightError
-from lowbit.lora.adapter_delta import LoraDelta
+from lowbit.errors import CheckpointError, UnsupportedError, WeightError
+from lowbit.lora.adapter_delta import Delta, LoraDelta
 from lowbit.lora.fused import fused_delta, fused_layers
 
 # What programs put before the name of a layer of the denoiser (or of a language model), longest first.
@@ -42,7 +43,7 @@ _SHOWN = 4
 class Adapter:
     """An adapter as its file names the layers; `where` is the file. `notes`: what was assumed, in words."""
 
-    layers: Mapping[str, LoraDelta]
+    layers: Mapping[str, Delta]
     where: str = ""
     notes: Sequence[str] = field(default_factory=tuple)
 
@@ -64,7 +65,7 @@ class Adapter:
     def find(self, shapes: Mapping[str, Sequence[int]]) -> Matched:
         """`match` that does not mind layers without a match."""
         names = _Names(shapes)
-        found: dict[str, LoraDelta] = {}
+        found: dict[str, Delta] = {}
         layer_of: dict[str, str] = {}
         for own, delta in self.layers.items():
             name = names.find(own, self.where)
@@ -73,7 +74,7 @@ class Adapter:
             if name in found:
                 first = next(other for other, layer in layer_of.items() if layer == name)
                 raise CheckpointError(f"{self.where}: {first!r} and {own!r} both change {name!r}; remove one")
-            if delta.shape != tuple(shapes[name]) and not _is_pointwise(delta.shape, tuple(shapes[name])):
+            if not _fits(delta.shape, tuple(shapes[name])):
                 raise WeightError(
                     f"{self.where}: {own!r} changes a weight {list(delta.shape)}, but {name!r} is "
                     f"{list(shapes[name])}; this LoRA is for another model"
@@ -110,17 +111,25 @@ class Adapter:
 class Matched:
     """Changes by layer; the adapter's own names of those that are for no layer here; the layers of the others."""
 
-    layers: dict[str, LoraDelta]
+    layers: dict[str, Delta]
     unmatched: tuple[str, ...]
     names: dict[str, str]
 
 
-def combined(adapters: Iterable[tuple[Mapping[str, LoraDelta], float]]) -> dict[str, LoraDelta]:
-    """Several matched adapters, each with its strength, as one: ranks add up."""
+def combined(adapters: Iterable[tuple[Mapping[str, Delta], float]]) -> dict[str, LoraDelta]:
+    """Several matched adapters, each with its strength, as one: ranks add up.
+
+    Raises `UnsupportedError` for a change that is no LoRA and cannot be written as one.
+    """
     by_layer: dict[str, list[tuple[LoraDelta, float]]] = {}
     for layers, strength in adapters:
         for name, delta in layers.items():
-            by_layer.setdefault(name, []).append((delta, strength))
+            low_rank = delta.low_rank()
+            if low_rank is None:
+                raise UnsupportedError(
+                    f"{name}: is a {delta.kind}, which is no low-rank change; bake the adapters one after the other"
+                )
+            by_layer.setdefault(name, []).append((low_rank, strength))
     made = {}
     for name, pairs in by_layer.items():
         if len({delta.shape for delta, _ in pairs}) > 1:
@@ -184,13 +193,17 @@ def _is_text(own: str) -> bool:
     return own.startswith(_KOHYA_TEXT) or head in _TEXT_PREFIXES or head.startswith("text_encoder")
 
 
-def _is_pointwise(change: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """Whether a change is that of a 1x1 convolution where the weight is a linear's, or the other way round."""
+def _fits(change: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether a change is that of a weight: of its shape, or of its matrix, as LoHa and LoKr are of kernels.
+
+    A 1x1 convolution and a linear may stand for each other.
+    """
 
     def matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape[:2] if all(size == 1 for size in shape[2:]) else shape
 
-    return matrix(change) == matrix(weight)
+    flat = len(change) == 2 and change == (weight[0], math.prod(weight[1:]))
+    return change == weight or flat or matrix(change) == matrix(weight)
 
 
 def _some(names: list[str]) -> str:

@@ -1,9 +1,11 @@
-"""Reading adapter files: the names that trainers give to the tensors of a LoRA.
+"""Reading adapter files: the names that trainers give to the tensors of a LoRA, LoHa, LoKr or DoRA.
 
     kohya, OneTrainer    lora_unet_blocks_0_attn.lora_down.weight  .lora_up.weight  .alpha
     diffusers            transformer.blocks.0.attn.lora_A.weight   .lora_B.weight   [.alpha]
                          unet...attn.processor.to_q_lora.down.weight, ...to_q.lora.up.weight   (older ones)
     PEFT                 base_model.model.blocks.0.attn.lora_A.weight (or lora_A.default.weight), adapter_config.json
+
+    LyCORIS, kohya       lora_unet_blocks_0_attn.hada_w1_a  .lokr_w1  .dora_scale  .alpha ... (`adapter_forms`)
 
 down is lora_A, [R, K]; up is lora_B, [N, R]. The change is alpha / R times their product; without an alpha, 1 times.
 Where a file brings its PEFT configuration (beside it, or in its header as diffusers writes it), alpha comes from there.
@@ -14,30 +16,27 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.errors import CheckpointError, UnsupportedError
-from lowbit.formats.parts import FLOATS
 from lowbit.lora.adapter import Adapter
-from lowbit.lora.adapter_delta import LoraDelta
+from lowbit.lora.adapter_delta import Delta
+from lowbit.lora.adapter_forms import LayerTensors, change_of
 
 _DOWN = r"lora_down|lora_A|lora\.down|lora_linear_layer\.down"
 _UP = r"lora_up|lora_B|lora\.up|lora_linear_layer\.up"
 _ROLE = re.compile(rf"^(?P<layer>.+)\.(?:(?P<down>{_DOWN})|(?P<up>{_UP}))(?:\.(?!weight$)[^.]+)?(?:\.weight)?$")
 _PROCESSOR = re.compile(r"^(?P<layer>.+?)(?:\.processor)?\.(?P<proj>to_[a-z_]+?)_lora\.(?P<role>down|up)\.weight$")
+_MID = re.compile(r"^(?P<layer>.+)\.lora_mid\.weight$")
+_OTHER_ROLE = re.compile(
+    r"^(?P<layer>.+)\.(?P<role>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|dora_scale|lora_magnitude_vector)"
+    r"(?:\.(?!weight$)[^.]+)?(?:\.weight)?$"
+)
 _ALPHA = re.compile(r"^(?P<layer>.+?)(?:\.lora_(?:A|B|down|up))?\.alpha$")
 # Other methods, and parts of LoRA that are no low-rank change: what their keys hold -> what they are.
 _OTHERS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lokr_": "LoKr",
-    "hada_": "LoHa",
-    "lora_mid": "Tucker-decomposed LoCon",
     "oft_": "OFT",
     "boft_": "BOFT",
     "vera_lambda": "VeRA",
@@ -56,22 +55,13 @@ _WEIGHTS = "adapter_model.safetensors"
 _HEADER = "lora_adapter_metadata"  # diffusers: {"transformer.r": 16, "transformer.lora_alpha": 32, ...}
 
 
-@dataclass
-class _Found:
-    """The tensors of one layer, by their keys."""
-
-    down: str = ""
-    up: str = ""
-    alpha: str = ""
-    seen: list[str] = field(default_factory=list)
-
-
 def read_adapter(path: str | Path) -> Adapter:
     """Read an adapter: a safetensors file, or PEFT's folder with adapter_model.safetensors and adapter_config.json.
 
     Raises:
-        CheckpointError: the file is unsound, half of a pair is missing, or it holds keys that nothing is known of.
-        UnsupportedError: another method than LoRA (DoRA, LoKr, LoHa ...), with the keys that say so.
+        CheckpointError: the file is unsound, a factor is missing or has a wrong shape, or it holds keys that nothing is
+            known of.
+        UnsupportedError: another method than LoRA, LoHa, LoKr and DoRA, with the keys that say so.
     """
     path = Path(path)
     file_path = path / _WEIGHTS if path.is_dir() else path
@@ -81,43 +71,39 @@ def read_adapter(path: str | Path) -> Adapter:
         found = _sort_keys(list(file.tensors), file_path)
         notes: list[str] = []
         alphas = _Alphas(config, header, notes)
-        layers = {name: _delta(file, name, keys, alphas) for name, keys in found.items()}
+        layers = {name: _change(LayerTensors(file, name, keys), alphas) for name, keys in found.items()}
     return Adapter(layers, str(file_path), tuple(notes))
 
 
-def _sort_keys(keys: list[str], path: Path) -> dict[str, _Found]:
-    """The keys of each layer. Raises for those of other methods and for those that are nothing known."""
+def _sort_keys(keys: list[str], path: Path) -> dict[str, dict[str, str]]:
+    """Layer -> role -> key. Raises for those of other methods and for those that are nothing known."""
     _refuse_other_methods(keys, path)
-    found: dict[str, _Found] = {}
+    found: dict[str, dict[str, str]] = {}
     unknown = []
     for key in keys:
         layer, role = _role(key)
         if not role:
             unknown.append(key)
             continue
-        entry = found.setdefault(layer, _Found())
-        if getattr(entry, role):
+        entry = found.setdefault(layer, {})
+        if role in entry:
             raise CheckpointError(
-                f"{path}: {getattr(entry, role)!r} and {key!r} are the same thing twice; it holds several adapters: "
+                f"{path}: {entry[role]!r} and {key!r} are the same thing twice; it holds several adapters: "
                 "save one of them alone"
             )
-        setattr(entry, role, key)
+        entry[role] = key
     if unknown:
         raise CheckpointError(
             f"{path}: {unknown[0]!r} and {len(unknown) - 1} more keys are no LoRA that is known (lora_down and "
-            "lora_up, lora_A and lora_B, lora.down and lora.up); is it a LoRA?"
+            "lora_up, lora_A and lora_B, lora.down and lora.up, hada_ of LoHa, lokr_ of LoKr); is it a LoRA?"
         )
     if not found:
         raise CheckpointError(f"{path}: holds no LoRA")
-    for layer, entry in found.items():
-        if not entry.down or not entry.up:
-            have = entry.down or entry.up or entry.alpha
-            raise CheckpointError(f"{path}: layer {layer!r} has {have!r} without its counterpart; download it again")
     return found
 
 
 def _role(key: str) -> tuple[str, str]:
-    """The layer of a key, and "down", "up" or "alpha"; "" for one that is none of them."""
+    """The layer of a key, and "down", "up", "alpha" or what other tensors are called; "" for one that is unknown."""
     if match := _PROCESSOR.match(key):
         proj = "to_out.0" if match["proj"] == "to_out" else match["proj"]
         return f"{match['layer']}.{proj}", match["role"]
@@ -125,6 +111,10 @@ def _role(key: str) -> tuple[str, str]:
         return match["layer"], "alpha"
     if match := _ROLE.match(key):
         return match["layer"], "down" if match["down"] else "up"
+    if match := _MID.match(key):
+        return match["layer"], "mid"
+    if match := _OTHER_ROLE.match(key):
+        return match["layer"], match["role"]
     return key, ""
 
 
@@ -133,8 +123,9 @@ def _refuse_other_methods(keys: list[str], path: Path) -> None:
         if mine := [key for key in keys if mark in key]:
             more = f" and {len(mine) - 1} more" if len(mine) > 1 else ""
             raise UnsupportedError(
-                f"{path}: is {method}, by its keys {mine[0]!r}{more}; only plain LoRA can be used here. Merge it into "
-                "the 16-bit model with the program that made it and convert that, or extract a LoRA from it"
+                f"{path}: is {method}, by its keys {mine[0]!r}{more}; only LoRA, LoHa, LoKr and DoRA can be used here. "
+                "Merge it into the 16-bit model with the program that made it and convert that, or extract a LoRA from "
+                "it"
             )
 
 
@@ -144,9 +135,12 @@ class _Alphas:
     def __init__(self, config: Mapping[str, Any] | None, header: Mapping[str, Any] | None, notes: list[str]) -> None:
         self._config, self._header, self._notes = config, header, notes
 
-    def scale(self, layer: str, rank: int) -> float:
+    def scale(self, layer: str, rank: int | None) -> float:
+        """Of a layer, with rank None for a change without factors, which only PEFT scales."""
         if self._config is not None:
-            return self._of(self._config, layer, rank)
+            return self._of(self._config, layer, rank or _matching(self._config, "rank_pattern", layer, "r") or 1)
+        if rank is None:
+            return 1.0
         if self._header is not None:
             head = layer.partition(".")[0]
             mine = {key[len(head) + 1 :]: value for key, value in self._header.items() if key.startswith(f"{head}.")}
@@ -158,30 +152,29 @@ class _Alphas:
 
     @staticmethod
     def _of(config: Mapping[str, Any], layer: str, rank: int) -> float:
-        alpha = config.get("lora_alpha")
-        for pattern, value in (config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", layer):  # PEFT: a regular expression for the end of the name
-                alpha = value
-                break
+        alpha = _matching(config, "alpha_pattern", layer, "lora_alpha" if "lora_alpha" in config else "alpha")
         if alpha is None:
             return 1.0
         return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _delta(file: SafetensorsFile, layer: str, keys: _Found, alphas: _Alphas) -> LoraDelta:
-    down, up = file.read(keys.down), file.read(keys.up)
-    place = f"{file.path}: layer {layer!r}"
-    for key, tensor in ((keys.down, down), (keys.up, up)):
-        if tensor.dtype not in FLOATS:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(f"{place}: {key!r} is {kind}, not float of 16 or 32 bits; save the LoRA in bfloat16")
-    up = _matrix(up)
-    if down.dim() < 2 or up.dim() != 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
-        raise CheckpointError(
-            f"{place}: down {list(down.shape)} and up {list(up.shape)} do not fit [R, K] and [N, R]; download it again"
-        )
-    scale = alphas.scale(layer, down.shape[0]) if not keys.alpha else _alpha(file, keys.alpha) / down.shape[0]
-    return LoraDelta(down, up, scale)
+def _matching(config: Mapping[str, Any], patterns: str, layer: str, name: str) -> Any:
+    """A value of PEFT's configuration: that of the first pattern for the end of a layer's name, or that for all."""
+    for pattern, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return config.get(name)
+
+
+def _change(tensors: LayerTensors, alphas: _Alphas) -> Delta:
+    """The change of a layer, scaled by its alpha, or as the file's configuration says."""
+
+    def scale(layer: str, rank: int | None) -> float:
+        if "alpha" not in tensors.keys:
+            return alphas.scale(layer, rank)
+        return 1.0 if rank is None else _alpha(tensors.file, tensors.keys["alpha"]) / rank
+
+    return change_of(tensors, scale)
 
 
 def _alpha(file: SafetensorsFile, key: str) -> float:
@@ -189,11 +182,6 @@ def _alpha(file: SafetensorsFile, key: str) -> float:
     if value.numel() != 1:
         raise CheckpointError(f"{file.path}: {key!r} has shape {list(value.shape)}, expected one number")
     return float(value)
-
-
-def _matrix(up: Tensor) -> Tensor:
-    """The up factor of a convolution, [N, R, 1, 1], as a matrix."""
-    return up.flatten(1) if up.dim() > 2 and up[0, 0].numel() == 1 else up
 
 
 def _config(file_path: Path) -> Mapping[str, Any] | None:
@@ -208,8 +196,8 @@ def _config(file_path: Path) -> Mapping[str, Any] | None:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: is no JSON object; save the adapter again")
     kind = config.get("peft_type", "LORA")
-    if kind != "LORA" or config.get("use_dora"):
-        raise UnsupportedError(f"{path}: is {'DoRA' if kind == 'LORA' else kind}; only plain LoRA can be used here")
+    if kind not in ("LORA", "LOHA", "LOKR"):
+        raise UnsupportedError(f"{path}: is {kind}; only LoRA, LoHa, LoKr and DoRA can be used here")
     return config
 
 

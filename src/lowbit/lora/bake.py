@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import UnsupportedError
-from lowbit.lora.adapter_delta import LoraDelta
+from lowbit.lora.adapter_delta import Delta
 from lowbit.lora.bake_layer import LayerBake, bake_plain, bake_weight, baked_format
 from lowbit.lora.layers import Adaptable, AnyAdapter, adaptable_layers, check_strength, match_module
 from lowbit.tensor import QuantizedTensor
@@ -80,8 +80,9 @@ def bake_lora(
 ) -> BakedHandle:
     """Add an adapter to the weights of a module, in place; layers keep their formats.
 
-    adapter, strict: as in `attach_lora`; several at once with `combined`. rounding: "low_rank" (svdquant_w4a4 only,
-    its default: exact, the rank grows), "error_feedback", "stochastic" or "nearest", see `bake_layer`; by default
+    adapter, strict: as in `attach_lora`; several at once with `combined`. Of a DoRA, `strength` is how far the weight
+    goes from what it is to what the DoRA makes of it. rounding: "low_rank" (svdquant_w4a4 only, its default for a LoRA:
+    exact, the rank grows), "error_feedback", "stochastic" or "nearest", see `bake_layer`; by default
     the best for each layer. keep_original: hold the old weights, so that `unbake` can put them back.
 
     Scales stay where the sum fits between the smallest and the largest code, or where a larger scale would cost more;
@@ -129,7 +130,7 @@ class _Baker:
         return weight, None
 
     def bake(
-        self, name: str, now: tuple[nn.Parameter, Tensor | None], delta: LoraDelta
+        self, name: str, now: tuple[nn.Parameter, Tensor | None], delta: Delta
     ) -> tuple[nn.Parameter, Tensor | None, LayerBake]:
         weight, gain = now
         if not isinstance(weight, QuantizedTensor):

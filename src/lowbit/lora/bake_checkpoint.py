@@ -30,9 +30,10 @@ from lowbit.checkpoint.quantized_source import QuantizedComponent, look_for_laye
 from lowbit.checkpoint.respell import Respelled
 from lowbit.checkpoint.rewrite import Copy, Made, Piece, Settings, batch_copies, rewrite
 from lowbit.checkpoint.source import Source, open_source
+from lowbit.checkpoint.weight_shape import KERNEL
 from lowbit.formats.parts import FLOATS
 from lowbit.lora.adapter import Adapter
-from lowbit.lora.adapter_delta import LoraDelta
+from lowbit.lora.adapter_delta import Delta
 from lowbit.lora.bake_layer import LayerBake, bake_plain, bake_weight, baked_format
 from lowbit.lora.layers import AnyAdapter, as_adapter, check_strength
 
@@ -158,7 +159,7 @@ class _Work:
             self._describe(held, held.dialect, stored)
 
     def _quantized(
-        self, held: QuantizedComponent, layer: StoredLayer, delta: LoraDelta | None, owned: set[str]
+        self, held: QuantizedComponent, layer: StoredLayer, delta: Delta | None, owned: set[str]
     ) -> StoredLayer:
         """Add a quantized layer, changed or not; returns how it is written."""
         dialect = held.dialect
@@ -188,7 +189,7 @@ class _Work:
         self.changed.append(name)
         return new
 
-    def _plain(self, held: QuantizedComponent, name: str, delta: LoraDelta, owned: set[str]) -> None:
+    def _plain(self, held: QuantizedComponent, name: str, delta: Delta, owned: set[str]) -> None:
         """Add a layer that is not quantized."""
         key = join_key(name, "weight")
         spec, file = held.specs[key], self.staging.file_of(held.component, key)
@@ -221,7 +222,7 @@ class _Bake:
     old: StoredLayer
     new: StoredLayer
     specs: Mapping[str, TensorSpec]
-    delta: LoraDelta
+    delta: Delta
     setting: _Setting
 
     def __call__(self) -> Made:
@@ -247,7 +248,7 @@ class _BakePlain:
 
     held: QuantizedComponent
     key: str
-    delta: LoraDelta
+    delta: Delta
     strength: float
 
     def __call__(self) -> Made:
@@ -257,7 +258,9 @@ class _BakePlain:
 
 def layer_shapes(held: QuantizedComponent) -> dict[str, tuple[int, ...]]:
     """The layers of a model that an adapter may change, with the logical shapes of their weights."""
-    shapes: dict[str, tuple[int, ...]] = {name: stored.shape for name, stored in held.layers.items()}
+    shapes: dict[str, tuple[int, ...]] = {
+        name: tuple(stored.options.get(KERNEL, stored.shape)) for name, stored in held.layers.items()
+    }
     for key in held.found.plain:
         name, spec = layer_of(key), held.specs[key]
         if name is not None and len(spec.shape) >= 2 and spec.dtype in FLOATS:
@@ -278,8 +281,9 @@ def _digest(adapter: Adapter) -> str:
     """What tells one adapter's values from another's: names, scales and the tensors themselves."""
     digest = hashlib.sha256()
     for name, delta in sorted(adapter.layers.items()):
-        digest.update(f"{name} {delta.scale} {delta.down.dtype} {tuple(delta.down.shape)}".encode())
-        for factor in (delta.down, delta.up):
+        digest.update(f"{name} {delta.kind} {delta.scale}".encode())
+        for factor in delta.tensors:
+            digest.update(f"{factor.dtype} {tuple(factor.shape)}".encode())
             digest.update(_bytes(factor))
     return digest.hexdigest()
 

@@ -23,7 +23,7 @@ from lowbit.errors import FormatError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, narrow_rows
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
-from lowbit.lora.adapter_delta import LoraDelta
+from lowbit.lora.adapter_delta import Delta, LoraDelta
 from lowbit.solvers.added_delta import add_delta, refuse_addition
 from lowbit.solvers.rounding_cells import ROUNDINGS
 
@@ -63,16 +63,20 @@ class BakedWeight:
     account: LayerBake
 
 
-def methods_for(fmt: Format, rounding: str | None) -> tuple[str, ...]:
-    """The ways to bake: the last one where the first does not bring nearly all of the change through."""
+def methods_for(fmt: Format, delta: Delta, rounding: str | None) -> tuple[str, ...]:
+    """The ways to bake: the last one where the first does not bring nearly all of the change through.
+
+    Only a LoRA joins a low rank unasked: one that another method can be written as makes it much larger.
+    """
     if rounding is not None:
         return (rounding,)
-    return (LOW_RANK,) if isinstance(fmt, SvdquantW4A4) else ("nearest", "error_feedback")
+    low_rank = isinstance(fmt, SvdquantW4A4) and isinstance(delta, LoraDelta)
+    return (LOW_RANK,) if low_rank else ("nearest", "error_feedback")
 
 
-def baked_format(fmt: Format, delta: LoraDelta, shape: tuple[int, int], rounding: str | None, where: str) -> Format:
+def baked_format(fmt: Format, delta: Delta, shape: tuple[int, int], rounding: str | None, where: str) -> Format:
     """The format after baking: another rank with "low_rank". Raises `FormatError` for what cannot be."""
-    method = methods_for(fmt, rounding)[-1]
+    method = methods_for(fmt, delta, rounding)[-1]
     if method != LOW_RANK:
         if method not in ROUNDINGS:
             raise FormatError(f"{where}: unknown rounding {method!r}; known are {', '.join(METHODS)}")
@@ -80,11 +84,17 @@ def baked_format(fmt: Format, delta: LoraDelta, shape: tuple[int, int], rounding
         return fmt
     if not isinstance(fmt, SvdquantW4A4):
         raise FormatError(f"{where}: {fmt.name} has no low-rank branch for the LoRA; use rounding='error_feedback'")
-    rank = fmt.rank + delta.rank
+    low_rank = delta.low_rank()
+    if low_rank is None:
+        raise FormatError(
+            f"{where}: its change is of the kind {delta.kind} and no thin product of low rank; use "
+            "rounding='error_feedback'"
+        )
+    rank = fmt.rank + low_rank.rank
     if not fmt.rank % _RANK_MULTIPLE:
         rank += -rank % _RANK_MULTIPLE
     if rank > min(shape):
-        rank = fmt.rank + delta.rank
+        rank = fmt.rank + low_rank.rank
     grown = replace(fmt, rank=rank)
     if why := grown.check_shape(*shape):
         raise FormatError(f"{where}: {list(shape)} {why}; use rounding='error_feedback' for this layer")
@@ -95,7 +105,7 @@ def bake_weight(
     fmt: Format,
     parts: Mapping[str, Tensor],
     shape: tuple[int, int],
-    delta: LoraDelta,
+    delta: Delta,
     strength: float,
     rounding: str | None,
     *,
@@ -107,12 +117,15 @@ def bake_weight(
     Raises `FormatError` for a format or rounding that cannot take the change, `WeightError` for a change that is not
     finite.
     """
-    grown, methods = baked_format(fmt, delta, shape, rounding, where), methods_for(fmt, rounding)
-    dense = delta.dense(strength, parts["qdata"].device)
+    grown, methods = baked_format(fmt, delta, shape, rounding, where), methods_for(fmt, delta, rounding)
+    weight = fmt.dequantize(parts, shape, torch.float32) if delta.needs_weight else None
+    dense = delta.dense(strength, parts["qdata"].device, weight)
     if methods == (LOW_RANK,):
+        low_rank = delta.low_rank()
+        assert low_rank is not None  # `baked_format` has seen to it
         assert isinstance(grown, SvdquantW4A4)
         assert isinstance(fmt, SvdquantW4A4)
-        made, account = _in_low_rank(fmt, grown, parts, delta, strength, dense)
+        made, account = _in_low_rank(fmt, grown, parts, low_rank, strength, dense)
         return BakedWeight(grown, made, None, account)
     method = methods[0]
     if len(methods) > 1 and _sample_recovered(fmt, parts, dense, method, where) < _NEARLY_ALL:
@@ -131,9 +144,9 @@ def _sample_recovered(fmt: Format, parts: Mapping[str, Tensor], dense: Tensor, m
     return add_delta(fmt, cut, dense[:stop], rounding=method, where=where).recovered
 
 
-def bake_plain(weight: Tensor, delta: LoraDelta, strength: float) -> tuple[Tensor, LayerBake]:
+def bake_plain(weight: Tensor, delta: Delta, strength: float) -> tuple[Tensor, LayerBake]:
     """A weight of 16 or 32 bits plus a change, rounded to nearest in its dtype, of any shape with N first."""
-    dense = delta.dense(strength, weight.device).view(weight.shape)
+    dense = delta.dense(strength, weight.device, weight.flatten(1) if delta.needs_weight else None).view(weight.shape)
     new = (weight.float() + dense).to(weight.dtype)
     return new, _account(PLAIN, new.float() - weight.float(), dense)
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
 from lowbit.errors import WeightError
-from lowbit.lora.adapter_delta import LoraDelta
+from lowbit.lora.adapter_delta import Delta, LoraDelta, RowsDelta
 
 _PARTS = {  # the name of a fused projection -> its parts, in the order of their rows
     "to_qkv": ("to_q", "to_k", "to_v"),
@@ -36,7 +34,7 @@ def fused_layers(
     return found
 
 
-def fused_delta(parts: Sequence[str], present: Mapping[str, LoraDelta], shape: Sequence[int], where: str) -> LoraDelta:
+def fused_delta(parts: Sequence[str], present: Mapping[str, Delta], shape: Sequence[int], where: str) -> Delta:
     """One change for a fused weight [N, K] from those of its parts. Absent parts share the other rows equally.
 
     Raises `WeightError` where the rows do not add up.
@@ -47,16 +45,13 @@ def fused_delta(parts: Sequence[str], present: Mapping[str, LoraDelta], shape: S
     if columns != {tuple(shape[1:])} or rest < 0 or (rest % len(absent) if absent else rest):
         shapes = ", ".join(f"{part} {list(delta.shape)}" for part, delta in present.items())
         raise WeightError(f"{where}: the changes of {shapes} do not fit the fused weight {list(shape)}")
-    ups, downs, start = [], [], 0
+    placed: list[tuple[int, Delta]] = []
+    start = 0
     for part in parts:
         delta = present.get(part)
-        if delta is None:
-            start += rest // len(absent)
-            continue
-        rows = delta.shape[0]
-        up = torch.zeros((n, delta.rank), dtype=torch.float32, device=delta.up.device)
-        up[start : start + rows] = delta.up.float() * delta.scale
-        ups.append(up)
-        downs.append(delta.down.float())
-        start += rows
-    return LoraDelta(torch.cat(downs), torch.cat(ups, dim=1))
+        if delta is not None:
+            placed.append((start, delta))
+        start += rest // len(absent) if delta is None else delta.shape[0]
+    whole = RowsDelta(placed, n)
+    low_rank = whole.low_rank() if all(isinstance(delta, LoraDelta) for _, delta in placed) else None
+    return whole if low_rank is None else low_rank

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError
 from lowbit.lora.adapter import Adapter, Matched
-from lowbit.lora.adapter_delta import LoraDelta
+from lowbit.lora.adapter_delta import Delta
 from lowbit.lora.adapter_file import read_adapter
 
-AnyAdapter = Adapter | Mapping[str, LoraDelta] | str | Path
+AnyAdapter = Adapter | Mapping[str, Delta] | str | Path
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Adaptable = nn.Linear | nn.Embedding | Convolution
 
@@ -29,7 +29,7 @@ def adaptable_layers(module: nn.Module) -> dict[str, Adaptable]:
 
 def match_module(
     module: nn.Module, adapter: AnyAdapter, *, strict: bool
-) -> tuple[list[tuple[str, Adaptable, LoraDelta]], Matched]:
+) -> tuple[list[tuple[str, Adaptable, Delta]], Matched]:
     """(name, layer, change) for each layer that an adapter changes. Raises as `Adapter.match` and `read_adapter`."""
     found = adaptable_layers(module)
     adapter = as_adapter(adapter)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowbit.errors import UnsupportedError
-from lowbit.lora.adapter_delta import LoraDelta
+from lowbit.lora.adapter_delta import Delta, LoraDelta
 from lowbit.lora.layers import AnyAdapter, check_strength, match_module, weight_of
 
 _ATTRIBUTE = "lora_branch"
@@ -146,7 +146,8 @@ def attach_lora(module: nn.Module, adapter: AnyAdapter, strength: float = 1.0, *
     adapter: a file, what `read_adapter` made of one, or changes by layer. `strict`: as in `Adapter.match`. Compile the
     module after attaching; a strength may change afterwards.
 
-    Raises `UnsupportedError` for an embedding and for a convolution in groups, and as `read_adapter` and
+    Raises `UnsupportedError` for an embedding, for a convolution in groups and for a change that is no thin product of
+    low rank (DoRA; LoHa and LoKr of a rank too high for that), and as `read_adapter` and
     `Adapter.match`; the module is then as it was.
 
     >>> import torch, lowbit
@@ -159,12 +160,26 @@ def attach_lora(module: nn.Module, adapter: AnyAdapter, strength: float = 1.0, *
     """
     check_strength(strength)
     found, matched = match_module(module, adapter, strict=strict)
-    for name, layer, _ in found:
+    beside: list[tuple[str, nn.Module, LoraDelta]] = []
+    for name, layer, delta in found:
         if isinstance(layer, nn.Embedding) or getattr(layer, "groups", 1) != 1:
             kind = type(layer).__name__ if isinstance(layer, nn.Embedding) else "convolution in groups"
             remedy = "bake the adapter (bake_lora), or leave this layer out of it"
             raise UnsupportedError(f"{name}: is {kind}, beside which no branch can run; {remedy}")
-    return LoraHandle([(name, layer, delta) for name, layer, delta in found], matched.unmatched, strength)
+        beside.append((name, layer, _as_branch(name, delta)))
+    return LoraHandle(beside, matched.unmatched, strength)
+
+
+def _as_branch(name: str, delta: Delta) -> LoraDelta:
+    """A change as the factors of a branch. Raises `UnsupportedError`."""
+    low_rank = delta.low_rank()
+    if low_rank is not None:
+        return low_rank
+    why = "rescales the weight itself" if delta.needs_weight else "has no factors thinner than the weight"
+    raise UnsupportedError(
+        f"{name}: its change is of the kind {delta.kind} and {why}, so it cannot run beside it; bake the adapter "
+        "(bake_lora, lowbit lora bake)"
+    )
 
 
 def _open_branch(layer: nn.Module) -> None:

@@ -65,14 +65,30 @@ def from_fp8(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return out.to(dtype)
 
 
-def round_to_e2m1(x: Tensor) -> Tensor:
-    """Round float32 values to the nearest e2m1 value, half to even, saturating at 6. Keeps the sign of zero."""
+def round_to_e2m1(x: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Round float32 values to the nearest e2m1 value, half to even, saturating at 6. Keeps the sign of zero.
+
+    With uniform `noise` in [0, 1), rounded stochastically.
+    """
+    if noise is not None:
+        return stochastic_to_e2m1(x, noise)
     magnitude = x.abs().clamp_(max=E2M1_MAX)
     # Adding and subtracting 1.5 * 2**23 steps rounds to a multiple of the step, half to even. The step is half of the
     # value's power of two, and never below one half.
     power = (magnitude.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
     magic = power.clamp_(min=1.0).mul_(1.5 * 2.0**22)
     return magnitude.add_(magic).sub_(magic).copysign_(x)
+
+
+def stochastic_to_e2m1(x: Tensor, noise: Tensor) -> Tensor:
+    """Round float32 values to e2m1 up or down with probability given by the distance. `noise`: uniform [0, 1).
+
+    The expected value of the result is x up to 6 in magnitude; beyond, it saturates. Keeps the sign of zero.
+    """
+    magnitude = x.abs().clamp_(max=E2M1_MAX)
+    power = (magnitude.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
+    step = power.clamp_(min=1.0).mul_(0.5)  # a power of two: dividing and multiplying by it is exact
+    return magnitude.div_(step).add_(noise).floor_().mul_(step).clamp_(max=E2M1_MAX).copysign_(x)
 
 
 def e2m1_codes(values: Tensor) -> Tensor:

@@ -254,6 +254,8 @@ def test_threads(spec):
     [
         ("fp8_e4m3", torch.bfloat16, 1, "stochastic"),
         ("convrot_w4a4", torch.bfloat16, 1, "stochastic"),
+        ("nvfp4", torch.bfloat16, 1, "stochastic"),
+        ("mxfp4", torch.bfloat16, 1, "stochastic"),
         ("nvfp4", torch.float64, None, "float64"),
         ("awq_w4a16(group_size=8)", torch.bfloat16, None, "multiples of 16"),
         ("wna16(bits=3)", torch.bfloat16, None, "3 bits"),

@@ -148,7 +148,6 @@ def test_gaps(spec):
 @pytest.mark.parametrize(
     ("spec", "dtype", "seed", "reason"),
     [
-        ("nvfp4", torch.bfloat16, 1, "no stochastic rounding"),
         ("int8(rotation=16)", torch.bfloat16, None, "rotated"),
         ("nvfp4", torch.float64, None, "float64"),
         ("awq_w4a16(group_size=8)", torch.bfloat16, None, "multiples of 16"),

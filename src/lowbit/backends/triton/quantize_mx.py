@@ -48,16 +48,17 @@ def _encode_mx(
     tl.store(scales + where, code.to(tl.uint8), mask=known)
     scaled = value * floats.e8m0_value(254 - code)
     scaled = scaled + tl.where(code == 0, 0.0, -0.0)  # under the lowest scale zeros lose their sign
+    added = None
+    if noise is not None:
+        added = tl.load(noise + row * k + column, mask=inside, other=0.0)
     if FOUR_BITS:
-        codes = rounding.float_code(tl.minimum(tl.abs(scaled), 6.0), None, rounding.E2M1) | rounding.sign_bit(scaled, 3)
+        size = tl.minimum(tl.abs(scaled), 6.0)
+        codes = rounding.float_code(size, added, rounding.E2M1) | rounding.sign_bit(scaled, 3)
         packed = rounding.nibbles(codes, _GROUP, False)
         byte = tl.arange(0, _GROUP // 2)[None, None, :]
         at = qdata + row * (groups * (_GROUP // 2)) + index * (_GROUP // 2) + byte
         tl.store(at, packed, mask=known & (byte < _GROUP // 2))
     else:
-        added = None
-        if noise is not None:
-            added = tl.load(noise + row * k + column, mask=inside, other=0.0)
         size = tl.minimum(tl.abs(scaled), 448.0, propagate_nan=tl.PropagateNan.ALL)
         inner = tl.arange(0, _GROUP)[None, None, :]
         at = qdata + row * (groups * _GROUP) + index * _GROUP + inner
@@ -94,7 +95,7 @@ def encode(
 @kernel("quantize", format="mxfp8", backend="triton", refuses=encoders.refuses)
 @kernel("quantize", format="mxfp4", backend="triton", refuses=encoders.refuses)
 def quantize_mx(fmt: Format, w: Tensor, seed: int | None, where: str = "weight") -> Parts:
-    """w [N, K] -> parts, rounded to nearest or, for mxfp8 with a seed, stochastically."""
+    """w [N, K] -> parts, rounded to nearest or, with a seed, stochastically."""
     source, parts, flag = encoders.begin(fmt, w, where)
     encode(
         source, parts["qdata"].view(torch.uint8), parts["scale"], flag, four_bits=fmt.name == "mxfp4",

@@ -44,9 +44,9 @@ def _times(value, shared, DIVIDES: tl.constexpr):
 )
 @triton.jit(do_not_specialize=("n", "n_bucket"))
 def _encode_nvfp4(
-    x, shared, qdata, scales, flag, n, n_bucket, k, stride, groups, ACTIVATION: tl.constexpr, DIVIDES: tl.constexpr,
-    BY_ROW: tl.constexpr, HIGH_FIRST: tl.constexpr, SWIZZLED: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    x, noise, shared, qdata, scales, flag, n, n_bucket, k, stride, groups, ACTIVATION: tl.constexpr,
+    DIVIDES: tl.constexpr, BY_ROW: tl.constexpr, HIGH_FIRST: tl.constexpr, SWIZZLED: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of GROUPS groups a program. stride: from row to row of x, which with swiglu holds gate and up."""
     across = tl.cdiv(groups, GROUPS)
@@ -67,11 +67,17 @@ def _encode_nvfp4(
     tl.store(scales + where, code.to(tl.uint8), mask=known)
     step = _times(floats.e4m3_value(code), factor, DIVIDES)
     alive = step != 0.0
-    size = tl.minimum(tl.abs(value), tl.where(alive, 6.0 * step, 0.0))
+    # With noise a last bit of the quotient counts: the limit is one that is exact, and 6 is cut off behind it.
+    limit = 6.0 if noise is None else 8.0
+    size = tl.minimum(tl.abs(value), tl.where(alive, limit * step, 0.0))
     divisor = tl.where(alive, step, 1.0)
     steps = rounding.quotient(size, divisor, tl.div_rn(1.0, divisor))
+    added = None
+    if noise is not None:
+        added = tl.load(noise + row * k + column, mask=inside, other=0.0)
+        steps = tl.minimum(steps, 6.0)
     sign = rounding.sign_bit(value, 3) & tl.where(alive, 8, 0)
-    packed = rounding.nibbles(rounding.float_code(steps, None, rounding.E2M1) | sign, _GROUP, HIGH_FIRST)
+    packed = rounding.nibbles(rounding.float_code(steps, added, rounding.E2M1) | sign, _GROUP, HIGH_FIRST)
     byte = tl.arange(0, _GROUP // 2)[None, None, :]
     tl.store(
         qdata + row * (groups * (_GROUP // 2)) + index * (_GROUP // 2) + byte, packed, mask=known & (byte < _GROUP)
@@ -85,6 +91,7 @@ def encode(
     scale: Tensor,
     flag: Tensor | None,
     *,
+    noise: Tensor | None = None,
     divides: bool = False,
     activation: str | None = None,
     high_first: bool = False,
@@ -99,20 +106,20 @@ def encode(
     groups = triton.cdiv(k, GROUP)
     _encode_nvfp4(
         lambda meta: (triton.cdiv(groups, meta["GROUPS"]) * triton.cdiv(n, meta["ROWS"]),),
-        x.device, x=x, shared=shared, qdata=qdata, scales=scale, flag=flag, n=n, n_bucket=encoders.power_of_two(n), k=k,
-        stride=stride, groups=groups, ACTIVATION=activation, DIVIDES=divides, BY_ROW=shared.dim() == 1,
-        HIGH_FIRST=high_first, SWIZZLED=swizzled, EVEN=k % GROUP == 0,
+        x.device, x=x, noise=noise, shared=shared, qdata=qdata, scales=scale, flag=flag, n=n,
+        n_bucket=encoders.power_of_two(n), k=k, stride=stride, groups=groups, ACTIVATION=activation, DIVIDES=divides,
+        BY_ROW=shared.dim() == 1, HIGH_FIRST=high_first, SWIZZLED=swizzled, EVEN=k % GROUP == 0,
     )  # fmt: skip
 
 
 @kernel("quantize", format="nvfp4", backend="triton", refuses=encoders.refuses)
 def quantize_nvfp4(fmt: Nvfp4, w: Tensor, seed: int | None, where: str = "weight") -> Parts:
-    """w [N, K] -> parts, by rounding to nearest."""
+    """w [N, K] -> parts, rounded to nearest or, with a seed, stochastically."""
     source, parts, flag = encoders.begin(fmt, w, where)
     fitted = GlobalScale(fmt.global_scale_divides, fmt.row_global_scale)
     parts["global_scale"] = fitted.fitted(largest(source, by_row=fmt.row_global_scale))
     encode(
         source, parts["global_scale"], parts["qdata"], parts["scale"].view(torch.uint8), flag,
-        divides=fmt.global_scale_divides,
+        noise=encoders.noise_for(fmt, source, seed), divides=fmt.global_scale_divides,
     )  # fmt: skip
     return encoders.finished(parts, flag, source, where)

@@ -203,6 +203,21 @@ class ReordersBias(Protocol):
         ...
 
 
+@runtime_checkable
+class NeedsDtype(Protocol):
+    """A dialect whose readers decode some formats to one dtype, whatever that of the model is."""
+
+    def model_dtype(self, formats: Iterable[Format]) -> torch.dtype | None:
+        """The dtype that config.json must give a model with layers in these formats; None: any."""
+        ...
+
+
+def needed_dtype(dialect: Dialect, formats: Iterable[Format]) -> torch.dtype | None:
+    """The dtype that config.json must give a model with layers in these formats; None: any."""
+    needs: object = dialect
+    return needs.model_dtype(formats) if isinstance(needs, NeedsDtype) else None
+
+
 def bias_orders(dialect: Dialect | None, layers: Iterable[StoredLayer]) -> dict[str, Tensor]:
     """Key of a bias -> where each of its values lies, for those of these layers that a dialect reorders."""
     reorders: object = dialect

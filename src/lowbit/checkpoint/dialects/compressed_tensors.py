@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.checkpoint.dialects.base import (
@@ -35,10 +36,11 @@ from lowbit.checkpoint.dialects.described import (
     tensors_by_layer,
 )
 from lowbit.errors import CheckpointError, PartsError
-from lowbit.formats import Parts
+from lowbit.formats import Format, Parts
 
 METHOD = "compressed-tensors"
 _ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale")
+_DECODED_TO_BFLOAT16 = ("nvfp4", "mxfp4", "mxfp8")
 _SCHEME = "compressed_tensors"  # the option in which a layer keeps its scheme
 
 
@@ -145,6 +147,10 @@ class CompressedTensors:
     def header_metadata(self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]) -> dict[str, str]:
         """Nothing: config.json says it all."""
         return {}
+
+    def model_dtype(self, formats: Iterable[Format]) -> torch.dtype | None:
+        """bfloat16 for the formats that compressed-tensors decodes to it, whatever the model's other tensors are."""
+        return torch.bfloat16 if any(fmt.name in _DECODED_TO_BFLOAT16 for fmt in formats) else None
 
     def config_fields(
         self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]

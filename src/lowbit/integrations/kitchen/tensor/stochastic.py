@@ -12,16 +12,14 @@ from torch import Tensor
 from lowbit.formats.base import Format
 from lowbit.formats.fp8 import Fp8E4M3, Fp8E5M2
 from lowbit.formats.mxfp8 import Mxfp8
-from lowbit.formats.nvfp4 import GROUP, Nvfp4
+from lowbit.formats.nvfp4 import Nvfp4
 from lowbit.formats.parts import raw_bytes
 from lowbit.layouts.scale_128x4 import swizzle
-from lowbit.numerics.floats import E2M1_MAX
 from lowbit.numerics.groups import pad_to
 from lowbit.numerics.integers import uniform_noise
 from lowbit.numerics.packing import swap_nibbles
 
 _FP8: dict[torch.dtype, Format] = {torch.float8_e4m3fn: Fp8E4M3(), torch.float8_e5m2: Fp8E5M2()}
-_EXPONENT_BITS = 0x7F800000  # of a float32
 
 
 def fp8(x: Tensor, scale: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
@@ -43,16 +41,7 @@ def nvfp4(x: Tensor, scale: Tensor, padded: tuple[int, int], seed: int) -> tuple
     for start, stop in fmt.row_ranges(*padded):
         rows = fmt.prepared(w, start, stop, "weight")
         params = fmt.fit(rows, {"global_scale": scale.reshape(())})
-        step = (params["scale"].float() * params["global_scale"]).repeat_interleave(GROUP, dim=1)
         noise = uniform_noise(tuple(rows.shape), seed, start, w.device)
-        values = _to_e2m1(rows / step.masked_fill(step == 0, torch.inf), noise)
-        qdata.append(fmt.pack(fmt.encode(values.mul_(step), params)))
+        qdata.append(fmt.pack(fmt.encode(rows, params, noise)))
         scales.append(raw_bytes(params["scale"]))
     return swap_nibbles(torch.cat(qdata)), swizzle(torch.cat(scales)).view(torch.float8_e4m3fn)
-
-
-def _to_e2m1(x: Tensor, noise: Tensor) -> Tensor:
-    """float32 -> e2m1 values 0 .5 1 1.5 2 3 4 6 with a sign, rounded up where the noise reaches beyond what is left."""
-    magnitude = x.abs().clamp_max(E2M1_MAX)
-    step = (magnitude.view(torch.int32) & _EXPONENT_BITS).view(torch.float32).clamp_min(1.0).mul(0.5)
-    return ((magnitude / step + noise).floor() * step).clamp_max(E2M1_MAX).copysign(x)
