@@ -33,7 +33,7 @@ from lowbit.checkpoint.source import Source, open_source
 from lowbit.checkpoint.weight_shape import KERNEL
 from lowbit.formats.parts import FLOATS
 from lowbit.lora.adapter import Adapter
-from lowbit.lora.adapter_delta import Delta
+from lowbit.lora.adapter_delta import Delta, DoraDelta
 from lowbit.lora.bake_layer import LayerBake, bake_plain, bake_weight, baked_format
 from lowbit.lora.layers import AnyAdapter, as_adapter, check_strength
 
@@ -252,7 +252,7 @@ class _BakePlain:
     strength: float
 
     def __call__(self) -> Made:
-        new, account = bake_plain(self.held.read(self.key), self.delta, self.strength)
+        new, account = bake_plain(self.held.read(self.key), self.delta, self.strength, self.key)
         return Made({self.key: new}, {"bake": asdict(account)})
 
 
@@ -281,7 +281,8 @@ def _digest(adapter: Adapter) -> str:
     """What tells one adapter's values from another's: names, scales and the tensors themselves."""
     digest = hashlib.sha256()
     for name, delta in sorted(adapter.layers.items()):
-        digest.update(f"{name} {delta.kind} {delta.scale}".encode())
+        side = delta.by_row if isinstance(delta, DoraDelta) else ""
+        digest.update(f"{name} {delta.kind} {delta.scale} {side}".encode())
         for factor in delta.tensors:
             digest.update(f"{factor.dtype} {tuple(factor.shape)}".encode())
             digest.update(_bytes(factor))
