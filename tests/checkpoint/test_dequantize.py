@@ -170,9 +170,8 @@ def test_scales_beside_parameters_of_any_name_are_seen(tmp_path, codes, scale):
         with pytest.raises(CheckpointError, match=f"{scale}' scales"):
             dequantize(source, tmp_path / "out.safetensors")
         plan = make_plan(source, "int8", preset="none", requantize=True)
-        assert f"how '{scale}' scales it" in next(
-            tensor.why for tensor in plan.components[0].tensors if tensor.key == codes
-        )
+        why = {tensor.key: tensor.why for tensor in plan.components[0].tensors}
+        assert f"how '{scale}' scales it" in why[codes]
         assert f"how '{scale}' scales them is not known" in "".join(inspect(source).notes)
 
 

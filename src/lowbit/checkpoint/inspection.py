@@ -14,7 +14,6 @@ from lowbit.errors import CheckpointError, LowbitError
 
 from .cast_weights import unknown_scales
 from .dialects import StoredLayer, TensorSpec
-from .dialects.base import layer_of
 from .layer_groups import grouped
 from .quantized_source import QuantizedComponent, look_for_layers
 from .safetensors_header import TensorInfo

@@ -92,7 +92,7 @@ def bake_checkpoint(
         work.staging.replaced = work.configs.texts()
         about = {"file": Path(read.where).name, "strength": float(strength), "rounding": rounding or "auto"}
         metadata = {file: _with_note(entries, about) for file, entries in work.metadata.items()}
-        facts = ["bake", opened.fingerprint(), _digest(read), about, seed, strict, torch.__version__]
+        facts = ["bake", opened.fingerprint(), adapter_digest(read), about, seed, strict, torch.__version__]
         fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         settings = Settings(jobs, resume, verify=True, progress=progress)
         done = rewrite(opened, work.staging, work.pieces, metadata, fingerprint=fingerprint, settings=settings)
@@ -277,7 +277,7 @@ def _with_note(metadata: Mapping[str, str], about: Mapping[str, Any]) -> dict[st
     return {**metadata, _HEADER: json.dumps([*(before if isinstance(before, list) else [before]), about])}
 
 
-def _digest(adapter: Adapter) -> str:
+def adapter_digest(adapter: Adapter) -> str:
     """What tells one adapter's values from another's: names, scales and the tensors themselves."""
     digest = hashlib.sha256()
     for name, delta in sorted(adapter.layers.items()):
