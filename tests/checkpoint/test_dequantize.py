@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.dequantize import dequantize
+from lowbit.checkpoint.inspection import inspect
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
@@ -151,6 +152,39 @@ def test_8_bit_floats_with_a_scale_that_nobody_knows_are_refused(tmp_path):
         dequantize(source, tmp_path / "out.safetensors")
 
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("codes", "scale"),
+    [
+        ("experts.gate_up_proj", "experts.gate_up_proj_scale"),
+        ("experts.gate_up_proj", "experts.gate_up_proj.scale_inv"),
+        ("a.weight", "a_scale"),
+    ],
+)
+def test_scales_beside_parameters_of_any_name_are_seen(tmp_path, codes, scale):
+    """Banks of experts have no ".weight"; `inspect`, `plan` and `dequantize` take none for plain values."""
+    save_file({codes: torch.ones(2, 64, 64).to(torch.float8_e4m3fn), scale: torch.ones(2)}, tmp_path / "in.safetensors")
+
+    with open_source(tmp_path / "in.safetensors") as source:
+        with pytest.raises(CheckpointError, match=f"{scale}' scales"):
+            dequantize(source, tmp_path / "out.safetensors")
+        plan = make_plan(source, "int8", preset="none", requantize=True)
+        why = {tensor.key: tensor.why for tensor in plan.components[0].tensors}
+        assert f"how '{scale}' scales it" in why[codes]
+        assert f"how '{scale}' scales them is not known" in "".join(inspect(source).notes)
+
+
+def test_scales_of_codes_that_nobody_knows_are_not_widened(tmp_path):
+    """Block scales are 8-bit floats themselves; the codes that they belong to would stay behind."""
+    tensors = {"a.codes": torch.ones(64, 32).to(torch.uint8), "a.blockscale": torch.ones(64, 4).to(torch.float8_e4m3fn)}
+    save_file(tensors, tmp_path / "in.safetensors")
+
+    with (
+        open_source(tmp_path / "in.safetensors") as source,
+        pytest.raises(CheckpointError, match=r"scale of 'a\.codes'"),
+    ):
+        dequantize(source, tmp_path / "out.safetensors")
 
 
 def test_cast_tensors_beside_quantized_layers_are_widened(tmp_path):

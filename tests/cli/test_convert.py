@@ -325,6 +325,19 @@ def test_markers_ask_for_products_in_full_precision(lowbit, model, tmp_path, spe
     assert lowbit("verify", model, again).code == 0
 
 
+def test_full_precision_products_stay_when_layers_are_converted_again(lowbit, model, tmp_path):
+    """--requantize keeps what the source's marker says, in formats that can say it."""
+    first = tmp_path / "first.safetensors"
+    asked = ("--format", "fp8_e4m3", "--full-precision-matrix-mult", "mlp")
+    assert lowbit("convert", model, "-o", first, *asked).code == 0
+
+    for spec, kept in (("nvfp4", True), ("int8", False)):
+        out = tmp_path / f"{spec}.safetensors"
+        assert lowbit("convert", first, "-o", out, "--format", spec, "--requantize").code == 0
+        assert ("full_precision_matrix_mult" in marker(out, "blocks.1.mlp.up")) == kept
+        assert "full_precision_matrix_mult" not in marker(out, "blocks.1.attn.q")
+
+
 def test_full_precision_products_come_through_a_plan(lowbit, model, tmp_path):
     """The plan file says it of each layer, and a wrong word in it is refused."""
     plan, out = tmp_path / "plan.json", tmp_path / "out.safetensors"

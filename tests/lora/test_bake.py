@@ -10,7 +10,8 @@ import lowbit
 from lowbit import QuantizedTensor
 from lowbit.errors import FormatError, UnsupportedError, WeightError
 from lowbit.formats.parts import raw_bytes
-from lowbit.lora import LoraDelta, attach_lora, bake_lora
+from lowbit.lora import DoraDelta, LoraDelta, attach_lora, bake_lora
+from lowbit.lora.adapter_delta import Delta
 from tests.lora.models import FORMATS, adapter, model
 from tests.support import gaussian
 
@@ -195,3 +196,24 @@ def test_kernel_layouts_are_kept():
     assert layer.weight.kernel_layout == packed.kernel_layout
     gained = layer.weight.dequantize() - packed.dequantize()
     assert float((gained - delta.dense()).norm() / delta.dense().norm()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("spec", "bad"),
+    [(None, "range"), *((spec, bad) for spec in (None, "int8", "svdquant_w4a4") for bad in ("factor", "magnitude"))],
+)
+def test_changes_that_are_not_finite_are_refused(spec, bad):
+    """NaN, infinity and what float16 cannot hold spoil no weight, quantized or not, and leave the module as it was."""
+    block = nn.Sequential(nn.Linear(64, 128, dtype=torch.float16))
+    if spec is not None:
+        lowbit.quantize_(block, spec)
+    before = bits(block)
+    delta: Delta = LoraDelta(torch.ones(2, 64), torch.full((128, 2), 1e5 if bad == "range" else 1.0))
+    if bad == "factor":
+        delta.down[1, 3] = float("inf")
+    if bad == "magnitude":
+        delta = DoraDelta(delta, torch.full((128,), float("nan")), by_row=True)
+
+    with pytest.raises(WeightError, match="range of float16" if bad == "range" else "0: the change holds NaN"):
+        bake_lora(block, {"0": delta})
+    assert same(bits(block), before)

@@ -15,7 +15,8 @@ from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
 from lowbit.errors import CheckpointError, FormatError, WriteError
 from lowbit.formats.parts import raw_bytes
-from lowbit.lora import LoraDelta, bake_checkpoint
+from lowbit.lora import Adapter, DoraDelta, LoraDelta, bake_checkpoint
+from lowbit.lora.bake_checkpoint import adapter_digest
 from tests.support.checkpoints import files_below, model_tensors, save_model, save_shards
 
 CHANGED = ("blocks.0.up", "blocks.1.down")
@@ -266,3 +267,12 @@ def test_a_quantized_kernel_takes_the_change_of_a_convolution(tmp_path):
     gained = decoded(tmp_path / "baked.safetensors")["conv"][1] - decoded(tmp_path / "out.safetensors")["conv"][1]
     change = up.flatten(1) @ down.flatten(1)
     assert float((gained - change).norm() / change.norm()) < 0.2
+
+
+def test_a_dora_of_columns_does_not_go_on_with_a_file_of_rows(tmp_path):
+    """What was written of one is no part of the other, although their tensors have the same values."""
+    change = LoraDelta(torch.ones(2, 8), torch.ones(8, 2))
+    by_row, by_column = (Adapter({"a": DoraDelta(change, torch.ones(8), by_row=side)}) for side in (True, False))
+
+    assert adapter_digest(by_row) != adapter_digest(by_column)
+    assert adapter_digest(by_row) == adapter_digest(by_row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ SHAPES = {
     "blocks.0.ff_net.up": (24, 16),
 }
 RANK = 4
+PAIR = {"x.lora_A.weight": torch.ones(2, 3), "x.lora_B.weight": torch.ones(4, 2)}
+EMPTY_CORES = {f"x.hada_t{i}": torch.ones(0, 0, 3, 3) for i in (1, 2)} | {
+    f"x.hada_w{i}_{side}": torch.ones(0, 4) for i in (1, 2) for side in "ab"
+}
 
 
 def factors(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,7 +154,9 @@ def test_what_does_not_fit_is_refused_with_names(tmp_path):
 @pytest.mark.parametrize(
     ("key", "method"),
     [
-        ("lora_unet_x.oft_blocks", "OFT"),
+        ("lora_unet_x.oft_blocks", "is OFT"),
+        ("base_model.model.x.boft_R", "is BOFT"),
+        ("diffusion_model.x.diff", "weights"),
         ("lora_unet_x.on_input.ia3_l", "IA3"),
         ("base_model.model.x.lora_embedding_A.default", "embedding"),
         ("diffusion_model.x.diff_b", "biases"),
@@ -165,6 +172,15 @@ def test_other_methods_are_refused_by_their_keys(key, method, tmp_path):
     assert key in str(caught.value)
 
 
+@pytest.mark.parametrize("layer", ["model.diffusion_model.x", "base_model.model.diffusion_model.x", "x.soft_gate"])
+def test_names_that_resemble_other_methods_are_read(layer, tmp_path):
+    """A ".diffusion_model" is no ".diff", and "soft_gate" no "oft_"."""
+    path = tmp_path / "lora.safetensors"
+    save_file({f"{layer}.lora_A.weight": torch.ones(2, 3), f"{layer}.lora_B.weight": torch.ones(4, 2)}, path)
+
+    assert list(read_adapter(path).layers) == [layer]
+
+
 @pytest.mark.parametrize(
     ("tensors", "complaint"),
     [
@@ -173,6 +189,12 @@ def test_other_methods_are_refused_by_their_keys(key, method, tmp_path):
         ({"x.weight": torch.ones(2, 3)}, "no LoRA that is known"),
         ({"x.lora_A.weight": torch.ones(2, 3, dtype=torch.int8), "x.lora_B.weight": torch.ones(4, 2)}, "is int8"),
         ({"x.lora_A.a.weight": torch.ones(2, 3), "x.lora_A.b.weight": torch.ones(2, 3)}, "several adapters"),
+        ({**PAIR, "x.alpha": torch.tensor(math.nan)}, "no finite number"),
+        ({**PAIR, "x.lora_B.weight": torch.ones(0, 2, 1, 1), "x.dora_scale": torch.ones(1)}, "neither of the 0 rows"),
+        ({**PAIR, "x.lora_B.weight": torch.ones(1, 2), "x.dora_scale": torch.tensor(1.0)}, "neither of the 1 rows"),
+        ({**PAIR, "x.dora_scale": torch.ones(4), "x.lora_magnitude_vector": torch.ones(4)}, "magnitudes twice"),
+        ({"x.lokr_w1": torch.ones(2, 2), "x.lokr_w1_a": torch.ones(2, 1), "x.lokr_w2": torch.ones(2, 2)}, "twice"),
+        ({**EMPTY_CORES, "x.alpha": torch.tensor(1.0)}, "do not fit"),
     ],
 )
 def test_broken_files_are_refused(tensors, complaint, tmp_path):

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
+
 from lowbit.errors import CheckpointError
 
 from .dialects import TensorSpec
-from .dialects.base import join_key, layer_of
+from .dialects.base import join_key
 from .eligibility import dtype_name
 from .quantized_source import QuantizedComponent
 from .weight_shape import CAST_DTYPES
 
+_CODES = (torch.uint8, torch.int8, torch.int32)
+_SCALE = "scale"
+
 
 def unknown_scales(keys: Iterable[str], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """By layer, those of `keys` that may scale its weight of 8-bit floats, in a spelling that no dialect has."""
-    return {layer: key for key in keys for layer in [_scaled_layer(key, specs)] if layer is not None}
+    """Key of a tensor of 8-bit floats -> the one of `keys` that may scale it, in a spelling that no dialect has."""
+    return {scaled: key for key in keys for scaled in [_scaled_tensor(key, specs)] if scaled is not None}
 
 
 def not_to_be_had(spec: TensorSpec, scale: str | None) -> str | None:
@@ -29,15 +34,30 @@ def cast_tensors(held: QuantizedComponent) -> dict[str, TensorSpec]:
     """The plain tensors of 8-bit floats, which are what they say. Raises `CheckpointError` for one with a scale."""
     casts = {key: held.specs[key] for key in held.found.plain if held.specs[key].dtype in CAST_DTYPES}
     scales = unknown_scales(held.found.plain, held.specs) if casts else {}
+    codes = {_layer(key): key for key in held.found.plain if held.specs[key].dtype in _CODES} if casts else {}
     for key, spec in casts.items():
-        if why := not_to_be_had(spec, scales.get(layer_of(key) or "") if layer_of(key) is not None else None):
+        if why := not_to_be_had(spec, scales.get(key)):
             raise CheckpointError(f"{held.where}: {key!r} is {why}; take the 16-bit file, or name its dialect")
+        if _layer(key) in codes and _SCALE in key.removeprefix(_layer(key)):
+            raise CheckpointError(
+                f"{held.where}: {key!r} looks like the scale of {codes[_layer(key)]!r}, whose format is not known; "
+                "take the 16-bit file, or name its dialect"
+            )
     return casts
 
 
-def _scaled_layer(key: str, specs: Mapping[str, TensorSpec]) -> str | None:
-    """The layer whose weight of 8-bit floats this tensor may scale, by its name; None for any other tensor."""
-    layer, _, name = key.rpartition(".")
-    layer = layer.removesuffix(".weight")
-    weight = specs.get(join_key(layer, "weight"))
-    return layer if weight is not None and weight.dtype in CAST_DTYPES and "scale" in name else None
+def _scaled_tensor(key: str, specs: Mapping[str, TensorSpec]) -> str | None:
+    """The tensor of 8-bit floats that this one may scale, by its name; None for any other tensor.
+
+    The weight of the same layer, or what the name begins with: "experts.down_proj" of "experts.down_proj_scale".
+    """
+    layer = _layer(key)
+    if _SCALE not in key[len(layer) :]:
+        return None
+    starts = [key[:at] for at in range(key.rindex(_SCALE) - 1, max(len(layer), 1) - 1, -1) if key[at] in "._"]
+    names = [join_key(layer.removesuffix(".weight"), "weight"), *starts, *(f"{start}.weight" for start in starts)]
+    return next((name for name in names if name in specs and specs[name].dtype in CAST_DTYPES), None)
+
+
+def _layer(key: str) -> str:
+    return key.rpartition(".")[0]

@@ -14,7 +14,6 @@ from lowbit.errors import CheckpointError, LowbitError
 
 from .cast_weights import unknown_scales
 from .dialects import StoredLayer, TensorSpec
-from .dialects.base import layer_of
 from .layer_groups import grouped
 from .quantized_source import QuantizedComponent, look_for_layers
 from .safetensors_header import TensorInfo
@@ -111,14 +110,14 @@ def _bare_codes(held: QuantizedComponent) -> Iterator[str]:
     """Notes on 8-bit floats that are stored without a marker: plain values to every reader, unless there is a scale."""
     others, scales = held.component.tensors, unknown_scales(held.found.plain, held.specs)
     bare = [key for key in _others(held) if others[key].dtype_name.startswith("F8_E") and len(others[key].shape) > 1]
-    values = [key for key in bare if layer_of(key) is None or layer_of(key) not in scales]
+    values = [key for key in bare if key not in scales]
     if values:
         yield (
             f"{_some(values)}: 8-bit floats without a scale; they are read as plain values, whatever made them "
             "(lowbit dequantize writes them in 16 bits)"
         )
     if scaled := [key for key in bare if key not in values]:
-        scale = scales[layer_of(scaled[0]) or ""]
+        scale = scales[scaled[0]]
         yield f"{_some(scaled)}: 8-bit floats, and how {scale!r} scales them is not known; take the 16-bit file"
 
 

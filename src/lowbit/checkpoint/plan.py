@@ -198,7 +198,7 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
     is_table = names.preset.is_embedding(layer or "")
     if opinion is not None and opinion.action == "drop":
         return _tensor(key, spec, "drop", opinion.why)
-    unfit = not_to_be_had(spec, names.scales.get(layer or "") if was is None and layer is not None else None)
+    unfit = not_to_be_had(spec, names.scales.get(name) if was is None else None)
     unfit = unfit or cannot_hold(name, spec, requantize=rules.requantize)
     why = unfit
     if why is None and keep is not None:
@@ -225,11 +225,13 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
                 f"{full}: is a quantized {misread}; a --layer rule for it, or the 16-bit file, settles it"
             )
         plan = replace(plan, was=was.format.spec, name="" if key == name else was.layer)
-    return _as_wanted(plan, stored, full, rules, has_bias=join_key(layer or "", "bias") in names.biases)
+    return _as_wanted(plan, stored, full, rules, was, has_bias=join_key(layer or "", "bias") in names.biases)
 
 
-def _as_wanted(plan: TensorPlan, stored: StoredFormat, name: str, rules: Rules, *, has_bias: bool) -> TensorPlan:
-    """The plan of a weight with its format and its solver."""
+def _as_wanted(
+    plan: TensorPlan, stored: StoredFormat, name: str, rules: Rules, was: StoredLayer | None, *, has_bias: bool
+) -> TensorPlan:
+    """The plan of a weight with its format and its solver. `was`: as the source holds it quantized."""
     layer = StoredLayer(
         plan.layer, stored.format, plan.weight.matrix, value_dtype(plan.spec.dtype), layout=stored.layout,
         options=plan.weight.options(),
@@ -238,7 +240,7 @@ def _as_wanted(plan: TensorPlan, stored: StoredFormat, name: str, rules: Rules, 
     stored = rules.spelled(replace(stored, format=fitted), layer)
     rules.note_dtype(replace(layer, format=stored.format))
     solver = rules.pick(stored.format, name, has_bias=has_bias)
-    options = rules.options(stored.format, name)
+    options = rules.options(stored.format, name, was)
     also += f"; {options}" if options else ""
     return replace(plan, why=plan.why + also, format=stored.spec, solver=solver, options=options)
 

@@ -114,11 +114,15 @@ class Rules:
             return layer.format, f"{why}, but the dialect {self.dialect.name} has no place for {fitted}"
         return fitted, why
 
-    def options(self, fmt: Format, name: str) -> str:
-        """The option that a layer's marker says, or "" (`TensorPlan.options`)."""
-        if not [pattern for pattern in self.full_precision if pattern.matches(name)]:
-            return ""
+    def options(self, fmt: Format, name: str, was: StoredLayer | None) -> str:
+        """The option that a layer's marker says, or "" (`TensorPlan.options`).
+
+        `was`: as the source holds the layer quantized; what its marker says still holds where the new one can say it.
+        """
         why = refuses_option(fmt)
+        if not [pattern for pattern in self.full_precision if pattern.matches(name)]:
+            kept = was is not None and was.options.get(OPTION) and why is None and lacks_option(self.dialect) is None
+            return OPTION if kept else ""
         if why is not None and fmt.rounds_input:
             raise PlanError(f"--{FULL_PRECISION}: layer {name!r}: {why}")
         if why is not None and why not in self.doubts:

@@ -14,6 +14,7 @@ Where a file brings its PEFT configuration (beside it, or in its header as diffu
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,20 +36,19 @@ _OTHER_ROLE = re.compile(
     r"(?:\.(?!weight$)[^.]+)?(?:\.weight)?$"
 )
 _ALPHA = re.compile(r"^(?P<layer>.+?)(?:\.lora_(?:A|B|down|up))?\.alpha$")
-# Other methods, and parts of LoRA that are no low-rank change: what their keys hold -> what they are.
+# Other methods, and parts of LoRA that are no low-rank change: what matches their keys -> what they are. Only whole
+# parts of a key count: layers have names like "diffusion_model" and "soft_gate", too.
 _OTHERS = {
-    "oft_": "OFT",
-    "boft_": "BOFT",
-    "vera_lambda": "VeRA",
-    "ia3_": "IA3",
-    "glora": "GLoRA",
-    "lora_embedding_": "LoRA on an embedding",
-    "lora_A.bias": "LoRA with a bias",
-    "lora_B.bias": "LoRA with a bias",
-    "lora_up.bias": "LoRA with a bias",
-    ".diff_b": "a full difference of biases",
-    ".diff": "a full difference of weights",
-    "modules_to_save": "a layer trained in full",
+    r"(^|\.)oft_": "OFT",
+    r"(^|\.)boft_": "BOFT",
+    r"(^|\.)vera_lambda": "VeRA",
+    r"(^|\.)ia3_": "IA3",
+    r"(^|\.)glora": "GLoRA",
+    r"(^|\.)lora_embedding_": "LoRA on an embedding",
+    r"\.lora_(A|B|up|down)(\.[^.]+)?\.bias$": "LoRA with a bias",
+    r"\.diff_b$": "a full difference of biases",
+    r"\.diff$": "a full difference of weights",
+    r"(^|\.)modules_to_save\.": "a layer trained in full",
 }
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -120,7 +120,7 @@ def _role(key: str) -> tuple[str, str]:
 
 def _refuse_other_methods(keys: list[str], path: Path) -> None:
     for mark, method in _OTHERS.items():
-        if mine := [key for key in keys if mark in key]:
+        if mine := [key for key in keys if re.search(mark, key)]:
             more = f" and {len(mine) - 1} more" if len(mine) > 1 else ""
             raise UnsupportedError(
                 f"{path}: is {method}, by its keys {mine[0]!r}{more}; only LoRA, LoHa, LoKr and DoRA can be used here. "
@@ -181,6 +181,8 @@ def _alpha(file: SafetensorsFile, key: str) -> float:
     value = file.read(key)
     if value.numel() != 1:
         raise CheckpointError(f"{file.path}: {key!r} has shape {list(value.shape)}, expected one number")
+    if not math.isfinite(float(value)):
+        raise CheckpointError(f"{file.path}: {key!r} is {float(value)}, no finite number; download it again")
     return float(value)
 
 

@@ -80,6 +80,8 @@ def change_of(tensors: LayerTensors, scale: Scale) -> Delta:
     prefix = {"LoHa": HADA, "LoKr": LOKR}.get(delta.kind, " ")
     if stray := sorted(role for role in roles if role not in known and not role.startswith(prefix)):
         raise tensors.error(f"{tensors.keys[stray[0]]!r} stands beside the tensors of a {delta.kind}")
+    if len(magnitudes) > 1:
+        raise tensors.error(f"{tensors.shapes(*magnitudes)} are magnitudes twice")
     return _dora(tensors, delta, magnitudes[0]) if magnitudes else delta
 
 
@@ -119,6 +121,9 @@ def _loha(tensors: LayerTensors, scale: Scale) -> LohaDelta:
 def _lokr(tensors: LayerTensors, scale: Scale) -> LokrDelta:
     made: list[Tensor | LoraDelta] = []
     for name, core in (("lokr_w1", ""), ("lokr_w2", "lokr_t2" if "lokr_t2" in tensors.keys else "")):
+        factors = [role for role in (f"{name}_a", f"{name}_b") if role in tensors.keys]
+        if name in tensors.keys and factors:
+            raise tensors.error(f"{tensors.shapes(name, *factors)} are a factor twice: whole, and as a product")
         if name in tensors.keys and not core:
             whole = tensors.read(name)
             if whole.dim() < 2 or (name == "lokr_w1" and whole.dim() != 2):
@@ -137,7 +142,7 @@ def _product(tensors: LayerTensors, name: str, core: str) -> LoraDelta:
     a, b = (tensors.read(role, 2) for role in roles)
     if core:
         t = tensors.read(core)
-        if t.dim() < 3 or t.shape[:2] != (a.shape[0], b.shape[0]):
+        if t.dim() < 3 or t.shape[:2] != (a.shape[0], b.shape[0]) or not t.numel():
             raise tensors.error(f"{tensors.shapes(core, *roles)} do not fit [R, R, ...], [R, N] and [R, I]")
         return LoraDelta(torch.einsum("rs...,sk->rk...", t.float(), b.float()), a.t().contiguous())
     if a.shape[1] != b.shape[0] or not b.shape[0]:
@@ -148,7 +153,7 @@ def _product(tensors: LayerTensors, name: str, core: str) -> LoraDelta:
 def _dora(tensors: LayerTensors, delta: Delta, role: str) -> DoraDelta:
     magnitude = tensors.read(role)
     count, (n, k) = magnitude.numel(), delta.shape[:2]
-    by_row = count == n and (role != "dora_scale" or magnitude.shape[0] == n)
+    by_row = count == n and (role != "dora_scale" or magnitude.shape[:1] == (n,))
     flat = magnitude.dim() > 2 and len(delta.shape) == 2 and count > 0 and k % count == 0  # of a kernel's matrix
     if not by_row and (role != "dora_scale" or not (count == k or flat)):
         raise tensors.error(f"{tensors.shapes(role)} is neither of the {n} rows nor of the {k} columns of its change")
@@ -157,4 +162,4 @@ def _dora(tensors: LayerTensors, delta: Delta, role: str) -> DoraDelta:
 
 def _matrix(up: Tensor) -> Tensor:
     """The up factor of a convolution, [N, R, 1, 1], as a matrix."""
-    return up.flatten(1) if up.dim() > 2 and up[0, 0].numel() == 1 else up
+    return up.flatten(1) if up.dim() > 2 and set(up.shape[2:]) == {1} else up

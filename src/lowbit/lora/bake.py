@@ -134,7 +134,7 @@ class _Baker:
     ) -> tuple[nn.Parameter, Tensor | None, LayerBake]:
         weight, gain = now
         if not isinstance(weight, QuantizedTensor):
-            new, account = bake_plain(weight.detach(), delta, self._strength)
+            new, account = bake_plain(weight.detach(), delta, self._strength, name)
             return nn.Parameter(new, requires_grad=weight.requires_grad), None, account
         plain = weight.in_layout("")
         made = bake_weight(

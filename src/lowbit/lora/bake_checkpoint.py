@@ -33,7 +33,7 @@ from lowbit.checkpoint.source import Source, open_source
 from lowbit.checkpoint.weight_shape import KERNEL
 from lowbit.formats.parts import FLOATS
 from lowbit.lora.adapter import Adapter
-from lowbit.lora.adapter_delta import Delta
+from lowbit.lora.adapter_delta import Delta, DoraDelta
 from lowbit.lora.bake_layer import LayerBake, bake_plain, bake_weight, baked_format
 from lowbit.lora.layers import AnyAdapter, as_adapter, check_strength
 
@@ -92,7 +92,7 @@ def bake_checkpoint(
         work.staging.replaced = work.configs.texts()
         about = {"file": Path(read.where).name, "strength": float(strength), "rounding": rounding or "auto"}
         metadata = {file: _with_note(entries, about) for file, entries in work.metadata.items()}
-        facts = ["bake", opened.fingerprint(), _digest(read), about, seed, strict, torch.__version__]
+        facts = ["bake", opened.fingerprint(), adapter_digest(read), about, seed, strict, torch.__version__]
         fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         settings = Settings(jobs, resume, verify=True, progress=progress)
         done = rewrite(opened, work.staging, work.pieces, metadata, fingerprint=fingerprint, settings=settings)
@@ -252,7 +252,7 @@ class _BakePlain:
     strength: float
 
     def __call__(self) -> Made:
-        new, account = bake_plain(self.held.read(self.key), self.delta, self.strength)
+        new, account = bake_plain(self.held.read(self.key), self.delta, self.strength, self.key)
         return Made({self.key: new}, {"bake": asdict(account)})
 
 
@@ -277,11 +277,12 @@ def _with_note(metadata: Mapping[str, str], about: Mapping[str, Any]) -> dict[st
     return {**metadata, _HEADER: json.dumps([*(before if isinstance(before, list) else [before]), about])}
 
 
-def _digest(adapter: Adapter) -> str:
+def adapter_digest(adapter: Adapter) -> str:
     """What tells one adapter's values from another's: names, scales and the tensors themselves."""
     digest = hashlib.sha256()
     for name, delta in sorted(adapter.layers.items()):
-        digest.update(f"{name} {delta.kind} {delta.scale}".encode())
+        side = delta.by_row if isinstance(delta, DoraDelta) else ""
+        digest.update(f"{name} {delta.kind} {delta.scale} {side}".encode())
         for factor in delta.tensors:
             digest.update(f"{factor.dtype} {tuple(factor.shape)}".encode())
             digest.update(_bytes(factor))

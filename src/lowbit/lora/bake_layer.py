@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowbit.errors import FormatError
+from lowbit.errors import FormatError, WeightError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, narrow_rows
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
 from lowbit.lora.adapter_delta import Delta, LoraDelta
+from lowbit.numerics.floats import all_finite
 from lowbit.solvers.added_delta import add_delta, refuse_addition
 from lowbit.solvers.rounding_cells import ROUNDINGS
 
@@ -119,7 +120,7 @@ def bake_weight(
     """
     grown, methods = baked_format(fmt, delta, shape, rounding, where), methods_for(fmt, delta, rounding)
     weight = fmt.dequantize(parts, shape, torch.float32) if delta.needs_weight else None
-    dense = delta.dense(strength, parts["qdata"].device, weight)
+    dense = _finite(delta.dense(strength, parts["qdata"].device, weight), where)
     if methods == (LOW_RANK,):
         low_rank = delta.low_rank()
         assert low_rank is not None  # `baked_format` has seen to it
@@ -144,11 +145,24 @@ def _sample_recovered(fmt: Format, parts: Mapping[str, Tensor], dense: Tensor, m
     return add_delta(fmt, cut, dense[:stop], rounding=method, where=where).recovered
 
 
-def bake_plain(weight: Tensor, delta: Delta, strength: float) -> tuple[Tensor, LayerBake]:
-    """A weight of 16 or 32 bits plus a change, rounded to nearest in its dtype, of any shape with N first."""
+def bake_plain(weight: Tensor, delta: Delta, strength: float, where: str) -> tuple[Tensor, LayerBake]:
+    """A weight of 16 or 32 bits plus a change, rounded to nearest in its dtype, of any shape with N first.
+
+    Raises `WeightError` for a change that is not finite, or that makes the weight so. `where` names the layer.
+    """
     dense = delta.dense(strength, weight.device, weight.flatten(1) if delta.needs_weight else None).view(weight.shape)
-    new = (weight.float() + dense).to(weight.dtype)
+    new = (weight.float() + _finite(dense, where)).to(weight.dtype)
+    if not all_finite(new) and all_finite(weight):
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise WeightError(f"{where}: the weight with its change leaves the range of {kind}; take a smaller strength")
     return new, _account(PLAIN, new.float() - weight.float(), dense)
+
+
+def _finite(change: Tensor, where: str) -> Tensor:
+    """A change. Raises `WeightError` for one that would spoil the weight."""
+    if not all_finite(change):
+        raise WeightError(f"{where}: the change holds NaN or infinity; repair the adapter, or lower its strength")
+    return change
 
 
 def _in_low_rank(
