@@ -15,8 +15,9 @@ Q8_0    32   34   8.5                  Q6_K    256  210  6.5625
 MXFP4   32   17   4.25                 NVFP4   64   36   4.5
 
 Values are those of ggml bit for bit. When nothing but rounding is asked for, the blocks of the types on the left are
-ggml's as well; those on the right are searched for the least squared error, which is less than that of ggml's. The
-steps and zeros of a K-quant are whole multiples of two float16 of the block: `grid` keeps to those.
+ggml's as well (`scale_search` finds better ones); those on the right are always searched for the least squared error,
+which is less than that of ggml's. The steps and zeros of a K-quant are whole multiples of two float16 of the block:
+`grid` keeps to those.
 
 The codes of a row, which `unpack` gives, are its K codes, one a byte, and behind them the headers of its blocks (what
 is no code). The parameters of a row are blocks of which only the headers count.
@@ -47,7 +48,8 @@ from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import one_of, parse_spec, register
 from lowbit.formats.stored_steps import E4m3Steps, Multiples
 from lowbit.numerics.gguf_blocks import READABLE, BlockType, block_type
-from lowbit.numerics.gguf_encode import SEARCHED, WRITABLE, encode_blocks, set_steps, snap_steps
+from lowbit.numerics.gguf_encode import AS_GGML, WRITABLE, encode_blocks, set_steps, snap_steps
+from lowbit.numerics.gguf_step_search import search_blocks
 
 # For weights whose columns the blocks do not divide: about as many bits in blocks of 32.
 _OF_32_COLUMNS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q4_0", "Q5_K": "Q5_0", "Q6_K": "Q8_0", "NVFP4": "MXFP4"}
@@ -82,11 +84,6 @@ class GgufBlock(Format):
     def __post_init__(self) -> None:
         one_of(self, "type", READABLE)
         one_of(self, "global_scale", (False, True))
-
-    @property
-    def calibrated_start(self) -> str:
-        """See `Format`. The types that are ggml's propose no other scales."""
-        return "scale_search" if self.type in SEARCHED else "rtn"
 
     @property
     def encodable(self) -> bool:
@@ -145,15 +142,19 @@ class GgufBlock(Format):
         return self._encoded(rows, None)
 
     def searched(self, rows: Tensor, weights: Tensor | None) -> Parts | None:
-        """Whole blocks of the types that are searched anyway."""
-        return self._encoded(rows, weights) if self.type in SEARCHED else None
+        """Whole blocks of the least squared error that is found."""
+        return self._encoded(rows, weights, search=True)
 
-    def _encoded(self, rows: Tensor, weights: Tensor | None) -> Parts:
+    def _encoded(self, rows: Tensor, weights: Tensor | None, *, search: bool = False) -> Parts:
         """Blocks of some rows; weights: of columns [K]."""
         self.check_encodable("weight")
         columns = self.block.columns
-        count = None if weights is None else weights.float().expand_as(rows)
-        made = encode_blocks(self.block, _blocks(rows, columns), None if count is None else _blocks(count, columns))
+        x, count = _blocks(rows, columns), None
+        if weights is not None:
+            count = _blocks(weights.float().expand_as(rows), columns)
+        made = encode_blocks(self.block, x, count)
+        if search and self.type in AS_GGML:
+            made = search_blocks(self.block, x, count, made)
         return {"qdata": _rows(made, rows, columns)}
 
     def encode(self, rows: Tensor, params: Parts, noise: Tensor | None = None) -> Tensor:

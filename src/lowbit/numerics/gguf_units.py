@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowbit.numerics.levels import IntegerLevels
+from lowbit.numerics.levels import IntegerLevels, Levels
 
 _BELOW = (0.0, 0.5, 1.0)  # of what lies beyond the levels
 
@@ -36,7 +36,7 @@ class Units:
 
     x: Tensor
     weights: Tensor | None
-    levels: IntegerLevels
+    levels: Levels
 
     def rounded(self, step: Tensor, zero: Tensor | None) -> Tensor:
         """The levels [c, M] nearest to the values under steps and zeros [M]; 0 where a step is 0."""
@@ -71,7 +71,8 @@ def search_steps(units: Units, tries: Sequence[float], passes: int, *, both_sign
     tries: at what level to put the largest value, as what is added to the lowest level. passes: rounding and fitting in
     turn afterwards. both_signs: put it at the other end, too.
     """
-    magnitude = units.x.abs()
+    assert isinstance(units.levels, IntegerLevels)
+    lowest, magnitude = units.levels.low, units.x.abs()
     extreme = units.x.gather(0, magnitude.argmax(0, keepdim=True)).squeeze(0)
     heavy = units.weighted(units.x)
     best, gained = torch.zeros_like(extreme), torch.full_like(extreme, -1.0)
@@ -87,21 +88,26 @@ def search_steps(units: Units, tries: Sequence[float], passes: int, *, both_sign
 
     for sign in (1.0, -1.0) if both_signs else (1.0,):
         for more in tries:
-            take(extreme / (sign * (units.levels.low + more)))
+            take(extreme / (sign * (lowest + more)))
     for _ in range(passes):
         take(best)
     return best
 
 
-def search_steps_and_zeros(units: Units, tries: Sequence[float], passes: int) -> tuple[Tensor, Tensor]:
-    """The best step, not below 0, and zero, not above it, of each unit [M], of levels from 0 up.
+def search_steps_and_zeros(
+    units: Units, tries: Sequence[float], passes: int, *, any_zero: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The best step, not below 0, and zero, not above it unless `any_zero`, of each unit [M], of levels from 0 up.
 
     tries: over how many levels to spread the range of a unit, as what is added to the highest one. What then lies
     beyond the levels is tried above them, below them, and half at either end.
     """
-    least, most = units.x.amin(0).clamp_(max=0.0), units.x.amax(0)
+    assert isinstance(units.levels, IntegerLevels)
+    least, most = units.x.amin(0), units.x.amax(0)
+    least = least if any_zero else least.clamp_(max=0.0)
     above = Units(units.x - least, units.weights, units.levels)  # what is small beside its zero keeps its bits
     mass, whole = above.mass, above.weighted(above.x).sum(0)
+    highest = units.levels.high
     best, zero, gained = torch.zeros_like(least), torch.zeros_like(least), torch.full_like(least, -1.0)
 
     def take(step: Tensor, start: Tensor) -> None:
@@ -111,16 +117,18 @@ def search_steps_and_zeros(units: Units, tries: Sequence[float], passes: int) ->
         ones, curve, lean = heavy.sum(0), (heavy * q).sum(0), (heavy * above.x).sum(0)
         new = (mass * lean - whole * ones) * inverse(mass * curve - ones * ones)
         shift = (whole - new * ones) / mass
-        outside = shift > -least
-        shift = torch.where(outside, -least, shift)
-        new = torch.where(outside, (lean - shift * ones) * inverse(curve), new).clamp_(min=0.0)
+        if not any_zero:
+            outside = shift > -least
+            shift = torch.where(outside, -least, shift)
+            new = torch.where(outside, (lean - shift * ones) * inverse(curve), new)
+        new = new.clamp_(min=0.0)
         gain = new * (2 * lean - new * curve - 2 * shift * ones) + shift * (2 * whole - shift * mass)
         better = gain > gained
         best, zero = torch.where(better, new, best), torch.where(better, shift, zero)
         gained = torch.where(better, gain, gained)
 
     for more in tries:
-        step = (most - least) / (units.levels.high + more)
+        step = (most - least) / (highest + more)
         for below in _BELOW:
             take(step, step * (more * below))
     for _ in range(passes):
