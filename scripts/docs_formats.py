@@ -29,7 +29,7 @@ USES = {
     "convrot_w4a4": "rotated 4-bit weights with one scale a row, 4-bit inputs (ConvRot); also int4_tensorwise",
     "fp8_e4m3": "8-bit float; a scale for the tensor, each row or each block of any size",
     "fp8_e5m2": "the same with more range and less precision",
-    "gguf": "the blocks of llama.cpp's files, 2.6 to 8.5 bits; some of them can only be read",
+    "gguf": "the blocks of llama.cpp's files, K-quants among them, 2.6 to 8.5 bits",
     "int8": "8-bit integer with 8-bit activations; row, tensor, block, or rotated (ConvRot)",
     "mxfp4": "4-bit float with a power-of-two scale every 32 weights",
     "mxfp8": "8-bit float with a power-of-two scale every 32 weights",
