@@ -50,6 +50,7 @@ from lowbit.formats.stored_steps import E4m3Steps, Multiples
 from lowbit.numerics.gguf_blocks import READABLE, BlockType, block_type
 from lowbit.numerics.gguf_encode import AS_GGML, WRITABLE, encode_blocks, set_steps, snap_steps
 from lowbit.numerics.gguf_step_search import search_blocks
+from lowbit.numerics.levels import IntegerLevels
 
 # For weights whose columns the blocks do not divide: about as many bits in blocks of 32.
 _OF_32_COLUMNS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q4_0", "Q5_K": "Q5_0", "Q6_K": "Q8_0", "NVFP4": "MXFP4"}
@@ -184,20 +185,22 @@ class GgufBlock(Format):
         step, zero = (None if x is None else x.t().contiguous() for x in self._steps(params))
         assert step is not None
         kind = self.block
-        return Grid(rows.t().contiguous(), step, kind.levels, columns=kind.unit, zero=zero, snap=self._snap(params))
+        snap = self._snap(rows, params)
+        return Grid(rows.t().contiguous(), step, kind.levels, columns=kind.unit, zero=zero, snap=snap)
 
-    def _snap(self, params: Parts) -> Snap:
-        """What steps can be stored: of K-quants, multiples of the float16 that their blocks have."""
+    def _snap(self, rows: Tensor, params: Parts) -> Snap:
+        """What steps can be stored: of K-quants, multiples of the float16 of their blocks, or of ones for the rows."""
         kind = self.block
         if self.type == "NVFP4":
             half = torch.full((), 0.5, device=params["qdata"].device)
             return E4m3Steps(GlobalScale(divides=False, by_row=False), params.get("global_scale", half * 2) * half)
         if kind.shared is None:
             return partial(snap_steps, kind)
-        found = kind.shared.split(kind.headers(_blocks(params["qdata"], kind.size))).smallest
-        units = kind.columns // kind.unit
+        found = kind.shared.split(kind.headers(_blocks(params["qdata"], kind.size)))
+        if bool((found.factor == 0).any()):
+            found = found.holding(*_fitting(kind, _blocks(rows, kind.columns)), kind.shared.high)
         factor, zero_factor = (
-            None if x is None else _rows(x.expand(-1, units), params["qdata"], kind.size).t().contiguous()
+            None if x is None else _rows(x.expand(-1, self._units), params["qdata"], kind.size).t().contiguous()
             for x in (found.factor, found.zero_factor)
         )
         assert factor is not None
@@ -206,16 +209,28 @@ class GgufBlock(Format):
     def with_steps(self, params: Parts, grid: Grid) -> Parts:
         self.check_encodable("weight")
         kind = self.block
-        units = kind.columns // kind.unit
-        step, zero = (None if x is None else x.t().reshape(-1, units) for x in (grid.step, grid.zero))
+        step, zero = (None if x is None else x.t().reshape(-1, self._units) for x in (grid.step, grid.zero))
         assert step is not None
         blocks = _blocks(params["qdata"], kind.size).clone()
         if kind.shared is None:
             headers = set_steps(kind, step, zero)
         else:
-            headers = kind.shared.join(kind.shared.split(kind.headers(blocks)).with_steps(step, zero))
+            assert isinstance(grid.snap, Multiples)
+            factor, zero_factor = (
+                None if x is None else x.t().reshape(-1, self._units)[:, :1]
+                for x in (grid.snap.factor, grid.snap.zero_factor)
+            )
+            assert factor is not None
+            found = kind.shared.split(kind.headers(blocks))
+            holding = found._replace(factor=factor, zero_factor=zero_factor)
+            headers = kind.shared.join(found.with_steps(step, zero, holding))
         kind.put_headers(blocks, headers)
         return {"qdata": _rows(blocks, params["qdata"], kind.size)}
+
+    @property
+    def _units(self) -> int:
+        """Of a block."""
+        return self.block.columns // self.block.unit
 
     def equivalents(self) -> tuple[Format, ...]:
         """The format of the same codes, where there is one (see `gguf_recast`), and those that are its own equals."""
@@ -267,6 +282,16 @@ def _blocks(rows: Tensor, width: int) -> Tensor:
 def _rows(blocks: Tensor, like: Tensor, width: int) -> Tensor:
     """[n * blocks, w] -> [n, blocks * w], as many as `like` [n, blocks * width] has."""
     return blocks.reshape(like.shape[0], like.shape[1] // width * blocks.shape[1])
+
+
+def _fitting(kind: BlockType, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The steps, and zeros where the lowest level is 0, at which the units of blocks [B, columns] fit: [B, U]."""
+    assert isinstance(kind.levels, IntegerLevels)
+    low, high = blocks.unflatten(1, (-1, kind.unit)).aminmax(dim=2)
+    if kind.levels.low:
+        return torch.maximum(high / kind.levels.high, low / kind.levels.low), None
+    zero = low.clamp_max(0.0)
+    return (high.clamp_min(0.0) - zero) / kind.levels.high, zero
 
 
 def _divisor(step: Tensor) -> Tensor:

@@ -86,19 +86,27 @@ class Split(NamedTuple):
             return self.factor * self.scales, None
         return self.factor * self.scales, (self.zero_factor * self.minima).neg_()
 
-    def with_steps(self, step: Tensor, zero: Tensor | None) -> Split:
-        """The same float16 with other steps and zeros [B, U], which are multiples of them (see `smallest`)."""
-        used = (step != 0).any(dim=1, keepdim=True)
-        factor = torch.where(used, self.smallest.factor, self.factor)
+    def with_steps(self, step: Tensor, zero: Tensor | None, holding: Split) -> Split:
+        """With other steps and zeros [B, U], multiples of the float16 of `holding`: taken where there are any."""
+        factor = torch.where((step != 0).any(dim=1, keepdim=True), holding.factor, self.factor)
         changed = self._replace(factor=factor, scales=_multiples(step, factor))
-        if zero is None or self.zero_factor is None:
+        if zero is None or self.zero_factor is None or holding.zero_factor is None:
             return changed
-        return changed._replace(minima=_multiples(-zero, self.zero_factor))
+        zero_factor = torch.where((zero != 0).any(dim=1, keepdim=True), holding.zero_factor, self.zero_factor)
+        return changed._replace(zero_factor=zero_factor, minima=_multiples(-zero, zero_factor))
 
-    @property
-    def smallest(self) -> Split:
-        """The same, but the smallest float16 for a factor of 0, of which there are no steps."""
-        return self._replace(factor=self.factor.masked_fill(self.factor == 0, MIN_HALF))
+    def holding(self, step: Tensor, zero: Tensor | None, high: int) -> Split:
+        """The same, but float16 for the largest of steps and zeros [B, U] as multiples of `high` for those of 0.
+
+        A step gets the smallest float16 at least; a zero where the block has no steps either.
+        """
+        unused = self.factor == 0
+        factor = nearest_half(step.amax(1, keepdim=True) / high).clamp_min_(MIN_HALF)
+        found = self._replace(factor=torch.where(unused, factor, self.factor))
+        if zero is None or self.zero_factor is None:
+            return found
+        zero_factor = nearest_half(-zero.amin(1, keepdim=True) / high)
+        return found._replace(zero_factor=torch.where(unused & (self.zero_factor == 0), zero_factor, self.zero_factor))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Parts, narrow_rows
 from lowbit.numerics.groups import row_chunks
 
-from .grid_units import clipped_units, count_units, stored_steps, unit_errors
+from .grid_units import clipped_units, count_units, stored_steps, unit_errors, unused_errors
 from .rounding_cells import ROUNDINGS, Choice, choice, has_cells, rounding_noise
 
 _ELEMENTS = 1 << 18  # of a piece of rows: stays in a core's cache
@@ -210,8 +210,9 @@ class _Job:
         clips, loss = clipped_units(grid, levels + difference)
         sums.clipped += count_units(clips, grid)
         sums.units += count_units(torch.ones_like(clips), grid)
-        expected = unit_errors(grid, chosen.expected)
-        clips &= (loss > _WORTH * expected) | (grid.step == 0)
+        unused, lost = unused_errors(grid)
+        expected = torch.where(unused, lost, unit_errors(grid, chosen.expected))
+        clips &= (loss > _WORTH * expected) | unused
         if not refit or not bool(clips.any()):
             return params, _settled(grid, chosen, was, noise)
         wide_step, wide_zero = stored_steps(grid)

@@ -13,6 +13,7 @@ from lowbit.formats.grid import Grid
 from .rounding_cells import extremes
 
 _UP = (1.07, 1.5)  # from a step to the next one that can be stored: of e4m3, of powers of two
+_NO_STEP = 1e-12  # of the largest weight of a unit
 _BEYOND = 1e-3  # levels beyond the last one that count as clipped: less is rounding of float32
 
 
@@ -63,7 +64,20 @@ def _largest(x: Tensor, grid: Grid) -> Tensor:
 
 def unit_errors(grid: Grid, squares: Tensor) -> Tensor:
     """Squared errors [K, n] in levels, summed over units in the weight's measure, given to each row: [U, n]."""
-    squares = squares * grid.spread(grid.step, 0, squares.shape[0]).square()
+    return _summed(squares * grid.spread(grid.step, 0, squares.shape[0]).square(), grid)
+
+
+def unused_errors(grid: Grid) -> tuple[Tensor, Tensor]:
+    """Units with no step to speak of, which are nothing but their zeros, and their squared errors as they are: [U, n].
+
+    Beside their target, steps are 0 or so small (MXFP4 has no 0) that errors in levels exceed float32.
+    """
+    off = grid.target if grid.zero is None else grid.target - grid.spread(grid.zero, 0, grid.target.shape[0])
+    return grid.step.abs() <= _NO_STEP * _largest(off.abs(), grid), _summed(off.square(), grid)
+
+
+def _summed(squares: Tensor, grid: Grid) -> Tensor:
+    """Squared errors [K, n] summed over units in the weight's measure, given to each row: [U, n]."""
     if grid.factor is not None:
         squares = squares * grid.factor.square().unsqueeze(1)
     units = _by_unit(squares, grid, 0.0).sum(1)
