@@ -117,12 +117,13 @@ class Rules:
     def options(self, fmt: Format, name: str, was: StoredLayer | None) -> str:
         """The option that a layer's marker says, or "" (`TensorPlan.options`).
 
-        `was`: as the source holds the layer quantized; what its marker says still holds where the new one can say it.
+        `was`: as the source holds the layer quantized. What its marker says besides its format still holds where the new
+        one can say it.
         """
         why = refuses_option(fmt)
         if not [pattern for pattern in self.full_precision if pattern.matches(name)]:
-            kept = was is not None and was.options.get(OPTION) and why is None and lacks_option(self.dialect) is None
-            return OPTION if kept else ""
+            said = was is not None and was.options.get(OPTION) and refuses_option(was.format) is None
+            return OPTION if said and why is None and lacks_option(self.dialect) is None else ""
         if why is not None and fmt.rounds_input:
             raise PlanError(f"--{FULL_PRECISION}: layer {name!r}: {why}")
         if why is not None and why not in self.doubts:
