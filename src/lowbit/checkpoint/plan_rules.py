@@ -117,8 +117,8 @@ class Rules:
     def options(self, fmt: Format, name: str, was: StoredLayer | None) -> str:
         """The option that a layer's marker says, or "" (`TensorPlan.options`).
 
-        `was`: as the source holds the layer quantized. What its marker says besides its format still holds where the new
-        one can say it.
+        `was`: as the source holds the layer quantized. What its marker says besides its format still holds, where the
+        new one can say it.
         """
         why = refuses_option(fmt)
         if not [pattern for pattern in self.full_precision if pattern.matches(name)]:
