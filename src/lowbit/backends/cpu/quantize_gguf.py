@@ -74,12 +74,12 @@ def _k_blocks(fmt: GgufBlock, rows: Tensor, columns: Tensor | None) -> tuple[Ten
     multiples = torch.empty((2, count, units))
     codes = torch.empty((count, kind.columns), dtype=torch.uint8)
     tries, tried = torch.tensor(effort.tries), torch.tensor(effort.factors)
+    ends = (kind.levels.low, kind.levels.high, kind.offset, kind.shared.low, kind.shared.high)
     finite = native.module().quantize_gguf_k(
-        rows.data_ptr(), DTYPES[rows.dtype], *rows.shape, address(columns), kind.unit, kind.levels.low,
-        kind.levels.high, kind.offset, kind.shared.low, kind.shared.high, tries.data_ptr(), tries.numel(),
-        effort.passes, tried.data_ptr(), tried.numel(), effort.rounds, effort.both_signs,
-        factors[0].data_ptr(), factors[1].data_ptr(), multiples[0].data_ptr(), multiples[1].data_ptr(),
-        codes.data_ptr(), native.threads(),
+        rows.data_ptr(), DTYPES[rows.dtype], *rows.shape, address(columns), kind.unit, *map(float, ends),
+        tries.data_ptr(), tries.numel(), effort.passes, tried.data_ptr(), tried.numel(), effort.rounds,
+        effort.both_signs, factors[0].data_ptr(), factors[1].data_ptr(), multiples[0].data_ptr(),
+        multiples[1].data_ptr(), codes.data_ptr(), native.threads(),
     )  # fmt: skip
     zeros = (None, None) if kind.shared.low else (factors[1], multiples[1])
     found = Split(factors[0], multiples[0], *zeros)
