@@ -61,7 +61,7 @@ TURNS = 3  # of proj_up and rounding at the final basis
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS = 1 << 20  # elements of a piece of rows
 _ACTIVATIONS = 1 << 22  # elements of a piece of activations or results
-_SAMPLE = 1 << 18  # elements of the rows that the smoothing search looks at
+_SAMPLE = 1 << 16  # elements of the rows that the smoothing search looks at
 # Scales that put the largest weight of a group beyond or short of code -8, times these; found greedily on Gaussian
 # groups. Each in turn lowers the squared error most: from 19.36 dB at absmax / 7 by 20.63, 20.75, 20.84, .. to 20.89
 # of 20.93.

@@ -34,7 +34,7 @@ from .scale_search import scale_search
 from .svdquant_low_rank import least_squares, low_rank, rounded_to_lowest
 from .svdquant_smoothing import calibrated_smoothing, input_noise, simulated_input
 
-_SAMPLE = 1 << 18  # elements of the rows that the smoothing search looks at
+_SAMPLE = 1 << 16  # elements of the rows that the smoothing search looks at
 
 
 @register_solver("svdquant")
