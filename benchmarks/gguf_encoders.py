@@ -5,7 +5,8 @@
 FOLDER has ggml's libraries (`benchmarks.cpu_ggml` says how to build them). Both get the same float32 weights and take
 turns in one process, on one thread, which is what ggml's function uses. The errors are those of ggml's own decoding, by
 the gguf package, of either's blocks. Three weights: Gaussian, heavy-tailed (Student's t, 4 degrees of freedom), and a
-layer of all-MiniLM-L6-v2. Plain, and with an importance for each column: of the squared error in lowbit's
+layer of all-MiniLM-L6-v2. Without anything known of the columns, as `--solver auto` makes blocks and, of the types that
+ggml's reference is made of, as `rtn` does; and with an importance for each column: of the squared error in lowbit's
 `scale_search` and in ggml's importance matrix alike, over three decades, and the signal-to-noise ratio weighted by it.
 Types for which ggml requires an importance matrix are not among those that lowbit makes.
 """
@@ -30,7 +31,7 @@ from benchmarks import cpu_ggml
 from benchmarks.minilm_model import load_model, machine
 from lowbit.formats import parse_spec
 from lowbit.numerics.gguf_blocks import GGML_TYPES
-from lowbit.numerics.gguf_encode import WRITABLE
+from lowbit.numerics.gguf_encode import AS_GGML, WRITABLE
 from lowbit.ops.encode import encode, encode_searched
 
 RESULT = Path(__file__).parent / "results" / "gguf_encoders.json"
@@ -74,12 +75,12 @@ class Ggml:
         return out
 
 
-def ours(kind: str) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """The same of lowbit."""
+def ours(kind: str, *, rounded: bool = False) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The same of lowbit: searched or, without an importance, rounded to nearest."""
     fmt = parse_spec(f"gguf(type={kind})")
 
     def run(w: Tensor, importance: Tensor | None) -> Tensor:
-        return (encode(w, fmt) if importance is None else encode_searched(w, fmt, importance))["qdata"]
+        return (encode(w, fmt) if rounded else encode_searched(w, fmt, importance))["qdata"]
 
     return run
 
@@ -96,6 +97,8 @@ def decibels(kind: str, blocks: Tensor, w: Tensor, importance: Tensor | None) ->
 def measure(kind: str, name: str, w: Tensor, importance: Tensor | None, seconds: float) -> dict[str, object]:
     """One row of the result."""
     ways = {"lowbit": ours(kind), "ggml": Ggml(kind)}
+    if importance is None and kind in AS_GGML:
+        ways["lowbit, rtn"] = ours(kind, rounded=True)
     errors = {way: decibels(kind, run(w, importance), w, importance) for way, run in ways.items()}
     spent: dict[str, list[float]] = {way: [] for way in ways}
     turn, end = 0, time.perf_counter() + seconds
@@ -132,7 +135,8 @@ def main() -> None:
                 print(
                     f"{name:13s}{kind:6s}{'importance' if counts is not None else 'plain':11s}"
                     f"ggml {errors['ggml']:6.2f} dB {speed['ggml']:6.1f} M/s   "  # type: ignore[index]
-                    f"lowbit {errors['lowbit']:6.2f} dB {speed['lowbit']:6.1f} M/s   {rows[-1]['ratio']:5.1f} x",  # type: ignore[index]
+                    f"lowbit {errors['lowbit']:6.2f} dB {speed['lowbit']:6.1f} M/s   {rows[-1]['ratio']:5.1f} x"  # type: ignore[index]
+                    + (f"   rtn {speed['lowbit, rtn']:6.1f} M/s" if "lowbit, rtn" in speed else ""),  # type: ignore[operator,index]
                     flush=True,
                 )
     given.output.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
 from lowbit.errors import CheckpointError, DependencyError, PlanError, WeightError, WriteError
 from lowbit.formats import parse_spec
-from lowbit.ops.encode import encode
+from lowbit.ops.encode import encode, encode_searched
 from lowbit.solvers.base import Statistics
 from tests.checkpoint.gguf_files import blocks, gguf, read_file, write_file
 from tests.support import outlier_weight
@@ -55,15 +55,21 @@ def parts_of(path):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "MXFP4", "Q4_1", "Q5_0", "Q5_1"])
-def test_blocks_are_those_of_the_package(path, tmp_path, kind):
-    """Weights are the bytes of gguf.quantize, banks of experts too; other tensors keep their values."""
+def test_blocks_lose_less_than_those_of_the_package(path, tmp_path, kind):
+    """Weights are searched, banks of experts too, and the package reads them; other tensors keep their values."""
     report = export(path, tmp_path / "out.gguf", kind, architecture="flux", metadata={"general.name": "tiny"})
     found = read_file(tmp_path / "out.gguf")
 
     for name in ("a.weight", "bank.weight"):
-        expected = gguf.quantize(MODEL[name].numpy(), gguf.GGMLQuantizationType[kind])
+        w, number = MODEL[name].numpy(), gguf.GGMLQuantizationType[kind]
+        expected = encode_searched(MODEL[name].flatten(0, -2), parse_spec(f"gguf(type={kind})"))["qdata"]
         assert found[name][0] == kind
-        assert np.array_equal(found[name][1], expected)
+        assert np.array_equal(found[name][1].reshape(expected.shape), expected.numpy())
+        lost, plain = (
+            float(np.square(gguf.dequantize(raw, number) - w).sum())
+            for raw in (found[name][1], gguf.quantize(w, number))
+        )
+        assert lost < 0.99 * plain
     assert found["norm.weight"][0] == "F32"
     assert np.array_equal(found["norm.weight"][1], MODEL["norm.weight"].float().numpy())
     assert found["b.weight"][0] == "F16"
@@ -75,6 +81,31 @@ def test_blocks_are_those_of_the_package(path, tmp_path, kind):
     assert report.notes == (
         "b.weight: [8, 40] has 40 columns, not a multiple of the 32 of a " + kind + " block; kept as F16",
     )
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "MXFP4", "Q4_1", "Q5_0", "Q5_1"])
+def test_a_plan_of_plain_rounding_gives_the_bytes_of_the_package(path, tmp_path, kind):
+    """With the solver rtn blocks are those of gguf.quantize."""
+    with open_source(path) as source:
+        plan = make_plan(source, f"gguf(type={kind})", preset="none", solver="rtn")
+        export_gguf(source, tmp_path / "out.gguf", plan)
+
+    expected = gguf.quantize(MODEL["a.weight"].numpy(), gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(read_file(tmp_path / "out.gguf")["a.weight"][1], expected)
+
+
+def test_statistics_serve_without_a_plan(tmp_path):
+    """A type by its name takes the solver that is best for what is known of a layer."""
+    layer = Layer.make(32, 128)
+    known = InMemory({"a": layer.exact()})
+    save_file({"a.weight": layer.weight}, tmp_path / "in.safetensors")
+    lost = []
+    for statistics in (None, known):
+        export(tmp_path / "in.safetensors", tmp_path / "out.gguf", "Q4_0", statistics=statistics)
+        raw = read_file(tmp_path / "out.gguf")["a.weight"][1]
+        error = torch.from_numpy(gguf.dequantize(raw, gguf.GGMLQuantizationType.Q4_0)) - layer.weight
+        lost.append(float((error @ layer.exact().hessian * error).sum()))
+    assert lost[1] < 0.9 * lost[0]
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "NVFP4"])
@@ -180,9 +211,9 @@ def test_other_formats_are_quantized_again_only_when_asked(path, tmp_path):
     export(tmp_path / "q.safetensors", tmp_path / "out.gguf", "Q8_0", requantize=True)
     export(tmp_path / "q.safetensors", tmp_path / "f32.gguf", "F32")
 
-    decoded = read_file(tmp_path / "f32.gguf")["a.weight"][1]
-    expected = gguf.quantize(decoded, gguf.GGMLQuantizationType.Q8_0)
-    assert np.array_equal(read_file(tmp_path / "out.gguf")["a.weight"][1], expected)
+    decoded = torch.tensor(read_file(tmp_path / "f32.gguf")["a.weight"][1])
+    expected = encode_searched(decoded, parse_spec("gguf(type=Q8_0)"))["qdata"]
+    assert np.array_equal(read_file(tmp_path / "out.gguf")["a.weight"][1], expected.numpy())
 
 
 def test_a_plan_chooses_types_and_solvers(path, tmp_path):

@@ -23,6 +23,7 @@ from lowbit.formats import Format, Parts, parse_spec
 from lowbit.formats.gguf_block import GgufBlock
 from lowbit.formats.gguf_recast import block_format, put_together
 from lowbit.numerics.gguf_encode import WRITABLE
+from lowbit.solvers import AUTO
 from lowbit.solvers.solve import solve
 
 from .dialects import StoredLayer, TensorSpec
@@ -65,18 +66,18 @@ def export_gguf(
 ) -> ExportReport:
     """Write a model of `source` as the GGUF file `target`.
 
-    types: one of `TYPES` for all weights of two axes and more ("keep": all as they are), by plain rounding: the bytes
-        of ggml's own encoder or, of a K-quant or NVFP4, blocks of less error. Rows that such blocks do not divide get a
-        type of blocks of 32 columns with about as many bits; those that 32 does not divide keep their dtype. Or a plan
-        whose formats are `gguf(type=...)`, with its solvers. Other tensors keep their dtype, but vectors become F32, as
-        llama.cpp wants them.
+    types: one of `TYPES` for all weights of two axes and more ("keep": all as they are), by the solver "auto": of less
+        error than by ggml's own encoder, whose bytes "rtn" in a plan gives for Q4_0 to Q8_0 and MXFP4. Rows that such
+        blocks do not divide get a type of blocks of 32 columns with about as many bits; those that 32 does not divide
+        keep their dtype. Or a plan whose formats are `gguf(type=...)`, with its solvers. Other tensors keep their
+        dtype, but vectors become F32, as llama.cpp wants them.
     architecture: written as general.architecture. For one in `gguf_names.ARCHITECTURES`, the tensors of a transformers
         model get llama.cpp's names and order of rows. Of a source that is a GGUF file, names and fields are kept.
     metadata: further fields, name -> text, flag, whole number, number or list of these.
     requantize: let weights that are quantized in another format be decoded and quantized again. Blocks of GGUF that
         stay in their type are copied bit for bit, also those that can only be read; mxfp4 becomes MXFP4, and with
         "keep" nvfp4 becomes NVFP4, with the codes that there are.
-    statistics: for the plan's solvers. component: which model, where the source has several.
+    statistics: for the solvers. component: which model, where the source has several.
 
     Raises:
         DependencyError: the package gguf is missing.
@@ -161,7 +162,7 @@ class _Export:
         if isinstance(self._types, str) and spec.dtype.is_floating_point and layer_of(key) is not None:
             kind = self._chosen(key, spec.shape, kind)
         if kind in WRITABLE:
-            return self._solved(key, spec.shape, _format(kind), "rtn", read)
+            return self._solved(key, spec.shape, _format(kind), AUTO, read)
         return Entry(self._naming.of(key), kind, spec.shape, partial(self._bytes_of, key, kind))
 
     def _chosen(self, key: str, shape: tuple[int, ...], kind: str) -> str:
@@ -212,7 +213,7 @@ class _Export:
             return [Entry(self._naming.of(key), kind, stored.shape, make)]
         if wanted is None:
             raise PlanError(f"{stored.place}: a GGUF file cannot keep {fmt}; choose gguf(type=...) for this layer")
-        solver = planned.solver if planned is not None else "rtn"
+        solver = planned.solver if planned is not None else AUTO
         read = partial(self._decoded, stored, torch.float32)
         return [self._solved(key, stored.shape, wanted, solver, read)]
 

@@ -14,10 +14,9 @@ Q5_1    32   24   6                    Q5_K    256  176  5.5
 Q8_0    32   34   8.5                  Q6_K    256  210  6.5625
 MXFP4   32   17   4.25                 NVFP4   64   36   4.5
 
-Values are those of ggml bit for bit. When nothing but rounding is asked for, the blocks of the types on the left are
-ggml's as well (`scale_search` finds better ones); those on the right are always searched for the least squared error,
-which is less than that of ggml's. The steps and zeros of a K-quant are whole multiples of two float16 of the block:
-`grid` keeps to those.
+Values are those of ggml bit for bit. Blocks are searched for the least squared error, which is less than that of
+ggml's; by plain rounding (`rtn`) those of the types on the left are ggml's as well. The steps and zeros of a K-quant
+are whole multiples of two float16 of the block: `grid` keeps to those.
 
 The codes of a row, which `unpack` gives, are its K codes, one a byte, and behind them the headers of its blocks (what
 is no code). The parameters of a row are blocks of which only the headers count.
@@ -80,6 +79,7 @@ class GgufBlock(Format):
         "gguf(type=MXFP4)": 18.78,
         "gguf(type=NVFP4)": 21.77,
     }
+    data_free_solver: ClassVar[str] = "scale_search"
     instead: ClassVar[str] = f"gguf(type=...) of {', '.join(WRITABLE)}, or to nvfp4, mxfp4 or int8"
 
     def __post_init__(self) -> None:

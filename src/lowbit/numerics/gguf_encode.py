@@ -53,8 +53,8 @@ def encode_blocks(kind: BlockType, x: Tensor, weights: Tensor | None = None) -> 
         step = (_largest(x) / low).clamp_(-_ROUNDS_TO_MAX_HALF, _ROUNDS_TO_MAX_HALF)
         codes = (x * _inverse(step)).add_(kind.offset + 0.5)
         return kind.join(codes.trunc_().clamp_(0, high - low).to(torch.uint8), half_bytes(step))
-    least = x.amin(dim=1, keepdim=True)
-    step = ((x.amax(dim=1, keepdim=True) - least) / high).clamp_(max=_ROUNDS_TO_MAX_HALF)
+    least = x.gather(1, x.argmin(dim=1, keepdim=True))  # the first of equals: zeros have signs
+    step = ((x.amax(dim=1, keepdim=True) - least).abs_() / high).clamp_(max=_ROUNDS_TO_MAX_HALF)
     codes = ((x - least) * _inverse(step)).add_(0.5).trunc_().clamp_(0, high).to(torch.uint8)
     least = least.clamp(-_ROUNDS_TO_MAX_HALF, _ROUNDS_TO_MAX_HALF)
     return kind.join(codes, half_bytes(torch.cat([step, least], dim=1)))

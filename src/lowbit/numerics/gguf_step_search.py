@@ -1,8 +1,8 @@
 """Steps of least squared error for the types of GGUF blocks that `gguf_encode` makes as ggml does: Q4_0 to Q8_0, MXFP4.
 
 Each block starts as ggml's reference encoder makes it and changes only where its error becomes smaller, each column
-counting by its weight. With no weights blocks of Q4_0 gain 0.5 dB, with an importance matrix over three decades 1 to
-3 dB.
+counting by its weight. With no weights Gaussian blocks gain 0.3 (MXFP4) to 1 dB (Q4_1, Q5_1), with an importance
+matrix over three decades 1 to 3 dB.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from lowbit.numerics.gguf_units import Units, inverse, search_steps, search_step
 from lowbit.numerics.levels import IntegerLevels
 
 # At what level to put the largest value, as what is added to the lowest or, of levels from 0 up, to the highest one.
-_TRIES = {
+TRIES = {
     "Q4_0": (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0),
     "Q5_0": (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0),
     "Q8_0": (0.0, -0.5, 0.5, 1.0),
     "Q4_1": (-0.6, 0.3, 1.2, 2.1, 3.0),
     "Q5_1": (-0.6, 0.5, 1.7, 2.8, 4.0),
 }
-_PASSES = 2  # of rounding and fitting in turn
+PASSES = 2  # of rounding and fitting in turn
 _POWERS = (-1, 1)  # of the scale of MXFP4, beside that of ggml
 _LARGEST_POWER = 254
 _LEAST_WEIGHT = 1e-6  # of the largest of a block: what counts nothing is still not to become anything
@@ -71,9 +71,9 @@ def _other_headers(kind: BlockType, units: Units, header: Tensor) -> list[Tensor
     if not isinstance(kind.levels, IntegerLevels):
         return [(header.to(torch.int16) + more).clamp_(0, _LARGEST_POWER).to(torch.uint8) for more in _POWERS]
     if kind.levels.low < 0:
-        step = search_steps(units, _TRIES[kind.name], _PASSES, both_signs=kind.levels.low != -kind.levels.high)
+        step = search_steps(units, TRIES[kind.name], PASSES, both_signs=kind.levels.low != -kind.levels.high)
         return [_halves(step)]
-    step, zero = search_steps_and_zeros(units, _TRIES[kind.name], _PASSES, any_zero=True)
+    step, zero = search_steps_and_zeros(units, TRIES[kind.name], PASSES, any_zero=True)
     return [_halves(step, zero)]
 
 

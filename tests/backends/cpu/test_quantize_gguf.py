@@ -140,9 +140,9 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(name, bad):
 
 
 def test_what_the_kernel_does_not_take():
-    """Other types go to the reference, and so does a scale of the whole weight; each refusal says why."""
+    """A scale of the whole weight goes to the reference; every type without one is made here."""
     for name in WRITABLE:
-        fmt, w = of(name), gaussian(2, 256)
-        assert (select("quantize", "gguf", "", "cpu", (fmt, w, None)).backend == "cpu") == (name in SEARCHED)
-    reasons = str(explain("scale_search", "gguf", "", "cpu", (of("Q4_0"), gaussian(2, 256), None)))
-    assert "blocks of the type Q4_0; the kernel makes Q2_K, Q3_K" in reasons
+        assert select("quantize", "gguf", "", "cpu", (of(name), gaussian(2, 256), None)).backend == "cpu"
+    scaled = parse_spec("gguf(type=NVFP4,global_scale=true)")
+    reasons = str(explain("scale_search", "gguf", "", "cpu", (scaled, gaussian(2, 256), None)))
+    assert "a scale of the whole weight; the kernel makes blocks without one" in reasons

@@ -1,7 +1,8 @@
-"""quantize and scale_search for the types of gguf whose scales are searched: K-quants and NVFP4.
+"""quantize and scale_search for the types of gguf that are made here.
 
-K-quants are searched as by the reference, with sums in another order. NVFP4 blocks are weights of nvfp4 under a global
-scale of one, whose scales are the best there are.
+Plain blocks of one step, or a step and a zero, are the reference's. They are searched as by the reference, and so are
+K-quants, with sums in another order. NVFP4 blocks are weights of nvfp4 under a global scale of one, whose scales are
+the best there are.
 """
 
 from __future__ import annotations
@@ -16,52 +17,65 @@ from lowbit.formats.gguf_block import GgufBlock
 from lowbit.formats.gguf_recast import put_together
 from lowbit.formats.nvfp4 import Nvfp4
 from lowbit.formats.parts import Parts
-from lowbit.numerics.gguf_encode import SEARCHED
+from lowbit.numerics.gguf_blocks import GGML_TYPES
 from lowbit.numerics.gguf_headers import Split
 from lowbit.numerics.gguf_k_encode import EFFORTS
+from lowbit.numerics.gguf_step_search import PASSES, TRIES
 from lowbit.numerics.groups import row_chunks
 from lowbit.numerics.levels import IntegerLevels
 
-_ELEMENTS = 1 << 22  # of a piece of rows, whose codes are a byte each before they are packed
+_ELEMENTS = 1 << 22  # of a piece of rows of K-quants, whose codes are a byte each before they are packed
+_NUMBERS = {name: number for number, (name, *_) in GGML_TYPES.items()}
 
 
 def refuses_quantize(fmt: GgufBlock, w: Tensor, seed: int | None, where: str = "weight") -> str | None:
-    """Why the search here does not take this weight, or None."""
-    return _refuses_type(fmt) or encoders.refuses_quantize(fmt, w, seed, where)
+    """Why the encoders here do not take this weight, or None."""
+    return _refuses_scale(fmt) or encoders.refuses_quantize(fmt, w, seed, where)
 
 
 def refuses_search(fmt: GgufBlock, w: Tensor, weights: Tensor | None, where: str = "weight") -> str | None:
     """The same with weights of columns."""
-    return _refuses_type(fmt) or encoders.refuses_search(fmt, w, weights, where)
+    return _refuses_scale(fmt) or encoders.refuses_search(fmt, w, weights, where)
 
 
-def _refuses_type(fmt: GgufBlock) -> str | None:
-    if fmt.type not in SEARCHED:
-        return f"blocks of the type {fmt.type}; the kernel makes {', '.join(SEARCHED)}"
+def _refuses_scale(fmt: GgufBlock) -> str | None:
     return None if fmt.encodable else "a scale of the whole weight; the kernel makes blocks without one"
 
 
 @kernel("quantize", format="gguf", backend="cpu", refuses=refuses_quantize)
 def quantize_gguf(fmt: GgufBlock, w: Tensor, seed: int | None, where: str = "weight") -> Parts:
-    """w [N, K] -> parts, of the least squared error that is found."""
-    return _encoded(fmt, w, None, where)
+    """w [N, K] -> parts: blocks as ggml makes them or, of `SEARCHED`, of the least squared error that is found."""
+    return _encoded(fmt, w, None, where, search=False)
 
 
 @kernel("scale_search", format="gguf", backend="cpu", refuses=refuses_search)
 def scale_search_gguf(fmt: GgufBlock, w: Tensor, weights: Tensor | None, where: str = "weight") -> Parts:
     """w [N, K], weights of columns [K] or None -> parts of the least weighted squared error that is found."""
-    return _encoded(fmt, w, weights, where)
+    return _encoded(fmt, w, weights, where, search=True)
 
 
-def _encoded(fmt: GgufBlock, w: Tensor, weights: Tensor | None, where: str) -> Parts:
+def _encoded(fmt: GgufBlock, w: Tensor, weights: Tensor | None, where: str, *, search: bool) -> Parts:
     source, columns, parts = encoders.begin(fmt, w, weights, where)
     n, k = source.shape
+    if fmt.type != "NVFP4" and fmt.block.shared is None:
+        finite = _step_blocks(fmt, source, columns, parts["qdata"], search=search)
+        return encoders.finished(parts, source, where, finite=finite)
     for start, stop in row_chunks(n, k, elements=_ELEMENTS):
         rows = source[start:stop]
         blocks, finite = _nvfp4_blocks(rows, columns) if fmt.type == "NVFP4" else _k_blocks(fmt, rows, columns)
         encoders.finished(parts, source, where, finite=finite)
         parts["qdata"][start:stop] = blocks.view(stop - start, -1)
     return parts
+
+
+def _step_blocks(fmt: GgufBlock, w: Tensor, columns: Tensor | None, qdata: Tensor, *, search: bool) -> bool:
+    """Writes the blocks of one step, or a step and a zero, to `qdata`; whether the weight is finite."""
+    tries = torch.tensor(TRIES.get(fmt.type, ()), dtype=torch.float32)
+    finite: bool = native.module().quantize_gguf_steps(
+        w.data_ptr(), DTYPES[w.dtype], *w.shape, _NUMBERS[fmt.type], search, address(columns), address(tries),
+        tries.numel(), PASSES, qdata.data_ptr(), native.threads(),
+    )  # fmt: skip
+    return finite
 
 
 def _k_blocks(fmt: GgufBlock, rows: Tensor, columns: Tensor | None) -> tuple[Tensor, bool]:

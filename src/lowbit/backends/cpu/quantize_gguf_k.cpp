@@ -14,7 +14,6 @@ using gguf::Scales;
 using gguf::Search;
 
 constexpr float kSmall = 0x1p-14f;  // of a block's largest value: below, its float16 may be the smallest there is
-constexpr float kLeastWeight = 1e-6f;
 
 struct Found {
   float *factor, *zero_factor;  // one a block
@@ -95,20 +94,8 @@ void put_away(const Scales& found, const uint8_t* codes, int units, int64_t firs
   }
 }
 
-// Of each block relative to the largest among them.
-std::vector<float> relative(const float* weights, int64_t k) {
-  std::vector<float> made(weights, weights + k);
-  for (int64_t first = 0; first < k; first += kSearchColumns) {
-    const auto begin = made.begin() + first, end = begin + kSearchColumns;
-    const float most = *std::max_element(begin, end), inverse = 1.0f / most;
-    const float by = std::isinf(inverse) ? 0.0f : inverse;
-    for (auto at = begin; at != end; ++at) *at = std::max(*at * by, kLeastWeight);
-  }
-  return made;
-}
-
 bool search(const Matrix& w, const float* weights, const Search& how, float offset, const Found& to, int threads) {
-  const std::vector<float> columns = weights ? relative(weights, w.k) : std::vector<float>{};
+  const std::vector<float> columns = weights ? gguf::relative(weights, w.k, kSearchColumns) : std::vector<float>{};
   const int64_t blocks = w.n * w.k / kSearchColumns, in_row = w.k / kSearchColumns;
   const float most = 65504.0f * how.last;  // beyond, a sum of squares may overflow
   std::atomic<bool> finite{true};

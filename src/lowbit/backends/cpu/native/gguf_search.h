@@ -5,8 +5,10 @@
 // rounding, so that what lies within float32's error of another choice may be chosen here.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "float_gemm.h"
 
@@ -16,6 +18,7 @@ namespace gguf {
 using namespace simd;
 
 constexpr int kSearchColumns = 256, kMostUnits = 16;
+constexpr float kLeastWeight = 1e-6f;  // of the largest of a block
 
 // What is tried for a type: `Effort` and `Shared` there, and the levels of its codes.
 struct Search {
@@ -40,6 +43,18 @@ struct Scales {
   F32 step(int unit) const { return mul(factor, scales[unit]); }
   F32 zero(int unit) const { return sub(zero_f32(), mul(zero_factor, minima[unit])); }
 };
+
+// Weights of columns as each block of `columns` takes them: relative to the largest among them, and none so small that
+// its column may become anything.
+inline std::vector<float> relative(const float* weights, int64_t k, int64_t columns) {
+  std::vector<float> made(weights, weights + k);
+  for (int64_t first = 0; first < k; first += columns) {
+    const auto begin = made.begin() + first, end = begin + columns;
+    const float inverse = 1.0f / *std::max_element(begin, end), by = std::isinf(inverse) ? 0.0f : inverse;
+    for (auto at = begin; at != end; ++at) *at = std::max(*at * by, kLeastWeight);
+  }
+  return made;
+}
 
 // 1 / x, and 0 where there is none.
 inline F32 inverse_or_zero(F32 x) {
