@@ -15,7 +15,7 @@ from rich.status import Status
 from lowbit.calibration.statistics_file import StatisticsFile
 from lowbit.checkpoint.compare import compare as compare_layers
 from lowbit.checkpoint.compare_sources import layer_shapes
-from lowbit.checkpoint.comparison import CandidateComparison, Comparison
+from lowbit.checkpoint.comparison import CandidateComparison, Comparison, absences
 from lowbit.checkpoint.source import Source, open_source
 from lowbit.cli import options
 from lowbit.cli.beside import check_beside
@@ -80,6 +80,9 @@ def compare(
         Path | None,
         typer.Option(metavar="FILE", help="Also write all of it as a page to look at.", show_default=False),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict/--no-strict", help="End with 1 when only one of two files has a layer or tensor.")
+    ] = False,
     jobs: options.Jobs = None,
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
@@ -92,6 +95,9 @@ def compare(
     --model with --text runs a text model: embeddings are compared by their cosines, language models by KL divergence
     and top-1 agreement. --module runs any other: a function that returns (model, inputs), the inputs dicts of keyword
     arguments. Ends with 1 when a tensor that was kept differs from REF's, or a scale is not finite.
+
+    Layers that only one of two files has are named, and the others compared. What --drop-unused left out is no problem
+    with --strict either.
     """
     with asking():
         if text is None:
@@ -114,6 +120,8 @@ def compare(
             )
     runs = _run(run, ref, candidates)
     problems = [problem for candidate in found.candidates for problem in _problems(candidate)]
+    if strict:
+        problems += [text for candidate in found.candidates for text in absences(candidate.name, candidate.absent)]
     if html is not None:
         write_compare(html, compare_page(found, runs, problems, " ".join(["lowbit", *map(shlex.quote, sys.argv[1:])])))
     if as_json:
@@ -179,8 +187,6 @@ def _problems(candidate: CandidateComparison) -> list[str]:
     """What a conversion should not have done, in words."""
     found = [f"{layer.name}: was kept, but differs ({decibels(layer.sqnr)})" for layer in candidate.altered]
     found += candidate.changed
-    found += [f"{name}: is missing" for name in candidate.missing]
-    found += [f"{name}: is not in the reference" for name in candidate.extra]
     found += [
         f"{layer.name}: {layer.measure.scales.not_finite} values of its scales are not finite"
         for layer in candidate.quantized
