@@ -228,4 +228,10 @@ def test_a_full_disk_leaves_nothing_of_a_gguf_file(lowbit, model, tmp_path, monk
         monkeypatch.setattr(gguf.GGUFWriter, method, full)
 
     assert_one_line(lowbit("export", model, "-o", tmp_path / "x.gguf"), 4, "x.gguf: cannot be written: No space left")
+
+    def short(*_, **__):
+        raise OSError("16384 requested and 0 written")  # as numpy says it, without a number
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", short)
+    assert_one_line(lowbit("export", model, "-o", tmp_path / "x.gguf"), 4, "cannot be written: 16384 requested and 0")
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
