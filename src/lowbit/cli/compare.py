@@ -42,14 +42,17 @@ def compare(
     context: typer.Context,
     ref: Annotated[
         Path,
-        typer.Argument(metavar="REF", help="What the others were made from; quantized or not.", show_default=False),
+        typer.Argument(
+            readable=False, metavar="REF", help="What the others were made from; quantized or not.",
+            show_default=False),
     ],
     candidates: Annotated[
-        list[Path], typer.Argument(metavar="CAND...", help="Conversions of it.", show_default=False)
+        list[Path], typer.Argument(readable=False, metavar="CAND...", help="Conversions of it.", show_default=False)
     ],
     stats: Annotated[
         Path | None,
         typer.Option(
+            readable=False,
             metavar="FILE", help="Statistics of `lowbit calibrate`, for the error of each layer's output.",
             show_default=False,
         ),
@@ -57,12 +60,14 @@ def compare(
     model: Annotated[
         Path | None,
         typer.Option(
+            readable=False,
             metavar="DIR", help="Also run the model of this Hugging Face folder with each one's weights.",
             show_default=False,
         ),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What --model runs on: UTF-8 text.", show_default=False)
+        Path | None, typer.Option(
+            readable=False, metavar="FILE", help="What --model runs on: UTF-8 text.", show_default=False)
     ] = None,
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Lines or windows of the text.")] = SAMPLES,
     module: Annotated[
@@ -78,7 +83,8 @@ def compare(
     worst: Annotated[int, typer.Option(min=0, metavar="N", help="Show this many layers, the worst first.")] = 10,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also write all of it as a page to look at.", show_default=False),
+        typer.Option(
+            readable=False, metavar="FILE", help="Also write all of it as a page to look at.", show_default=False),
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict/--no-strict", help="End with 1 when only one of two files has a layer or tensor.")
