@@ -19,6 +19,7 @@ import lowbit
 from lowbit import dispatch
 from lowbit.checkpoint.dialects import base as dialects
 from lowbit.cli import app
+from lowbit.errors import DependencyError
 from lowbit.formats import registry
 from lowbit.solvers import base as solvers, refinement
 from lowbit.tensor import handlers
@@ -140,8 +141,12 @@ def test_docstring_examples(name):
     if name.startswith("lowbit.backends.cpu") and dispatch.load("cpu") is not None:
         pytest.skip("no compiled kernels")
     torch.manual_seed(0)
+    try:
+        module = importlib.import_module(name)
+    except DependencyError as error:  # the newest that supports this Python may be too old
+        pytest.skip(str(error))
 
-    failed, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
 
     assert failed == 0
 

@@ -48,6 +48,16 @@ def compared(before, *after, **options) -> Comparison:
                 source.close()
 
 
+def converted_part(tmp_path, spec, without):
+    """The conversion of the model without the tensors whose names begin with `without`, and with one layer more."""
+    path = tmp_path / "part_in.safetensors"
+    tensors = {key: tensor for key, tensor in model_tensors().items() if not key.startswith(without)}
+    save_file({**tensors, "more.weight": torch.ones(64, 64).bfloat16()}, path)
+    with open_source(path) as source:
+        convert(source, tmp_path / "part.safetensors", make_plan(source, spec, preset="none"))
+    return tmp_path / "part.safetensors"
+
+
 def rewrite(path, change):
     """Write a file again with its tensors changed by `change(tensors)`."""
     tensors = load_file(path)
@@ -221,8 +231,8 @@ def test_a_kept_layer_in_another_dtype_is_changed(tmp_path):
     candidate = compared(path, out).candidates[0]
 
     assert [(layer.name, layer.was, layer.format) for layer in candidate.altered] == [("ragged", "float32", "bfloat16")]
-    assert candidate.extra == ("more",)
-    assert candidate.missing == ("blocks.2.norm.weight",)
+    assert candidate.absent.extra == ["more"]
+    assert candidate.absent.missing == ["blocks.2.norm.weight"]
 
 
 @pytest.mark.parametrize("spec", ["int8", "svdquant_w4a4(rank=16,act_unsigned=True)"])
@@ -305,18 +315,50 @@ def test_the_result_is_json(tmp_path):
 
 
 def test_what_does_not_match_is_one_error(tmp_path):
-    """Missing layers, other layers and other shapes are listed together with the file they are in."""
-    path, out = converted(tmp_path, "int8")
+    """Other shapes, and a file that has no layer of the reference, are errors with the names and the file."""
+    path, _ = converted(tmp_path, "int8")
     other = save_model(tmp_path / "other.safetensors", blocks__0__up__weight=torch.ones(64, 128).bfloat16())
-    tensors = load_file(other)
-    del tensors["blocks.1.up.weight"]
-    save_file(tensors, other)
 
-    with pytest.raises(CheckpointError, match=r"other.*lacks blocks\.1\.up; has other shapes: blocks\.0\.up \[64, 12"):
+    with pytest.raises(CheckpointError, match=r"other.*has other shapes: blocks\.0\.up \[64, 12"):
         compared(path, other)
+    save_file({"foreign.weight": torch.ones(64, 64)}, other)
+    with pytest.raises(
+        CheckpointError, match=r"other.*lacks ragged, blocks.*: has no layer of .*the one it was made from"
+    ):
+        compared(path, other)
+
+
+def test_what_both_have_is_compared(tmp_path):
+    """Layers that only one of two files has are named, and all others measured as without them."""
+    path, out = converted(tmp_path, "int8")
+    whole = by_name(compared(path, out))
+    part = converted_part(tmp_path, "int8", "blocks.1.up.")
+    (candidate,) = compared(path, part).candidates
+
+    assert (candidate.absent.missing_layers, candidate.absent.extra_layers) == (["blocks.1.up"], ["more"])
+    assert candidate.absent.missing == ["blocks.1.up.bias"]
+    assert whole.keys() - {layer.name for layer in candidate.layers} == {"blocks.1.up"}
+    for layer in candidate.layers:
+        assert layer.accuracy == whole[layer.name].accuracy
     small = save_model(tmp_path / "small.safetensors", blocks=1)
-    with pytest.raises(CheckpointError, match=r"out.*has in addition blocks.1"):
-        compared(small, out)
+    (candidate,) = compared(small, out).candidates
+    assert [name for name in candidate.absent.extra_layers if name.startswith("blocks.1")]
+    assert {layer.name for layer in candidate.layers} == {
+        x for x in whole if not x.startswith(("blocks.1", "blocks.2"))
+    }
+
+
+def test_totals_are_over_layers_that_all_have(tmp_path):
+    """Beside a candidate of few layers, the others' totals are of these few, too."""
+    path, full = converted(tmp_path, "nvfp4")
+    part = converted_part(tmp_path, "nvfp4", "blocks.0.")
+    found = compared(path, full, part)
+
+    first, second = (found.totals(candidate) for candidate in found.candidates)
+
+    assert first.sqnr == second.sqnr != compared(path, full).totals(compared(path, full).candidates[0]).sqnr
+    assert (found.partial, compared(path, full).partial) == (True, False)
+    assert not [name for name in found.judged if name.startswith("blocks.0.")]
 
 
 def test_statistics_of_another_model_are_refused(tmp_path):

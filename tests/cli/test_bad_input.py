@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shlex
 
@@ -228,4 +229,51 @@ def test_a_full_disk_leaves_nothing_of_a_gguf_file(lowbit, model, tmp_path, monk
         monkeypatch.setattr(gguf.GGUFWriter, method, full)
 
     assert_one_line(lowbit("export", model, "-o", tmp_path / "x.gguf"), 4, "x.gguf: cannot be written: No space left")
+
+    def short(*_, **__):
+        raise OSError("16384 requested and 0 written")  # as numpy says it, without a number
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", short)
+    assert_one_line(lowbit("export", model, "-o", tmp_path / "x.gguf"), 4, "cannot be written: 16384 requested and 0")
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a file's mode says little there")
+@pytest.mark.parametrize(
+    "command", ["inspect", "verify", "compare", "lora inspect", "convert --plan", "convert --stats"]
+)
+def test_a_file_that_may_not_be_read_ends_with_3(lowbit, model, tmp_path, monkeypatch, command):
+    """One line that names it, as for one that is missing, before anything is written; not typer's error, with 2."""
+    locked = tmp_path / "locked.safetensors"
+    locked.write_bytes(model.read_bytes())
+    own_access, own_open = os.access, io.open
+
+    def access(path, mode, **more):
+        return str(path) != str(locked) and own_access(path, mode, **more)
+
+    def refused(path, *args, **more):
+        if str(path) == str(locked):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return own_open(path, *args, **more)
+
+    monkeypatch.setattr(os, "access", access)  # root may read all, whatever the mode
+    monkeypatch.setattr(io, "open", refused)
+    monkeypatch.setattr("builtins.open", refused)
+    own_os_open = os.open
+    monkeypatch.setattr(
+        os,
+        "open",
+        lambda path, *rest, **more: refused(path) if str(path) == str(locked) else own_os_open(path, *rest, **more),
+    )
+    name, *option = command.rsplit(" --", 1)
+    arguments = [model, "-o", tmp_path / "x.safetensors", "--format", "int8"] if option else []
+    arguments += (
+        [f"--{option[0]}", locked] if option else [model, locked] if name in {"verify", "compare"} else [locked]
+    )
+    if option == ["plan"]:
+        arguments = arguments[:3] + arguments[5:]
+
+    done = lowbit(*name.split(), *arguments)
+
+    assert_one_line(done, 2 if option == ["plan"] else 3, "locked.safetensors", "Permission denied")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["locked.safetensors", "model.safetensors"]

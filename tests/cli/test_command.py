@@ -111,6 +111,28 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path, argume
     assert [line for line in done.stderr.splitlines() if not line.startswith("error: ")] == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the pipes of POSIX")
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("convert", "--help"), ("lora", "--help"), (), ("--version",), ("no-such-command",)]
+)
+def test_help_that_nobody_reads_ends_quietly(arguments):
+    """`lowbit --help | true`: what typer prints by itself ends as all other output does, not as problems found."""
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "lowbit", *arguments],
+        stdout=writer,
+        stderr=writer if arguments == ("no-such-command",) else subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+
+    assert done.returncode == 141
+    assert not done.stderr
+
+
 def test_control_characters_in_names_do_not_reach_the_terminal(lowbit, tmp_path):
     """What a tensor is called cannot move the cursor or clear the screen: it is shown as repr shows it."""
     evil = "a\x1b[2J\x07\r\u202e"

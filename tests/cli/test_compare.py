@@ -86,6 +86,36 @@ def test_another_model_ends_with_3(lowbit, model, tmp_path):
     assert done.out == ""
 
 
+def test_layers_of_one_side_are_named(lowbit, model, tmp_path):
+    """Table, JSON and page name them, and the others are compared; the code is 0, and 1 with --strict."""
+    tensors = {key: tensor for key, tensor in load_file(model).items() if ".mlp.up." not in key}
+    save_file(tensors, tmp_path / "fewer.safetensors")
+    part = tmp_path / "part.safetensors"
+    assert lowbit("convert", tmp_path / "fewer.safetensors", "-o", part, "--format", "fp8_e4m3").code == 0
+    command = ("compare", model, part)
+    page = tmp_path / "page.html"
+
+    done = lowbit(*command, "--html", page)
+    strict = lowbit(*command, "--strict")
+    found = lowbit(*command, "--json")
+
+    assert (done.code, strict.code, found.code) == (0, 1, 0)
+    said = "part: lacks the layers blocks.*.mlp.up (2)"
+    assert said in done.out
+    assert "problem" not in done.out
+    assert f"problem: {said}" in strict.out
+    assert "lacks the tensors" in strict.out
+    (candidate,) = found.json["candidates"]
+    assert candidate["missing_layers"] == ["blocks.0.mlp.up", "blocks.1.mlp.up"]
+    assert candidate["missing"] == ["blocks.0.mlp.up.bias", "blocks.1.mlp.up.bias"]
+    assert (len(candidate["layers"]), found.json["problems"]) == (5, [])
+    assert "lacks the layers blocks." in page.read_text(encoding="utf-8")
+    assert lowbit("compare", part, model, "--json").json["candidates"][0]["extra_layers"] == [
+        "blocks.0.mlp.up",
+        "blocks.1.mlp.up",
+    ]
+
+
 FACTORY = """
 import torch
 from torch import nn

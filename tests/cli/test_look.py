@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -234,7 +235,7 @@ def test_doctor_shows_versions_and_why_a_backend_is_missing(lowbit):
     text, data = lowbit("doctor"), lowbit("doctor", "--json").json
 
     assert text.code == 0
-    assert data["packages"]["torch"] == torch.__version__
+    assert data["packages"]["torch"] == metadata.version("torch")  # of some builds without what __version__ adds
     assert data["backends"]["eager"] == "available"
     assert all(name in text.out for name in data["backends"])
 

@@ -15,7 +15,7 @@ from lowbit.errors import CheckpointError
 from lowbit.experts import QuantizedBank
 from lowbit.formats.parts import raw_bytes
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", "5.21", reason="needs transformers 5.21")
 integration = pytest.importorskip("lowbit.integrations.transformers")
 
 

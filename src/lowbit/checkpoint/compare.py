@@ -41,17 +41,17 @@ def compare(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compare every layer of some checkpoints with the same layer of a reference; one layer in memory a thread.
+    """Compare the layers of some checkpoints with the same ones of a reference; one layer in memory a thread.
 
-    The reference may be quantized itself: its layers are decoded. Scales that were folded into a candidate are folded
-    into what it is compared with, too. `names`: of the candidates, by default their paths.
-    `statistics`: of the layers' inputs, for output SQNRs; judged on the held-out half where there is one. `rtn`: also
-    round the reference plainly in the format of each layer, to say what was gained and which weights differ.
-    `histograms`: for how many of each candidate's worst layers the errors are counted.
+    What only one of the two has is told (`Absent`). The reference may be quantized itself: its layers are decoded.
+    Scales that were folded into a candidate are folded into what it is compared with, too. `names`: of the candidates,
+    by default their paths. `statistics`: of the layers' inputs, for output SQNRs; judged on the held-out half where
+    there is one. `rtn`: also round the reference plainly in the format of each layer, to say what was gained and which
+    weights differ. `histograms`: for how many of each candidate's worst layers the errors are counted.
 
     Raises:
-        CheckpointError: a file cannot be read; a layer is missing, has another shape or is not in the reference; the
-            statistics are those of another model.
+        CheckpointError: a file cannot be read; a layer has another shape, or none is in both; the statistics are those
+            of another model.
         PartsError, WeightError: a layer cannot be decoded, a weight of the reference is not finite.
     """
     labels = [str(source.place) for source in candidates] if names is None else list(names)
@@ -133,7 +133,7 @@ class _Work:
         self.units: list[Unit] = []
         for component, content in held.items():
             layers = layers_of(component, content, axes[component])
-            for layer in layers:
+            for layer in (layer for layer in layers if self._candidates_with(layer)):
                 self._layers[layer.name] = layer
                 self.units.append(Unit(layer.name, self._size(layer), self._memory(layer), partial(self._run, layer)))
             # A bias is compared with its layer.
@@ -143,8 +143,14 @@ class _Work:
                 if key not in done:
                     self._add_tensor(component, content, key)
         for candidate in made:
-            candidate.order = list(self._layers)
+            candidate.order = [
+                name for name, layer in self._layers.items() if candidate in self._candidates_with(layer)
+            ]
         self.layers_quantized = any(candidate.contents[c].layers for candidate in made for c in held)
+
+    def _candidates_with(self, layer: Layer) -> list[Candidate]:
+        """The candidates that have a layer."""
+        return [candidate for candidate in self._made if candidate.has(layer.component, layer.layer)]
 
     def _size(self, layer: Layer) -> int:
         return layer.bytes(layer.held)
@@ -154,13 +160,14 @@ class _Work:
         return 2 * weight + 4 * layer.shape[1] ** 2 + _WORKSPACE
 
     def _run(self, layer: Layer) -> None:
-        """Compare one layer with that of every candidate."""
-        stored = [candidate.stored(layer.component, layer.layer, layer.shape) for candidate in self._made]
+        """Compare one layer with that of every candidate that has it."""
+        having = self._candidates_with(layer)
+        stored = [candidate.stored(layer.component, layer.layer, layer.shape) for candidate in having]
         hessian = None
         if any(found is not None for found in stored):
             hessian = self._known.hessian(layer.layer, layer.name)
         reference = LayerReference(layer.weight(), hessian, f"{layer.held.where}: layer {layer.layer!r}")
-        for candidate, found in zip(self._made, stored, strict=True):
+        for candidate, found in zip(having, stored, strict=True):
             if found is None:
                 row = self._plain(layer, candidate, reference)
             else:

@@ -13,7 +13,7 @@ from lowbit.errors import CheckpointError
 from lowbit.formats.parts import Parts
 
 from .banks import decoded_expert, expert_parts
-from .comparison import CandidateComparison, LayerComparison
+from .comparison import Absent, CandidateComparison, LayerComparison
 from .dialects import StoredLayer
 from .dialects.base import join_key, layer_of
 from .dropped import dropped_keys
@@ -83,20 +83,54 @@ class Candidate:
         self.identical: list[str] = []
         self.changed: dict[str, str] = {}
         self.biases: dict[str, str] = {}
-        self.missing: list[str] = []
-        self.extra: list[str] = []
+        self.absent = Absent()
+        self._common: set[tuple[str, str]] = set()
         for name, content in self.contents.items():
-            _check_layers(held[name], content, axes[name], str(source.place), str(reference.place))
+            self._check_layers(held[name], content, axes[name], name, str(reference.place))
             self._check_others(held[name], content, axes[name])
+        if not self._common and (missing := (*self.absent.missing_layers, *self.absent.dropped)):
+            raise CheckpointError(
+                f"{source.place}: lacks {_some(missing)}: has no layer of {reference.place}; compare a checkpoint with "
+                "the one it was made from"
+            )
         self.order: list[str] = []
+
+    def has(self, component: str, layer: str) -> bool:
+        """Whether a layer of the reference is in it."""
+        return (component, layer) in self._common
+
+    def _check_layers(
+        self, held: QuantizedComponent, made: QuantizedComponent, axes: Mapping[str, str], component: str, source: str
+    ) -> None:
+        """Sort the layers by which of the two has them. Raises `CheckpointError` naming those of another shape."""
+        before, after = dict(weights(held, axes)), dict(weights(made, axes))
+        misshapen = [
+            f"{layer} {list(after[layer].shape)} for {list(weight.shape)}"
+            for layer, weight in before.items()
+            if layer in after and not _fits(weight, after[layer], padded=layer in made.layers)
+        ]
+        if misshapen:
+            raise CheckpointError(
+                f"{self.source.place}: has other shapes: {_some(misshapen)}, compared with {source}; compare a "
+                "checkpoint with the one it was made from"
+            )
+        gone = dropped_keys(made.component)
+        self._common |= {(component, layer) for layer in before if layer in after}
+        for layer in (layer for layer in before if layer not in after):
+            left_out = [held.full_name(key) for key in (layer, join_key(layer, "weight")) if key in gone]
+            self.absent.dropped.extend(left_out)
+            self.absent.missing_layers.extend([] if left_out else [held.full_name(layer)])
+        self.absent.extra_layers.extend(made.full_name(layer) for layer in after if layer not in before)
 
     def _check_others(self, held: QuantizedComponent, made: QuantizedComponent, axes: Mapping[str, str]) -> None:
         layers = {layer for layer, _ in (*weights(held, axes), *weights(made, axes))}
         known = {join_key(layer, "weight") for layer in layers} | axes.keys()
         made_biases = {join_key(x, "bias") for x, stored in made.layers.items() if stored.format.folds_bias}
         before, after = set(held.found.plain) - known, set(made.found.plain) - known
-        self.missing += [held.full_name(key) for key in sorted(before - after)]
-        self.extra += [made.full_name(key) for key in sorted(after - before - made_biases)]
+        gone = dropped_keys(made.component)
+        self.absent.dropped.extend(held.full_name(key) for key in sorted((before - after) & gone))
+        self.absent.missing.extend(held.full_name(key) for key in sorted(before - after - gone))
+        self.absent.extra.extend(made.full_name(key) for key in sorted(after - before - made_biases))
 
     def stored(self, component: str, layer: str, shape: tuple[int, int]) -> StoredLayer | None:
         """The quantized layer at its true shape (a padded file may not tell it), or None where it is plain."""
@@ -113,34 +147,7 @@ class Candidate:
             identical=len(self.identical),
             changed=tuple(f"{name}: {what}" for name, what in sorted(self.changed.items())),
             biases=tuple(f"{name}: {what}" for name, what in sorted(self.biases.items())),
-            missing=tuple(self.missing),
-            extra=tuple(self.extra),
-        )
-
-
-def _check_layers(
-    held: QuantizedComponent, made: QuantizedComponent, axes: Mapping[str, str], where: str, source: str
-) -> None:
-    """Raise `CheckpointError` naming layers that only one of the two has, or that differ in shape."""
-    before, after = dict(weights(held, axes)), dict(weights(made, axes))
-    missing = [layer for layer in before if layer not in after]
-    extra = [layer for layer in made.layers if layer not in before]
-    misshapen = [
-        f"{layer} {list(after[layer].shape)} for {list(weight.shape)}"
-        for layer, weight in before.items()
-        if layer in after and not _fits(weight, after[layer], padded=layer in made.layers)
-    ]
-    wrong = [
-        f"{what} {_some(which)}"
-        for what, which in (("lacks", missing), ("has in addition", extra), ("has other shapes:", misshapen))
-        if which
-    ]
-    if wrong:
-        dropped = missing and {join_key(layer, "weight") for layer in missing} <= dropped_keys(made.component)
-        remedy = "the conversion left them out (--drop-unused): use verify, or compare with a source without them"
-        raise CheckpointError(
-            f"{where}: {'; '.join(wrong)}, compared with {source}; "
-            + (remedy if dropped else "compare a checkpoint with the one it was made from")
+            absent=self.absent,
         )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .accuracy import Accuracy
 from .compare_layer import Histogram, LayerMeasure, to_json
+from .layer_groups import grouped
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,42 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Absent:
+    """What only one of the two has, by name: layers; `missing`, `extra`: tensors that are no weights of layers.
+
+    `missing...`: what the candidate lacks; `extra...`: what the reference lacks; `dropped`: keys that the
+    conversion left out on purpose, as the candidate's header says.
+    """
+
+    missing_layers: list[str] = field(default_factory=list)
+    extra_layers: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+
+def absences(name: str, absent: Absent, *, dropped: bool = False) -> list[str]:
+    """What only one of the two has, in words, layers that are numbered alike as one; `dropped`: that, too."""
+    kinds = (
+        ("lacks the layers", absent.missing_layers),
+        ("lacks the tensors", absent.missing),
+        ("the reference lacks its layers", absent.extra_layers),
+        ("the reference lacks its tensors", absent.extra),
+        ("the conversion left out", absent.dropped if dropped else []),
+    )
+    found = []
+    for what, which in kinds:
+        names = [group for group, _ in grouped(which, lambda key: key, lambda _: "")]
+        found += [f"{name}: {what} {', '.join(names)} ({len(which)})"] if which else []
+    return found
+
+
+@dataclass(frozen=True)
 class CandidateComparison:
     """One candidate. `bytes` and `layer_bytes`: of its files, and of the compared weights.
 
-    `identical`: how many other tensors have the reference's bytes; `changed`: those that do not, in words; `biases`:
-    changed biases of quantized layers (a correction, or damage); `missing`, `extra`: tensors, not weights of layers,
-    that only the reference or only the candidate has.
+    `layers`: those that both have. `identical`: how many other tensors have the reference's bytes; `changed`: those
+    that do not, in words; `biases`: changed biases of quantized layers (a correction, or damage).
     """
 
     name: str
@@ -114,8 +145,7 @@ class CandidateComparison:
     identical: int
     changed: tuple[str, ...]
     biases: tuple[str, ...]
-    missing: tuple[str, ...]
-    extra: tuple[str, ...]
+    absent: Absent
 
     @property
     def quantized(self) -> list[LayerComparison]:
@@ -153,9 +183,20 @@ class Comparison:
     """Quantized layers for which the statistics have nothing."""
 
     @property
+    def absences(self) -> list[str]:
+        """What only one of the reference and a candidate has, in words."""
+        return [text for x in self.candidates for text in absences(x.name, x.absent, dropped=True)]
+
+    @property
+    def partial(self) -> bool:
+        """Whether the totals are not over all layers that a candidate quantizes, as another one lacks some."""
+        return any(x.name not in self.judged for c in self.candidates for x in c.quantized)
+
+    @property
     def judged(self) -> frozenset[str]:
-        """The layers that any candidate quantizes or changes."""
-        return frozenset(x.name for candidate in self.candidates for x in candidate.layers if x.status != "kept")
+        """The layers that any candidate quantizes or changes; of these only what all have, if there is any."""
+        found = frozenset(x.name for candidate in self.candidates for x in candidate.layers if x.status != "kept")
+        return found.intersection(*({x.name for x in candidate.layers} for candidate in self.candidates)) or found
 
     def totals(self, candidate: CandidateComparison) -> Totals:
         """What a candidate lost over all judged layers."""
@@ -183,7 +224,7 @@ class Comparison:
         made = []
         for x in self.candidates:
             data = {name: getattr(x, name) for name in ("name", "path", "bytes", "layer_bytes", "identical")}
-            data |= {name: list(getattr(x, name)) for name in ("changed", "biases", "missing", "extra")}
+            data |= {"changed": list(x.changed), "biases": list(x.biases), **vars(x.absent)}
             made.append({**data, "totals": self.totals(x).to_json(), "layers": [layer.to_json() for layer in x.layers]})
         return {
             "reference": self.reference,

@@ -67,8 +67,8 @@ def dequantize(
 
     `dtype`: of the decoded weights; by default what each was before it was quantized, bfloat16 for those that were cast
     to 8-bit floats. Biases that a format had put a
-    constant into get it back. Scales, markers and the description in the header are left out. Other options as in
-    `convert`.
+    constant into get it back. Scales, markers and the description in the header are left out; a folder's config.json
+    names the dtype that the weights now have. Other options as in `convert`.
 
     Raises:
         CheckpointError: nothing in the source is quantized or cast, a layer is not sound, 8-bit floats have a scale
@@ -91,6 +91,9 @@ def dequantize(
         for entries in metadata.values():
             held.strip_description(entries)
         configs.strip(held)
+        were = {stored.dtype for stored in held.layers.values()} | {spec.dtype for spec in casts.values()}
+        if were and not staging.single:
+            configs.decode(held, were, dtype)
     if not layers and not widened:
         raise CheckpointError(
             f"{source.place}: holds no quantized layer and no 8-bit floats; there is nothing to decode"

@@ -18,7 +18,9 @@ from lowbit.errors import PlanError
 from .dialects.base import Dialect, StoredLayer, TensorSpec, needed_dtype
 from .eligibility import dtype_name
 from .quantized_source import QuantizedComponent
+from .weight_shape import value_dtype
 
+_CONFIG = "config.json"
 _DTYPES = ("dtype", "torch_dtype")  # what transformers calls it, now and before
 
 
@@ -48,8 +50,26 @@ class FolderConfigs:
         for name, fields in dialect.config_fields(layers, plain).items():
             path = _path(held, name)
             content = self.contents[path] if path in self.contents else held.configs.get(name)
-            if name in held.configs or (dialect.needs_folder and name != "config.json"):
+            if name in held.configs or (dialect.needs_folder and name != _CONFIG):
                 self.contents[path] = _with_dtype({**(content or {}), **fields}, dtype)
+
+    def decode(self, held: QuantizedComponent, were: Iterable[torch.dtype], dtype: torch.dtype | None) -> None:
+        """Name in config.json the dtype that decoded weights have: `dtype`, or what each was before.
+
+        were: what the weights were before they were quantized, or the 8-bit floats that they were cast to. A part of
+        the model that is named with another dtype than the whole and these (a vision tower in float32) keeps it.
+        """
+        path = _path(held, _CONFIG)
+        content = self.contents.get(path, held.configs.get(_CONFIG))
+        if content is None:
+            return
+        named = {dtype_name(was): dtype_name(dtype or value_dtype(was)) for was in were}
+        if dtype is not None:
+            outer = [content[name] for name in _DTYPES if isinstance(content.get(name), str)]
+            named |= dict.fromkeys(map(_plain_name, outer or _named_dtypes(content)), dtype_name(dtype))
+        changed = _with_names(content, named)
+        if changed != content:
+            self.contents[path] = changed
 
     def texts(self) -> dict[str, str | None]:
         """What takes the place of the source's files, by path; None for a file that is left out."""
@@ -72,9 +92,36 @@ def _with_dtype(config: dict[str, Any], dtype: torch.dtype | None, *, whole: boo
     for name, value in config.items():
         if name in _DTYPES and isinstance(value, str):
             changed[name] = dtype_name(dtype)
-        elif name.endswith("_config") and name != "quantization_config" and isinstance(value, dict):
+        elif _is_part(name, value):
             changed[name] = _with_dtype(value, dtype, whole=False)
     return changed
+
+
+def _with_names(config: dict[str, Any], named: Mapping[str, str]) -> dict[str, Any]:
+    """A configuration, and those of a model's parts in it, with other names for dtypes: named before -> now."""
+    changed = dict(config)
+    for name, value in config.items():
+        if name in _DTYPES and isinstance(value, str):
+            own = _plain_name(value)
+            changed[name] = value if named.get(own, own) == own else named[own]
+        elif _is_part(name, value):
+            changed[name] = _with_names(value, named)
+    return changed
+
+
+def _named_dtypes(config: dict[str, Any]) -> list[str]:
+    """The dtypes that a configuration and those of a model's parts in it name."""
+    own = [config[name] for name in _DTYPES if isinstance(config.get(name), str)]
+    return own + [found for name, value in config.items() if _is_part(name, value) for found in _named_dtypes(value)]
+
+
+def _is_part(name: str, value: object) -> bool:
+    """Whether an entry of a configuration is that of a part of the model."""
+    return name.endswith("_config") and name != "quantization_config" and isinstance(value, dict)
+
+
+def _plain_name(dtype: str) -> str:
+    return dtype.removeprefix("torch.")
 
 
 def changed_dtype(dialect: Dialect, stored: StoredLayer) -> str:
@@ -93,7 +140,7 @@ def refuse_target(held: QuantizedComponent, dialect: Dialect, *, single: bool) -
     """Raise `PlanError` where a dialect cannot be written: it is only read, or needs a model folder."""
     if not dialect.writes:
         raise PlanError(f"{held.where}: the dialect {dialect.name} is only read; choose another one to write")
-    if dialect.needs_folder and (single or "config.json" not in held.configs):
+    if dialect.needs_folder and (single or _CONFIG not in held.configs):
         raise PlanError(
             f"{held.where}: the dialect {dialect.name} describes its layers in config.json, so it needs a model folder "
             "with one; name the folder as source and a folder as target, or choose another dialect (--dialect comfy)"

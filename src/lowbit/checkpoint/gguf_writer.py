@@ -83,7 +83,7 @@ def write_gguf(
             writer.close()
         partial_path.unlink(missing_ok=True)
         if isinstance(error, OSError) and not isinstance(error, LowbitError):
-            why = f"{error.strerror}; free space or choose another place"
+            why = f"{error.strerror or error}; free space or choose another place"
             raise WriteError(f"{target}: cannot be written: {why}") from error
         raise
 

@@ -24,7 +24,7 @@ from lowbit.cli import (
     warmup,
 )
 from lowbit.cli.group import Commands
-from lowbit.cli.output import epilog, make_streams_safe
+from lowbit.cli.output import ending_quietly, epilog, make_streams_safe
 
 app = typer.Typer(
     name="lowbit",
@@ -91,4 +91,5 @@ app.add_typer(_lora, name="lora")
 def main() -> None:
     """Run the command with the arguments of the process."""
     make_streams_safe()
-    app()
+    with ending_quietly():
+        app()

@@ -73,6 +73,7 @@ def calibrate(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
+            readable=False,
             metavar="[MODEL]",
             help="A model folder (text), the checkpoint that gives the names (--module, --imatrix), files (--merge).",
             show_default=False,
@@ -80,7 +81,12 @@ def calibrate(
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Run the model folder on this text; may be repeated.", show_default=False),
+        typer.Option(
+            readable=False,
+            metavar="FILE",
+            help="Run the model folder on this text; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
     with_builtin: Annotated[
         bool,
@@ -109,7 +115,10 @@ def calibrate(
     ] = GUIDANCE,
     merge: Annotated[bool, typer.Option("--merge", help="Join statistics files of one model into one.")] = False,
     imatrix: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Import an importance matrix of llama.cpp.", show_default=False)
+        Path | None,
+        typer.Option(
+            readable=False, metavar="FILE", help="Import an importance matrix of llama.cpp.", show_default=False
+        ),
     ] = None,
     samples: Annotated[
         int | None,

@@ -15,7 +15,7 @@ from rich.status import Status
 from lowbit.calibration.statistics_file import StatisticsFile
 from lowbit.checkpoint.compare import compare as compare_layers
 from lowbit.checkpoint.compare_sources import layer_shapes
-from lowbit.checkpoint.comparison import CandidateComparison, Comparison
+from lowbit.checkpoint.comparison import CandidateComparison, Comparison, absences
 from lowbit.checkpoint.source import Source, open_source
 from lowbit.cli import options
 from lowbit.cli.beside import check_beside
@@ -42,14 +42,17 @@ def compare(
     context: typer.Context,
     ref: Annotated[
         Path,
-        typer.Argument(metavar="REF", help="What the others were made from; quantized or not.", show_default=False),
+        typer.Argument(
+            readable=False, metavar="REF", help="What the others were made from; quantized or not.",
+            show_default=False),
     ],
     candidates: Annotated[
-        list[Path], typer.Argument(metavar="CAND...", help="Conversions of it.", show_default=False)
+        list[Path], typer.Argument(readable=False, metavar="CAND...", help="Conversions of it.", show_default=False)
     ],
     stats: Annotated[
         Path | None,
         typer.Option(
+            readable=False,
             metavar="FILE", help="Statistics of `lowbit calibrate`, for the error of each layer's output.",
             show_default=False,
         ),
@@ -57,12 +60,14 @@ def compare(
     model: Annotated[
         Path | None,
         typer.Option(
+            readable=False,
             metavar="DIR", help="Also run the model of this Hugging Face folder with each one's weights.",
             show_default=False,
         ),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What --model runs on: UTF-8 text.", show_default=False)
+        Path | None, typer.Option(
+            readable=False, metavar="FILE", help="What --model runs on: UTF-8 text.", show_default=False)
     ] = None,
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Lines or windows of the text.")] = SAMPLES,
     module: Annotated[
@@ -78,8 +83,12 @@ def compare(
     worst: Annotated[int, typer.Option(min=0, metavar="N", help="Show this many layers, the worst first.")] = 10,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also write all of it as a page to look at.", show_default=False),
+        typer.Option(
+            readable=False, metavar="FILE", help="Also write all of it as a page to look at.", show_default=False),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict/--no-strict", help="End with 1 when only one of two files has a layer or tensor.")
+    ] = False,
     jobs: options.Jobs = None,
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
@@ -92,6 +101,9 @@ def compare(
     --model with --text runs a text model: embeddings are compared by their cosines, language models by KL divergence
     and top-1 agreement. --module runs any other: a function that returns (model, inputs), the inputs dicts of keyword
     arguments. Ends with 1 when a tensor that was kept differs from REF's, or a scale is not finite.
+
+    Layers that only one of two files has are named, and the others compared. What --drop-unused left out is no problem
+    with --strict either.
     """
     with asking():
         if text is None:
@@ -114,6 +126,8 @@ def compare(
             )
     runs = _run(run, ref, candidates)
     problems = [problem for candidate in found.candidates for problem in _problems(candidate)]
+    if strict:
+        problems += [text for candidate in found.candidates for text in absences(candidate.name, candidate.absent)]
     if html is not None:
         write_compare(html, compare_page(found, runs, problems, " ".join(["lowbit", *map(shlex.quote, sys.argv[1:])])))
     if as_json:
@@ -179,8 +193,6 @@ def _problems(candidate: CandidateComparison) -> list[str]:
     """What a conversion should not have done, in words."""
     found = [f"{layer.name}: was kept, but differs ({decibels(layer.sqnr)})" for layer in candidate.altered]
     found += candidate.changed
-    found += [f"{name}: is missing" for name in candidate.missing]
-    found += [f"{name}: is not in the reference" for name in candidate.extra]
     found += [
         f"{layer.name}: {layer.measure.scales.not_finite} values of its scales are not finite"
         for layer in candidate.quantized

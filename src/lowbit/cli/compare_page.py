@@ -40,6 +40,10 @@ def compare_page(found: Comparison, runs: Sequence[EndToEnd], problems: Sequence
         candidates=candidates,
         layers=[_row(candidate, layer) for candidate in found.candidates for layer in candidate.layers],
         problems=problems,
+        absences=[
+            *(text for text in found.absences if text not in problems),
+            *(["the totals are over the layers that all candidates have"] * found.partial),
+        ],
         command=command,
     )
 

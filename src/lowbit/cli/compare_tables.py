@@ -23,7 +23,7 @@ def show_layers(found: Comparison, worst: int) -> None:
 
 
 def show_rest(found: Comparison, problems: Sequence[str]) -> None:
-    """What was kept, what is not known, and what is wrong."""
+    """What was kept, what is not known, what only one of two files has, and what is wrong."""
     if found.unmeasured:
         more = f" and {len(found.unmeasured) - _SHOWN} more" if len(found.unmeasured) > _SHOWN else ""
         say(f"no statistics for {', '.join(found.unmeasured[:_SHOWN])}{more}", "yellow")
@@ -34,6 +34,11 @@ def show_rest(found: Comparison, problems: Sequence[str]) -> None:
             f"{candidate.name}: {len(candidate.quantized)} layers quantized, {kept} kept exactly, "
             f"{candidate.identical} other tensors identical{biases}"
         )
+    for absent in found.absences:
+        if absent not in problems:
+            say(absent, "yellow")
+    if found.partial:
+        say("the totals are over the layers that all candidates have", "yellow")
     for problem in problems:
         say(f"problem: {problem}", "red")
 

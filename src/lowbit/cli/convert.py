@@ -49,7 +49,12 @@ def convert(
     preset: options.Preset = "auto",
     plan: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Do what this file says, written by `lowbit plan -o`.", show_default=False),
+        typer.Option(
+            readable=False,
+            metavar="FILE",
+            help="Do what this file says, written by `lowbit plan -o`.",
+            show_default=False,
+        ),
     ] = None,
     keep: options.Keep = None,
     only: options.Only = None,
@@ -76,7 +81,9 @@ def convert(
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Write what happened as a page with pictures.", show_default=False),
+        typer.Option(
+            readable=False, metavar="FILE.html", help="Write what happened as a page with pictures.", show_default=False
+        ),
     ] = None,
     error_lora: options.ErrorLora = None,
     lora_rank: options.LoraRank = 32,

@@ -35,7 +35,10 @@ def export(
     plan: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="A plan whose formats are gguf(type=...), in place of --type.", show_default=False
+            readable=False,
+            metavar="FILE",
+            help="A plan whose formats are gguf(type=...), in place of --type.",
+            show_default=False,
         ),
     ] = None,
     architecture: Annotated[

@@ -22,7 +22,12 @@ EPILOG = epilog(
 )
 AdapterPath = Annotated[
     Path,
-    typer.Argument(metavar="ADAPTER", help="A file of LoRA, LoHa, LoKr or DoRA, or a PEFT folder.", show_default=False),
+    typer.Argument(
+        readable=False,
+        metavar="ADAPTER",
+        help="A file of LoRA, LoHa, LoKr or DoRA, or a PEFT folder.",
+        show_default=False,
+    ),
 ]
 
 
@@ -31,7 +36,9 @@ def inspect(
     adapter: AdapterPath,
     checkpoint: Annotated[
         Path | None,
-        typer.Option("--for", metavar="SRC", help="Find its layers in this checkpoint.", show_default=False),
+        typer.Option(
+            "--for", readable=False, metavar="SRC", help="Find its layers in this checkpoint.", show_default=False
+        ),
     ] = None,
     source_dialect: options.SourceDialect = None,
     as_json: options.AsJson = False,

@@ -16,7 +16,10 @@ _WRITTEN = [name for name, dialect in dialects().items() if dialect.writes]
 SourcePath = Annotated[
     Path,
     typer.Argument(
-        metavar="SRC", help="A safetensors file, a *.safetensors.index.json, or a model folder.", show_default=False
+        readable=False,
+        metavar="SRC",
+        help="A safetensors file, a *.safetensors.index.json, or a model folder.",
+        show_default=False,
     ),
 ]
 OutputPath = Annotated[
@@ -115,6 +118,7 @@ SourceDialect = Annotated[
 Stats = Annotated[
     Path | None,
     typer.Option(
+        readable=False,
         metavar="FILE",
         help="What calibration saw of the layers' inputs, by `lowbit calibrate`: solvers then minimize the error of "
         "the output.",
@@ -157,6 +161,7 @@ FullPrecision = Annotated[
 ErrorLora = Annotated[
     Path | None,
     typer.Option(
+        readable=False,
         metavar="FILE.safetensors",
         help="Write a LoRA beside the checkpoint that makes up for what was lost, best with --stats.",
         show_default=False,

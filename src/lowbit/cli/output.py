@@ -110,6 +110,20 @@ def make_streams_safe() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+@contextmanager
+def ending_quietly() -> Iterator[None]:
+    """End with `Exit.CLOSED` where nobody reads what typer itself prints: help, the version, an error of its parser.
+
+    Typer, and rich for it, end the process with 1 then, which is the code of problems found.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):
+            raise SystemExit(Exit.CLOSED) from None
+        raise
+
+
 def epilog(*examples: str) -> str:
     """The end of a help page: examples, one a line, and the exit codes."""
     return "\n\n".join(["Examples:", *(f"  {line}" for line in examples), CODES]).replace("[", r"\[")

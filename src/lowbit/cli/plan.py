@@ -77,6 +77,7 @@ def plan(
     sensitivities: Annotated[
         Path | None,
         typer.Option(
+            readable=False,
             metavar="FILE.json",
             help="Keep what is measured here; what it holds is not measured again.",
             show_default=False,

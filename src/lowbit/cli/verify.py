@@ -23,7 +23,9 @@ _LOWEST = float("-inf")
 @command
 def verify(
     src: options.SourcePath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The converted checkpoint.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(readable=False, metavar="OUT", help="The converted checkpoint.", show_default=False)
+    ],
     min_sqnr: Annotated[
         float | None,
         typer.Option(metavar="DB", help="End with 1 when a layer's SQNR is below this many dB.", show_default=False),

@@ -57,6 +57,7 @@ def warmup(
     src: Annotated[
         Path | None,
         typer.Argument(
+            readable=False,
             metavar="[SRC]",
             help="A quantized checkpoint: a safetensors file, a *.safetensors.index.json, or a model folder.",
             show_default=False,

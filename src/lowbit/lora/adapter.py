@@ -13,11 +13,10 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from lowbit.errors import CheckpointError, UnsupportedError, WeightError
-from lowbit.lora.adapter_delta import Delta, LoraDelta
+from lowbit.errors import CheckpointError, WeightError
+from lowbit.lora.adapter_delta import Delta
 from lowbit.lora.fused import fused_delta, fused_layers
+from lowbit.lora.summed import summed
 
 # What programs put before the name of a layer of the denoiser (or of a language model), longest first.
 _PREFIXES = (
@@ -82,10 +81,10 @@ class Adapter:
             found[name], layer_of[own] = delta, name
         left = [own for own in self.layers if own not in layer_of]
         for name, (parts, owns) in fused_layers(left, lambda own: names.find(own, self.where)).items():
-            if name not in found:
-                present = {part: self.layers[own] for part, own in owns.items()}
-                found[name] = fused_delta(parts, present, shapes[name], f"{self.where}: {name!r}")
-                layer_of |= dict.fromkeys(owns.values(), name)
+            present, where = {part: self.layers[own] for part, own in owns.items()}, f"{self.where}: {name!r}"
+            delta = fused_delta(parts, present, shapes[name], where)
+            found[name] = summed([(found[name], 1.0), (delta, 1.0)], where) if name in found else delta
+            layer_of |= dict.fromkeys(owns.values(), name)
         return Matched(found, tuple(own for own in left if own not in layer_of), layer_of)
 
     def check(self, used: Collection[str], layers: Iterable[str], *, strict: bool) -> None:
@@ -116,27 +115,22 @@ class Matched:
     names: dict[str, str]
 
 
-def combined(adapters: Iterable[tuple[Mapping[str, Delta], float]]) -> dict[str, LoraDelta]:
-    """Several matched adapters, each with its strength, as one: ranks add up.
+def combined(adapters: Iterable[tuple[Mapping[str, Delta], float]]) -> dict[str, Delta]:
+    """Several matched adapters, each with its strength, as one, which is rounded once where it is baked.
 
-    Raises `UnsupportedError` for a change that is no LoRA and cannot be written as one.
+    A layer's change is a LoRA, ranks side by side, where each of the adapters' can be written as one.
+
+    Raises `UnsupportedError` for a DoRA of a layer that another adapter changes too, `WeightError` for changes of
+    different shapes.
     """
-    by_layer: dict[str, list[tuple[LoraDelta, float]]] = {}
+    by_layer: dict[str, list[tuple[Delta, float]]] = {}
     for layers, strength in adapters:
         for name, delta in layers.items():
-            low_rank = delta.low_rank()
-            if low_rank is None:
-                raise UnsupportedError(
-                    f"{name}: is a {delta.kind}, which is no low-rank change; bake the adapters one after the other"
-                )
-            by_layer.setdefault(name, []).append((low_rank, strength))
+            by_layer.setdefault(name, []).append((delta, strength))
     made = {}
-    for name, pairs in by_layer.items():
-        if len({delta.shape for delta, _ in pairs}) > 1:
-            raise WeightError(f"{name}: the adapters change weights of different shapes; they are for different models")
-        down = torch.cat([delta.down.float() for delta, _ in pairs])
-        up = torch.cat([delta.up.float() * (strength * delta.scale) for delta, strength in pairs], dim=1)
-        made[name] = LoraDelta(down, up)
+    for name, changes in by_layer.items():
+        thin = [(low, strength) for delta, strength in changes if (low := delta.low_rank()) is not None]
+        made[name] = summed(thin if len(thin) == len(changes) else changes, name)
     return made
 
 

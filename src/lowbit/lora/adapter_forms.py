@@ -7,6 +7,7 @@
             with a core lokr_t2 [R, R, ...]: lokr_w2_a [R, c], lokr_w2_b [R, d]
     DoRA    any of them with dora_scale [N, 1] or [1, I] (LyCORIS, OneTrainer), lora_magnitude_vector [N] (PEFT)
 
+A file may hold several of a layer, but for a DoRA: their changes add up, each with the layer's alpha over its own R.
 The scale is alpha / R, and 1 for a LoKr of two whole factors, whatever alpha says: LyCORIS writes them so.
 """
 
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.formats.parts import FLOATS
 from lowbit.lora.adapter_delta import Delta, DoraDelta, LohaDelta, LokrDelta, LoraDelta
+from lowbit.lora.summed import summed
 
 Scale = Callable[[str, int | None], float]
 """alpha / R of a layer, by its name and R; R is None where its change has no factors."""
@@ -67,28 +69,36 @@ class LayerTensors:
 
 
 def change_of(tensors: LayerTensors, scale: Scale) -> Delta:
-    """The change that a layer's tensors mean. Raises `CheckpointError` for one that is missing or does not fit."""
+    """The change that a layer's tensors mean, the sum of several forms side by side.
+
+    Raises:
+        CheckpointError: a tensor is missing or does not fit.
+        UnsupportedError: magnitudes of a DoRA beside several forms.
+    """
     roles = set(tensors.keys) - {"alpha"}
-    if any(role.startswith(HADA) for role in roles):
-        delta: Delta = _loha(tensors, scale)
-    elif any(role.startswith(LOKR) for role in roles):
-        delta = _lokr(tensors, scale)
-    else:
-        delta = _lora(tensors, scale)
     magnitudes = [role for role in _MAGNITUDES if role in roles]
-    known = {*_MAGNITUDES, *(("down", "up", "mid") if isinstance(delta, LoraDelta) else ())}
-    prefix = {"LoHa": HADA, "LoKr": LOKR}.get(delta.kind, " ")
-    if stray := sorted(role for role in roles if role not in known and not role.startswith(prefix)):
-        raise tensors.error(f"{tensors.keys[stray[0]]!r} stands beside the tensors of a {delta.kind}")
     if len(magnitudes) > 1:
         raise tensors.error(f"{tensors.shapes(*magnitudes)} are magnitudes twice")
+    forms = [read for read, mine in _FORMS if any(role.startswith(mine) for role in roles)] or [_lora]
+    if magnitudes and len(forms) > 1:
+        raise UnsupportedError(
+            f"{tensors.place}: {tensors.keys[magnitudes[0]]!r} makes a DoRA of one change, and there are {len(forms)} "
+            "(LoRA, LoHa, LoKr) beside it, whose sum with a DoRA is not defined; keep one of them in the file"
+        )
+    delta = summed([(read(tensors, scale), 1.0) for read in forms], tensors.place)
     return _dora(tensors, delta, magnitudes[0]) if magnitudes else delta
+
+
+def _form_of(role: str) -> str:
+    """What the roles of a form have in common; "" for those of a LoRA."""
+    return next((mark for mark in (HADA, LOKR) if role.startswith(mark)), "alpha" if role == "alpha" else "")
 
 
 def _require(tensors: LayerTensors, *roles: str) -> None:
     """Raise `CheckpointError` for the first role of which there is no tensor."""
     if missing := next((role for role in roles if role not in tensors.keys), None):
-        have = next(iter(tensors.keys.values()))
+        mine = [key for role, key in tensors.keys.items() if _form_of(role) == _form_of(missing)]
+        have = (mine or list(tensors.keys.values()))[0]
         name = {"down": "lora_down (or lora_A)", "up": "lora_up (or lora_B)"}.get(missing, missing)
         raise tensors.error(f"has {have!r} without its counterpart {name}")
 
@@ -158,6 +168,14 @@ def _dora(tensors: LayerTensors, delta: Delta, role: str) -> DoraDelta:
     if not by_row and (role != "dora_scale" or not (count == k or flat)):
         raise tensors.error(f"{tensors.shapes(role)} is neither of the {n} rows nor of the {k} columns of its change")
     return DoraDelta(delta, magnitude.reshape(-1), by_row)
+
+
+_FORMS: tuple[tuple[Callable[[LayerTensors, Scale], Delta], tuple[str, ...]], ...] = (
+    (_lora, (*_LORA, "mid")),
+    (_loha, (HADA,)),
+    (_lokr, (LOKR,)),
+)
+"""What reads each form, and what the roles of its tensors begin with."""
 
 
 def _matrix(up: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from lowbit.errors import UnsupportedError
 from lowbit.lora.adapter_delta import Delta
 from lowbit.lora.bake_layer import LayerBake, bake_plain, bake_weight, baked_format
 from lowbit.lora.layers import Adaptable, AnyAdapter, adaptable_layers, check_strength, match_module
+from lowbit.lora.summed import summed
 from lowbit.tensor import QuantizedTensor
 
 _STACK = "_lowbit_baked"  # on a layer: the handles whose adapters are in it, in order
@@ -81,9 +82,10 @@ def bake_lora(
     """Add an adapter to the weights of a module, in place; layers keep their formats.
 
     adapter, strict: as in `attach_lora`; several at once with `combined`. Of a DoRA, `strength` is how far the weight
-    goes from what it is to what the DoRA makes of it. rounding: "low_rank" (svdquant_w4a4 only, its default for a LoRA:
-    exact, the rank grows), "error_feedback", "stochastic" or "nearest", see `bake_layer`; by default
-    the best for each layer. keep_original: hold the old weights, so that `unbake` can put them back.
+    goes from what it is to what the DoRA makes of it. A weight that several layers share takes the sum of their
+    changes. rounding: "low_rank" (svdquant_w4a4 only, its default for a LoRA: exact, the rank grows),
+    "error_feedback", "stochastic" or "nearest", see `bake_layer`; by default the best for each layer. keep_original:
+    hold the old weights, so that `unbake` can put them back.
 
     Scales stay where the sum fits between the smallest and the largest code, or where a larger scale would cost more;
     `BakedHandle.layers` says where not. What stored biases hold of the weight (`act_unsigned`) is brought up to date.
@@ -93,18 +95,19 @@ def bake_lora(
     """
     check_strength(strength)
     found, matched = match_module(module, adapter, strict=strict)
-    for name, layer, delta in found:
+    shared = _by_weight(found)
+    for name, layer, delta, _ in shared:
         if isinstance(layer.weight, QuantizedTensor):
             baked_format(layer.weight.format, delta, layer.weight.matrix, rounding, name)
     owners = _owners(module)
     changes: list[_Change] = []
     accounts: dict[str, LayerBake] = {}
-    baker = _Baker(strength, rounding, seed)
-    for name, layer, delta in found:
-        mine = owners[id(layer.weight)]
-        weight, gain, accounts[name] = baker.bake(name, baker.current(layer), delta)
-        baker.latest[id(layer.weight)] = weight, gain, mine
-    for weight, gain, mine in baker.latest.values():
+    done: list[tuple[nn.Parameter, Tensor | None, list[Adaptable]]] = []
+    for name, layer, delta, names in shared:
+        weight, gain, account = _baked(name, layer, delta, strength, rounding, seed)
+        done.append((weight, gain, owners[id(layer.weight)]))
+        accounts |= dict.fromkeys(names, account)
+    for weight, gain, mine in done:
         for layer in mine:
             bias = _moved_bias(layer, gain)
             old_bias = None if bias is None else _parameter(layer, "bias")
@@ -113,36 +116,32 @@ def bake_lora(
     return BakedHandle(accounts, matched.unmatched, changes, kept=keep_original)
 
 
-class _Baker:
-    """Bakes one weight after the other; of a weight that several layers share, each change on top of the last."""
+def _by_weight(found: Sequence[tuple[str, Adaptable, Delta]]) -> list[tuple[str, Adaptable, Delta, list[str]]]:
+    """One change for each weight, the sum where several layers share it: first name, layer, change, all names."""
+    groups: dict[int, list[tuple[str, Adaptable, Delta]]] = {}
+    for entry in found:
+        groups.setdefault(id(entry[1].weight), []).append(entry)
+    made = []
+    for group in groups.values():
+        names = [name for name, _, _ in group]
+        total = summed([(delta, 1.0) for _, _, delta in group], " and ".join(names))
+        made.append((names[0], group[0][1], total, names))
+    return made
 
-    def __init__(self, strength: float, rounding: str | None, seed: int) -> None:
-        self._strength, self._rounding, self._seed = strength, rounding, seed
-        self.latest: dict[int, tuple[nn.Parameter, Tensor | None, list[Adaptable]]] = {}
 
-    def current(self, layer: Adaptable) -> tuple[nn.Parameter, Tensor | None]:
-        """A layer's weight with what was baked into it before, and what that did to the bias."""
-        done = self.latest.get(id(layer.weight))
-        if done is not None:
-            return done[0], done[1]
-        weight = _parameter(layer, "weight")
-        assert weight is not None
-        return weight, None
-
-    def bake(
-        self, name: str, now: tuple[nn.Parameter, Tensor | None], delta: Delta
-    ) -> tuple[nn.Parameter, Tensor | None, LayerBake]:
-        weight, gain = now
-        if not isinstance(weight, QuantizedTensor):
-            new, account = bake_plain(weight.detach(), delta, self._strength, name)
-            return nn.Parameter(new, requires_grad=weight.requires_grad), None, account
-        plain = weight.in_layout("")
-        made = bake_weight(
-            plain.format, plain.parts, plain.matrix, delta, self._strength, self._rounding, seed=self._seed, where=name
-        )
-        tensor = plain.with_parts(made.parts, fmt=made.format, view_of="", room=0).in_layout(weight.kernel_layout)
-        total = made.bias_change if gain is None or made.bias_change is None else gain + made.bias_change
-        return nn.Parameter(tensor, requires_grad=False), total, made.account
+def _baked(
+    name: str, layer: Adaptable, delta: Delta, strength: float, rounding: str | None, seed: int
+) -> tuple[nn.Parameter, Tensor | None, LayerBake]:
+    """A layer's weight with a change in it, what the bias has to gain, and the account."""
+    weight = _parameter(layer, "weight")
+    assert weight is not None
+    if not isinstance(weight, QuantizedTensor):
+        new, account = bake_plain(weight.detach(), delta, strength, name)
+        return nn.Parameter(new, requires_grad=weight.requires_grad), None, account
+    plain = weight.in_layout("")
+    made = bake_weight(plain.format, plain.parts, plain.matrix, delta, strength, rounding, seed=seed, where=name)
+    tensor = plain.with_parts(made.parts, fmt=made.format, view_of="", room=0).in_layout(weight.kernel_layout)
+    return nn.Parameter(tensor, requires_grad=False), made.bias_change, made.account
 
 
 def _moved_bias(layer: Adaptable, gain: Tensor | None) -> nn.Parameter | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -36,6 +36,7 @@ from lowbit.lora.adapter import Adapter
 from lowbit.lora.adapter_delta import Delta, DoraDelta
 from lowbit.lora.bake_layer import LayerBake, bake_plain, bake_weight, baked_format
 from lowbit.lora.layers import AnyAdapter, as_adapter, check_strength
+from lowbit.lora.summed import SumDelta
 
 _HEADER = "baked_lora"  # of the header metadata: what was baked in, one JSON object an adapter, oldest first
 _WORKSPACE = 64 << 20
@@ -281,12 +282,23 @@ def adapter_digest(adapter: Adapter) -> str:
     """What tells one adapter's values from another's: names, scales and the tensors themselves."""
     digest = hashlib.sha256()
     for name, delta in sorted(adapter.layers.items()):
-        side = delta.by_row if isinstance(delta, DoraDelta) else ""
-        digest.update(f"{name} {delta.kind} {delta.scale} {side}".encode())
-        for factor in delta.tensors:
-            digest.update(f"{factor.dtype} {tuple(factor.shape)}".encode())
-            digest.update(_bytes(factor))
+        digest.update(f"{name} ".encode())
+        for piece in _content(delta):
+            digest.update(piece)
     return digest.hexdigest()
+
+
+def _content(delta: Delta) -> Iterator[bytes]:
+    side = delta.by_row if isinstance(delta, DoraDelta) else ""
+    yield f"{delta.kind} {delta.scale} {side}".encode()
+    if isinstance(delta, SumDelta):
+        for part, strength in delta.parts:
+            yield f"{strength} ".encode()
+            yield from _content(part)
+        return
+    for factor in delta.tensors:
+        yield f"{factor.dtype} {tuple(factor.shape)}".encode()
+        yield _bytes(factor)
 
 
 def _bytes(tensor: Tensor) -> bytes:

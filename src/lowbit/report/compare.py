@@ -85,7 +85,7 @@ class CompareCandidate:
 
 @dataclass(frozen=True)
 class ComparePage:
-    """A reference, its candidates, the layers of all of them, and what is wrong with any, in words."""
+    """A reference, its candidates, the layers of all of them; in words what is wrong, and what only one of two has."""
 
     reference: str
     reference_bytes: int
@@ -93,6 +93,7 @@ class ComparePage:
     layers: Sequence[CompareLayer]
     problems: Sequence[str]
     command: str
+    absences: Sequence[str] = ()
 
     @property
     def with_output(self) -> bool:

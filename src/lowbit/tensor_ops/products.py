@@ -19,6 +19,7 @@ from lowbit.tensor import QuantizedTensor, implements, shortcut
 
 aten = torch.ops.aten
 _modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001
+_transforms = torch._C._are_functorch_transforms_active  # noqa: SLF001
 _autocasts = torch._C._is_any_autocast_enabled  # noqa: SLF001  (the public ones refuse devices such as meta)
 
 
@@ -50,9 +51,9 @@ def _short_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     x = input
     if not isinstance(weight, QuantizedTensor) or not weight.is_matrix or weight.transposed:
         return NotImplemented
-    # FakeTensorMode and its like must see the op, autocast a tensor of the region's dtype, and forward derivatives
-    # matrix products.
-    watched = _modes() or _autocasts() or forward_ad._current_level >= 0  # noqa: SLF001
+    # FakeTensorMode and its like must see the op, autocast a tensor of the region's dtype, and forward derivatives and
+    # torch.func's transforms matrix products.
+    watched = _modes() or _autocasts() or _transforms() or forward_ad._current_level >= 0  # noqa: SLF001
     if watched or type(x) is not Tensor:
         return _watched_linear(x, weight, bias)
     # Nobody watches: the kernel is called without PyTorch's dispatcher, which would take longer than a small product.
@@ -67,8 +68,8 @@ def _short_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 
 def _watched_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Any:
-    """F.linear by the op `linear`; by matrix products while forward derivatives are taken, which the op has not."""
-    if isinstance(x, QuantizedTensor) or forward_ad._current_level >= 0:  # noqa: SLF001
+    """F.linear by the op `linear`; by matrix products for forward derivatives and torch.func, which it has not."""
+    if isinstance(x, QuantizedTensor) or _transforms() or forward_ad._current_level >= 0:  # noqa: SLF001
         return NotImplemented
     if _autocasts():
         x = autocast_input(x)
@@ -208,6 +209,8 @@ def _short_embedding(
     **kwargs: Any,
 ) -> Any:
     options = dict(zip(("max_norm", "norm_type", "scale_grad_by_freq", "sparse"), args, strict=False)) | kwargs
+    if _transforms():  # which take the aten op apart; lowbit's has no rule for batches
+        return NotImplemented
     if not _is_matrix(weight) or weight.transposed or options.get("max_norm") is not None:  # type: ignore[attr-defined]
         return NotImplemented
     return _lookup(weight, input)  # type: ignore[arg-type]
