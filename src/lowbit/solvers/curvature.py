@@ -22,6 +22,7 @@ from torch import Tensor
 from lowbit.errors import SolverError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
+from lowbit.numerics.cholesky import cholesky
 from lowbit.numerics.groups import row_chunks
 
 _SHRUNK, _MOST_SHRUNK = 0.4, 0.3
@@ -109,10 +110,10 @@ def unit_lower(matrix: Tensor) -> Tensor | None:
 
     What float32 cannot factor is tried in float64.
     """
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed):
-        lower, failed = torch.linalg.cholesky_ex(matrix.double())
-    return None if int(failed) else lower.div_(lower.diagonal().clone()).float()
+    lower = cholesky(matrix)
+    if lower is None:
+        lower = cholesky(matrix.double())
+    return None if lower is None else lower.div_(lower.diagonal().clone()).float()
 
 
 def output_error(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SolverError
+from lowbit.numerics.cholesky import cholesky
 from lowbit.numerics.low_rank import orthonormal
 
 from .base import Statistics
@@ -116,10 +117,10 @@ def _seen(statistics: Statistics | None, k: int, device: torch.device, where: st
 def _beside_a_bias(covariance: Tensor, mean: Tensor) -> _Seen:
     """`_Seen` where a bias corrects the mean; with the variances alone where V has no triangular factor."""
     if covariance.dim() == 2:
-        factor, failed = torch.linalg.cholesky_ex(covariance)
-        if int(failed):
-            factor, failed = torch.linalg.cholesky_ex(covariance.double())
-        if not int(failed):
+        factor = cholesky(covariance)
+        if factor is None:
+            factor = cholesky(covariance.double())
+        if factor is not None:
             solved = torch.cholesky_solve(mean.unsqueeze(1).to(factor.dtype), factor).squeeze(1)
             return _Seen(covariance, mean, (solved / (1 + mean.to(solved.dtype) @ solved)).float())
         covariance = covariance.diagonal()
