@@ -26,6 +26,8 @@ from lowbit.integrations.text_models import TextModel
 TEXTS = Path(__file__).with_name("texts")
 CALIBRATION_SENTENCES = 256  # of a genre
 BUILTIN = "built-in"  # the text that comes with lowbit, as a genre to calibrate on
+BUILTIN_HALF = "built-in, 256"  # every second passage of it, as many as of a genre
+MIXED = (BUILTIN, BUILTIN_HALF)  # of several kinds of text
 DIRECTIONS = (  # calibrate on the first, test on the second
     ("everyday", "reference"),
     ("reference", "everyday"),
@@ -52,8 +54,10 @@ def load_model() -> tuple[nn.Module, object]:
 
 
 def calibration_sentences(genre: str) -> list[str]:
-    """What a calibration on a genre has: the first 256 lines; of the built-in text all."""
-    return builtin_text().splitlines() if genre == BUILTIN else sentences(genre)[:CALIBRATION_SENTENCES]
+    """What a calibration on a genre has: the first 256 lines; of the built-in text all, or every second."""
+    if genre in MIXED:
+        return builtin_text().splitlines()[:: 1 if genre == BUILTIN else 2]
+    return sentences(genre)[:CALIBRATION_SENTENCES]
 
 
 def lowbit_batches(model: nn.Module, tokenizer, genre: str, vary: float | None = None) -> list[Batch]:

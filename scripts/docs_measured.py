@@ -102,7 +102,7 @@ _PEERS = {
     "nvfp4": "`nvfp4`",
 }
 _TOOLS = {"lowbit": "lowbit", "gptq": "GPTQ", "auto-round": "AutoRound", "hqq": "HQQ"}
-_GENRES = ["built-in", "everyday", "novel", "reference"]
+_GENRES = ["built-in", "built-in, 256", "everyday", "novel", "reference"]
 
 
 def layers() -> str:
