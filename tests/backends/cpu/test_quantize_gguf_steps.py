@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.dispatch import use_backend
+from lowbit.dispatch import select, use_backend
 from lowbit.errors import WeightError
 from lowbit.formats import Format, Parts, parse_spec
 from lowbit.numerics.gguf_encode import AS_GGML
@@ -191,3 +191,22 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(name, bad):
             for make in (encode, encode_searched):
                 with pytest.raises(WeightError, match=r"blocks\.3: holds NaN or infinity"), use_backend("cpu"):
                     make(w, of(name), where="blocks.3")
+
+
+@EVERY_TYPE
+def test_a_weight_with_gaps_is_made_as_one_without(name):
+    """Transposed, every other row, some columns, one row many times, and weights of columns in float64 with gaps."""
+    fmt, base, weights = of(name), outlier_weight(96, 192), column_weights(384).double()[::2]
+    for w in (base.t(), base[::3, 64:160], base[:1].expand(5, 192), base[1:, 1:97]):
+        whole, counts = w.clone(memory_format=torch.contiguous_format), weights[: w.shape[1]]
+        with use_backend("cpu"):
+            assert torch.equal(encode(w, fmt)["qdata"], fmt.quantize(whole)["qdata"])
+        assert torch.equal(searched(fmt, w, counts)["qdata"], searched(fmt, whole, counts.float().clone())["qdata"])
+
+
+@EVERY_TYPE
+@pytest.mark.parametrize("shape", [(1,), (5,), (512,), (4, 256)])
+def test_weights_that_are_not_one_a_column_are_left_to_the_reference(name, shape):
+    """The kernel reads K of them, whatever is behind fewer; the reference spreads them, or says that it cannot."""
+    args = (of(name), gaussian(4, 256), torch.ones(shape), "weight")
+    assert select("scale_search", "gguf", "", "cpu", args).backend == "eager"

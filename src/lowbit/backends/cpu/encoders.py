@@ -20,7 +20,10 @@ def refuses_quantize(fmt: Format, w: Tensor, seed: int | None, where: str = "wei
 
 def refuses_search(fmt: Format, w: Tensor, weights: Tensor | None, where: str = "weight") -> str | None:
     """Why no search for scales here takes this weight, or None."""
-    return _refuses(fmt, w)
+    why = _refuses(fmt, w)
+    if why is None and weights is not None and weights.shape != w.shape[1:]:  # K of them are read
+        return f"weights of columns of shape {list(weights.shape)}; the kernels take [{w.shape[1]}], one a column"
+    return why
 
 
 def _refuses(fmt: Format, w: Tensor) -> str | None:
