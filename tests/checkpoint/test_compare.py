@@ -383,3 +383,30 @@ def test_shapes_are_those_of_the_weights(tmp_path):
         assert layer_shapes(plain) == layer_shapes(coded)
         assert layer_shapes(plain)["blocks.0.up"] == (192, 128)
         assert "patch" not in layer_shapes(plain)
+
+
+@pytest.mark.parametrize("change", [lambda w: w.to(torch.int8), lambda w: w.flatten()], ids=["codes", "flat"])
+def test_a_weight_that_is_there_as_something_else_is_refused(tmp_path, change):
+    """Codes that nothing describes, or one axis: the layer is not lacking, and not right either."""
+    path, _ = converted(tmp_path, "int8")
+    tensors = model_tensors()
+    save_file({**tensors, "blocks.0.up.weight": change(tensors["blocks.0.up.weight"])}, tmp_path / "odd.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"odd.*has other shapes: blocks\.0\.up \["):
+        compared(path, tmp_path / "odd.safetensors")
+
+
+def test_totals_of_different_layers_say_so(tmp_path):
+    """Two candidates that share no quantized layer."""
+    path, _ = converted(tmp_path)
+    tensors = model_tensors()
+    halves = []
+    for index in (0, 1):
+        mine = {key: tensor for key, tensor in tensors.items() if key.startswith(f"blocks.{index}.")}
+        save_file(mine, tmp_path / f"half{index}.safetensors")
+        halves.append(tmp_path / f"half{index}_out.safetensors")
+        with open_source(tmp_path / f"half{index}.safetensors") as source:
+            convert(source, halves[-1], make_plan(source, "int8", preset="none"))
+
+    assert compared(path, *halves).basis.endswith("each one's totals are over other layers")
+    assert compared(path, halves[0]).basis == ""

@@ -16,7 +16,9 @@ from lowbit.checkpoint.source import open_source
 from lowbit.errors import CheckpointError, FormatError, WriteError
 from lowbit.formats.parts import raw_bytes
 from lowbit.lora import Adapter, DoraDelta, LoraDelta, bake_checkpoint
+from lowbit.lora.adapter_delta import LohaDelta, RowsDelta
 from lowbit.lora.bake_checkpoint import adapter_digest
+from lowbit.lora.summed import SumDelta
 from tests.support.checkpoints import files_below, model_tensors, save_model, save_shards
 
 CHANGED = ("blocks.0.up", "blocks.1.down")
@@ -276,3 +278,24 @@ def test_a_dora_of_columns_does_not_go_on_with_a_file_of_rows(tmp_path):
 
     assert adapter_digest(by_row) != adapter_digest(by_column)
     assert adapter_digest(by_row) == adapter_digest(by_row)
+
+
+def test_a_digest_tells_rows_strengths_and_inner_scales():
+    """Changes of the same tensors that mean other changes do not go on with each other's files."""
+    lora, inner = LoraDelta(torch.ones(2, 8), torch.ones(8, 2)), LoraDelta(torch.ones(2, 8), torch.ones(8, 2), 2.0)
+    thick = LohaDelta(lora, lora)
+    changes = [
+        lora,
+        inner,
+        thick,
+        LohaDelta(inner, lora),
+        LohaDelta(lora, inner),
+        RowsDelta([(0, lora)], 24),
+        RowsDelta([(8, lora)], 24),
+        SumDelta([(thick, 1.0), (lora, 0.5)]),
+        SumDelta([(thick, 0.5), (lora, 1.0)]),
+        DoraDelta(SumDelta([(thick, 0.5), (lora, 1.0)]), torch.ones(8), by_row=True),
+        DoraDelta(SumDelta([(thick, 1.0), (lora, 0.5)]), torch.ones(8), by_row=True),
+    ]
+
+    assert len({adapter_digest(Adapter({"a": change})) for change in changes}) == len(changes)

@@ -13,7 +13,17 @@ from torch.nn import functional as F
 
 import lowbit
 from lowbit.errors import CheckpointError, FormatError, UnsupportedError
-from lowbit.lora import DoraDelta, LohaDelta, LokrDelta, LoraDelta, attach_lora, bake_lora, combined, read_adapter
+from lowbit.lora import (
+    Adapter,
+    DoraDelta,
+    LohaDelta,
+    LokrDelta,
+    LoraDelta,
+    attach_lora,
+    bake_lora,
+    combined,
+    read_adapter,
+)
 from tests.lora.models import FORMATS, model
 
 N, K, R = 24, 16, 4
@@ -397,3 +407,14 @@ def test_what_does_not_fit_is_one_error_with_key_and_file(tmp_path, shapes, said
     """A missing partner and a wrong shape name the layer, the key and the file."""
     with pytest.raises(CheckpointError, match=rf"adapter\.safetensors: layer 'x': .*{said}"):
         change(tmp_path, {key: rand(*shape) for key, shape in shapes.items()})
+
+
+def test_parts_of_an_added_projection_count_once():
+    """A name "add_q_proj" also ends in "q_proj": it is one part of "add_qkv_proj", with its own rows."""
+    parts = {name: LoraDelta(rand(2, 16), rand(24, 2)) for name in ("q", "k", "v")}
+    adapter = Adapter({f"attn.add_{name}_proj": delta for name, delta in parts.items()})
+
+    matched = adapter.match({"attn.add_qkv_proj": (72, 16)})
+
+    wanted = torch.cat([delta.dense() for delta in parts.values()])
+    torch.testing.assert_close(matched.layers["attn.add_qkv_proj"].dense(), wanted)

@@ -109,6 +109,13 @@ class Candidate:
             for layer, weight in before.items()
             if layer in after and not _fits(weight, after[layer], padded=layer in made.layers)
         ]
+        # There, but no weight: of one axis, or codes without what would say what they are of.
+        misshapen += [
+            f"{layer} {list(made.specs[key].shape)} of {made.specs[key].dtype} for {list(before[layer].shape)}"
+            for layer in before
+            for key in (layer, join_key(layer, "weight"))
+            if layer not in after and key in made.specs
+        ]
         if misshapen:
             raise CheckpointError(
                 f"{self.source.place}: has other shapes: {_some(misshapen)}, compared with {source}; compare a "

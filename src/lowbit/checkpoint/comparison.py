@@ -193,6 +193,13 @@ class Comparison:
         return any(x.name not in self.judged for c in self.candidates for x in c.quantized)
 
     @property
+    def basis(self) -> str:
+        """In words what the totals are over, where that is not all that a candidate quantizes or changes; else ""."""
+        if all(self.judged <= {x.name for x in candidate.layers} for candidate in self.candidates):
+            return "the totals are over the layers that all candidates have" if self.partial else ""
+        return "no layer that a candidate quantizes is in all of them: each one's totals are over other layers"
+
+    @property
     def judged(self) -> frozenset[str]:
         """The layers that any candidate quantizes or changes; of these only what all have, if there is any."""
         found = frozenset(x.name for candidate in self.candidates for x in candidate.layers if x.status != "kept")

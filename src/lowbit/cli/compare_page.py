@@ -42,7 +42,7 @@ def compare_page(found: Comparison, runs: Sequence[EndToEnd], problems: Sequence
         problems=problems,
         absences=[
             *(text for text in found.absences if text not in problems),
-            *(["the totals are over the layers that all candidates have"] * found.partial),
+            *([found.basis] if found.basis else []),
         ],
         command=command,
     )

@@ -37,8 +37,8 @@ def show_rest(found: Comparison, problems: Sequence[str]) -> None:
     for absent in found.absences:
         if absent not in problems:
             say(absent, "yellow")
-    if found.partial:
-        say("the totals are over the layers that all candidates have", "yellow")
+    if found.basis:
+        say(found.basis, "yellow")
     for problem in problems:
         say(f"problem: {problem}", "red")
 

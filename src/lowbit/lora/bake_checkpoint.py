@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,9 @@ from lowbit.checkpoint.source import Source, open_source
 from lowbit.checkpoint.weight_shape import KERNEL
 from lowbit.formats.parts import FLOATS
 from lowbit.lora.adapter import Adapter
-from lowbit.lora.adapter_delta import Delta, DoraDelta
+from lowbit.lora.adapter_delta import Delta
 from lowbit.lora.bake_layer import LayerBake, bake_plain, bake_weight, baked_format
 from lowbit.lora.layers import AnyAdapter, as_adapter, check_strength
-from lowbit.lora.summed import SumDelta
 
 _HEADER = "baked_lora"  # of the header metadata: what was baked in, one JSON object an adapter, oldest first
 _WORKSPACE = 64 << 20
@@ -288,17 +287,23 @@ def adapter_digest(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def _content(delta: Delta) -> Iterator[bytes]:
-    side = delta.by_row if isinstance(delta, DoraDelta) else ""
-    yield f"{delta.kind} {delta.scale} {side}".encode()
-    if isinstance(delta, SumDelta):
-        for part, strength in delta.parts:
-            yield f"{strength} ".encode()
-            yield from _content(part)
-        return
-    for factor in delta.tensors:
-        yield f"{factor.dtype} {tuple(factor.shape)}".encode()
-        yield _bytes(factor)
+def _content(value: object) -> Iterator[bytes]:
+    """All that a change is made of: tensors, scales, and other changes with their strengths or first rows."""
+    if isinstance(value, Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield _bytes(value)
+    elif isinstance(value, Delta):
+        yield f"{type(value).__name__}(".encode()
+        for own in fields(value):  # type: ignore[arg-type]
+            yield from _content(getattr(value, own.name))
+        yield b")"
+    elif isinstance(value, list | tuple):
+        yield b"["
+        for one in value:
+            yield from _content(one)
+        yield b"]"
+    else:
+        yield f"{value} ".encode()
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -29,8 +29,12 @@ def fused_layers(
         for whole, parts in _PARTS.items():
             part = next((part for part in parts if own.endswith((f".{part}", f"_{part}"))), None)
             name = None if part is None else find(own[: -len(part)] + whole)
-            if part is not None and name is not None:
-                found.setdefault(name, (parts, {}))[1][part] = own
+            if part is None or name is None:
+                continue
+            # "add_q_proj" of "add_qkv_proj" also reads as "q_proj" of "qkv_proj" behind "add_": it is one part.
+            mine = found.setdefault(name, (parts, {}))[1]
+            if own not in mine.values():
+                mine[part] = own
     return found
 
 
