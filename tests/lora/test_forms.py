@@ -418,3 +418,11 @@ def test_parts_of_an_added_projection_count_once():
 
     wanted = torch.cat([delta.dense() for delta in parts.values()])
     torch.testing.assert_close(matched.layers["attn.add_qkv_proj"].dense(), wanted)
+
+
+def test_two_names_of_one_part_are_refused():
+    """The second took the first's place in the fused weight, whose change was lost."""
+    parts = {name: LoraDelta(rand(2, 16), rand(24, 2)) for name in ("attn.to_q", "transformer.attn.to_q", "attn.to_k")}
+    said = r"'attn.to_q' and 'transformer.attn.to_q' both change the part to_q of 'attn.to_qkv'; remove one"
+    with pytest.raises(CheckpointError, match=said):
+        Adapter(parts).match({"attn.to_qkv": (72, 16)})

@@ -80,7 +80,7 @@ class Adapter:
                 )
             found[name], layer_of[own] = delta, name
         left = [own for own in self.layers if own not in layer_of]
-        for name, (parts, owns) in fused_layers(left, lambda own: names.find(own, self.where)).items():
+        for name, (parts, owns) in fused_layers(left, lambda own: names.find(own, self.where), self.where).items():
             present, where = {part: self.layers[own] for part, own in owns.items()}, f"{self.where}: {name!r}"
             delta = fused_delta(parts, present, shapes[name], where)
             found[name] = summed([(found[name], 1.0), (delta, 1.0)], where) if name in found else delta

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lowbit.errors import WeightError
+from lowbit.errors import CheckpointError, WeightError
 from lowbit.lora.adapter_delta import Delta, LoraDelta, RowsDelta
 
 _PARTS = {  # the name of a fused projection -> its parts, in the order of their rows
@@ -21,9 +21,12 @@ _PARTS = {  # the name of a fused projection -> its parts, in the order of their
 
 
 def fused_layers(
-    owns: Sequence[str], find: Callable[[str], str | None]
+    owns: Sequence[str], find: Callable[[str], str | None], where: str
 ) -> dict[str, tuple[tuple[str, ...], dict[str, str]]]:
-    """Fused layers that some of an adapter's names are parts of: layer -> (its parts, part -> the adapter's name)."""
+    """Fused layers that some of an adapter's names are parts of: layer -> (its parts, part -> the adapter's name).
+
+    Raises `CheckpointError` where two names mean the same part. `where` names the adapter.
+    """
     found: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {}
     for own in owns:
         for whole, parts in _PARTS.items():
@@ -33,8 +36,13 @@ def fused_layers(
                 continue
             # "add_q_proj" of "add_qkv_proj" also reads as "q_proj" of "qkv_proj" behind "add_": it is one part.
             mine = found.setdefault(name, (parts, {}))[1]
-            if own not in mine.values():
-                mine[part] = own
+            if own in mine.values():
+                continue
+            if part in mine:
+                raise CheckpointError(
+                    f"{where}: {mine[part]!r} and {own!r} both change the part {part} of {name!r}; remove one"
+                )
+            mine[part] = own
     return found
 
 
