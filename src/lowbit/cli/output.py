@@ -78,10 +78,22 @@ class _Console(Console):
 
 def _discard(stream: TextIO) -> NoReturn:
     """Send what is still to be written nowhere, or Python would try again as it ends. Raises `OutputClosed`."""
+    _send_nowhere(stream)
+    raise OutputClosed
+
+
+def _flush_or_drop(stream: TextIO) -> None:
+    """Write what is still to be written, if anybody reads it: else Python tries as it ends, and ends with 120."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        _send_nowhere(stream)
+
+
+def _send_nowhere(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
-    raise OutputClosed
 
 
 def stdout() -> Console:
@@ -120,6 +132,8 @@ def ending_quietly() -> Iterator[None]:
         yield
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):
+            for stream in (sys.stdout, sys.stderr):
+                _flush_or_drop(stream)
             raise SystemExit(Exit.CLOSED) from None
         raise
 
