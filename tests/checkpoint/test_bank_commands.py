@@ -210,7 +210,7 @@ def test_compare_judges_each_expert(source, tmp_path):
         assert worst <= result[name].accuracy.sqnr <= max(row.accuracy.sqnr for row in experts)
         assert {others[f"{name}[{index}]"] for index in range(4)} == {"kept"}
     for candidate in both.candidates:
-        assert (candidate.absent.missing, candidate.absent.extra, candidate.changed) == ((), (), ())
+        assert (candidate.absent.missing, candidate.absent.extra, candidate.changed) == ([], [], ())
     assert not any("[" in layer.name for layer in alone.candidates[0].layers)
     assert alone.candidates[0].identical == 3
 

@@ -246,7 +246,7 @@ def test_compare_knows_kernels(source, tmp_path):
         {name: row.accuracy.sqnr for name, row in rows.items()}, rel=1e-4
     )
     for one in (found, back):
-        assert (one.absent.missing, one.absent.extra, one.changed) == ((), (), ())
+        assert (one.absent.missing, one.absent.extra, one.changed) == ([], [], ())
 
 
 def test_what_cannot_hold_a_kernel_leaves_it_or_says_so(source, tmp_path):
