@@ -44,6 +44,10 @@ COLD = (
     "gptq_sweep",
     "descent_sweep",
     "add_second_moment",
+    "rounding_passes",
+    "input_noise",
+    "lost_to_lowest",
+    "searched_scales",
 )
 
 

@@ -22,7 +22,7 @@ squares, alternating with its rounding. A scale search may choose negative scale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -35,6 +35,7 @@ from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, K, N, Part, Parts, R
 from lowbit.formats.registry import register
 from lowbit.formats.stored_steps import FloatSteps
+from lowbit.numerics import w4a4_search
 from lowbit.numerics.groups import group_amax, row_chunks
 from lowbit.numerics.int4_matmul import (
     GELU_SHIFT,
@@ -48,7 +49,7 @@ from lowbit.numerics.int4_matmul import (
 )
 from lowbit.numerics.integers import round_clamp_
 from lowbit.numerics.levels import IntegerLevels
-from lowbit.numerics.low_rank import Passes, PiecePasses, leading_basis_of, refined_basis, refined_rows
+from lowbit.numerics.low_rank import leading_basis_of, refined_basis, refined_rows
 from lowbit.numerics.packing import pack_nibbles
 from lowbit.numerics.smoothing import choose_smoothing, column_amax
 
@@ -135,20 +136,10 @@ class SvdquantW4A4(Format):
         n, k = w.shape
         dtype = w.dtype if w.dtype in _DTYPES else torch.float32
         amax = column_amax((w[a:b] for a, b in self.row_ranges(n, k)), k, w.device)
+        return self.shared(w, amax, dtype, w4a4_search.PLAIN)
 
-        def passes(factor: Tensor, weights: Tensor) -> Passes:
-            def pieces() -> Iterator[Tensor]:
-                return (w[a:b].contiguous().float() * factor for a, b in self.row_ranges(n, k))
-
-            return PiecePasses(pieces, round_groups, weights)
-
-        return self.shared(w, amax, dtype, passes)
-
-    def shared(self, w: Tensor, amax: Tensor, dtype: torch.dtype, passes: Callable[[Tensor, Tensor], Passes]) -> Parts:
-        """smooth_factor and proj_down of a weight [N, K] with these largest magnitudes of columns [K], in `dtype`.
-
-        passes(factor [K], weights [K]): the way to go through w * factor, rounded by `round_groups`.
-        """
+    def shared(self, w: Tensor, amax: Tensor, dtype: torch.dtype, steps: w4a4_search.Steps) -> Parts:
+        """smooth_factor and proj_down of a weight [N, K] with these largest magnitudes of columns [K], in `dtype`."""
         n, k = w.shape
         if not bool(amax.isfinite().all()):  # an error that names the layer follows, when the rows are read
             return {
@@ -158,9 +149,9 @@ class SvdquantW4A4(Format):
         size = amax.max().clamp_min(torch.finfo(torch.float32).tiny)  # divided away, so that squares fit into float32
         count = min(n, max(_SAMPLE // k, 8 * self.rank))
         sample = w[torch.arange(count, device=w.device) * n // count].contiguous().float() / size
-        smooth = choose_smoothing(sample, amax, self.rank, self.act_unsigned, dtype)
+        smooth = choose_smoothing(sample, amax, self.rank, self.act_unsigned, dtype, steps)
         factor = smooth.float()
-        through = passes(factor / size, factor.square().reciprocal())
+        through = steps.passes(w, factor / size, factor.square().reciprocal(), None)
         basis = leading_basis_of(through.step, k, self.rank, PASSES, w.device)
         basis = refined_basis(through, basis, self.rank, REFINEMENTS)
         return {"smooth_factor": smooth, "proj_down": (basis / factor.unsqueeze(1)).to(dtype)}

@@ -49,20 +49,22 @@ class Passes(ABC):
 
     @abstractmethod
     def refinement(self, basis: Tensor, rank: int, *, step: bool) -> tuple[float, Products | None]:
-        """The weighted squared error of L + rounded(M - L), L of the first `rank` columns of the basis.
+        """The error of L + rounded(M - L), L of the first `rank` columns of the basis, at least one.
 
-        And unless `step` is false the products of E = M - rounded(M - L) with the basis.
+        And unless `step` is false the products of E = M - rounded(M - L) with the basis. The error is the sum over
+        columns of squares, `weights` [K] times those of M - L - rounded(M - L), and where there is a `noise` [K], of an
+        input that meets the rounded part, that times those of rounded(M - L).
         """
 
 
 class PiecePasses(Passes):
     """Of a matrix whose rows `pieces()` yields as float32 [n, K], the same in every pass.
 
-    They are overwritten, so they must be new ones. `lossy` rounds rows, `weights` [K] are those of squared errors.
+    They are overwritten, so they must be new ones. `lossy` rounds rows; weights, noise: see `Passes.refinement`.
     """
 
-    def __init__(self, pieces: Pieces, lossy: Lossy, weights: Tensor) -> None:
-        self._pieces, self._lossy, self._weights = pieces, lossy, weights
+    def __init__(self, pieces: Pieces, lossy: Lossy, weights: Tensor, noise: Tensor | None = None) -> None:
+        self._pieces, self._lossy, self._weights, self._noise = pieces, lossy, weights, noise
 
     def step(self, basis: Tensor) -> Products:
         """See `Passes`."""
@@ -75,6 +77,8 @@ class PiecePasses(Passes):
             residual = rows - (rows @ kept) @ kept.t()
             rounded = self._lossy(residual)
             error += float(residual.sub_(rounded).square_().sum(0) @ self._weights)
+            if self._noise is not None:
+                error += float(rounded.square().sum(0) @ self._noise)
             if step:
                 _add(made, basis, rows.sub_(rounded))
         return error, made if step else None

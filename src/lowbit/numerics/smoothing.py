@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from lowbit.numerics.int4_matmul import round_groups, rounded_input
-from lowbit.numerics.low_rank import leading_basis
+from lowbit.numerics.low_rank import leading_basis_of
+from lowbit.numerics.w4a4_search import Steps
 
 EXPONENTS = tuple(i / 8 for i in range(9))
 _USUAL = 1  # the index of the exponent that trained layers are nearest to
@@ -50,11 +50,11 @@ def smoothing_factors(amax: Tensor, exponent: float) -> Tensor:
     return logs.sub_(logs.mean()).mul_(-exponent).exp_()
 
 
-def choose_smoothing(rows: Tensor, amax: Tensor, rank: int, unsigned: bool, dtype: torch.dtype) -> Tensor:
+def choose_smoothing(rows: Tensor, amax: Tensor, rank: int, unsigned: bool, dtype: torch.dtype, steps: Steps) -> Tensor:
     """The candidate [K], as `dtype` holds it, with the smallest `smoothed_error`.
 
-    rows: a sample [n, K] of the weight. amax: of all its columns [K]. With `unsigned` the simulated input has been
-    through a GELU, and is shifted and quantized without a sign.
+    rows: a sample [n, K] of the weight, float32. amax: of all its columns [K]. With `unsigned` the simulated input has
+    been through a GELU, and is shifted and quantized without a sign.
     """
     generator = torch.Generator().manual_seed(_SEED)
     x = torch.randn((_TOKENS, rows.shape[1]), generator=generator, dtype=torch.float32, device="cpu").to(rows.device)
@@ -64,7 +64,7 @@ def choose_smoothing(rows: Tensor, amax: Tensor, rank: int, unsigned: bool, dtyp
         return smoothing_factors(amax, EXPONENTS[index]).to(dtype)
 
     def error(index: int) -> float:
-        return smoothed_error(rows, candidate(index).float(), x, rank, unsigned)
+        return smoothed_error(rows, candidate(index).float(), x, rank, unsigned, steps)
 
     return candidate(bottom(error, len(EXPONENTS), _USUAL))
 
@@ -91,20 +91,16 @@ def bottom(error: Callable[[int], float], count: int, start: int) -> int:
 
 
 def smoothed_error(
-    rows: Tensor, smooth: Tensor, x: Tensor, rank: int, unsigned: bool, moments: Tensor | None = None
+    rows: Tensor, smooth: Tensor, x: Tensor, rank: int, unsigned: bool, steps: Steps, moments: Tensor | None = None
 ) -> float:
     """The squared output error per token x [T, K] of W (rows [n, K]) with these factors, in 4 bits beside a low rank.
 
-    moments: E[x_k^2] [K] where more is known than those of `x`.
+    moments: E[x_k^2] [K] where more is known than those of `x`. All are float32.
 
     The low rank holds the leading part of M = W s, and the rest is rounded. Two independent errors add up, each summed
     over channels: that of the weight, times the input; and that of the input, times the rounded weight.
     """
-    scaled, columns = rows * smooth, rows.shape[1]
-    basis = leading_basis(lambda: iter((scaled,)), columns, rank, _PASSES, rows.device)[:, :rank]
-    residual = scaled - (scaled @ basis) @ basis.t()
-    rounded = round_groups(residual)
     seen = x.square().mean(0) if moments is None else moments
-    of_weight = residual.sub_(rounded).square_().sum(0) @ (seen / smooth.square())
-    lost = rounded_input(x, smooth, unsigned).sub_(x / smooth)
-    return float(of_weight + rounded.square_().sum(0) @ lost.square_().mean(0))
+    passes = steps.passes(rows, smooth, seen / smooth.square(), steps.input_noise(x, smooth, unsigned))
+    basis = leading_basis_of(passes.step, rows.shape[1], rank, _PASSES, rows.device)
+    return passes.refinement(basis, rank, step=False)[0]

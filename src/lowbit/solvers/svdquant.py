@@ -27,12 +27,13 @@ from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 from lowbit.formats.scale_search import search_rows
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
+from lowbit.ops.w4a4_search import STEPS, lost_to_lowest, searched_scales
 
 from .base import Statistics, register_solver
 from .curvature import second_moments, shrinkage
 from .scale_search import scale_search
-from .svdquant_low_rank import least_squares, low_rank, rounded_to_lowest
-from .svdquant_smoothing import calibrated_smoothing, input_noise, simulated_input
+from .svdquant_low_rank import least_squares, low_rank
+from .svdquant_smoothing import calibrated_smoothing, simulated_input
 
 _SAMPLE = 1 << 16  # elements of the rows that the smoothing search looks at
 
@@ -185,7 +186,7 @@ class _Layer:
             samples = simulated_input(moments, unsigned)
         smooth = calibrated_smoothing(self._sample(), moments, samples, fmt.rank, unsigned=unsigned, dtype=self.dtype)
         factor = smooth.float()
-        noise, hessian = input_noise(samples, factor, unsigned), self._smoothed_hessian(factor)
+        noise, hessian = STEPS.input_noise(samples, factor, unsigned), self._smoothed_hessian(factor)
         scaled = torch.cat([rows * (factor / self.size) for w in self.weights for rows in self._rows(w)])
         up, down = low_rank(scaled, hessian, noise, fmt.rank)
         lengths = torch.linalg.vector_norm(down, dim=0).clamp_min_(torch.finfo(torch.float32).tiny)
@@ -221,13 +222,13 @@ class _Layer:
         found: Parts = {}
         for (start, stop), rows in zip(fmt.row_ranges(*shape), self._rows(w), strict=True):
             scaled = rows * (factor / self.size)
-            refitted = (scaled - rounded_to_lowest(scaled - up[start:stop] @ down.t())) @ solve
-            params = {**shared, "proj_up": (refitted * self.size).to(self.dtype)}
+            lost_to_lowest(scaled, torch.addmm(scaled, up[start:stop], down.t(), alpha=-1), scaled)
+            params = {**shared, "proj_up": (scaled @ solve).mul_(self.size).to(self.dtype)}
             if not bool(params["proj_up"].isfinite().all()):
                 kind = str(self.dtype).removeprefix("torch.")
                 raise WeightError(
                     f"{self.where}: its low-rank factors exceed {kind}; repair the source or keep this layer"
                 )
-            params["scale"] = fmt.plain_scale(rows, params).to(self.dtype)
-            fmt.store_rows(found, search_rows(rows, fmt, params, weights), shape, start)
+            params["scale"] = searched_scales(fmt, rows, params, weights)
+            fmt.store_rows(found, params, shape, start)
         return found

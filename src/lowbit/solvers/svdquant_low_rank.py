@@ -21,23 +21,13 @@ from torch import Tensor
 from lowbit.numerics.groups import row_chunks
 from lowbit.numerics.int4_matmul import GROUP
 from lowbit.numerics.low_rank import leading_basis, orthonormal
+from lowbit.ops.w4a4_search import lost_to_lowest
 
 COST = 0.008  # what 4 bits lose of a group's energy
 REFINEMENTS = 6
 _PASSES = 3  # of subspace iteration for the start
 _STEPS = 2  # of subspace iteration for each refinement
-_TO_LOWEST = 0.97 / -8  # the step that puts the largest weight of a group slightly beyond code -8: the best single one
-_TINY = 1e-30  # of a float32 step: none is zero
 _PIECE = 1 << 20  # elements
-
-
-def rounded_to_lowest(rows: Tensor) -> Tensor:
-    """float32 [n, K] -> rounded by groups of 64, with the step whose code -8 is about the group's largest weight."""
-    groups = rows.unflatten(1, (rows.shape[1] // GROUP, GROUP))
-    low, high = torch.aminmax(groups, dim=-1, keepdim=True)
-    step = torch.where(high > -low, high, low).mul_(_TO_LOWEST)
-    step = torch.where(step.abs() < _TINY, _TINY, step)
-    return (groups * step.reciprocal()).round_().clamp_(-8, 7).mul_(step).flatten(1)
 
 
 def start_metric(moments: Tensor, noise: Tensor) -> Tensor:
@@ -66,7 +56,7 @@ def low_rank(
     down, seen = _orthonormal(down, hessian)
     for _ in range(refinements):
         for a, b in chunks:
-            torch.sub(m[a:b], rounded_to_lowest(m[a:b] - up[a:b] @ back), out=lost[a:b])
+            lost_to_lowest(m[a:b], torch.addmm(m[a:b], up[a:b], back, alpha=-1), lost[a:b])
         for _ in range(_STEPS):
             down, seen = _orthonormal(_step(lost, seen), hessian)
         up, back = lost @ seen[:, :rank], down[:, :rank].t()

@@ -16,8 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowbit.numerics.int4_matmul import rounded_input
 from lowbit.numerics.smoothing import bottom, smoothed_error, smoothing_factors
+from lowbit.ops.w4a4_search import STEPS
 
 _EXPONENTS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 _USUAL = 4  # the index of the exponent that trained layers are nearest to
@@ -49,7 +49,7 @@ def calibrated_smoothing(
 
     @cache
     def error(a: float, b: float) -> float:
-        return smoothed_error(rows, factors(a, b).float(), x, rank, unsigned, moments)
+        return smoothed_error(rows, factors(a, b).float(), x, rank, unsigned, STEPS, moments)
 
     a = _EXPONENTS[bottom(lambda index: error(_EXPONENTS[index], 0.0), len(_EXPONENTS), _USUAL)]
     a = min((near for near in (a, a - _STEP, a + _STEP) if 0 <= near <= 1), key=lambda near: error(near, 0.0))
@@ -62,8 +62,3 @@ def simulated_input(moments: Tensor, unsigned: bool) -> Tensor:
     shape = (_SIMULATED, moments.shape[0])
     x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(moments.device)
     return (x.abs() if unsigned else x) * moments.sqrt()
-
-
-def input_noise(samples: Tensor, smooth: Tensor, unsigned: bool) -> Tensor:
-    """The mean square of what quantization takes from x / smooth in each channel, float32 [K]."""
-    return rounded_input(samples, smooth, unsigned).sub_(samples / smooth).square_().mean(0)

@@ -15,14 +15,12 @@ from lowbit.dispatch import explain, select, use_backend
 from lowbit.errors import WeightError
 from lowbit.formats import Parts
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
-from lowbit.numerics.int4_matmul import GROUP, round_groups
-from lowbit.numerics.low_rank import PiecePasses
+from lowbit.numerics.int4_matmul import GROUP
 from lowbit.ops.encode import encode, encode_searched
 from tests.support import gaussian
 
 pytest.importorskip("lowbit.backends.cpu", reason="no compiled kernels", exc_type=ImportError)
 
-from lowbit.backends.cpu.quantize_svdquant_w4a4 import NativePasses  # after it is known to be there
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -164,41 +162,6 @@ def test_gaps_and_repetition():
         one, two = (encode_searched(source, fmt) for source in (w, w.contiguous()))
     for name, part in one.items():
         assert torch.equal(part, two[name]), name
-
-
-def test_threads():
-    """Sums of a pass over the weight do not depend on the number of threads."""
-    w, before = trained(700, 512, torch.bfloat16), torch.get_num_threads()
-    basis = torch.linalg.qr(gaussian(512, 24)).Q
-    passes = NativePasses(w, torch.ones(512), torch.rand(512, generator=torch.Generator().manual_seed(1)))
-    made = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            error, products = passes.refinement(basis, 16, step=True)
-            made.append((error, products.image, passes.step(basis).image))
-    finally:
-        torch.set_num_threads(before)
-    assert made[0][0] == made[1][0]
-    assert all(torch.equal(one, two) for one, two in zip(made[0][1:], made[1][1:], strict=True))
-
-
-@pytest.mark.parametrize("rank", [1, 16, 41])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_pass_is_that_of_the_reference(dtype, rank):
-    """Products and error of one pass over a weight are the reference's but for the order of sums."""
-    n, k = 333, 448
-    w, factor, weights = trained(n, k, dtype), 0.5 + torch.rand(k), torch.rand(k)
-    basis = torch.linalg.qr(gaussian(k, rank + 8)).Q
-    native = NativePasses(w, factor, weights)
-    eager = PiecePasses(lambda: iter((w.float() * factor,)), round_groups, weights)
-    (error_found, found), (error_wanted, wanted) = (one.refinement(basis, rank, step=True) for one in (native, eager))
-    for one, other in ((found, wanted), (native.step(basis), eager.step(basis))):
-        for name in ("image", "gram"):  # a rounding that a tie turns over shows in the fourth place
-            missed = getattr(one, name) - getattr(other, name)
-            assert missed.norm() <= 1e-3 * getattr(other, name).norm()
-    assert error_found == pytest.approx(error_wanted, rel=1e-3)
-    assert native.refinement(basis, rank, step=False) == (error_found, None)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from lowbit.backends.cpu import (
     quantize_w4a8_codebook,
     refit_unit,
     row_errors,
+    w4a4_search,
 )
 from lowbit.backends.cpu.bandwidth import copy_bandwidth, read_bandwidth
 
@@ -84,4 +85,5 @@ __all__ = [
     "read_bandwidth",
     "refit_unit",
     "row_errors",
+    "w4a4_search",
 ]

@@ -102,8 +102,10 @@ void largest_of(const float* group, Lanes& largest) {
 }
 
 // What rounding a group's rest to nearest loses is taken from x: E = x - rounded(rest). rest: [64][kRows]. Adds the
-// squared errors, times the weights of the columns.
-void round_group(const float* x, const float* rest, const float* weights, float* to, Lanes& errors) {
+// squared errors, times the weights of the columns, and with kNoise the squares of what is rounded, times its noise.
+template <bool kNoise = false>
+void round_group(const float* x, const float* rest, const float* weights, float* to, Lanes& errors,
+                 const float* noise = nullptr) {
   using namespace simd;
   const F32 magic = set1_f32(0x1.8p23f);
   Lanes scale, inverse;
@@ -120,6 +122,7 @@ void round_group(const float* x, const float* rest, const float* weights, float*
       const F32 rounded = mul(sub(add(mul(value, inverse[v]), magic), magic), scale[v]);
       const F32 miss = sub(value, rounded);
       errors[v] = fma(mul(miss, weight), miss, errors[v]);
+      if constexpr (kNoise) errors[v] = fma(mul(rounded, set1_f32(noise[c])), rounded, errors[v]);
       store_f32(to + at, sub(load_f32(x + at), rounded));
     }
   }
@@ -138,10 +141,10 @@ void subtract_low_rank(const float* x, const float* low, const float* basis, int
 
 struct Pass {
   Matrix w;
-  const float *factors, *weights;  // of columns
-  const float* basis;              // [K, columns]
-  int64_t columns, rank;           // rank 0: no rounding, E is the weight
-  bool step;                       // whether E^T E V is wanted
+  const float *factors, *weights, *noise;  // of columns; no noise where it is null
+  const float* basis;                      // [K, columns]
+  int64_t columns, rank;                   // rank 0: no rounding, E is the weight
+  bool step;                               // whether E^T E V is wanted
 };
 
 // Adds a piece of rows to image, [K / kRows][columns][kRows], and returns its error.
@@ -167,7 +170,10 @@ class PassPiece {
       float* group = x + c * kRows;
       if (rank) {
         subtract_low_rank(x, low_.data(), pass_.basis, q, c, rank, rest_.data());
-        round_group(group, rest_.data(), pass_.weights + c, group, errors);
+        if (pass_.noise)
+          round_group<true>(group, rest_.data(), pass_.weights + c, group, errors, pass_.noise + c);
+        else
+          round_group(group, rest_.data(), pass_.weights + c, group, errors);
       }
       if (pass_.step) multiply(group, {pass_.basis + c * q, q, 1}, kGroup, seen_.data(), q, c > 0);
     }
@@ -204,9 +210,10 @@ struct Rows {
   int64_t rank, turns;
   const float *factors, *searched;  // [count] of scales to try; the weights [K] of errors in doing so
   int64_t count;
-  int dtype;         // of up and scale
-  void *up, *scale;  // [n, rank], [K/64, n]
-  uint8_t* codes;    // [n, K/2]
+  int dtype;                     // of up and scale
+  void *up, *scale;              // [n, rank], [K/64, n]
+  uint8_t* codes;                // [n, K/2], or null: only scales are wanted
+  const float* given = nullptr;  // [n, rank] instead of an `up` that is fitted and stored
 };
 
 class RowsPiece {
@@ -223,11 +230,16 @@ class RowsPiece {
   // Whether the factors and scales are finite.
   template <int kDtype>
   bool run(int64_t row) {
-    turn_rows<kDtype>(rows_.w, row, rows_.smooth, x_.data());
-    fit();
-    turn_rows<kDtype>(rows_.w, row, nullptr, x_.data());
     const auto count = static_cast<int>(std::min<int64_t>(kRows, rows_.w.n - row));
-    bool finite = store_up(row, count);
+    bool finite = true;
+    if (rows_.given) {
+      take_up(row, count);
+    } else {
+      turn_rows<kDtype>(rows_.w, row, rows_.smooth, x_.data());
+      fit();
+      finite = store_up(row, count);
+    }
+    turn_rows<kDtype>(rows_.w, row, nullptr, x_.data());
     for (int64_t c = 0; c < rows_.w.k; c += kGroup) finite &= encode(row, count, c);
     return finite;
   }
@@ -280,6 +292,12 @@ class RowsPiece {
     return finite;
   }
 
+  void take_up(int64_t row, int count) const {
+    std::fill_n(up_.data(), rows_.rank * kRows, 0.0f);
+    for (int i = 0; i < count; ++i)
+      for (int64_t r = 0; r < rows_.rank; ++r) up_.data()[r * kRows + i] = rows_.given[(row + i) * rows_.rank + r];
+  }
+
   // The residual's scale and codes in the group from column c on.
   bool encode(int64_t row, int count, int64_t c) {
     using namespace simd;
@@ -297,7 +315,7 @@ class RowsPiece {
         finite &= std::isfinite(scales[i]);
         Stored(scales[i], rows_.dtype).put(rows_.scale, c / kGroup * rows_.w.n + row + v * kLanes + i, rows_.dtype);
       }
-      store_codes(Divisor(scale), v, row, some, c);
+      if (rows_.codes) store_codes(Divisor(scale), v, row, some, c);
     }
     return finite;
   }
@@ -363,14 +381,29 @@ class RowsPiece {
   const Room x_, up_, tried_, next_, rest_, left_;
 };
 
+bool run_rows(const Rows& rows, int threads) {
+  const int64_t pieces = (rows.w.n + kRows - 1) / kRows,
+                run = std::max<int64_t>(1, std::min<int64_t>(8, pieces / (4 * threads)));
+  std::atomic<bool> finite{true};
+  with_dtype(rows.w.dtype, [&](auto known) {
+    parallel_for((pieces + run - 1) / run, threads, [&](int64_t task) {
+      RowsPiece piece(rows);
+      for (int64_t i = task * run; i < std::min(pieces, (task + 1) * run); ++i)
+        if (!piece.run<known.value>(i * kRows)) finite = false;
+    });
+  });
+  return finite;
+}
+
 }  // namespace
 
 // image: [K, columns], where `step`; error: one number. room: [slabs, K * columns]. Each slab is a run of rows, however
 // many threads there are, and what they give is added up in their order.
 void svdquant_pass(Ptr<const void> w, int dtype, int64_t n, int64_t k, Ptr<const float> factors,
-                   Ptr<const float> weights, Ptr<const float> basis, int64_t columns, int64_t rank, bool step,
-                   int64_t slabs, Ptr<float> room, Ptr<float> image, Ptr<double> error, int threads) {
-  const Pass pass{{w, dtype, n, k}, factors, weights, basis, columns, rank, step};
+                   Ptr<const float> weights, Ptr<const float> noise, Ptr<const float> basis, int64_t columns,
+                   int64_t rank, bool step, int64_t slabs, Ptr<float> room, Ptr<float> image, Ptr<double> error,
+                   int threads) {
+  const Pass pass{{w, dtype, n, k}, factors, weights, noise, basis, columns, rank, step};
   const int64_t rows = round_up((n + slabs - 1) / slabs, kRows);
   std::vector<double> errors(static_cast<size_t>(slabs), 0.0);
   with_dtype(dtype, [&](auto known) {
@@ -403,30 +436,46 @@ bool svdquant_rows(Ptr<const void> w, int dtype, int64_t n, int64_t k, Ptr<const
                    Ptr<const float> weights, Ptr<const float> basis, Ptr<const float> solve, Ptr<const float> down,
                    int64_t rank, int64_t turns, Ptr<const float> factors, Ptr<const float> searched, int64_t count,
                    int stored, Ptr<void> up, Ptr<void> scale, Ptr<uint8_t> codes, int threads) {
-  const Rows rows{{w, dtype, n, k}, smooth,   weights, basis,  solve, down,  rank, turns,
-                  factors,          searched, count,   stored, up,    scale, codes};
-  const int64_t pieces = (n + kRows - 1) / kRows,
-                run = std::max<int64_t>(1, std::min<int64_t>(8, pieces / (4 * threads)));
-  std::atomic<bool> finite{true};
-  with_dtype(dtype, [&](auto known) {
-    parallel_for((pieces + run - 1) / run, threads, [&](int64_t task) {
-      RowsPiece piece(rows);
-      for (int64_t i = task * run; i < std::min(pieces, (task + 1) * run); ++i)
-        if (!piece.run<known.value>(i * kRows)) finite = false;
-    });
-  });
-  return finite;
+  return run_rows({{w, dtype, n, k},
+                   smooth,
+                   weights,
+                   basis,
+                   solve,
+                   down,
+                   rank,
+                   turns,
+                   factors,
+                   searched,
+                   count,
+                   stored,
+                   up,
+                   scale,
+                   codes},
+                  threads);
+}
+
+// Only the scales, beside factors up [n, rank] that are known. False: scales are not finite.
+bool svdquant_scales(Ptr<const float> w, int64_t n, int64_t k, Ptr<const float> smooth, Ptr<const float> down,
+                     Ptr<const float> up, int64_t rank, Ptr<const float> factors, Ptr<const float> searched,
+                     int64_t count, int stored, Ptr<void> scale, int threads) {
+  const Matrix rows{w, kFloat32, n, k};
+  return run_rows({rows, smooth, nullptr, nullptr, nullptr, down, rank, 0, factors, searched, count, stored, nullptr,
+                   scale, nullptr, up},
+                  threads);
 }
 
 void bind_quantize_svdquant_w4a4(nb::module_& m) {
   m.def("svdquant_pass", &svdquant_pass, nb::call_guard<nb::gil_scoped_release>(), nb::arg("w"), nb::arg("dtype"),
-        nb::arg("n"), nb::arg("k"), nb::arg("factors"), nb::arg("weights"), nb::arg("basis"), nb::arg("columns"),
-        nb::arg("rank"), nb::arg("step"), nb::arg("slabs"), nb::arg("room"), nb::arg("image"), nb::arg("error"),
-        nb::arg("threads"));
+        nb::arg("n"), nb::arg("k"), nb::arg("factors"), nb::arg("weights"), nb::arg("noise"), nb::arg("basis"),
+        nb::arg("columns"), nb::arg("rank"), nb::arg("step"), nb::arg("slabs"), nb::arg("room"), nb::arg("image"),
+        nb::arg("error"), nb::arg("threads"));
   m.def("svdquant_rows", &svdquant_rows, nb::call_guard<nb::gil_scoped_release>(), nb::arg("w"), nb::arg("dtype"),
         nb::arg("n"), nb::arg("k"), nb::arg("smooth"), nb::arg("weights"), nb::arg("basis"), nb::arg("solve"),
         nb::arg("down"), nb::arg("rank"), nb::arg("turns"), nb::arg("factors"), nb::arg("searched"), nb::arg("count"),
         nb::arg("stored"), nb::arg("up"), nb::arg("scale"), nb::arg("codes"), nb::arg("threads"));
+  m.def("svdquant_scales", &svdquant_scales, nb::call_guard<nb::gil_scoped_release>(), nb::arg("w"), nb::arg("n"),
+        nb::arg("k"), nb::arg("smooth"), nb::arg("down"), nb::arg("up"), nb::arg("rank"), nb::arg("factors"),
+        nb::arg("searched"), nb::arg("count"), nb::arg("stored"), nb::arg("scale"), nb::arg("threads"));
 }
 
 }  // namespace lowbit

@@ -10,50 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit import memory
 from lowbit.backends.cpu import encoders, native
 from lowbit.backends.cpu.operands import DTYPES
+from lowbit.backends.cpu.w4a4_search import STEPS
 from lowbit.dispatch import kernel
 from lowbit.errors import WeightError
 from lowbit.formats.base import check_finite
 from lowbit.formats.parts import Parts
 from lowbit.formats.svdquant_w4a4 import FACTORS, TURNS, SvdquantW4A4
-from lowbit.numerics.low_rank import Passes, Products, least_squares
+from lowbit.numerics.low_rank import least_squares
 from lowbit.numerics.smoothing import column_amax
 
-_SLABS = 16  # runs of rows whose sums are added up: fixed, so that these do not depend on the number of threads
-_LEAST_ROWS = 128  # of a slab: its sums are cleared and added to the others', whatever it holds
 _TOLERANCE = 0.15  # two results that are each 0.1 away from the weight, with other factors; see the tests of errors
-
-
-class NativePasses(Passes):
-    """Of w * factor [N, K], w without gaps; `weights` [K] are those of squared errors."""
-
-    def __init__(self, w: Tensor, factor: Tensor, weights: Tensor) -> None:
-        self._w, self._factor, self._weights = w, factor.contiguous(), weights.contiguous()
-        self._slabs = max(1, min(_SLABS, w.shape[0] // _LEAST_ROWS))
-        self._room = torch.empty(0)
-
-    def step(self, basis: Tensor) -> Products:
-        """See `Passes`."""
-        return self._pass(basis.contiguous(), 0, step=True)[1]
-
-    def refinement(self, basis: Tensor, rank: int, *, step: bool) -> tuple[float, Products | None]:
-        """See `Passes`."""
-        error, products = self._pass(basis.contiguous(), rank, step=step)
-        return error, products if step else None
-
-    def _pass(self, basis: Tensor, rank: int, *, step: bool) -> tuple[float, Products]:
-        (n, k), columns = self._w.shape, basis.shape[1]
-        if self._room.numel() < self._slabs * k * columns:
-            self._room = memory.empty((self._slabs, k, columns), torch.float32)
-        image, error = torch.zeros((k, columns) if step else (0, columns)), torch.zeros((), dtype=torch.float64)
-        native.module().svdquant_pass(
-            self._w.data_ptr(), DTYPES[self._w.dtype], n, k, self._factor.data_ptr(), self._weights.data_ptr(),
-            basis.data_ptr(), columns, rank, step, self._slabs, self._room.data_ptr(), image.data_ptr(),
-            error.data_ptr(), native.threads(),
-        )  # fmt: skip
-        return float(error), Products(image, basis[: image.shape[0]].t() @ image)
 
 
 @kernel("quantize", format="svdquant_w4a4", backend="cpu", refuses=encoders.refuses_quantize, tolerance=_TOLERANCE)
@@ -74,7 +42,7 @@ def _encoded(fmt: SvdquantW4A4, w: Tensor, weights: Tensor | None, factors: tupl
     amax = column_amax((source[a:b] for a, b in fmt.row_ranges(n, k)), k, source.device)
     if not bool(amax.isfinite().all()):
         check_finite(source, where)
-    shared = fmt.shared(source, amax, source.dtype, lambda factor, weights: NativePasses(source, factor, weights))
+    shared = fmt.shared(source, amax, source.dtype, STEPS)
     dtype = parts["proj_down"].dtype
     parts.update({name: part.to(dtype) for name, part in shared.items()})
     smooth, down = parts["smooth_factor"].float(), parts["proj_down"].float().contiguous()

@@ -22,6 +22,7 @@ from lowbit.backends.eager import (
     row_errors,
     scale_search,
     svdquant,
+    w4a4_search,
 )
 
 __all__ = [
@@ -46,4 +47,5 @@ __all__ = [
     "row_errors",
     "scale_search",
     "svdquant",
+    "w4a4_search",
 ]
