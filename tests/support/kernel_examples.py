@@ -44,6 +44,7 @@ COLD = (
     "gptq_sweep",
     "descent_sweep",
     "add_second_moment",
+    "add_column_ranges",
     "rounding_passes",
     "input_noise",
     "lost_to_lowest",

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lowbit.ops.column_ranges import BINS, add_column_ranges
 from lowbit.ops.second_moment import add_second_moment
 from lowbit.solvers.base import Statistics
 
 ROWS_KEPT = 256  # rows of x in `Statistics.samples`
-BINS = 4096  # 12 of the 31 bits of |x| as float32: 8 of exponent, 4 of mantissa
 FLUSH = 1024  # rows that are gathered before a product: many thin products take several times as long as a thick one
 _BLOCK = 192  # rows that are made symmetric together
 _COUNTED = 2**16  # elements of one flush that go into the histogram; more would cost as much as the products
@@ -153,12 +153,8 @@ class Accumulator:
 
     def _work(self, x: Tensor, half: int) -> None:
         self.halves[half].add(x)
-        self.sum += x.sum(0)  # float32 for up to FLUSH rows (summed in a tree), float64 from there on
-        torch.minimum(self.minimum, x.amin(0), out=self.minimum)  # aminmax takes eight times as long along rows
-        torch.maximum(self.maximum, x.amax(0), out=self.maximum)
         step = -(-x.numel() // _COUNTED)
-        bins = x[::step].abs().view(torch.int32) >> 19
-        self.magnitudes += torch.bincount(bins.flatten(), minlength=BINS)
+        add_column_ranges(x, self.sum, self.minimum, self.maximum, self.magnitudes, step)
         if half == 0:
             self.reservoir.add(x)
 

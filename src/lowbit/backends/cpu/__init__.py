@@ -5,6 +5,7 @@ from lowbit.backends.cpu import native
 native.module()  # before any kernel is registered: a backend is there as a whole, or not at all
 
 from lowbit.backends.cpu import (
+    add_column_ranges,
     add_second_moment,
     dequantize,
     dequantize_gguf,
@@ -46,6 +47,7 @@ from lowbit.backends.cpu import (
 from lowbit.backends.cpu.bandwidth import copy_bandwidth, read_bandwidth
 
 __all__ = [
+    "add_column_ranges",
     "add_second_moment",
     "copy_bandwidth",
     "dequantize",

@@ -1,6 +1,7 @@
 """Pure PyTorch: serves every format on every device, never refuses, and is the oracle of all other backends."""
 
 from lowbit.backends.eager import (
+    add_column_ranges,
     add_second_moment,
     awq,
     dequantize,
@@ -26,6 +27,7 @@ from lowbit.backends.eager import (
 )
 
 __all__ = [
+    "add_column_ranges",
     "add_second_moment",
     "awq",
     "dequantize",
