@@ -73,18 +73,17 @@ template <int kCount>
 __attribute__((noinline)) void multiply_panel(const float* up, const float* panel, int64_t rank, float* to) {
   using namespace simd;
   F32 sums[kCount][kVectors];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = zero_f32();
+  // Numbered when compiling: of loops that are unrolled later, GCC keeps the sums in memory before and after the next.
+  const auto for_each_sum = [&](auto&& f) {
+    for_each_place<kCount>([&](auto t) { for_each_place<kVectors>([&](auto v) { f(t, v); }); });
+  };
+  for_each_sum([&](auto t, auto v) { sums[t][v] = zero_f32(); });
   for (int64_t r = 0; r < rank; ++r) {
     F32 down[kVectors];
-    for (int v = 0; v < kVectors; ++v) down[v] = load_f32(panel + r * kColumns + v * kLanes);
-    for (int t = 0; t < kCount; ++t) {
-      const F32 factor = set1_f32(up[r * kCount + t]);
-      for (int v = 0; v < kVectors; ++v) sums[t][v] = fma(factor, down[v], sums[t][v]);
-    }
+    for_each_place<kVectors>([&](auto v) { down[v] = load_f32(panel + r * kColumns + v * kLanes); });
+    for_each_sum([&](auto t, auto v) { sums[t][v] = fma(set1_f32(up[r * kCount + t]), down[v], sums[t][v]); });
   }
-  for (int t = 0; t < kCount; ++t)
-    for (int v = 0; v < kVectors; ++v) store_f32(to + t * kGroup + v * kLanes, sums[t][v]);
+  for_each_sum([&](auto t, auto v) { store_f32(to + t * kGroup + v * kLanes, sums[t][v]); });
 }
 
 // The same for the 64 columns of a group and a tile of so many rows.
@@ -101,6 +100,7 @@ template <int kDtype, bool kDivides>
 void finish_group(const uint8_t* codes, float scale, const float* factors, const float* sums, void* out, int64_t at) {
   using namespace simd;
   const F32 by = set1_f32(scale);
+  __builtin_prefetch(codes + kGroup);  // of the next groups: a row's lines are too far apart to be seen coming
   for (int64_t c = 0; c < kGroup; c += 16) {
     detail::Row16 values;
     detail::load_codes<Codec::kInt4>(codes + c / 2, values);
