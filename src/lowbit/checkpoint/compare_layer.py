@@ -14,6 +14,7 @@ from lowbit.errors import CheckpointError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, narrow_rows, raw_bytes
 from lowbit.numerics.groups import row_chunks
+from lowbit.ops.encode import decode_rows
 from lowbit.solvers import solver
 
 from .accuracy import Accuracy, AccuracyMeter
@@ -119,7 +120,7 @@ class LayerReference:
             parts = solver("rtn")(self.w, plain, None, where=self.where)
             sums = _Sums(self)
             for start, stop in _pieces(self.w, plain):
-                sums.add(start, stop, plain.dequantize_rows(parts, self.w.shape[1], start, stop, torch.float32))
+                sums.add(start, stop, decode_rows(plain, parts, self.w.shape[1], start, stop))
             self._rounded[plain.spec] = (parts, sums.meter.result(), sums.noise)
         return self._rounded[plain.spec]
 
@@ -152,10 +153,10 @@ def measure(reference: LayerReference, fmt: Format, parts: Parts, *, rtn: bool =
     rounded = reference.rounded(fmt) if rtn and fmt.encodable else None
     sums, ends, flips = _Sums(reference), 0, 0
     for start, stop in _pieces(reference.w, fmt):
-        decoded = fmt.dequantize_rows(parts, k, start, stop, torch.float32)
+        decoded = decode_rows(fmt, parts, k, start, stop)
         ends += _count_ends(fmt, narrow_rows(fmt.rules, parts, start, stop), stop - start, k)
         if rounded is not None:
-            flips += int((decoded != fmt.plain.dequantize_rows(rounded[0], k, start, stop, torch.float32)).sum())
+            flips += int((decoded != decode_rows(fmt.plain, rounded[0], k, start, stop)).sum())
         sums.add(start, stop, decoded)
     count = max(n * k, 1)
     return LayerMeasure(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError, PlanError
 from lowbit.numerics.groups import row_chunks
+from lowbit.ops.encode import decode_rows
 from lowbit.smoothing import ONE_PLUS, held_by_norm, held_by_rows, input_factor, norm_gain, rescaled, rescaled_outputs
 from lowbit.smoothing.choice import Held
 from lowbit.solvers import Statistics
@@ -240,7 +241,7 @@ def _products(
         if stored is None or parts is None:
             after = made.source.read_rows(made.component, key, start, stop).float()
         else:
-            after = stored.format.dequantize_rows(parts, columns, start, stop, torch.float32)
+            after = decode_rows(stored.format, parts, columns, start, stop)
         for index, product in enumerate((after * before, before.square())):
             if by_row:
                 sums[index, start:stop] = product.sum(1)

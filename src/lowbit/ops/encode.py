@@ -1,4 +1,4 @@
-"""Encoding a weight and judging the result by the kernels of its device: what conversion is made of.
+"""Encoding a weight, decoding and judging the result by the kernels of its device: what conversion is made of.
 
 Functions and not operators: none of them is traced, and their errors name the layer.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from lowbit.dispatch import select
 from lowbit.formats.base import Format
-from lowbit.formats.parts import Parts
+from lowbit.formats.parts import Parts, narrow_rows
 
 
 def encode(w: Tensor, fmt: Format, *, where: str = "weight", seed: int | None = None) -> Parts:
@@ -23,6 +24,14 @@ def encode_searched(w: Tensor, fmt: Format, weights: Tensor | None = None, *, wh
     """The same under the scales of least squared error that the format proposes; `weights` [K] of columns, or None."""
     args = (fmt, w, weights, where)
     return select("scale_search", fmt.name, "", w.device.type, args).run(*args)
+
+
+def decode_rows(
+    fmt: Format, parts: Mapping[str, Tensor], k: int, start: int, stop: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Rows [start, stop) of the weight [N, k] that plain parts mean, in `dtype`: see `Format.dequantize_rows`."""
+    args = (fmt, narrow_rows(fmt.rules, parts, start, stop), (stop - start, k), dtype)
+    return select("dequantize", fmt.name, "", parts["qdata"].device.type, args).run(*args)
 
 
 def row_errors(fmt: Format, parts: Mapping[str, Tensor], w: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
+from lowbit.ops.encode import decode_rows
 
 from .curvature import energy
 
@@ -25,6 +26,6 @@ def activation_loss(fmt: Format, parts: Parts, samples: Tensor | None, outputs: 
     scaled = rows * parts["pre_quant_scale"].float() if fmt.pre_quant_scale else rows  # before `linear`: see `Format`
     rounded = fmt.linear(scaled, parts, None if share is None else -share)
     for start, stop in fmt.row_ranges(fmt.rows_of(parts), rows.shape[1]):
-        weight = fmt.dequantize_rows(parts, rows.shape[1], start, stop, rows.dtype)
+        weight = decode_rows(fmt, parts, rows.shape[1], start, stop)
         rounded[:, start:stop] -= F.linear(rows, weight)
     return energy(rounded, outputs) / rows.shape[0]

@@ -24,6 +24,7 @@ from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 from lowbit.numerics.cholesky import cholesky
 from lowbit.numerics.groups import row_chunks
+from lowbit.ops.encode import decode_rows
 
 _SHRUNK, _MOST_SHRUNK = 0.4, 0.3
 _LEAST_SHRUNK, _LEAST_SHRUNK_BROAD = 0.2, 0.05
@@ -132,7 +133,7 @@ def output_loss(w: Tensor, fmt: Format, parts: Parts, hessian: Tensor | None, ou
     lost = 0.0
     whole = None if outputs is None else w.new_empty(w.shape, dtype=torch.float32)
     for start, stop in row_chunks(w.shape[0], w.shape[1], fmt.row_multiple, _PIECE):
-        error = fmt.dequantize_rows(parts, w.shape[1], start, stop, torch.float32).sub_(w[start:stop].float())
+        error = decode_rows(fmt, parts, w.shape[1], start, stop).sub_(w[start:stop].float())
         if whole is None:
             lost += energy(error, hessian)
         else:

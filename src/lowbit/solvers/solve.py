@@ -25,7 +25,7 @@ from lowbit.errors import SolverError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, narrow_rows
 from lowbit.numerics.groups import round_up
-from lowbit.ops.encode import encode
+from lowbit.ops.encode import decode_rows, encode
 
 from .activations import activation_loss
 from .attempt import Attempt, Lost, ratio
@@ -290,7 +290,7 @@ class Problem:
         if mean is None:
             return None
         for start, stop in self.fmt.row_ranges(w.shape[0], w.shape[1]):
-            decoded = self.fmt.dequantize_rows(parts, w.shape[1], start, stop, torch.float32)
+            decoded = decode_rows(self.fmt, parts, w.shape[1], start, stop)
             pieces.append((w[start:stop].float() - decoded) @ mean)
         return torch.cat(pieces)
 

@@ -10,15 +10,14 @@ from lowbit.dispatch import ANY_LAYOUT, kernel
 from lowbit.formats.base import DECODE_ELEMENTS, Format
 from lowbit.formats.parts import Parts
 from lowbit.numerics.groups import row_chunks
+from lowbit.ops.encode import decode_rows
 
 
 @kernel("linear_input_gradient", backend="eager", layout=ANY_LAYOUT)
 @kernel("linear_input_gradient", backend="eager")
 def linear_input_gradient(fmt: Format, grad: Tensor, parts: Parts, k: int) -> Tensor:
     """grad [..., N] -> [..., K] in the dtype of grad; several pieces of the weight are summed in float32."""
-    return in_pieces(
-        grad, k, fmt.row_multiple, lambda start, stop: fmt.dequantize_rows(parts, k, start, stop, grad.dtype)
-    )
+    return in_pieces(grad, k, fmt.row_multiple, lambda start, stop: decode_rows(fmt, parts, k, start, stop, grad.dtype))
 
 
 def in_pieces(grad: Tensor, k: int, multiple: int, decode: Callable[[int, int], Tensor]) -> Tensor:

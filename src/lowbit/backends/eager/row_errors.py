@@ -9,6 +9,7 @@ from lowbit.dispatch import kernel
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 from lowbit.numerics.groups import row_chunks
+from lowbit.ops.encode import decode_rows
 
 
 @kernel("row_errors", backend="eager")
@@ -17,7 +18,7 @@ def row_errors(fmt: Format, parts: Parts, w: Tensor) -> Tensor:
     n, k = w.shape
     sums = torch.empty((3, n), dtype=torch.float32, device=w.device)
     for start, stop in row_chunks(n, k, fmt.row_multiple):
-        approx = fmt.dequantize_rows(parts, k, start, stop, torch.float32)
+        approx = decode_rows(fmt, parts, k, start, stop)
         rows = w[start:stop].float()
         sums[2, start:stop] = _energy(approx)
         sums[1, start:stop] = _energy(approx.sub_(rows))
