@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowbit.calibration.accumulate import BINS, FLUSH, ROWS_KEPT, Accumulator
+from lowbit.calibration.accumulate import FLUSH, ROWS_KEPT, Accumulator
+from lowbit.ops.column_ranges import BINS
 
 CPU = torch.device("cpu")
 

@@ -21,9 +21,10 @@ from lowbit.checkpoint.layer_statistics import judging_moments
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.checkpoint.writer import CheckpointWriter
 from lowbit.errors import StatisticsError
+from lowbit.ops.column_ranges import BINS
 from lowbit.solvers.base import Statistics
 
-from .accumulate import BINS, ROWS_KEPT
+from .accumulate import ROWS_KEPT
 from .collection import CHANNELS, INPUT_MOMENTS, Contents, Field, InputFacts, LayerInput, StatisticsCollection
 
 KEY = "lowbit.statistics"

@@ -34,6 +34,12 @@ def decode_rows(
     return select("dequantize", fmt.name, "", parts["qdata"].device.type, args).run(*args)
 
 
+def multiply(fmt: Format, x: Tensor, parts: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    """x [..., K] by the linear of a format, plain parts, bias [N] or None -> [..., N] in the dtype of x."""
+    args = (fmt, x, dict(parts), bias)
+    return select("linear", fmt.name, "", x.device.type, args).run(*args)
+
+
 def row_errors(fmt: Format, parts: Mapping[str, Tensor], w: Tensor) -> Tensor:
     """float32 [3, N]: sums over each row of w [N, K] squared, of what the parts mean minus w, and of the former."""
     args = (fmt, dict(parts), w)

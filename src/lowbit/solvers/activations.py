@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
-from lowbit.ops.encode import decode_rows
+from lowbit.ops.encode import decode_rows, multiply
 
 from .curvature import energy
 
@@ -15,7 +15,7 @@ _TOKENS = 128  # their rounding errors are independent: enough for a few percent
 
 
 def activation_loss(fmt: Format, parts: Parts, samples: Tensor | None, outputs: Tensor | None = None) -> float:
-    """The mean over rows x of e^T G e, e = linear(x) - x Wq^T, by the format's own linear; 0 where it keeps its input.
+    """The mean over rows x of e^T G e, e = linear(x) - x Wq^T; 0 for a format whose linear keeps its input.
 
     samples: rows [S, K] of the layer's input, or None. outputs: G [N, N], or None for the identity.
     """
@@ -24,7 +24,7 @@ def activation_loss(fmt: Format, parts: Parts, samples: Tensor | None, outputs: 
     rows = samples[:_TOKENS].to(parts["qdata"].device).float()
     share = fmt.bias_share(parts)
     scaled = rows * parts["pre_quant_scale"].float() if fmt.pre_quant_scale else rows  # before `linear`: see `Format`
-    rounded = fmt.linear(scaled, parts, None if share is None else -share)
+    rounded = multiply(fmt, scaled, parts, None if share is None else -share)
     for start, stop in fmt.row_ranges(fmt.rows_of(parts), rows.shape[1]):
         weight = decode_rows(fmt, parts, rows.shape[1], start, stop)
         rounded[:, start:stop] -= F.linear(rows, weight)
