@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from lowbit.dispatch import explain, select, use_backend
 from lowbit.formats import Parts, parse_spec
 from lowbit.layouts.svdquant_tiles import NAME as TILES
 from lowbit.ops.encode import decode_rows, row_errors
+from lowbit.solvers.activations import activation_loss
+from lowbit.solvers.curvature import output_loss
 from lowbit.tensor import QuantizedTensor
 from tests.support.cpu_linear import DTYPES
 from tests.support.cpu_rows import decoded, same_bits
@@ -165,3 +168,23 @@ def test_rows_are_judged_by_this_decoder():
     with use_backend("eager"):
         wanted = row_errors(fmt, parts, w)
     torch.testing.assert_close(row_errors(fmt, parts, w), wanted, rtol=1e-5, atol=0)
+
+
+def test_losses_and_gradients_decode_by_this_kernel(monkeypatch):
+    """Where a weight on the CPU is decoded beside its linear, the reference's decoder is not what runs."""
+    parts = parts_of(192, 128, 16, torch.bfloat16)
+    one, w = weight(parts, torch.bfloat16), exact(parts).float() + 1
+    x = torch.randn(5, 128, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(5, 192, dtype=torch.bfloat16)
+    F.linear(x, one).backward(grad)
+    samples = torch.randn(8, 128)
+    wanted = output_loss(w, one.format, parts, None), activation_loss(one.format, parts, samples), x.grad
+    monkeypatch.setattr(type(one.format), "decode", lambda *_: pytest.fail("decoded by the reference"))
+    with use_backend("eager"), pytest.raises(pytest.fail.Exception):
+        output_loss(w, one.format, parts, None)
+    x.grad = None
+    F.linear(x, one).backward(grad)
+    assert wanted[0] == output_loss(w, one.format, parts, None)
+    assert wanted[1] == activation_loss(one.format, parts, samples)
+    assert torch.equal(wanted[2], x.grad)
+    torch.testing.assert_close(x.grad.float(), grad.float() @ exact(parts).float(), rtol=2**-7, atol=0.05)
