@@ -39,21 +39,20 @@ template <int kCount>
 void multiply_some(const float* a, Numbers b, int64_t depth, float* out, bool add_up) {
   using namespace simd;
   F32 sums[kCount][kVectors];
-  for (auto& of : sums)
-    for (auto& sum : of) sum = zero_f32();
+  // Numbered when compiling: of loops that are unrolled later, GCC keeps the sums in memory before and after the next.
+  const auto for_each_sum = [&](auto&& f) {
+    for_each_place<kCount>([&](auto j) { for_each_place<kVectors>([&](auto v) { f(j, v); }); });
+  };
+  for_each_sum([&](auto j, auto v) { sums[j][v] = zero_f32(); });
   for (int64_t i = 0; i < depth; ++i) {
     Lanes x;
-    for (int v = 0; v < kVectors; ++v) x[v] = load_f32(a + i * kRows + v * kLanes);
-    for (int j = 0; j < kCount; ++j) {
-      const F32 factor = set1_f32(b.at[i * b.down + j * b.across]);
-      for (int v = 0; v < kVectors; ++v) sums[j][v] = fma(x[v], factor, sums[j][v]);
-    }
+    for_each_place<kVectors>([&](auto v) { x[v] = load_f32(a + i * kRows + v * kLanes); });
+    for_each_sum(
+        [&](auto j, auto v) { sums[j][v] = fma(x[v], set1_f32(b.at[i * b.down + j * b.across]), sums[j][v]); });
   }
   if (add_up)
-    for (int j = 0; j < kCount; ++j)
-      for (int v = 0; v < kVectors; ++v) sums[j][v] = add(load_f32(out + j * kRows + v * kLanes), sums[j][v]);
-  for (int j = 0; j < kCount; ++j)
-    for (int v = 0; v < kVectors; ++v) store_f32(out + j * kRows + v * kLanes, sums[j][v]);
+    for_each_sum([&](auto j, auto v) { sums[j][v] = add(load_f32(out + j * kRows + v * kLanes), sums[j][v]); });
+  for_each_sum([&](auto j, auto v) { store_f32(out + j * kRows + v * kLanes, sums[j][v]); });
 }
 
 template <int kCount = kTogether>
