@@ -83,7 +83,7 @@ template <class Grid, int kDtype>
 class Coder {
  public:
   // `count`: about how many weights there are, which decides whether tables are worth while.
-  Coder(float scale, int64_t count) : by_(simd::set1_f32(scale)) {
+  Coder(float scale, [[maybe_unused]] int64_t count) : by_(simd::set1_f32(scale)) {
 #if defined(LOWBIT_FP8_TABLES)
     if constexpr (kLooksUp)
       if (count >= kWorthTable && uses_fp8_tables())
