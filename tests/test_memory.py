@@ -88,18 +88,36 @@ def test_a_tensor_outlives_its_pool():
     assert (kept == 1.0).all()
 
 
-def test_idle_memory_is_bounded():
-    """What is larger than the limit is not lent, and what is idle stays below it."""
+def test_what_is_held_is_bounded():
+    """What is larger than the limit is not lent, and nothing lies idle beyond the limit."""
     with memory.recycling(20 << 20):
         pool = memory._own.pool
         tensors = [memory.empty(LARGE, torch.bfloat16) for _ in range(4)]
         tensors.append(memory.empty((30 << 20,), torch.uint8))
         del tensors
         gc.collect()
-        assert 0 < sum(block.nbytes for block in pool._idle) <= 20 << 20
-        large = memory.empty((19 << 20,), torch.uint8)  # takes the place of one that is too small
+        assert len(pool._idle) == 2
+        large = memory.empty((9 << 20,), torch.uint8)  # does not fit beside both
+        assert pool._leased == 9 << 20
         assert len(pool._idle) == 1
         del large
+        gc.collect()
+        assert pool._leased == 0
+        assert sum(block.nbytes for block in pool._idle) <= 20 << 20
+
+
+def test_units_of_two_sizes_in_turn_make_memory_once(monkeypatch):
+    """What large units leave stays for the next large one while small ones run, if all of it is within the limit."""
+    made = []
+    plain = memory.advise
+    monkeypatch.setattr(memory, "advise", lambda block: (made.append(block.nbytes), plain(block))[1])
+    with memory.recycling(POOL):
+        for _ in range(3):
+            for size in (8 << 20, 26 << 20):
+                tensors = [memory.empty((part,), torch.uint8) for part in (size, size // 2)]
+                del tensors
+                gc.collect()
+    assert made == [8 << 20, 4 << 20, 26 << 20, 13 << 20]
 
 
 def test_a_small_tensor_keeps_no_large_block():

@@ -59,7 +59,10 @@ def advise(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def recycling(limit: int) -> Iterator[None]:
-    """Within it, `empty` on this thread gives memory again that tensors have left; at most so many bytes lie idle."""
+    """Within it, `empty` on this thread gives memory again that tensors have left.
+
+    At most `limit` bytes are held: none lie idle beyond those that tensors have.
+    """
     before = getattr(_own, "pool", None)
     _own.pool = _Pool(limit)
     try:
@@ -89,23 +92,26 @@ class _Pool:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self._leased = 0  # bytes
         self._idle: list[Tensor] = []
         self._lock = threading.RLock()  # a tensor can die, by collection of garbage, wherever memory is allocated
 
     def lease(self, size: int) -> memoryview:
-        """`size` bytes: the smallest idle ones that are enough, or fresh ones instead of the largest idle ones.
+        """`size` bytes: the smallest idle ones that are enough, or fresh ones and, beyond the limit, fewer idle ones.
 
         Never of a block more than twice as large: a small tensor that is kept would keep all of it.
         """
         with self._lock:
             fitting = [block for block in self._idle if size <= block.nbytes <= 2 * size]
             block = min(fitting, key=_nbytes) if fitting else None
-            if block is None and self._idle:
-                self._remove(max(self._idle, key=_nbytes))
             if block is not None:
                 self._remove(block)
+            else:
+                self._trim(coming=size)
         if block is None:
             block = advise(torch.empty(size, dtype=torch.uint8, device="cpu"))
+        with self._lock:
+            self._leased += block.nbytes
         array: Any = block.numpy()  # Any: its stub lacks the buffer protocol
         lease = memoryview(array)[:size]
         weakref.finalize(lease, self._back, block).atexit = False
@@ -113,9 +119,14 @@ class _Pool:
 
     def _back(self, block: Tensor) -> None:
         with self._lock:
+            self._leased -= block.nbytes
             self._idle.append(block)
-            while self._idle and sum(map(_nbytes, self._idle)) > self.limit:
-                self._remove(min(self._idle, key=_nbytes))
+            self._trim()
+
+    def _trim(self, coming: int = 0) -> None:
+        """Let go of the largest idle blocks while more than the limit is held, with `coming` bytes more."""
+        while self._idle and self._leased + sum(map(_nbytes, self._idle)) + coming > self.limit:
+            self._remove(max(self._idle, key=_nbytes))
 
     def _remove(self, block: Tensor) -> None:
         self._idle = [other for other in self._idle if other is not block]

@@ -84,6 +84,23 @@ def test_the_safetensors_library_loads_what_was_written(tmp_path):
     assert leftovers(tmp_path) == ["a.safetensors"]
 
 
+def test_storing_begins_with_each_tensor(tmp_path, complete, monkeypatch):
+    """Of exactly what was written; where the system cannot be asked, the file is the same."""
+    asked = []
+
+    def ask(fd, offset, size, flags):
+        assert flags == positioned_io._STORE
+        asked.append(os.pread(fd, size, offset))
+
+    for request in (ask, None):
+        monkeypatch.setattr(positioned_io, "_storing", lambda request=request: request)
+        writer = begin(tmp_path / "out.safetensors")
+        write_unit(writer, "a")
+        write_unit(writer, "b")
+        assert writer.finish().read_bytes() == complete
+    assert asked == [bytes(positioned_io.byte_view(one)) for one in TENSORS.values() if one.numel()]
+
+
 def test_the_order_of_writing_does_not_change_the_file(tmp_path, complete):
     """Units and tensors written in another order give the same bytes."""
     writer = begin(tmp_path / "out.safetensors")

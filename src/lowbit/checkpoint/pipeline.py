@@ -21,7 +21,7 @@ from lowbit.errors import PlanError
 Progress = Callable[[int, int, str], None]
 """Called with the bytes done, the bytes in all and the name of the unit just finished; never by two threads at once."""
 
-# Bytes in work at a time; one unit larger than this runs alone. Half as many more may lie idle, to be used again.
+# Bytes in work at a time; one unit larger than this runs alone. Three quarters of it may be held to be used again.
 MEMORY_BUDGET = 512 << 20
 
 
@@ -109,7 +109,7 @@ class _Run:
 
     def _work_off(self) -> None:
         try:
-            with memory.recycling(self._budget // (2 * self._workers) if self._recycle else 0):
+            with memory.recycling(self._budget * 3 // (4 * self._workers) if self._recycle else 0):
                 while (unit := self._take()) is not None:
                     torch.set_num_threads(self._cores if unit.memory > self._budget else 1)
                     unit.run()

@@ -6,11 +6,14 @@ mapped pages count as this process's memory, and a file that shrinks under a map
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import functools
 import os
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
+_STORE = 2  # SYNC_FILE_RANGE_WRITE: begin, and do not wait
 _CALL_LIMIT = 1 << 30  # bytes a call; Linux stops at 2**31 - 4096, macOS refuses 2**31 and more
 _HAS_POSITIONED = hasattr(os, "preadv") and hasattr(os, "pwrite")
 _seek_lock = threading.Lock()  # guards the shared file position where the system has no positioned calls
@@ -62,6 +66,23 @@ def write_all(fd: int, view: memoryview, offset: int) -> None:
             with _seek_lock:
                 os.lseek(fd, offset + done, os.SEEK_SET)
                 done += os.write(fd, piece)
+
+
+def begin_to_store(fd: int, offset: int, size: int) -> None:
+    """Ask the system to begin storing what was written there, which `fsync` then finds done; it need not."""
+    if size and (request := _storing()) is not None:  # of no size it would be all up to the file's end
+        request(fd, offset, size, _STORE)
+
+
+@functools.cache
+def _storing() -> Callable[[int, int, int, int], object] | None:
+    """Linux's sync_file_range, or None."""
+    try:
+        request = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError, TypeError):  # Windows has no library without a name
+        return None
+    request.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return request  # what it returns does not matter
 
 
 def reserve(fd: int, size: int, folder: Path) -> None:

@@ -21,7 +21,7 @@ from lowbit import memory
 from lowbit.errors import CheckpointError, WriteError
 
 from .journal import Journal, JournalHead, load_journal
-from .positioned_io import byte_view, read_into, reserve, sync_folder, try_lock, write_all
+from .positioned_io import begin_to_store, byte_view, read_into, reserve, sync_folder, try_lock, write_all
 from .safetensors_header import encode_header
 from .target import check_file_target
 
@@ -182,8 +182,7 @@ class CheckpointWriter:
                 f"not {tensor.dtype} of shape {list(tensor.shape)}"
             )
         plain = tensor.detach().cpu().resolve_conj().contiguous()
-        with self._errors(f"write tensor {name!r}"):
-            write_all(self._fd, byte_view(plain), self._spans[name][0])
+        self._put(name, byte_view(plain), self._spans[name][0])
         with self._lock:
             self._written.add(name)
 
@@ -201,11 +200,16 @@ class CheckpointWriter:
                 f"{list(rows.shape)} from row {start} on do not fit"
             )
         offset = self._spans[name][0] + start * math.prod(shape[1:]) * dtype.itemsize
-        with self._errors(f"write tensor {name!r}"):
-            write_all(self._fd, byte_view(rows.detach().cpu().contiguous()), offset)
+        self._put(name, byte_view(rows.detach().cpu().contiguous()), offset)
         if start + rows.shape[0] == shape[0]:
             with self._lock:
                 self._written.add(name)
+
+    def _put(self, name: str, data: memoryview, offset: int) -> None:
+        """Write, and let the disk begin: what waited for `finish` would all be stored while nothing is computed."""
+        with self._errors(f"write tensor {name!r}"):
+            write_all(self._fd, data, offset)
+            begin_to_store(self._fd, offset, len(data))
 
     def read_back(self, name: str) -> torch.Tensor:
         """Return a written tensor as it stands in the file, as fresh CPU memory.

@@ -1,4 +1,7 @@
-"""Codes of fp8 and mxfp8 looked up in tables, where the processor can, against the same kernels converting them."""
+"""Tables of fp8 and mxfp8, where the processor can look up in them, against the same kernels calculating.
+
+Linears look up what codes stand for; encoders look up the codes of bfloat16 weights.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from lowbit.dispatch import use_backend
+from lowbit.formats import parse_spec
+from lowbit.ops.encode import encode
 from lowbit.tensor import QuantizedTensor
 from tests.support.cpu_linear import DTYPES, activations, packed_weight
 
@@ -29,6 +34,17 @@ SPECS = (
     ("mxfp8", 32),
     ("mxfp8", 352),
 )
+# Enough weights under a scale for a table; rows of 1300 do not begin where a line of the cache does.
+ENCODED = (
+    ("fp8_e4m3", 2048),
+    ("fp8_e4m3", 1300),
+    ("fp8_e4m3(granularity=row)", 1024),
+    ("fp8_e4m3(granularity=row)", 1300),
+    ("fp8_e4m3(granularity=block,block_size=20x100)", 1300),
+    ("fp8_e5m2", 1300),
+    ("fp8_e5m2(granularity=row)", 2048),
+)
+LARGEST = (3e38, 57345.0, 448.0, 1.99, 1.0, 0.71, 0.0013, 3.1e-6, 2e-12)
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +116,49 @@ def test_scales_and_activations_near_the_ends_of_float32(exponent):
     assert bool(looked_up.isfinite().all())
     assert bool(looked_up.count_nonzero())
     assert torch.equal(looked_up, converted)
+
+
+def every_weight(largest: float, k: int) -> torch.Tensor:
+    """Every bfloat16 up to a magnitude, [N, k]: shuffled, and sorted, where many beside each other are tiny."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    kept = every[every.abs() <= largest]  # without NaN
+    shuffled = kept[torch.randperm(kept.numel(), generator=torch.Generator().manual_seed(k))]
+    both = torch.cat([shuffled, kept.sort().values])
+    return both[: both.numel() // k * k].view(-1, k)
+
+
+@pytest.mark.parametrize(("spec", "k"), ENCODED)
+def test_every_weight_gets_the_code_of_the_reference(spec, k):
+    """Every bfloat16, under scales of any size, gets the same code looked up as calculated and as in the reference."""
+    fmt = parse_spec(spec)
+    for largest in LARGEST:
+        w = every_weight(largest, k)
+        wanted = fmt.quantize(w)
+        for tables in (True, False):
+            assert native.module().want_fp8_tables(tables) == tables
+            with use_backend("cpu"):
+                found = encode(w, fmt)
+            assert torch.equal(found["scale"], wanted["scale"])
+            codes = [parts["qdata"].view(torch.uint8) for parts in (found, wanted)]
+            assert torch.equal(*codes), (largest, tables)
+
+
+def test_weights_beyond_the_largest_code_saturate():
+    """A scale that a search chose too small for a column that counts nothing gives it the largest code."""
+    w = (torch.randn(64, 320, generator=torch.Generator().manual_seed(3)) * 2e-5).bfloat16()
+    w[:, 7] = torch.linspace(-1, 1, 64).bfloat16()
+    columns = torch.ones(320)
+    columns[7] = 0
+    factors, found = torch.tensor([0.125]), []
+    for tables in (True, False):
+        assert native.module().want_fp8_tables(tables) == tables
+        codes, scale = torch.zeros(64, 320, dtype=torch.uint8), torch.zeros(1)
+        assert native.module().quantize_granular(
+            w.data_ptr(), 1, 64, 320, 0, True, 1, 320, 0, factors.data_ptr(), 1, columns.data_ptr(), codes.data_ptr(),
+            scale.data_ptr(), 2,
+        )  # fmt: skip
+        assert torch.equal(scale, torch.ones(1) / 448 / 8)
+        assert codes[0, 7] == 0xFE
+        assert codes[63, 7] == 0x7E
+        found.append(codes)
+    assert torch.equal(*found)

@@ -1,7 +1,10 @@
 // quantize and scale_search for fp8_e4m3, fp8_e5m2, int8 and convrot_w4a4: a byte or half of one a weight, a float32
 // scale of the weight, of a row or of a tile; integers may be those of a rotated row. See native/encode.h.
+#include <optional>
+
 #include "native/bind.h"
 #include "native/encode.h"
+#include "native/fp8_lookup.h"
 #include "native/rotation.h"
 
 namespace lowbit {
@@ -10,6 +13,7 @@ namespace {
 constexpr float kMinScale = 1e-8f;
 constexpr int kTogether = 4;      // candidates whose errors are summed in one pass over a row
 constexpr int64_t kAhead = 1024;  // values
+constexpr int64_t kTable = 128;
 constexpr int64_t kSummed = 512;  // columns that are summed in float32, before float64 takes over
 
 template <int kBits_>
@@ -74,45 +78,87 @@ struct Granularity {
   int64_t rotation;      // columns that are rotated together, where a tile is a row; 0: none
 };
 
-// x[at .. at + count) of a dtype; what lies `ahead` values behind is asked for meanwhile. Codes of 4 bits are even in
-// number; those of a row begin with a byte.
+// Makes the codes of weights of a dtype under one scale.
 template <class Grid, int kDtype>
-void encode_row(const void* x, int64_t at, int64_t count, float scale, uint8_t* to, int64_t ahead = 0) {
-  using namespace simd;
-  constexpr int kPer = kByteCodes<Grid>;
-  constexpr int64_t kPiece = 2048;
-  alignas(64) uint8_t made[kPiece / kPer + 4 * kLanes];
-  const Divisor by(set1_f32(scale));
-  const auto put = [&](int64_t c, F32 value) {
-    const I32 codes = codes_of<Grid>(by(value), value);
-    if constexpr (kNibbles<Grid>) {
-      store_nibbles(made + c / kPer, codes);
-    } else {
-      store_low_bytes(made + c, codes);
-    }
-  };
-  const auto* from = static_cast<const unsigned char*>(x) + ahead * element_size(kDtype);
-  for (int64_t first = 0; first < count; first += kPiece) {
-    const int64_t size = std::min(kPiece, count - first), begin = at + first;
-    int64_t c = 0;
-    if constexpr (kDtype == kBfloat16 && !kNibbles<Grid>)
-      for (; c + 4 * kLanes <= size; c += 4 * kLanes) {
-        I32 codes[2];
-        for (int i = 0; i < 2; ++i) {
-          const int64_t two = begin + c + i * 2 * kLanes;
-          if (ahead) __builtin_prefetch(from + two * 2);
-          codes[i] = codes_of_two<Grid>(load_i32(static_cast<const uint16_t*>(x) + two), by);
-        }
-        store_low_halves(made + c, codes[0], codes[1]);
-      }
-    for (; c + kLanes <= size; c += kLanes) {
-      if (ahead) __builtin_prefetch(from + (begin + c) * element_size(kDtype));
-      put(c, load_as_f32(x, begin + c, kDtype));
-    }
-    if (c < size) put(c, load_first(x, begin + c, static_cast<int>(size - c), kDtype));
-    stream_bytes(to + first / kPer, made, size / kPer);
+class Coder {
+ public:
+  // `count`: about how many weights there are, which decides whether tables are worth while.
+  Coder(float scale, [[maybe_unused]] int64_t count) : by_(simd::set1_f32(scale)) {
+#if defined(LOWBIT_FP8_TABLES)
+    if constexpr (kLooksUp)
+      if (count >= kWorthTable && uses_fp8_tables())
+        lookup_.emplace(scale, [&](const uint16_t* values, uint8_t* codes) {
+          for (int64_t c = 0; c < kTable; c += 4 * simd::kLanes) put_four(values + c, codes + c);
+        });
+#endif
   }
-}
+
+  // x[at .. at + count); what lies `ahead` values behind is asked for meanwhile. Codes of 4 bits are even in number;
+  // those of a row begin with a byte.
+  void encode(const void* x, int64_t at, int64_t count, uint8_t* to, int64_t ahead = 0) const {
+    int64_t done = 0;
+#if defined(LOWBIT_FP8_TABLES)
+    if constexpr (kLooksUp)
+      while (lookup_ && lookup_->useful() && done + kLookedUp <= count) {
+        const int64_t made =
+            lookup_->encode(static_cast<const uint16_t*>(x) + at + done, count - done, to + done, ahead);
+        done += made;
+        const int64_t left = std::min(count - done, made ? kLookedUp : kCalculated);
+        calculate(x, at + done, left, to + done, ahead);
+        done += left;
+      }
+#endif
+    if (done < count) calculate(x, at + done, count - done, to + done / kPer, ahead);
+  }
+
+ private:
+  static constexpr int kPer = kByteCodes<Grid>;
+  static constexpr bool kLooksUp = kDtype == kBfloat16 && !kIntegers<Grid>;
+  static constexpr int64_t kCalculated = 512;  // at once, where weights are too small for the table one after the other
+
+  // Of 4 * kLanes bfloat16.
+  void put_four(const uint16_t* x, uint8_t* to) const {
+    const auto codes = [&](int i) { return codes_of_two<Grid>(simd::load_i32(x + i * 2 * simd::kLanes), by_); };
+    simd::store_low_halves(to, codes(0), codes(1));
+  }
+
+  void calculate(const void* x, int64_t at, int64_t count, uint8_t* to, int64_t ahead) const {
+    using namespace simd;
+    constexpr int64_t kPiece = 2048;
+    alignas(64) uint8_t made[kPiece / kPer + 4 * kLanes];
+    const auto put = [&](int64_t c, F32 value) {
+      const I32 codes = codes_of<Grid>(by_(value), value);
+      if constexpr (kNibbles<Grid>) {
+        store_nibbles(made + c / kPer, codes);
+      } else {
+        store_low_bytes(made + c, codes);
+      }
+    };
+    const auto* from = static_cast<const unsigned char*>(x) + ahead * element_size(kDtype);
+    for (int64_t first = 0; first < count; first += kPiece) {
+      const int64_t size = std::min(kPiece, count - first), begin = at + first;
+      int64_t c = 0;
+      if constexpr (kDtype == kBfloat16 && !kNibbles<Grid>)
+        for (; c + 4 * kLanes <= size; c += 4 * kLanes) {
+          if (ahead)
+            for (int64_t line = 0; line < 4 * kLanes; line += 2 * kLanes)
+              __builtin_prefetch(from + (begin + c + line) * 2);
+          put_four(static_cast<const uint16_t*>(x) + begin + c, made + c);
+        }
+      for (; c + kLanes <= size; c += kLanes) {
+        if (ahead) __builtin_prefetch(from + (begin + c) * element_size(kDtype));
+        put(c, load_as_f32(x, begin + c, kDtype));
+      }
+      if (c < size) put(c, load_first(x, begin + c, static_cast<int>(size - c), kDtype));
+      stream_bytes(to + first / kPer, made, size / kPer);
+    }
+  }
+
+  const Divisor by_;
+#if defined(LOWBIT_FP8_TABLES)
+  std::optional<Fp8Lookup<std::conditional_t<kIntegers<Grid>, E4m3Grid, Grid>>> lookup_;
+#endif
+};
 
 // Adds to sums[i] the squared error, in units of its scale, of a row [padded] under each of the scales.
 template <class Grid, bool kWeighted>
@@ -225,8 +271,8 @@ class Granular {
     return best(scales, sums);
   }
 
-  // With the scale of the whole weight, or that of each tile. From the last one: what was read last, by whichever
-  // thread, is in the cache that they share.
+  // With the scale of the whole weight, or that of each tile. The former were all read before: a thread begins with
+  // what it read last, as that is in its cache.
   bool encode(const float* scale) const {
     const int64_t tall = std::min(how_.rows, w_.n), stride = round_up(std::min(how_.columns, w_.k), 16);
     const int64_t down = (w_.n + how_.rows - 1) / how_.rows, tiles = down * across_;
@@ -234,11 +280,13 @@ class Granular {
     std::atomic<bool> finite{true};
     with_dtype(w_.dtype, [&](auto dtype) {
       const int64_t tasks = (tiles + run - 1) / run;
+      std::optional<Coder<Grid, dtype.value>> coder;
+      if (scale) coder.emplace(*scale, w_.n * w_.k);
       parallel_for(tasks, threads_, [&](int64_t index) {
-        const int64_t task = tasks - 1 - index;
+        const int64_t task = scale ? mirrored(index, tasks, threads_) : index;
         const Room room(buffered(scale) ? tall * stride : 0);
         for (int64_t tile = task * run; tile < std::min(tiles, (task + 1) * run); ++tile)
-          if (!encode_tile<dtype.value>(tile, room.data(), stride, scale)) finite = false;
+          if (!encode_tile<dtype.value>(tile, room.data(), stride, scale, coder ? &*coder : nullptr)) finite = false;
         streamed();
       });
     });
@@ -249,10 +297,11 @@ class Granular {
   bool buffered(const float* shared) const { return how_.rotation || (how_.count && !shared); }
 
   template <int kDtype>
-  bool encode_tile(int64_t tile, float* room, int64_t stride, const float* shared) const {
+  bool encode_tile(int64_t tile, float* room, int64_t stride, const float* shared,
+                   const Coder<Grid, kDtype>* coder) const {
     const int64_t top = tile / across_ * how_.rows, bottom = std::min(w_.n, top + how_.rows);
     const int64_t left = tile % across_ * how_.columns, count = std::min(w_.k, left + how_.columns) - left;
-    if (!buffered(shared)) return encode_directly<kDtype>(tile, top, bottom, left, count, shared);
+    if (!buffered(shared)) return encode_directly<kDtype>(tile, top, bottom, left, count, coder);
     const int64_t padded = round_up(count, 16);
     int32_t largest = 0;
     for (int64_t row = top; row < bottom; ++row)
@@ -265,28 +314,29 @@ class Granular {
     if (largest >= kInfinityBits) return false;  // also where a scale is shared: rotated values, which nobody has seen
     const float scale = shared ? *shared : chosen(largest, room, bottom - top, left, padded, stride);
     if (!shared) scales_[tile] = scale;
-    for (int64_t row = top; row < bottom; ++row)
-      encode_row<Grid, kFloat32>(room, (row - top) * stride, count, scale, place(row, left));
+    const Coder<Grid, kFloat32> own(scale, count);
+    for (int64_t row = top; row < bottom; ++row) own.encode(room, (row - top) * stride, count, place(row, left));
     return true;
   }
 
-  // A tile whose values need not be kept: it is read twice, the second time from the cache.
+  // A tile whose values need not be kept: without a shared scale it is read twice, the second time from the cache.
   template <int kDtype>
   bool encode_directly(int64_t tile, int64_t top, int64_t bottom, int64_t left, int64_t count,
-                       const float* shared) const {
-    float scale = shared ? *shared : 0.0f;
-    if (!shared) {
-      int32_t largest = 0;
-      for (int64_t row = top; row < bottom; ++row) {
-        const int64_t begin = (row * w_.k + left) * element_size(kDtype);
-        largest = std::max(largest, largest_bits<kDtype>(static_cast<const unsigned char*>(w_.values) + begin, count));
-      }
-      if (largest >= kInfinityBits) return false;
-      scales_[tile] = scale = fitted(largest);
+                       const Coder<Grid, kDtype>* shared) const {
+    const auto encode_with = [&](const Coder<Grid, kDtype>& coder, int64_t ahead) {
+      for (int64_t row = top; row < bottom; ++row)
+        coder.encode(w_.values, row * w_.k + left, count, place(row, left), ahead);
+      return true;
+    };
+    if (shared) return encode_with(*shared, kAhead);
+    int32_t largest = 0;
+    for (int64_t row = top; row < bottom; ++row) {
+      const int64_t begin = (row * w_.k + left) * element_size(kDtype);
+      largest = std::max(largest, largest_bits<kDtype>(static_cast<const unsigned char*>(w_.values) + begin, count));
     }
-    for (int64_t row = top; row < bottom; ++row)
-      encode_row<Grid, kDtype>(w_.values, row * w_.k + left, count, scale, place(row, left), shared ? kAhead : w_.k);
-    return true;
+    if (largest >= kInfinityBits) return false;
+    scales_[tile] = fitted(largest);
+    return encode_with(Coder<Grid, kDtype>(scales_[tile], (bottom - top) * count), w_.k);
   }
 
   uint8_t* place(int64_t row, int64_t column) const { return codes_ + (row * w_.k + column) / kByteCodes<Grid>; }

@@ -182,13 +182,13 @@ class Divisor {
 struct E4m3Grid {
   static constexpr int kShift = 20;  // mantissa bits of a float32 that a code lacks
   static constexpr float kLargest = 448.0f, kSmallestNormal = 0x1p-6f, kSplit = 0x1p20f + 1.0f;
-  static constexpr int32_t kBias = (127 - 7) << 3;
+  static constexpr int32_t kBias = (127 - 7) << 3, kLastCode = 0x7e;
 };
 
 struct E5m2Grid {
   static constexpr int kShift = 21;
   static constexpr float kLargest = 57344.0f, kSmallestNormal = 0x1p-14f, kSplit = 0x1p21f + 1.0f;
-  static constexpr int32_t kBias = (127 - 15) << 2;
+  static constexpr int32_t kBias = (127 - 15) << 2, kLastCode = 0x7b;
 };
 
 // float8 codes of finite values in every lane: half to even, saturating.

@@ -84,4 +84,12 @@ void parallel_for(int64_t tasks, int threads, const F& f) {
   for (int64_t task = 0; task < tasks; ++task) Region::call(f, task, 0);
 }
 
+// Of a call with as many tasks and threads: the task that lies in the same thread's share, as far from its end as this
+// one is from its beginning. A second pass that takes these begins with what its thread has read last.
+inline int64_t mirrored(int64_t task, int64_t tasks, int threads) {
+  const int64_t count = std::clamp(threads, 1, kMostShares);
+  const int64_t share = ((task + 1) * count - 1) / tasks;
+  return tasks * share / count + tasks * (share + 1) / count - 1 - task;
+}
+
 }  // namespace lowbit
