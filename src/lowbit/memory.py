@@ -61,7 +61,7 @@ def advise(tensor: Tensor) -> Tensor:
 def recycling(limit: int) -> Iterator[None]:
     """Within it, `empty` on this thread gives memory again that tensors have left.
 
-    At most `limit` bytes are held: none lie idle beyond those that tensors have.
+    None lies idle while that and what tensors have are more than `limit` bytes.
     """
     before = getattr(_own, "pool", None)
     _own.pool = _Pool(limit)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -115,6 +117,18 @@ def test_statistics_of_another_layer_are_refused(hessian, complaint):
     """Second moments of the wrong length or with impossible values are an error that names the layer."""
     with pytest.raises(SolverError, match=f"blocks.1: .*{complaint}"):
         Statistics(hessian=hessian).column_weights(2, "blocks.1")
+
+
+@pytest.mark.parametrize("width", [1, 3, 4096])
+def test_samples_of_another_layer_are_refused(width):
+    """Rows of another width, which nothing may read as if they had K values; and values that are not finite."""
+    known = Statistics(hessian=torch.eye(2), tokens=9, samples=torch.ones(5, width))
+    with pytest.raises(SolverError, match=rf"blocks.1: .*samples of shape \[5, {width}\], expected \[5, 2\]"):
+        known.check(3, 2, "blocks.1")
+    broken = replace(known, samples=torch.tensor([[1.0, float("nan")]]))
+    with pytest.raises(SolverError, match=r"blocks.1: .*samples with NaN"):
+        broken.check(3, 2, "blocks.1")
+    replace(known, samples=torch.ones(0, 2)).check(3, 2, "blocks.1")
 
 
 @pytest.mark.parametrize("name", ["rtn", "scale_search"])

@@ -153,7 +153,7 @@ class Accumulator:
 
     def _work(self, x: Tensor, half: int) -> None:
         self.halves[half].add(x)
-        step = -(-x.numel() // _COUNTED)
+        step = max(1, -(-x.numel() // _COUNTED))
         add_column_ranges(x, self.sum, self.minimum, self.maximum, self.magnitudes, step)
         if half == 0:
             self.reservoir.add(x)

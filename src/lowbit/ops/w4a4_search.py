@@ -1,6 +1,7 @@
 """The steps of a search for the parameters of a W4A4 weight, by the kernels of their device.
 
-Functions and not operators: none of them is traced. What they compute is defined in `numerics.w4a4_search`.
+Functions and not operators: none of them is traced. What they compute is defined in `numerics.w4a4_search`. All that
+they are given is finite: what NaN spreads to depends on the kernel.
 """
 
 from __future__ import annotations

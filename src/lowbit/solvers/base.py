@@ -127,6 +127,8 @@ class Statistics:
         moments = (k,) if self.hessian is None or self.hessian.dim() == 1 else (k, k)
         shapes = {"hessian": moments, "held_out": moments, **dict.fromkeys(_BY_CHANNEL, (k,))}
         shapes |= dict.fromkeys(_BY_OUTPUT, (n, n))
+        if self.samples is not None and self.samples.numel():
+            shapes["samples"] = (len(self.samples), k)
         for name, shape in shapes.items():
             tensor: Tensor | None = getattr(self, name)
             if tensor is None:

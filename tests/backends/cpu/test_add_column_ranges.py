@@ -58,9 +58,25 @@ def test_nothing_depends_on_threads():
     assert all(torch.equal(one, other) for more in made[1:] for one, other in zip(made[0], more, strict=True))
 
 
-def test_refusals():
-    """Other dtypes and rows with gaps are left to PyTorch, in words."""
-    k = 8
-    kept = [torch.zeros(k, dtype=torch.float64), torch.zeros(k), torch.zeros(k), torch.zeros(BINS, dtype=torch.int64)]
-    for x, why in ((torch.zeros(2, k).double(), "float64"), (torch.zeros(k, 2).t(), "without gaps")):
-        assert why in explain("add_column_ranges", "*", "", "cpu", (x, *kept, 1))["cpu:add_column_ranges"]
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({0: torch.zeros(2, 8, dtype=torch.float64)}, "x is float64"),
+        ({0: torch.zeros(8, 2).t()}, "without gaps"),
+        ({0: torch.zeros(0, 8)}, "at least one row"),
+        ({0: torch.zeros(8)}, "at least one row"),
+        ({1: torch.zeros(8)}, "total is float32"),
+        ({2: torch.zeros(7)}, "minimum is float32 [7]"),
+        ({3: torch.zeros(8, device="meta")}, "on meta"),
+        ({4: torch.zeros(BINS)}, "magnitudes is float32"),
+        ({4: torch.zeros(BINS - 1, dtype=torch.int64)}, "[4095]"),
+        ({5: 0}, "every 0th"),
+    ],
+)
+def test_refusals(change, why):
+    """What the kernel cannot take is left to PyTorch, in words."""
+    args = [torch.zeros(2, 8), torch.zeros(8, dtype=torch.float64), torch.zeros(8), torch.zeros(8)]
+    args += [torch.zeros(BINS, dtype=torch.int64), 1]
+    for at, value in change.items():
+        args[at] = value
+    assert why in explain("add_column_ranges", "*", "", "cpu", tuple(args))["cpu:add_column_ranges"]

@@ -12,11 +12,12 @@ from lowbit.dispatch import explain, use_backend
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
 from lowbit.numerics import w4a4_search as plain
 from lowbit.ops import w4a4_search as ops
+from lowbit.ops.encode import encode
 from tests.support import gaussian
 
 pytest.importorskip("lowbit.backends.cpu", reason="no compiled kernels", exc_type=ImportError)
 
-from lowbit.backends.cpu.w4a4_search import NativePasses, refuses_lost  # after it is known to be there
+from lowbit.backends.cpu.w4a4_search import NativePasses  # after it is known to be there
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, 64), (3, 128), (33, 448), (130, 192)]
@@ -215,14 +216,55 @@ def test_scales_of_rows_with_gaps_and_of_more_threads_are_the_same():
 
 
 def test_what_the_kernels_do_not_take_is_refused_in_words():
-    """Each for the first reason that holds."""
-    x, ones = gaussian(4, 128), torch.ones(128)
+    """Each for the first reason that holds: nothing of another shape, dtype or device is read by its address."""
+    x, ones, one, narrow = gaussian(4, 128), torch.ones(128), torch.ones(1), torch.ones(96)
     for op, args, why in (
         ("rounding_passes", (x.double(), ones, ones, None), "float64"),
-        ("rounding_passes", (x, ones.double(), ones, None), "not everything is float32"),
-        ("rounding_passes", (gaussian(4, 96), torch.ones(96), torch.ones(96), None), "96 columns"),
-        ("input_noise", (x.bfloat16(), ones, False), "not everything is float32"),
-        ("lost_to_lowest", (x.double(), x.double(), x.double()), "not everything is float32"),
+        ("rounding_passes", (x, ones.double(), ones, None), "factor is float64"),
+        ("rounding_passes", (x, one, ones, None), "factor is float32 [1]"),
+        ("rounding_passes", (x, ones, one, None), "weights is float32 [1]"),
+        ("rounding_passes", (x, ones, ones, one), "noise is float32 [1]"),
+        ("rounding_passes", (x, ones.to("meta"), ones, None), "on meta"),
+        ("rounding_passes", (gaussian(4, 96), narrow, narrow, None), "96 columns"),
+        ("input_noise", (x.bfloat16(), ones, False), "x is bfloat16"),
+        ("input_noise", (x, one, False), "smooth is float32 [1]"),
+        ("input_noise", (x, torch.ones(256), False), "smooth is float32 [256]"),
+        ("lost_to_lowest", (x.double(), x.double(), x.double()), "m is float64"),
+        ("lost_to_lowest", (x, x[:3], x), "rest is float32 [3, 128]"),
+        ("lost_to_lowest", (x, x, torch.empty(128, 4).t()), "not all rows are without gaps"),
     ):
-        assert why in explain(op, "*", "", "cpu", args)[f"cpu:{op}"], op
-    assert refuses_lost(x, x, torch.empty(128, 4).t()) == "not all rows are without gaps"
+        assert why in explain(op, "*", "", "cpu", args)[f"cpu:{op}"], (op, why)
+
+
+def test_scales_are_refused_for_parts_that_do_not_fit():
+    """Of another number of rows, columns or factors, of another dtype, on another device."""
+    fmt, k = SvdquantW4A4(rank=4), 128
+    fine = {"smooth_factor": torch.ones(k), "proj_down": gaussian(k, 4), "proj_up": gaussian(8, 4)}
+    for change, why in (
+        ({"smooth_factor": torch.ones(1)}, "smooth_factor"),
+        ({"proj_up": gaussian(8, 5)}, "proj_up"),
+        ({"proj_up": gaussian(7, 4)}, "proj_up"),
+        ({"proj_down": gaussian(k, 4).double()}, "proj_down"),
+        ({"proj_down": gaussian(k, 4).to("meta")}, "on meta"),
+    ):
+        args = (fmt, gaussian(8, k), {**fine, **change}, torch.ones(k))
+        assert why in explain("searched_scales", fmt.name, "", "cpu", args)["cpu:searched_scales"], why
+    args = (fmt, gaussian(8, k), fine, torch.ones(k + 1))
+    assert "weights" in explain("searched_scales", fmt.name, "", "cpu", args)["cpu:searched_scales"]
+
+
+def test_a_default_device_changes_nothing():
+    """What the launchers make for themselves lies on the CPU, whatever new tensors do."""
+    fmt, k = SvdquantW4A4(rank=4), 128
+    rows, basis = outlying(70, k), torch.linalg.qr(gaussian(k, 12)).Q
+    params = {"smooth_factor": factors(k), "proj_down": gaussian(k, 4), "proj_up": gaussian(70, 4)}
+
+    def made() -> list[Tensor]:
+        passes = ops.rounding_passes(rows, ones, ones, None)
+        return [ops.searched_scales(fmt, rows, params, ones), passes.step(basis).image, *encode(rows, fmt).values()]
+
+    ones = torch.ones(k)
+    wanted = made()
+    with torch.device("meta"):
+        found = made()
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))

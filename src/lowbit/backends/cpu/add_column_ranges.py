@@ -6,16 +6,23 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.cpu import native
+from lowbit.backends.cpu.operands import refuses_unlike
 from lowbit.dispatch import kernel
+from lowbit.ops.column_ranges import BINS
 
 
 def refuses(x: Tensor, total: Tensor, minimum: Tensor, maximum: Tensor, magnitudes: Tensor, step: int) -> str | None:
     """Why this call cannot run here, or None."""
-    if x.dtype != torch.float32:
-        return f"the rows are {str(x.dtype).removeprefix('torch.')}; the kernel takes float32"
+    if x.dim() != 2 or not len(x) or step < 1:
+        return f"every {step}th of rows {list(x.shape)}; the kernel takes a matrix of at least one row"
     if not all(tensor.is_contiguous() for tensor in (x, total, minimum, maximum, magnitudes)):
         return "not all tensors are without gaps"
-    return None
+    return (
+        refuses_unlike(x.shape, x=x)
+        or refuses_unlike(x.shape[1:], torch.float64, total=total)
+        or refuses_unlike(x.shape[1:], minimum=minimum, maximum=maximum)
+        or refuses_unlike((BINS,), torch.int64, magnitudes=magnitudes)
+    )
 
 
 @kernel("add_column_ranges", backend="cpu", refuses=refuses, tolerance=1e-6)

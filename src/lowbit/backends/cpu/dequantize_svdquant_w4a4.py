@@ -55,6 +55,9 @@ def _decode_into(out: Tensor, parts: Parts) -> None:
     """Write the effective weight of plain parts into out [N, K], which has no gaps."""
     scale, codes, smooth = parts["scale"], parts["qdata"].contiguous(), parts["smooth_factor"].contiguous()
     down, up = parts["proj_down"].contiguous(), parts["proj_up"].contiguous()
+    if (factor := parts.get("pre_quant_scale")) is not None:  # of columns of the effective weight
+        smooth = torch.where(smooth == 0, 0.0, smooth.float() / factor.float())
+        down = down.float() * factor.float().unsqueeze(1)
     if scale.stride(1) != 1:
         scale = scale.contiguous()
     native.module().dequantize_svdquant_w4a4(

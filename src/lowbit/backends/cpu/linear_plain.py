@@ -33,7 +33,7 @@ def linear_plain(fmt: Format, x: Tensor, parts: Parts, bias: Tensor | None) -> T
     wide, added = x.float(), None if bias is None else bias.float()
     whole = n * k <= DECODE_ELEMENTS
     pieces = [(0, n)] if whole else list(row_chunks(n, k, fmt.row_multiple, DECODE_ELEMENTS))
-    room = torch.empty((max(b - a for a, b in pieces), k), dtype=torch.float32)
+    room = torch.empty((max(b - a for a, b in pieces), k), dtype=torch.float32, device="cpu")
 
     def product(a: int, b: int) -> Tensor:
         native.module().dequantize(weight.address, a, b, room.data_ptr(), DTYPES[room.dtype], native.threads())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -80,3 +81,12 @@ def address(tensor: Tensor | None) -> int:
 def dtype_code(tensor: Tensor | None) -> int:
     """The number of a tensor's dtype; any for none."""
     return 0 if tensor is None else DTYPES[tensor.dtype]
+
+
+def refuses_unlike(shape: Sequence[int], dtype: torch.dtype = torch.float32, /, **tensors: Tensor) -> str | None:
+    """Why operands that a kernel reads by their addresses are not of this shape and dtype on a CPU, or None."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype or tensor.device.type != "cpu" or tuple(tensor.shape) != tuple(shape):
+            found, wanted = (str(kind).removeprefix("torch.") for kind in (tensor.dtype, dtype))
+            return f"{name} is {found} {list(tensor.shape)} on {tensor.device}, not {wanted} {list(shape)} on a CPU"
+    return None

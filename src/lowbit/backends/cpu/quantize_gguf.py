@@ -70,7 +70,7 @@ def _encoded(fmt: GgufBlock, w: Tensor, weights: Tensor | None, where: str, *, s
 
 def _step_blocks(fmt: GgufBlock, w: Tensor, columns: Tensor | None, qdata: Tensor, *, search: bool) -> bool:
     """Writes the blocks of one step, or a step and a zero, to `qdata`; whether the weight is finite."""
-    tries = torch.tensor(TRIES.get(fmt.type, ()), dtype=torch.float32)
+    tries = torch.tensor(TRIES.get(fmt.type, ()), dtype=torch.float32, device="cpu")
     finite: bool = native.module().quantize_gguf_steps(
         w.data_ptr(), DTYPES[w.dtype], *w.shape, _NUMBERS[fmt.type], search, address(columns), address(tries),
         tries.numel(), PASSES, qdata.data_ptr(), native.threads(),
@@ -84,10 +84,10 @@ def _k_blocks(fmt: GgufBlock, rows: Tensor, columns: Tensor | None) -> tuple[Ten
     assert kind.shared is not None
     assert isinstance(kind.levels, IntegerLevels)
     count, units = rows.numel() // kind.columns, kind.columns // kind.unit
-    factors = torch.empty((2, count, 1))
-    multiples = torch.empty((2, count, units))
-    codes = torch.empty((count, kind.columns), dtype=torch.uint8)
-    tries, tried = torch.tensor(effort.tries), torch.tensor(effort.factors)
+    factors = torch.empty((2, count, 1), dtype=torch.float32, device="cpu")
+    multiples = torch.empty((2, count, units), dtype=torch.float32, device="cpu")
+    codes = torch.empty((count, kind.columns), dtype=torch.uint8, device="cpu")
+    tries, tried = (torch.tensor(tried, dtype=torch.float32, device="cpu") for tried in (effort.tries, effort.factors))
     ends = (kind.levels.low, kind.levels.high, kind.offset, kind.shared.low, kind.shared.high)
     finite = native.module().quantize_gguf_k(
         rows.data_ptr(), DTYPES[rows.dtype], *rows.shape, address(columns), kind.unit, *map(float, ends),

@@ -51,7 +51,7 @@ def _encoded(
         tensor, tile = fmt.granularity == "tensor", fmt.block_size if fmt.granularity == "block" else tile
     if isinstance(fmt, Int8 | ConvrotW4A4):
         rotation = fmt.rotation
-    tried = torch.tensor(factors, dtype=torch.float32)
+    tried = torch.tensor(factors, dtype=torch.float32, device="cpu")
     finite = native.module().quantize_granular(
         source.data_ptr(), DTYPES[source.dtype], n, k, _GRIDS[fmt.name], tensor, *tile, rotation, tried.data_ptr(),
         len(factors), address(columns), parts["qdata"].data_ptr(), parts["scale"].data_ptr(), native.threads(),

@@ -62,7 +62,7 @@ def scale_search_wna16(fmt: WNA16, w: Tensor, weights: Tensor | None, where: str
 def _awq(fmt: AwqW4A16, w: Tensor, weights: Tensor | None, trims: Sequence[Sequence[float]], where: str) -> Parts:
     source, columns, parts = encoders.begin(fmt, w, weights, where)
     n, k = source.shape
-    tried, scale = torch.tensor(trims, dtype=torch.float32), parts["scale"]
+    tried, scale = torch.tensor(trims, dtype=torch.float32, device="cpu"), parts["scale"]
     finite = native.module().quantize_awq_w4a16(
         source.data_ptr(), DTYPES[source.dtype], n, k, fmt.group_size, tried.data_ptr(), len(trims), address(columns),
         parts["qdata"].data_ptr(), scale.data_ptr(), parts["zero"].data_ptr(), DTYPES[scale.dtype], native.threads(),
@@ -73,7 +73,7 @@ def _awq(fmt: AwqW4A16, w: Tensor, weights: Tensor | None, trims: Sequence[Seque
 def _wna(fmt: WNA16, w: Tensor, weights: Tensor | None, tries: Sequence[Sequence[float]], where: str) -> Parts:
     source, columns, parts = encoders.begin(fmt, w, weights, where)
     n, k = source.shape
-    tried, scale = torch.tensor(tries, dtype=torch.float32), parts["scale"]
+    tried, scale = torch.tensor(tries, dtype=torch.float32, device="cpu"), parts["scale"]
     finite = native.module().quantize_wna16(
         source.data_ptr(), DTYPES[source.dtype], n, k, fmt.group_size or k, fmt.bits, fmt.zero_point,
         fmt.largest_scale(scale.dtype), tried.data_ptr(), len(tries), address(columns), parts["qdata"].data_ptr(),
@@ -81,5 +81,5 @@ def _wna(fmt: WNA16, w: Tensor, weights: Tensor | None, tries: Sequence[Sequence
         native.threads(),
     )  # fmt: skip
     if fmt.act_order:
-        parts["g_idx"] = torch.arange(k, dtype=torch.int32) // fmt.group_size
+        parts["g_idx"] = torch.arange(k, dtype=torch.int32, device="cpu") // fmt.group_size
     return encoders.finished(parts, source, where, finite=finite)

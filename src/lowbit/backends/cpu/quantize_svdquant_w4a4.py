@@ -48,7 +48,7 @@ def _encoded(fmt: SvdquantW4A4, w: Tensor, weights: Tensor | None, factors: tupl
     smooth, down = parts["smooth_factor"].float(), parts["proj_down"].float().contiguous()
     basis, seen = down * smooth.unsqueeze(1), smooth.square().reciprocal()
     solve, searched = least_squares(basis), seen if columns is None else seen * columns
-    tried = torch.tensor(factors, dtype=torch.float32)
+    tried = torch.tensor(factors, dtype=torch.float32, device="cpu")
     finite = native.module().svdquant_rows(
         source.data_ptr(), DTYPES[source.dtype], n, k, smooth.data_ptr(), seen.data_ptr(), basis.data_ptr(),
         solve.data_ptr(), down.data_ptr(), fmt.rank, TURNS, tried.data_ptr(), searched.data_ptr(), len(factors),

@@ -27,7 +27,7 @@ def row_errors(fmt: Format, parts: Parts, w: Tensor) -> Tensor:
     """parts, w [N, K] -> float32 [3, N]: the sums of squares of w, of the difference and of what the parts mean."""
     source = w.detach().contiguous()
     coded = coded_rows.describe(fmt, parts, source.shape[1], packed=False)
-    sums = torch.empty((3, source.shape[0]), dtype=torch.float32)
+    sums = torch.empty((3, source.shape[0]), dtype=torch.float32, device="cpu")
     native.module().row_errors(
         coded.address, source.data_ptr(), DTYPES[source.dtype], sums.data_ptr(), native.threads()
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowbit import memory
 from lowbit.backends.cpu import native
-from lowbit.backends.cpu.operands import DTYPES
+from lowbit.backends.cpu.operands import DTYPES, refuses_unlike
 from lowbit.dispatch import kernel
 from lowbit.formats.parts import Parts
 from lowbit.formats.svdquant_w4a4 import FACTORS, SvdquantW4A4
@@ -30,7 +30,7 @@ class NativePasses(Passes):
         self._w, self._factor, self._weights = w, factor.contiguous(), weights.contiguous()
         self._noise = None if noise is None else noise.contiguous()
         self._slabs = max(1, min(_SLABS, w.shape[0] // _LEAST_ROWS))
-        self._room = torch.empty(0)
+        self._room = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def step(self, basis: Tensor) -> Products:
         """See `Passes`."""
@@ -45,7 +45,8 @@ class NativePasses(Passes):
         (n, k), columns = self._w.shape, basis.shape[1]
         if self._room.numel() < self._slabs * k * columns:
             self._room = memory.empty((self._slabs, k, columns), torch.float32)
-        image, error = torch.zeros((k, columns) if step else (0, columns)), torch.zeros((), dtype=torch.float64)
+        image = torch.zeros((k, columns) if step else (0, columns), dtype=torch.float32, device="cpu")
+        error = torch.zeros((), dtype=torch.float64, device="cpu")
         native.module().svdquant_pass(
             self._w.data_ptr(), DTYPES[self._w.dtype], n, k, self._factor.data_ptr(), self._weights.data_ptr(),
             0 if self._noise is None else self._noise.data_ptr(), basis.data_ptr(), columns, rank, step, self._slabs,
@@ -58,34 +59,36 @@ def refuses_passes(w: Tensor, factor: Tensor, weights: Tensor, noise: Tensor | N
     """Why these passes cannot run here, or None."""
     if w.dtype not in DTYPES:
         return f"the weight is {str(w.dtype).removeprefix('torch.')}; the kernel takes float32, bfloat16 and float16"
-    return _uneven(w.shape[1]) or _not_float32(factor, weights, *(() if noise is None else (noise,)))
+    of_columns = {"factor": factor, "weights": weights} | ({} if noise is None else {"noise": noise})
+    return _uneven(w.shape[1]) or refuses_unlike(w.shape[1:], **of_columns)
 
 
 def refuses_noise(x: Tensor, smooth: Tensor, unsigned: bool) -> str | None:
     """Why this noise cannot be measured here, or None."""
-    return _uneven(x.shape[1]) or _not_float32(x, smooth)
+    return _uneven(x.shape[1]) or refuses_unlike(x.shape, x=x) or refuses_unlike(x.shape[1:], smooth=smooth)
 
 
 def refuses_lost(m: Tensor, rest: Tensor, out: Tensor) -> str | None:
     """Why these rows cannot be rounded here, or None."""
     if not (m.is_contiguous() and rest.is_contiguous() and out.is_contiguous()):
         return "not all rows are without gaps"
-    return _uneven(m.shape[1]) or _not_float32(m, rest, out)
+    return _uneven(m.shape[1]) or refuses_unlike(m.shape, m=m, rest=rest, out=out)
 
 
 def refuses_scales(fmt: SvdquantW4A4, rows: Tensor, params: Parts, weights: Tensor) -> str | None:
     """Why these scales cannot be searched here, or None."""
-    if params["proj_up"].dtype not in DTYPES:
-        return f"the factors are {params['proj_up'].dtype}; the kernel takes float32, bfloat16 and float16"
-    return _not_float32(rows, weights)
+    n, k = rows.shape
+    rank = params["proj_down"].shape[1:]
+    shapes = {"smooth_factor": (k,), "proj_down": (k, *rank), "proj_up": (n, *rank)}
+    for name, shape in shapes.items():
+        part = params[name]
+        if part.dtype not in DTYPES or part.device.type != "cpu" or part.shape != shape:
+            return f"{name} is {part.dtype} {list(part.shape)} on {part.device}, not {list(shape)} of at most 32 bits"
+    return _uneven(k) or refuses_unlike(rows.shape, rows=rows) or refuses_unlike((k,), weights=weights)
 
 
 def _uneven(columns: int) -> str | None:
     return f"{columns} columns are no multiple of {GROUP}" if columns % GROUP else None
-
-
-def _not_float32(*tensors: Tensor) -> str | None:
-    return None if all(tensor.dtype == torch.float32 for tensor in tensors) else "not everything is float32"
 
 
 @kernel("rounding_passes", backend="cpu", refuses=refuses_passes, tolerance=_TOLERANCE)
@@ -118,9 +121,12 @@ def searched_scales(fmt: SvdquantW4A4, rows: Tensor, params: Parts, weights: Ten
     (n, k), smooth = source.shape, params["smooth_factor"].float().contiguous()
     down, up = (params[name].float().contiguous() for name in ("proj_down", "proj_up"))
     searched = (weights / smooth.square()).contiguous()
-    tried, scale = torch.tensor(FACTORS, dtype=torch.float32), torch.empty((k // GROUP, n), dtype=stored)
+    tried, scale = (
+        torch.tensor(FACTORS, dtype=torch.float32, device="cpu"),
+        torch.empty((k // GROUP, n), dtype=stored, device="cpu"),
+    )
     native.module().svdquant_scales(
-        source.data_ptr(), n, k, smooth.data_ptr(), down.data_ptr(), up.data_ptr(), fmt.rank, tried.data_ptr(),
+        source.data_ptr(), n, k, smooth.data_ptr(), down.data_ptr(), up.data_ptr(), up.shape[1], tried.data_ptr(),
         searched.data_ptr(), len(FACTORS), DTYPES[stored], scale.data_ptr(), native.threads(),
     )  # fmt: skip
     return scale

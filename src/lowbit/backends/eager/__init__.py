@@ -1,4 +1,8 @@
-"""Pure PyTorch: serves every format on every device, never refuses, and is the oracle of all other backends."""
+"""Pure PyTorch: serves every format on every device, never refuses, and is the oracle of all other backends.
+
+Where a kernel here needs decoded rows (`row_errors`, `linear_input_gradient`), those of the device decode them, unless
+`use_backend("eager")` says that nothing else may run.
+"""
 
 from lowbit.backends.eager import (
     add_column_ranges,
