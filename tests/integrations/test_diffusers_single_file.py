@@ -80,7 +80,9 @@ def test_converted_weights_mean_what_the_file_says(published, spec, dtype, tmp_p
     for name, layer in layers.items():
         assert layer.weight.dtype == dtype
         assert layer.weight.view_of == ""
-        assert torch.equal(layer.weight.dequantize(torch.float32).to(dtype), expected.get_submodule(name).weight), name
+        with lowbit.use_backend("eager"):  # kernels may sum in other orders
+            meant = layer.weight.dequantize(torch.float32).to(dtype)
+        assert torch.equal(meant, expected.get_submodule(name).weight), name
     others = {name: value for name, value in expected.state_dict().items() if name.rpartition(".")[0] not in layers}
     for name, value in others.items():
         assert torch.equal(quantized.state_dict()[name], value), name

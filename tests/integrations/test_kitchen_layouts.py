@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lowbit.dispatch import use_backend
 from lowbit.errors import LowbitError, UnsupportedError
 from lowbit.formats.parts import raw_bytes
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
@@ -194,7 +195,8 @@ def test_svdquant_unsigned_sees_the_shift_only_in_the_4_bit_branch():
     )
     mine = QuantizedTensor(parts["qdata"], SVDQUANT, params)
 
-    assert torch.equal(mine.dequantize(), fmt.dequantize(parts, (N, K), w.dtype))
+    with use_backend("eager"):  # kernels sum in other orders
+        assert torch.equal(mine.dequantize(), fmt.dequantize(parts, (N, K), w.dtype))
     assert gap(F.linear(x, mine, stored), F.linear(x, w, bias)) < 0.12
     with pytest.raises(UnsupportedError, match="keeps a share of its weight in the bias"):
         mine.requantize_from_float(w)

@@ -157,7 +157,8 @@ def test_a_file_is_decoded_and_loaded(tmp_path):
     module = torch.nn.ModuleDict({"net": torch.nn.ModuleDict({"to_out": linear})})
     lowbit.load(module, path, strict=False)
     assert_same_bits(linear.bias.detach(), bias)
-    assert_same_bits(linear.weight.dequantize(), expected)
+    with lowbit.use_backend("eager"):  # kernels sum in other orders
+        assert_same_bits(linear.weight.dequantize(), expected)
 
 
 def test_frameworks_are_not_given_a_bias_in_the_order_of_a_kernel(tmp_path):

@@ -214,7 +214,8 @@ def test_a_module_loads_it(converted):
     for name, linear in linears.items():
         fmt, parts = layers[f"blocks.0.{name}"]
         wanted = fmt.dequantize(parts, tuple(linear.weight.shape), torch.bfloat16)
-        assert_same_bits(linear.weight.dequantize(), wanted)
+        with lowbit.use_backend("eager"):  # kernels sum in other orders
+            assert_same_bits(linear.weight.dequantize(), wanted)
         if linear.bias is not None:
             assert_same_bits(linear.bias.detach(), tensors[f"blocks.0.{name}.bias"])
 

@@ -1,4 +1,4 @@
-"""dequantize for svdquant_w4a4, from plain parts, rows16 and comfy-kitchen's tiles."""
+"""dequantize and embedding for svdquant_w4a4, from plain parts, rows16 and comfy-kitchen's tiles."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from lowbit import memory
 from lowbit.backends.cpu import native
 from lowbit.backends.cpu.operands import DTYPES, refuses_result
-from lowbit.dispatch import kernel
-from lowbit.formats.parts import Parts
+from lowbit.dispatch import ANY_LAYOUT, kernel
+from lowbit.formats.parts import Parts, gather_rows
 from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
 from lowbit.layouts import rows16, svdquant_tiles as tiles
 from lowbit.ops.packing import unpack
@@ -21,6 +21,11 @@ _TOLERANCE = 1e-4
 
 def refuses(fmt: SvdquantW4A4, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
     """Why this call cannot run here, or None."""
+    return refuses_result(dtype)
+
+
+def refuses_rows(fmt: SvdquantW4A4, indices: Tensor, parts: Parts, k: int, dtype: torch.dtype) -> str | None:
+    """The same of some rows."""
     return refuses_result(dtype)
 
 
@@ -49,6 +54,17 @@ def dequantize_svdquant_w4a4_tiles(
     for start, stop, plain in tiles.pieces(fmt, parts):
         _decode_into(out[start:stop], plain)
     return out
+
+
+@kernel(
+    "embedding", format="svdquant_w4a4", backend="cpu", layout=ANY_LAYOUT, refuses=refuses_rows, tolerance=_TOLERANCE
+)
+@kernel("embedding", format="svdquant_w4a4", backend="cpu", refuses=refuses_rows, tolerance=_TOLERANCE)
+def embedding_svdquant_w4a4(fmt: SvdquantW4A4, indices: Tensor, parts: Parts, k: int, dtype: torch.dtype) -> Tensor:
+    """indices [...] -> [..., K] in `dtype`: the bits of the same rows of the decoded weight."""
+    out = memory.empty((indices.numel(), k), dtype)
+    _decode_into(out, gather_rows(fmt.rules, parts, indices.reshape(-1).long()))
+    return out.reshape(*indices.shape, k)
 
 
 def _decode_into(out: Tensor, parts: Parts) -> None:
