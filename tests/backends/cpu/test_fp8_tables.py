@@ -48,8 +48,9 @@ LARGEST = (3e38, 57345.0, 448.0, 1.99, 1.0, 0.71, 0.0013, 3.1e-6, 2e-12)
 
 
 @pytest.fixture(autouse=True)
-def tables() -> Iterator[None]:
-    """Skip where nothing is looked up, and leave the choice as it was."""
+def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Skip where nothing is looked up, and leave the choice as it was; pairs of bfloat16 have tests of their own."""
+    monkeypatch.setattr(native, "bf16_dots", lambda: False)
     if not native.module().want_fp8_tables(True):
         pytest.skip("this processor, or this instruction set, looks no codes up")
     yield

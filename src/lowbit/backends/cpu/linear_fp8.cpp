@@ -6,14 +6,11 @@ namespace lowbit {
 
 void linear_fp8(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t k, Ptr<const uint8_t> codes,
                 int64_t stride, bool e5m2, Ptr<const float> scales, int scale_kind, int64_t tile_rows,
-                int64_t tile_columns, Ptr<const void> bias, int bias_dtype, Ptr<void> out, bool few, int threads) {
+                int64_t tile_columns, Ptr<const void> bias, int bias_dtype, Ptr<void> out, int way, int threads) {
   const Activations from{x, x_dtype, m, k};
   const Output to{out, x_dtype, bias, bias_dtype};
   const Fp8Scales by{scales, scale_kind, n, tile_rows, (k + tile_columns - 1) / tile_columns};
-  const auto run = [&](const auto& weight) {
-    if (few) return gemm_few<kFp8FewTokens>(weight, from, to, threads);
-    gemm_many(weight, from, to, threads);
-  };
+  const auto run = [&](const auto& weight) { linear_by(static_cast<Fp8Way>(way), weight, from, to, threads); };
   if (e5m2) return run(Fp8Weight<E5M2, Fp8Scales>{codes, stride, by, n, k, tile_columns});
   run(Fp8Weight<E4M3, Fp8Scales>{codes, stride, by, n, k, tile_columns});
 }
@@ -28,7 +25,7 @@ void bind_linear_fp8(nb::module_& m) {
   m.def("linear_fp8", &linear_fp8, nb::call_guard<nb::gil_scoped_release>(), nb::arg("x"), nb::arg("x_dtype"),
         nb::arg("m"), nb::arg("n"), nb::arg("k"), nb::arg("codes"), nb::arg("stride"), nb::arg("e5m2"),
         nb::arg("scales"), nb::arg("scale_kind"), nb::arg("tile_rows"), nb::arg("tile_columns"), nb::arg("bias"),
-        nb::arg("bias_dtype"), nb::arg("out"), nb::arg("few"), nb::arg("threads"));
+        nb::arg("bias_dtype"), nb::arg("out"), nb::arg("way"), nb::arg("threads"));
   m.def("want_fp8_tables", &want_fp8_tables, nb::arg("wanted"));
 }
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowbit.backends.cpu import native
-from lowbit.backends.cpu.linear_fp8 import few
+from lowbit.backends.cpu.linear_fp8 import way
 from lowbit.backends.cpu.operands import Operands, refuses_input
 from lowbit.dispatch import kernel
+from lowbit.formats.e8m0_scales import GROUP
 from lowbit.formats.mxfp8 import Mxfp8
 from lowbit.formats.parts import Parts
 from lowbit.layouts import rows16
@@ -19,6 +20,6 @@ def linear_mxfp8(fmt: Mxfp8, x: Tensor, parts: Parts, bias: Tensor | None) -> Te
     codes, operands = parts["qdata"], Operands(x, rows16.rows(fmt, parts), bias)
     native.module().linear_mxfp8(
         *operands.rows, codes.data_ptr(), codes.shape[1] * 4, parts["scale"].data_ptr(), *operands.bias_out,
-        few(operands.m), native.threads(),
+        way(x, operands.m, GROUP), native.threads(),
     )  # fmt: skip
     return operands.out

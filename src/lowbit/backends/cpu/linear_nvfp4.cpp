@@ -14,12 +14,13 @@ struct Nvfp4Scales {
   int64_t step;          // from a block's factors to the next one's: 0 where all rows share one
 
   static constexpr bool kSpans = true;
+  const uint8_t* own_codes(int64_t block, int64_t group) const { return codes + (block * groups + group) * kBlockRows; }
   simd::F32 own(int64_t block, int64_t group, int v) const {
-    return simd::load_e4m3(codes + (block * groups + group) * kBlockRows + v * simd::kLanes);
+    return simd::load_e4m3(own_codes(block, group) + v * simd::kLanes);
   }
   void read_own(int64_t block, float* to) const {
     using namespace simd;
-    const uint8_t* from = codes + block * groups * kBlockRows;
+    const uint8_t* from = own_codes(block, 0);
     int64_t g = 0;
     for (; g + kFp8Columns <= groups; g += kFp8Columns) {
       F32 columns[kFp8Columns][kBlockVectors];
@@ -53,7 +54,7 @@ void linear_nvfp4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t 
   const Activations from{x, x_dtype, m, k};
   const Output to{out, x_dtype, bias, bias_dtype};
   linear_e2m1(weight, from, to, static_cast<E2m1Way>(way), integer_block, threads);
-  if (static_cast<E2m1Way>(way) != E2m1Way::kPanels) multiply_not_finite(weight, from, to, threads);
+  if (static_cast<E2m1Way>(way) < E2m1Way::kPanels) multiply_not_finite(weight, from, to, threads);
 }
 
 void bind_linear_nvfp4(nb::module_& m) {

@@ -7,6 +7,7 @@
 // 256^-j; what the 12 add is taken off once a group, by the sum of activations.
 #pragma once
 
+#include "bf16_gemm.h"
 #include "int4_tiles.h"
 
 namespace lowbit {
@@ -142,16 +143,57 @@ struct E2m1Weight {
       }
     }
   }
+
+#if defined(LOWBIT_BF16_DOTS)
+  void soon(int64_t block, int64_t first, int64_t last, int64_t pieces, Soon (&from)[2]) const {
+    from[0] = {words + block * stride + first / kWordCodes * kBlockRows, (last - first) * kBlockRows / 2, pieces};
+    from[1] = {scales.own_codes(block, first / group), (last - first) / group * kBlockRows, pieces};
+  }
+  // With `own` scales, of which a product with a number of halves has six bits, and without the common ones.
+  LOWBIT_BF16_DOTS void decode_pairs(int64_t block, int64_t first, int64_t last, uint32_t* panel) const {
+    using namespace simd;
+    alignas(64) static const float kHalves[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    const Table16 table = make_table(kHalves);
+    const __m512i upper = _mm512_set4_epi32(0x0f0e, 0x0b0a, 0x0706, 0x0302);  // the upper half of a lane to the lower
+    const uint32_t* word = words + block * stride + first / kWordCodes * kBlockRows;
+    F32 own = zero_f32();
+    for (int64_t c = first; c < last; c += kWordCodes, word += kBlockRows) {
+      if (c % group == 0) own = scales.own(block, c / group, 0);
+      __m512i left = _mm512_loadu_si512(word);
+      for (int i = 0; i < kWordCodes / 2; ++i, panel += kPanelRows, left = _mm512_srli_epi32(left, 8)) {
+        const F32 even = mul(lookup(table, {left}), own), odd = mul(lookup(table, {_mm512_srli_epi32(left, 4)}), own);
+        const __m512i pairs = _mm512_mask_shuffle_epi8(_mm512_castps_si512(odd.v), 0x3333333333333333,
+                                                       _mm512_castps_si512(even.v), upper);
+        _mm512_store_si512(panel, pairs);
+      }
+    }
+  }
+#endif
 };
 
-// Which way a call goes; the launcher knows from how many tokens on which is the faster one.
-enum class E2m1Way : int { kInt16 = 0, kRegisters = 1, kPanels = 2 };
+// Which way a call goes; the launcher knows from how many tokens on which is the faster one, and where there are pairs.
+enum class E2m1Way : int { kInt16 = 0, kRegisters = 1, kPanels = 2, kPairs = 3 };
+
+#if defined(LOWBIT_BF16_DOTS)
+// A weight with `own` scales as bf16_gemm.h takes it.
+template <class Scales>
+struct E2m1Pairs : E2m1Weight<Scales> {
+  static constexpr bool kGroupScales = false;
+
+  explicit E2m1Pairs(const E2m1Weight<Scales>& w) : E2m1Weight<Scales>(w) {}
+  simd::F32 finish(simd::F32 sum, int64_t block, int v) const { return simd::mul(sum, this->scales.common(block, v)); }
+};
+#endif
 
 template <class Scales>
 void linear_e2m1(const E2m1Weight<Scales>& w, const Activations& x, const Output& out, E2m1Way way,
                  int64_t integer_block, int threads) {
   if (way == E2m1Way::kRegisters) return gemm_few(w, x, out, threads);
   if (way == E2m1Way::kPanels) return gemm_many(w, x, out, threads);
+#if defined(LOWBIT_BF16_DOTS)
+  if constexpr (Scales::kSpans)
+    if (way == E2m1Way::kPairs) return gemm_pairs(E2m1Pairs<Scales>(w), x, out, threads);
+#endif
   if (simd::kDot8IsOneStep && x.m <= kTooFewForPairs)
     return int4_gemm(w, IntegerTokens<2, 8, false>(x, integer_block, w.group, threads), out, threads);
   int4_product<2>(w, x, integer_block, out, threads);

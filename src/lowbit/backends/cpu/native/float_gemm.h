@@ -65,21 +65,30 @@ inline void columns_to_f32(const Activations& x, int64_t m, int64_t first, int64
 // A row of activations as float32: to[0..k).
 inline void row_to_f32(const Activations& x, int64_t m, float* to) { columns_to_f32(x, m, 0, x.k, to); }
 
-// Activations as float32, made once a call, in tiles of nearly equal size (8 tokens are 4 + 4, not 6 + 2): the tokens
-// of a tile lie beside each other, column after column, so that one address serves all of them.
-class TokenTiles {
+// Tokens in tiles of nearly equal size: 8 tokens are 4 + 4, not 6 + 2.
+class EvenTiles {
  public:
-  TokenTiles(const Activations& x, int most, int threads)
-      : m_(x.m), k_(x.k), count_((m_ + most - 1) / most), room_(m_ * k_) {
+  EvenTiles(int64_t m, int most) : m_(m), count_((m + most - 1) / most) {}
+  int64_t m() const { return m_; }
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t tile) const { return m_ * tile / count_; }  // its first token
+  int size(int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
+
+ private:
+  int64_t m_, count_;
+};
+
+// Activations as float32, made once a call, in tiles: the tokens of a tile lie beside each other, column after column,
+// so that one address serves all of them.
+class TokenTiles : public EvenTiles {
+ public:
+  TokenTiles(const Activations& x, int most, int threads) : EvenTiles(x.m, most), k_(x.k), room_(m() * k_) {
     const int64_t pieces = (k_ + kPiece - 1) / kPiece;
-    parallel_for(count_ * pieces, m_ * k_ >= 32768 ? threads : 1, [&](int64_t task) {
+    parallel_for(count() * pieces, m() * k_ >= 32768 ? threads : 1, [&](int64_t task) {
       const int64_t tile = task / pieces, first = task % pieces * kPiece, last = std::min(first + kPiece, k_);
       put(x, tile, first, last, room_.data() + begin(tile) * k_ + first * size(tile));
     });
   }
-  int64_t count() const { return count_; }
-  int64_t begin(int64_t tile) const { return m_ * tile / count_; }  // its first token
-  int size(int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
   const float* of(int64_t token) const { return room_.data() + token * k_; }  // [k, size] of the tile it begins
 
  private:
@@ -96,7 +105,7 @@ class TokenTiles {
     }
   }
 
-  int64_t m_, k_, count_;
+  int64_t k_;
   Room room_;
 };
 

@@ -31,8 +31,9 @@ struct Fp8Bytes {
 };
 
 // Of codes with kMantissa bits behind an exponent that counts from 2^-15, as that of float16 does. kFinite: all ones
-// are the only NaN, and there is no infinity.
-template <int kMantissa, bool kFinite>
+// are the only NaN, and there is no infinity. kMarked: the lowest bit, which no other value has, is set in zeros, which
+// are then subnormal, and in NaN.
+template <int kMantissa, bool kFinite, bool kMarked>
 constexpr Fp8Bytes make_fp8_bytes() {
   constexpr int kBias = 127 - 15, kOnes = (1 << kMantissa) - 1;
   Fp8Bytes bytes{};
@@ -47,7 +48,8 @@ constexpr Fp8Bytes make_fp8_bytes() {
       for (; mantissa <= kOnes; mantissa *= 2) --exponent;
       mantissa &= kOnes;
     }
-    const int bits = exponent << 7 | mantissa << (7 - kMantissa);
+    const int marked = kMarked && (exponent == 0 || exponent == 255);
+    const int bits = exponent << 7 | mantissa << (7 - kMantissa) | marked;
     bytes.low[code] = static_cast<uint8_t>(bits & 255);
     bytes.high[code] = static_cast<uint8_t>(bits >> 8);
   }
@@ -70,22 +72,29 @@ constexpr Fp8Order make_fp8_order() {
 
 constexpr int kFp8Line = 4;  // columns of a line
 
-template <class Codes>
+template <class Codes, bool kMarked = false>
 struct Fp8Tables {
-  static constexpr Fp8Bytes kBytes = make_fp8_bytes<Codes::kMantissa, Codes::kFinite>();
+  static constexpr Fp8Bytes kBytes = make_fp8_bytes<Codes::kMantissa, Codes::kFinite, kMarked>();
   static constexpr Fp8Order kOrder = make_fp8_order();
 
   const __m512i order = _mm512_load_si512(kOrder.from);
   const __m512i low[2] = {_mm512_load_si512(kBytes.low), _mm512_load_si512(kBytes.low + 64)};
   const __m512i high[2] = {_mm512_load_si512(kBytes.high), _mm512_load_si512(kBytes.high + 64)};
 
-  // The float32 values of a line, as Codes::load gives them.
-  LOWBIT_FP8_TABLES __attribute__((always_inline)) void load(const uint8_t* line, simd::F32 (&to)[kFp8Line]) const {
+  // The bfloat16 values of a line, as Codes::load gives them: in the lane of a row, columns 0 and 1, and 2 and 3.
+  LOWBIT_FP8_TABLES __attribute__((always_inline)) void load_pairs(const uint8_t* line, __m512i (&pairs)[2]) const {
     const __m512i codes = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(line));
     const __m512i lows = _mm512_permutex2var_epi8(low[0], codes, low[1]);
     const __m512i magnitudes = _mm512_permutex2var_epi8(high[0], codes, high[1]);
     const __m512i highs = _mm512_ternarylogic_epi32(magnitudes, codes, _mm512_set1_epi8(-128), 0xf8);  // | sign
-    const __m512i pairs[2] = {_mm512_unpacklo_epi8(lows, highs), _mm512_unpackhi_epi8(lows, highs)};
+    pairs[0] = _mm512_unpacklo_epi8(lows, highs);
+    pairs[1] = _mm512_unpackhi_epi8(lows, highs);
+  }
+
+  // The float32 values of a line, as Codes::load gives them.
+  LOWBIT_FP8_TABLES __attribute__((always_inline)) void load(const uint8_t* line, simd::F32 (&to)[kFp8Line]) const {
+    __m512i pairs[2];
+    load_pairs(line, pairs);
     for (int i = 0; i < 2; ++i) {
       to[2 * i] = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs[i], 16))};
       to[2 * i + 1] = {_mm512_castsi512_ps(_mm512_and_si512(pairs[i], _mm512_set1_epi32(-0x10000)))};

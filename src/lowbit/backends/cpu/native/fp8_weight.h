@@ -6,8 +6,8 @@
 // Few tokens: codes become float32 in registers, and what all columns under one scale add up to is multiplied with it.
 #pragma once
 
+#include "bf16_gemm.h"
 #include "e8m0.h"
-#include "float_gemm.h"
 #include "fp8_table.h"
 
 namespace lowbit {
@@ -57,6 +57,29 @@ struct E8m0Scales {
   simd::F32 of(int64_t block, int64_t group, int v) const {
     return load_e8m0(codes + (block * groups + group) * kBlockRows + v * simd::kLanes);
   }
+
+#if defined(LOWBIT_BF16_DOTS)
+  // The least codes of 16 rows among these groups, and whether none is NaN or more than kMostRaise above its row's.
+  bool near(int64_t block, int64_t first, int64_t last, __m128i& least) const {
+    const auto* at = reinterpret_cast<const __m128i*>(codes + (block * groups + first) * kBlockRows);
+    least = _mm_set1_epi8(-1);
+    __m128i most = _mm_setzero_si128();
+    for (; first < last; ++first, ++at) {
+      const __m128i group = _mm_loadu_si128(at);
+      least = _mm_min_epu8(least, group);
+      most = _mm_max_epu8(most, group);
+    }
+    return !_mm_cmpgt_epu8_mask(_mm_sub_epi8(most, least), _mm_set1_epi8(kMostRaise)) &&
+           !_mm_cmpeq_epi8_mask(most, _mm_set1_epi8(-1));
+  }
+  // By how much a group's codes exceed the least ones: what to add to two bfloat16, in their exponents.
+  __m512i raise(int64_t block, int64_t group, __m128i least) const {
+    const void* at = codes + (block * groups + group) * kBlockRows;
+    const __m512i rows = _mm512_cvtepu8_epi32(_mm_sub_epi8(_mm_loadu_si128(static_cast<const __m128i*>(at)), least));
+    return _mm512_or_si512(_mm512_slli_epi32(rows, 7), _mm512_slli_epi32(rows, 23));
+  }
+  static constexpr int kMostRaise = 16;  // of weights, so that few activations are left with which sums overflow
+#endif
 };
 
 #if defined(LOWBIT_ISA_AVX512)
@@ -173,6 +196,59 @@ struct Fp8Weight {
     }
   }
 
+#if defined(LOWBIT_BF16_DOTS)
+  static constexpr bool kGroupScales = true;
+  void soon(int64_t block, int64_t first, int64_t last, int64_t pieces, Soon (&from)[2]) const {
+    from[0] = {codes + block * stride + first * kBlockRows, (last - first) * kBlockRows, pieces};
+    if constexpr (std::is_same_v<Scales, E8m0Scales>)
+      from[1] = {scales.codes + (block * scales.groups + first / group) * kBlockRows,
+                 (last - first) / group * kBlockRows, pieces};
+  }
+  simd::F32 group_scale(int64_t block, int64_t g, int v) const { return scales.of(block, g, v); }
+
+  // As `decode`, but without any scale.
+  LOWBIT_BF16_DOTS void decode_pairs(int64_t block, int64_t first, int64_t last, uint32_t* panel) const {
+    const Fp8Tables<Codes> table;
+    const uint8_t* at = codes + block * stride + first * kBlockRows;
+    for (int64_t c = first; c < last; c += kFp8Line, at += kFp8Line * kBlockRows, panel += 2 * kPanelRows) {
+      __m512i pairs[2];
+      table.load_pairs(at, pairs);
+      for (int i = 0; i < 2; ++i) _mm512_store_si512(panel + i * kPanelRows, pairs[i]);
+    }
+  }
+
+  // The same under one scale a row, the least one of these columns, where the others are near.
+  LOWBIT_BF16_DOTS bool decode_joined(int64_t block, int64_t first, int64_t last, uint32_t* panel,
+                                      float* row_scales) const {
+    if constexpr (std::is_same_v<Scales, E8m0Scales>) {
+      static_assert(Codes::kFinite, "an infinity would become NaN");
+      __m128i least;
+      if (!scales.near(block, first / group, (last + group - 1) / group, least)) return false;
+      alignas(16) uint8_t least_codes[kBlockRows];
+      _mm_store_si128(reinterpret_cast<__m128i*>(least_codes), least);
+      simd::store_f32(row_scales, load_e8m0(least_codes));
+      const Fp8Tables<Codes, true> table;
+      const __m512i marks = _mm512_set1_epi16(1);
+      const uint8_t* at = codes + block * stride + first * kBlockRows;
+      for (int64_t c = first; c < last;) {
+        const __m512i raise = scales.raise(block, c / group, least);
+        for (const int64_t end = std::min((c / group + 1) * group, last); c < end; c += kFp8Line) {
+          __m512i pairs[2];
+          table.load_pairs(at, pairs);
+          for (int i = 0; i < 2; ++i) {
+            const __mmask32 numbers = _mm512_testn_epi16_mask(pairs[i], marks);
+            _mm512_store_si512(panel + i * kPanelRows, _mm512_mask_add_epi16(pairs[i], numbers, pairs[i], raise));
+          }
+          at += kFp8Line * kBlockRows;
+          panel += 2 * kPanelRows;
+        }
+      }
+      return true;
+    }
+    return false;
+  }
+#endif
+
   simd::F32 finish(simd::F32 sum, int64_t block, int v) const {
     using namespace simd;
     // One after the other: a scale times the unit could overflow where the weight does not.
@@ -196,5 +272,17 @@ struct Fp8Weight {
     }
   }
 };
+
+// Which way a call goes; the launcher knows from how many tokens on which is the faster one, and where there are pairs.
+enum class Fp8Way : int { kRegisters = 0, kPanels = 1, kPairs = 2 };
+
+template <class Weight>
+void linear_by(Fp8Way way, const Weight& w, const Activations& x, const Output& out, int threads) {
+  if (way == Fp8Way::kRegisters) return gemm_few<kFp8FewTokens>(w, x, out, threads);
+#if defined(LOWBIT_BF16_DOTS)
+  if (way == Fp8Way::kPairs) return gemm_pairs(w, x, out, threads);
+#endif
+  gemm_many(w, x, out, threads);
+}
 
 }  // namespace lowbit
