@@ -91,7 +91,7 @@ def test_ranks_up_to_the_whole_weight(shape, unsigned):
             found = encode(w, fmt)
         errors = torch.tensor([error(fmt, found, w), error(fmt, fmt.quantize(w), w)])
         left.append(errors / w.float().norm())
-        assert left[-1][0] < torch.finfo(torch.bfloat16).eps / 8  # the codes take off most of half a unit in two factors
+        assert left[-1][0] < torch.finfo(torch.bfloat16).eps / 8  # codes take off most of half a unit
     found_mean, eager_mean = torch.stack(left).mean(0)
     assert found_mean <= 1.2 * eager_mean
 
