@@ -29,6 +29,7 @@ SPECS = (
     ("fp8_e4m3(granularity=row)", 1028),
     ("fp8_e4m3(granularity=block)", 384),
     ("fp8_e4m3(granularity=block,block_size=20x36)", 612),
+    ("fp8_e4m3(granularity=block,block_size=1x100)", 700),
     ("fp8_e4m3(granularity=block,block_size=32x320)", 640),
     ("fp8_e5m2", 300),
     ("fp8_e5m2(granularity=block)", 384),

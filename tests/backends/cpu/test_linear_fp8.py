@@ -9,7 +9,7 @@ from tests.support.cpu_linear import DTYPES, ROWS, TOKENS, check_linear, check_p
 
 pytest.importorskip("lowbit.backends.cpu", reason="no compiled kernels", exc_type=ImportError)
 
-SCALES = ("tensor", "row", "block", "block,block_size=32x64", "block,block_size=20x36")
+SCALES = ("tensor", "row", "block", "block,block_size=32x64", "block,block_size=20x36", "block,block_size=1x60")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

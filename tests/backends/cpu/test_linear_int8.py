@@ -40,6 +40,7 @@ def both(x: torch.Tensor, spec: str, n: int, k: int, bias: torch.Tensor | None =
         ("int8", 1120),
         ("int8(granularity=tensor)", 1120),
         ("int8(granularity=block,block_size=32x16)", 96),
+        ("int8(granularity=block,block_size=1x32)", 96),
         ("int8(granularity=block,block_size=24x544)", 1088),
     ],
 )

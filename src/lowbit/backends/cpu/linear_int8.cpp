@@ -17,7 +17,8 @@ struct Int8Weight {
   const uint32_t* words;  // [blocks, stride]: k / 4 words of 16 rows, and what fills up; plain: [n, stride]
   int64_t stride;
   bool plain;
-  const float* scales;  // one; [blocks, 16]; or [ceil(n / tile_rows), ceil(k / tile)]
+  // One; [blocks, 16]; or [ceil(n / tile_rows), tiles of columns], in rows16 [blocks, tiles, 16] where a tile is a row.
+  const float* scales;
   int granularity;
   int64_t n, k, tile_rows, tile;  // tile: columns; k but for kTile
 
@@ -44,6 +45,7 @@ struct Int8Weight {
       if (!plain || row + kLanes <= n) return load_f32(scales + row);
       return load_first(scales, row, static_cast<int>(std::max<int64_t>(n - row, 0)), kFloat32);
     }
+    if (tile_rows == 1 && !plain) return load_f32(scales + (block * tiles + column_tile) * kBlockRows + v * kLanes);
     if (tile_rows % kBlockRows == 0) return set1_f32(scales[row / tile_rows * tiles + column_tile]);
     alignas(64) float lanes[kLanes];
     for (int i = 0; i < kLanes; ++i) lanes[i] = scales[std::min(row + i, n - 1) / tile_rows * tiles + column_tile];

@@ -54,7 +54,7 @@ void linear_nvfp4(Ptr<const void> x, int x_dtype, int64_t m, int64_t n, int64_t 
   const Activations from{x, x_dtype, m, k};
   const Output to{out, x_dtype, bias, bias_dtype};
   linear_e2m1(weight, from, to, static_cast<E2m1Way>(way), integer_block, threads);
-  if (static_cast<E2m1Way>(way) < E2m1Way::kPanels) multiply_not_finite(weight, from, to, threads);
+  if (takes_apart(static_cast<E2m1Way>(way))) multiply_not_finite(weight, from, to, threads);
 }
 
 void bind_linear_nvfp4(nb::module_& m) {

@@ -174,6 +174,9 @@ struct E2m1Weight {
 // Which way a call goes; the launcher knows from how many tokens on which is the faster one, and where there are pairs.
 enum class E2m1Way : int { kInt16 = 0, kRegisters = 1, kPanels = 2, kPairs = 3 };
 
+// Whether a way takes weights or activations apart, so that what is not finite is for multiply_not_finite.
+constexpr bool takes_apart(E2m1Way way) { return way == E2m1Way::kInt16 || way == E2m1Way::kRegisters; }
+
 #if defined(LOWBIT_BF16_DOTS)
 // A weight with `own` scales as bf16_gemm.h takes it.
 template <class Scales>

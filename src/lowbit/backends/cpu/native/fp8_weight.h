@@ -33,7 +33,7 @@ struct E5M2 {
 // float32 scales of a tensor, of rows, or of tiles.
 struct Fp8Scales {
   enum Kind : int { kTensor = 0, kRow = 1, kTile = 2 };
-  const float* values;  // [], [blocks, 1, 16], [ceil(n / tile_rows), across]
+  const float* values;  // [], [blocks, 1, 16], [ceil(n / tile_rows), across], or [blocks, across, 16] of tiles of a row
   int kind;
   int64_t n, tile_rows, across;
 
@@ -42,6 +42,7 @@ struct Fp8Scales {
     const int64_t row = block * kBlockRows + v * kLanes;
     if (kind == kTensor) return set1_f32(values[0]);
     if (kind == kRow) return load_f32(values + row);
+    if (tile_rows == 1) return load_f32(values + (block * across + group) * kBlockRows + v * kLanes);
     if (tile_rows % kLanes == 0) return set1_f32(values[std::min(row, n - 1) / tile_rows * across + group]);
     alignas(64) float lanes[kLanes];
     for (int r = 0; r < kLanes; ++r) lanes[r] = values[std::min(row + r, n - 1) / tile_rows * across + group];
