@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import StatisticsError
+from lowbit.numerics.weight_marks import same_weight
 from lowbit.solvers.base import Statistics
 
 from .accumulate import ROWS_KEPT
@@ -41,7 +42,7 @@ class Merged(StatisticsCollection):
             key = keys.setdefault(parts, str(len(keys)))
             gradients = tuple(self._output_in(collection, name) for collection in collections)
             output = outputs.setdefault(gradients, f"g{len(outputs)}") if any(gradients) else ""
-            layers[name] = LayerInput(key, self._shape_in_all(name), output)
+            layers[name] = LayerInput(key, self._shape_in_all(name), output, self._mark(name))
         self._sources = {key: parts for parts, key in keys.items()}
         self._outputs = {key: parts for parts, key in outputs.items()}
         first = self._collections[0].contents
@@ -64,6 +65,12 @@ class Merged(StatisticsCollection):
     def _output_in(collection: StatisticsCollection, name: str) -> str | None:
         layer = collection.contents.layers.get(name)
         return None if layer is None else layer.output or None
+
+    def _mark(self, name: str) -> str:
+        """The mark of a layer's weight, where all that know it agree."""
+        marks = [other.contents.layers[name].weight for other in self._collections if name in other]
+        known = [mark for mark in marks if mark]
+        return known[0] if known and all(same_weight(known[0], mark) for mark in known) else ""
 
     def _shape_in_all(self, name: str) -> tuple[int, int]:
         shapes = {other.shape(name): other.place for other in self._collections if name in other}
