@@ -163,8 +163,8 @@ def test_layers_that_one_lacks_are_kept():
     assert merged.contents.layers["q"].input != merged.contents.layers["k"].input
 
 
-def test_marks_of_weights_are_kept_where_all_agree():
-    """Of one model, or where only one knows the weights, they stay; those of two models are left out."""
+def test_marks_of_weights_are_kept_where_all_agree(caplog):
+    """Of one model, or where only one knows the weights, they stay; those of two models are left out, and said."""
     model, data = Attention(), batches(4)
     one = lowbit.calibrate(model, data[:2])
     two = lowbit.calibrate(copy.deepcopy(model).bfloat16(), [x.bfloat16() for x in data[2:]])
@@ -174,11 +174,12 @@ def test_marks_of_weights_are_kept_where_all_agree():
     mark = one.contents.layers["q"].weight
 
     assert len(mark) == 172
-    assert [Merged(files).contents.layers["q"].weight for files in ([one, two], [unmarked, one], [one, other])] == [
-        mark,
-        mark,
-        "",
-    ]
+    for files in ([one, two], [unmarked, one], [one, unmarked]):
+        assert Merged(files).contents.layers["q"].weight == mark
+    assert not caplog.records
+    assert Merged([one, other]).contents.layers["q"].weight == ""
+    (record,) = caplog.records
+    assert "are of models with other weights, 4 of 4 layers differ (q, k, v and 1 more)" in record.getMessage()
 
 
 def test_other_shapes_do_not_merge():
