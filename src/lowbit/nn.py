@@ -73,8 +73,7 @@ def quantize_(
     None (keep); the first match wins and layers without one are kept. Under a single format, layers that it cannot
     hold are kept and reported; a rule that names a layer outright raises instead. `solver` and `statistics` (by layer
     name) as in `convert`, where a layer's smallest input also chooses between variants of a format (unsigned
-    activations of svdquant_w4a4); a collection that was taken with other weights is used with a warning. `layout` as in
-    `repack_`.
+    activations of svdquant_w4a4); `layout` as in `repack_`.
 
     Returns one `LayerChange` a layer. All weights are quantized before the first one is put in place: raises
     `FormatError`, `PlanError`, `SolverError` or `WeightError`, the last naming the layer, and leaves the module as it
