@@ -155,6 +155,22 @@ def test_inputs_that_a_calibration_saw_choose_the_variant():
     assert not tied[0].weight.format.act_unsigned
 
 
+def test_statistics_of_other_weights_are_told(caplog):
+    """One warning for all layers; none for the model itself, for it in another dtype, nor for a plain dictionary."""
+    model, other = (nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2))
+    known = lowbit.calibrate(model, [torch.randn(64, 64) for _ in range(4)])
+
+    for same in (copy.deepcopy(model).half().bfloat16(), copy.deepcopy(model)):
+        lowbit.quantize_(same, "int8", statistics=known)
+    lowbit.quantize_(copy.deepcopy(other), "int8", statistics=dict(known))
+    assert not caplog.records
+
+    lowbit.quantize_(other, "int8", statistics=known)
+    (record,) = caplog.records
+    assert "the statistics of Sequential: are of a model with other weights" in record.getMessage()
+    assert "2 of 2 layers compared differ (0, 2)" in record.getMessage()
+
+
 def test_lora_trains_over_a_frozen_quantized_linear():
     """Low-rank adapters on top of a quantized layer receive gradients; the weight does not."""
     layer = nn.Linear(64, 32)

@@ -11,6 +11,7 @@ bounded pieces, the input is never rounded.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -25,11 +26,13 @@ from lowbit.formats.base import Format, check_finite
 from lowbit.formats.parts import FLOATS
 from lowbit.formats.registry import as_format
 from lowbit.numerics.groups import row_chunks
+from lowbit.numerics.weight_marks import MarkedWeights, mark_of
 from lowbit.solvers import AUTO, Solution, solve
 from lowbit.solvers.base import Statistics
 from lowbit.tensor import AUTO as AUTO_LAYOUT, QuantizedTensor, check_layout, choose_layout, repacked
 
 Policy = Format | str | Mapping[str, Format | str | None]
+_log = logging.getLogger("lowbit")
 _UNNAMED = "no rule names it"
 _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -93,6 +96,7 @@ def quantize_(
     for layer, change in decided:
         if change.format is not None:
             _check_values(weight_matrix(layer), change.name)
+    _warn_of_other_weights(decided, statistics)
     changes, made = _solve_all(decided, solver, statistics or {})
     for layer, weight, solution in made:
         _put(layer, weight, solution)
@@ -237,6 +241,15 @@ def _solve_all(
             made.append((layer, *_quantized(layer, fmt, solver, known, change.name, shared)))
         changes.append(LayerChange(change.name, fmt, why))
     return changes, made
+
+
+def _warn_of_other_weights(decided: Sequence[tuple[Layer, LayerChange]], statistics: object) -> None:
+    """Warn of statistics that were taken with other weights, where they tell."""
+    if isinstance(statistics, MarkedWeights):
+        linears = [(layer, change) for layer, change in decided if change.format and isinstance(layer, nn.Linear)]
+        marks = {change.name: mark_of(layer.weight, matrix_shape(layer)) for layer, change in linears}
+        if said := statistics.other_weights(marks):
+            _log.warning("%s", said)
 
 
 def _suited(fmt: Format, known: Statistics | None) -> tuple[Format, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 
@@ -73,6 +74,7 @@ def test_statistics_of_another_model_are_listed(taken):
         (lambda facts: facts.pop("inputs"), "inputs"),
         (lambda facts: facts["layers"]["q"].update(shape=[24, 25]), "K = 25"),
         (lambda facts: facts["inputs"]["0"].update(kind="diagonal"), "hessian has shape"),
+        (lambda facts: facts["layers"]["q"].update(weight="AAAAAAAA"), "no mark of 576 elements"),
     ],
 )
 def test_a_damaged_directory_is_refused(path, tmp_path, change, said):
@@ -159,6 +161,25 @@ def test_layers_that_one_lacks_are_kept():
     assert torch.equal(merged["o"].hessian, both["o"].hessian)
     assert merged["q"].total_tokens == 2 * merged["k"].total_tokens
     assert merged.contents.layers["q"].input != merged.contents.layers["k"].input
+
+
+def test_marks_of_weights_are_kept_where_all_agree(caplog):
+    """Of one model, or where only one knows the weights, they stay; those of two models are left out, and said."""
+    model, data = Attention(), batches(4)
+    one = lowbit.calibrate(model, data[:2])
+    two = lowbit.calibrate(copy.deepcopy(model).bfloat16(), [x.bfloat16() for x in data[2:]])
+    unmarked = lowbit.calibrate(model, data)
+    unmarked.contents = unmarked.contents.marked({})
+    other = lowbit.calibrate(Attention(), data)
+    mark = one.contents.layers["q"].weight
+
+    assert len(mark) == 172
+    for files in ([one, two], [unmarked, one], [one, unmarked]):
+        assert Merged(files).contents.layers["q"].weight == mark
+    assert not caplog.records
+    assert Merged([one, other]).contents.layers["q"].weight == ""
+    (record,) = caplog.records
+    assert "are of models with other weights, 4 of 4 layers differ (q, k, v and 1 more)" in record.getMessage()
 
 
 def test_other_shapes_do_not_merge():

@@ -7,9 +7,10 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lowbit.calibration import StatisticsFile
+from lowbit.numerics.weight_marks import mark_of
 from tests.calibration.models import same
 
 FACTORY = """
@@ -221,6 +222,8 @@ def test_an_importance_matrix_is_imported(lowbit, model, tmp_path):
     assert done.code == 0
     with StatisticsFile(tmp_path / "s.safetensors") as file:
         torch.testing.assert_close(file["blocks.0.mlp.up"].hessian, torch.arange(64.0) / 3)
+        weight = load_file(model)["blocks.0.mlp.up.weight"]
+        assert file.contents.layers["blocks.0.mlp.up"].weight == mark_of(weight, (128, 64))
 
 
 def test_an_unwritable_output_ends_with_4(lowbit, factory, tmp_path):
@@ -300,6 +303,10 @@ def test_modulation_needs_no_data(lowbit, tmp_path):
 
     assert done.code == 0
     assert [facts["layers"] for facts in done.json["inputs"].values()] == [[name] for name in shapes]
+    with StatisticsFile(tmp_path / "s.safetensors") as file:
+        tensors = load_file(tmp_path / "wan.safetensors")
+        marks = {name: mark_of(tensors[f"{name}.weight"], shape) for name, shape in shapes.items()}
+        assert {name: layer.weight for name, layer in file.contents.layers.items()} == marks
     assert refused.code == 3
     assert "no time MLP that lowbit knows" in refused.err
     assert not (tmp_path / "t.safetensors").exists()

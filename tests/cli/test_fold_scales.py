@@ -45,6 +45,7 @@ def test_a_plan_lists_the_groups_and_what_each_gains(lowbit, llama, tmp_path):
         "convert", folder, "-o", tmp_path / "out", "--plan", tmp_path / "plan.json", "--stats", stats, "--json"
     )
     assert done.code == 0
+    assert found.json["warnings"] == done.json["warnings"] == []
     assert [{key: fold[key] for key in fold if key != "component"} for fold in done.json["folds"]] == folds
     assert lowbit("verify", folder, tmp_path / "out", "--min-sqnr", "12").code == 0
 

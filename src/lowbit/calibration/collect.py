@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError, StatisticsError
+from lowbit.numerics.weight_marks import mark_of
 
 from .batches import Batch, Split, TokenMask, as_batch
 from .collected import Collected
@@ -121,6 +122,7 @@ class Run:
         chosen = select_linears(model, options.layers)
         self.aliases = aliases(model, chosen, names)
         self.linears = {name: chosen[name] for name in self.aliases}
+        self.marks = {name: mark_of(x.weight, (x.out_features, x.in_features)) for name, x in self.linears.items()}
         self.progress = progress
         self.total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
         self.number = 0  # of the pass
@@ -350,7 +352,7 @@ class Run:
             kind = "full" if self.observer.is_full(seen.k) else "diagonal"
             inputs[key] = InputFacts(seen.k, seen.tokens[0], seen.tokens[1], kind)
         layers = {
-            alias: LayerInput(keys[seen.group], (seen.n, seen.k), self.outputs.get(name, ""))
+            alias: LayerInput(keys[seen.group], (seen.n, seen.k), self.outputs.get(name, ""), self.marks[name])
             for name, seen in watched.items()
             if seen.group
             for alias in self.aliases[name]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowbit.checkpoint.layer_statistics import judging_moments
 from lowbit.errors import StatisticsError
+from lowbit.numerics.weight_marks import same_weight
 from lowbit.solvers.base import Statistics
 
 Field = tuple[torch.dtype, tuple[int, ...]]
@@ -28,12 +29,14 @@ FEW = 1.0  # T/N below which a full second moment is singular and warned about
 class LayerInput:
     """Which input a layer has, by its key, and the shape [N, K] of the layer's weight.
 
-    `output`: the key of the gradient's moments at its output, "" where they are not known.
+    `output`: the key of the gradient's moments at its output, "" where they are not known. `weight`: the mark of the
+    weight that the statistics were taken with (`lowbit.numerics.weight_marks`), "" where that is not known.
     """
 
     input: str
     shape: tuple[int, int]
     output: str = ""
+    weight: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,19 @@ class Contents:
     def outputs(self) -> dict[str, int]:
         """The channels N of the outputs with gradients, by key."""
         return {layer.output: layer.shape[0] for layer in self.layers.values() if layer.output}
+
+    def marked(self, marks: Mapping[str, str]) -> Contents:
+        """The same with the marks of layers' weights."""
+        layers = {name: replace(layer, weight=marks.get(name, "")) for name, layer in self.layers.items()}
+        return replace(self, layers=layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data; marks that are not known are left out, as older files have none."""
+        data = asdict(self)
+        for layer in data["layers"].values():
+            if not layer["weight"]:
+                del layer["weight"]
+        return data
 
     def sharing(self, key: str) -> tuple[str, ...]:
         """The layers that have this input."""
@@ -171,7 +187,7 @@ class StatisticsCollection(Mapping[str, Statistics]):
 
         It is the same for statistics in memory and in the file that they are saved to.
         """
-        digest = hashlib.sha256(json.dumps(asdict(self.contents), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.contents.to_json(), sort_keys=True).encode())
         for key in self.contents.inputs:
             digest.update(digest_of(self.input_vectors(key)))
         for key in self.contents.outputs:
@@ -204,6 +220,22 @@ class StatisticsCollection(Mapping[str, Statistics]):
         raise StatisticsError(
             f"{self.place}: are of another model, {len(unknown) + len(wrong)} of {len(layers)} layers do not fit; "
             f"{'; '.join(lines)}; calibrate this model"
+        )
+
+    def other_weights(self, marks: Mapping[str, str]) -> str:
+        """The warning for a model whose layers have these marks, where some tell of other weights; else "".
+
+        Layers without a mark, here or there, are not compared.
+        """
+        known = {name: layer.weight for name, layer in self.contents.layers.items() if layer.weight}
+        compared = [name for name, mark in marks.items() if mark and name in known]
+        other = [name for name in compared if not same_weight(known[name], marks[name])]
+        if not other:
+            return ""
+        return (
+            f"{self.place}: are of a model with other weights, such as before or after a finetune, or of another "
+            f"version: {len(other)} of {len(compared)} layers compared differ ({some(other)}). What they gain will be "
+            "less than is reported; calibrate this model"
         )
 
     def describe(self) -> dict[str, Any]:

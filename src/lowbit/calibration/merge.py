@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import StatisticsError
+from lowbit.numerics.weight_marks import same_weight
 from lowbit.solvers.base import Statistics
 
 from .accumulate import ROWS_KEPT
-from .collection import BROAD, Contents, Field, InputFacts, LayerInput, StatisticsCollection, digest_of
+from .collection import BROAD, Contents, Field, InputFacts, LayerInput, StatisticsCollection, digest_of, some
 
+_log = logging.getLogger("lowbit")
 _MOMENTS = {"hessian": "tokens", "held_out": "held_out_tokens"}
 
 
@@ -24,6 +27,8 @@ class Merged(StatisticsCollection):
     Second moments and means are averaged by tokens, ranges and histograms joined, and of the kept rows of each as many
     are taken as its tokens are worth. A layer that some lack is taken from the others. Where one has only the diagonal,
     so has the result. What not all have of an input (the ranges, say, when one is an importance matrix) is left out.
+
+    Statistics of models with other weights are merged with a warning, and their marks of weights left out.
 
     Raises `StatisticsError` when a layer's shape differs between them. That two are of the same samples, which then
     count twice, is the caller's affair: `refuse_same_samples`.
@@ -41,19 +46,20 @@ class Merged(StatisticsCollection):
             key = keys.setdefault(parts, str(len(keys)))
             gradients = tuple(self._output_in(collection, name) for collection in collections)
             output = outputs.setdefault(gradients, f"g{len(outputs)}") if any(gradients) else ""
-            layers[name] = LayerInput(key, self._shape_in_all(name), output)
+            layers[name] = LayerInput(key, self._shape_in_all(name), output, self._mark(name))
         self._sources = {key: parts for parts, key in keys.items()}
         self._outputs = {key: parts for parts, key in outputs.items()}
         first = self._collections[0].contents
         options = [collection.contents.options for collection in collections]
         never = [name for collection in collections for name in collection.never_called if name not in layers]
-        self.contents = Contents(
+        contents = Contents(
             first.model,
             layers,
             {key: self._facts(key) for key in self._sources},
             tuple(dict.fromkeys(never)),
             {"merged": options, BROAD: _mostly_broad(self._collections)},
         )
+        self.contents = self._without_disagreed(contents)
 
     @staticmethod
     def _input_in(collection: StatisticsCollection, name: str) -> str | None:
@@ -64,6 +70,32 @@ class Merged(StatisticsCollection):
     def _output_in(collection: StatisticsCollection, name: str) -> str | None:
         layer = collection.contents.layers.get(name)
         return None if layer is None else layer.output or None
+
+    def _mark(self, name: str) -> str:
+        """The mark of a layer's weight; that of the first which knows it."""
+        marks = (other.contents.layers[name].weight for other in self._collections if name in other)
+        return next(filter(None, marks), "")
+
+    def _without_disagreed(self, contents: Contents) -> Contents:
+        """The contents without the marks that not all agree on, with a warning: nobody would notice it later."""
+        marks = {name: layer.weight for name, layer in contents.layers.items()}
+        other = [name for name in marks if any(self._differs(part, name, marks[name]) for part in self._collections)]
+        if not other:
+            return contents
+        _log.warning(
+            "%s: are of models with other weights, %d of %d layers differ (%s); what the result gains will be less "
+            "than is reported; merge statistics of one model",
+            " and ".join(part.place for part in self._collections),
+            len(other),
+            len(marks),
+            some(other),
+        )
+        return contents.marked({name: mark for name, mark in marks.items() if name not in other})
+
+    @staticmethod
+    def _differs(part: StatisticsCollection, name: str, mark: str) -> bool:
+        layer = part.contents.layers.get(name)
+        return layer is not None and bool(layer.weight) and not same_weight(layer.weight, mark)
 
     def _shape_in_all(self, name: str) -> tuple[int, int]:
         shapes = {other.shape(name): other.place for other in self._collections if name in other}

@@ -1,7 +1,8 @@
 """The statistics file: one safetensors file with the tensors of every input and, in its header, which layers have it.
 
 Tensors are named `<input>.<field>`, and those of gradients `<output>.<field>`, with the fields of `Statistics` and
-their dtypes. The header's `lowbit.statistics` is JSON: version, model, layers, inputs, never_called, options.
+their dtypes. The header's `lowbit.statistics` is JSON: version, model, layers, inputs, never_called, options. A
+layer has its input, shape and output, and the mark of its weight where that was at hand.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lowbit.checkpoint.layer_statistics import judging_moments
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.checkpoint.writer import CheckpointWriter
 from lowbit.errors import StatisticsError
+from lowbit.numerics.weight_marks import check_mark
 from lowbit.ops.column_ranges import BINS
 from lowbit.solvers.base import Statistics
 
@@ -161,7 +162,7 @@ def stored_fields(statistics: Statistics) -> dict[str, Tensor]:
 
 def header(contents: Contents) -> dict[str, str]:
     """The metadata of a statistics file."""
-    return {KEY: json.dumps({"version": VERSION, **asdict(contents)}, separators=(",", ":"))}
+    return {KEY: json.dumps({"version": VERSION, **contents.to_json()}, separators=(",", ":"))}
 
 
 def _parse(file: SafetensorsFile) -> Contents:
@@ -199,7 +200,9 @@ def parse_contents(data: Mapping[str, Any]) -> Contents:
         n, k = layer["shape"]
         if inputs[layer["input"]].k != k:
             raise ValueError(f"{name}: K = {k}, its input has {inputs[layer['input']].k}")
-        layers[name] = LayerInput(layer["input"], (n, k), str(layer.get("output", "")))
+        layers[name] = LayerInput(layer["input"], (n, k), str(layer.get("output", "")), str(layer.get("weight", "")))
+        if layers[name].weight:
+            check_mark(layers[name].weight, n * k)
         first = outputs.setdefault(layers[name].output, n)
         if layers[name].output and first != n:
             raise ValueError(f"{name}: N = {n}, its output has {first}")

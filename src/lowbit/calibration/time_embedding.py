@@ -27,6 +27,7 @@ from lowbit.solvers.base import Statistics
 from .accumulate import Accumulator
 from .collected import Collected
 from .collection import Contents, InputFacts, LayerInput
+from .source_weights import source_marks
 
 STEPS = 1000
 GUIDANCE = 4.0  # FLUX.2's default
@@ -167,7 +168,8 @@ def _collect(
         found[key] = _counted(made.finish())
         facts[key] = InputFacts(x.shape[1], found[key].tokens, found[key].held_out_tokens, "full")
     model = f"{source.place.name}, modulation over all timesteps"
-    return Collected(Contents(model, layers, facts, (), options), found)
+    marks = source_marks(source, {name: layer.shape for name, layer in layers.items()})
+    return Collected(Contents(model, layers, facts, (), options).marked(marks), found)
 
 
 def _counted(statistics: Statistics) -> Statistics:

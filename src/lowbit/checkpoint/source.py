@@ -7,7 +7,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,6 +128,12 @@ class Source:
         if self._places_of(component, key) is not None:
             return self.read(component, key)[start:stop]
         return self._rescaled(component, key, self._locate(component, key).read_rows(key, start, stop), start)
+
+    def read_elements(self, component: Component, key: str, places: Sequence[int]) -> torch.Tensor:
+        """Return the elements of a tensor at these indices of it, flattened; otherwise as `read`."""
+        if (component.name, key) in self._places or (component.name, key) in self._rescalings:
+            return self.read(component, key).flatten()[list(places)]
+        return self._locate(component, key).read_elements(key, places)
 
     def reorder(self, component: Component, key: str, places: torch.Tensor) -> None:
         """From now on `read` gives the values of a tensor in another order along dimension 0: value i is places[i]."""

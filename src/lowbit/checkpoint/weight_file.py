@@ -7,6 +7,7 @@ import math
 import os
 import stat
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -116,11 +117,20 @@ class WeightFile(ABC):
         info = self._info(name)
         if len(info.shape) != 2 or info.shape[0] != info.shape[1]:
             raise CheckpointError(f"{self.path}: tensor {name!r} of shape {list(info.shape)} is no square matrix")
-        n, size = info.shape[0], info.dtype.itemsize
-        found = torch.empty(n, dtype=info.dtype)
+        n = info.shape[0]
+        return self.read_elements(name, range(0, n * n, n + 1))
+
+    def read_elements(self, name: str, places: Sequence[int]) -> torch.Tensor:
+        """Return the elements of a tensor at these indices of its data, [len(places)], and read nothing else of it.
+
+        Errors as `read`; indices are the caller's affair.
+        """
+        info = self._info(name)
+        size = info.dtype.itemsize
+        found = torch.empty(len(places), dtype=info.dtype)
         view = byte_view(found)
-        for index in range(n):
-            self._fill(view[index * size : (index + 1) * size], info.start + index * (n + 1) * size, f"tensor {name!r}")
+        for index, place in enumerate(places):
+            self._fill(view[index * size : (index + 1) * size], info.start + place * size, f"tensor {name!r}")
         return found
 
     def read_bytes(self, name: str) -> bytes:

@@ -17,6 +17,7 @@ from lowbit.calibration.imatrix import import_imatrix
 from lowbit.calibration.merge import Merged, refuse_same_samples
 from lowbit.calibration.names import checkpoint_names, layer_shapes
 from lowbit.calibration.options import as_bytes
+from lowbit.calibration.source_weights import source_marks
 from lowbit.calibration.time_embedding import GUIDANCE, modulation_statistics
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.target import check_file_target, refuse_inputs
@@ -301,7 +302,9 @@ def _from_factory(checkpoint: Path | None, spec: str, wishes: _Wishes) -> Statis
 
 def _imported(checkpoint: Path, imatrix: Path, output: Path) -> StatisticsFile:
     with open_source(checkpoint) as source:
-        found = import_imatrix(imatrix, layer_shapes(source), f"{checkpoint.name} by {imatrix.name}")
+        shapes = layer_shapes(source)
+        found = import_imatrix(imatrix, shapes, f"{checkpoint.name} by {imatrix.name}")
+        found.contents = found.contents.marked(source_marks(source, {name: shapes[name] for name in found.layers}))
     return StatisticsFile(save_statistics(found, output))
 
 

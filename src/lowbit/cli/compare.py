@@ -22,6 +22,7 @@ from lowbit.cli.beside import check_beside
 from lowbit.cli.compare_page import compare_page
 from lowbit.cli.compare_tables import show_layers, show_rest, show_runs
 from lowbit.cli.given import refuse_idle
+from lowbit.cli.known import tell_other_weights
 from lowbit.cli.output import Exit, asking, command, decibels, epilog, print_json, progress, stderr
 from lowbit.errors import PlanError
 from lowbit.integrations.compare_models import SAMPLES, Step, evaluate_folder, evaluate_module
@@ -114,6 +115,7 @@ def compare(
         reference = stack.enter_context(open_source(ref))
         sources = [stack.enter_context(open_source(path)) for path in candidates]
         statistics = _statistics(stack, stats, reference)
+        warnings = tell_other_weights(reference, statistics)
         with progress("comparing") as update:
             found = compare_layers(
                 reference,
@@ -131,7 +133,7 @@ def compare(
     if html is not None:
         write_compare(html, compare_page(found, runs, problems, " ".join(["lowbit", *map(shlex.quote, sys.argv[1:])])))
     if as_json:
-        print_json(_json(found, runs, problems))
+        print_json({**_json(found, runs, problems), "warnings": warnings})
     else:
         show_layers(found, worst)
         if runs:

@@ -21,7 +21,7 @@ from lowbit.checkpoint.target import check_target, is_single
 from lowbit.cli import options
 from lowbit.cli.beside import check_beside
 from lowbit.cli.given import refuse_idle
-from lowbit.cli.known import statistics_of
+from lowbit.cli.known import statistics_of, tell_other_weights
 from lowbit.cli.output import command, decibels, epilog, print_json, progress, say, show, size, table
 from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, show_folds, summarize
 from lowbit.report import ConversionPage, KeptGroup, LayerRow, write_conversion
@@ -122,6 +122,7 @@ def convert(
         if error_lora is not None:
             check_error_lora(source, error_lora, lora_rank)
             check_beside(error_lora, read=read, others=(output,))
+        warnings = tell_other_weights(source, known)
         made = plan_for(source, wishes, plan, known, jobs)
         if not as_json:
             show_folds(made)
@@ -147,7 +148,7 @@ def convert(
     if as_json:
         more = {"plan": plan_totals(made), "report": None if report is None else str(report)}
         loras = {"error_lora": [vars(layer) for layer in corrected], "error_lora_left_out": left_out}
-        print_json({**done.to_json(), **more, **loras})
+        print_json({**done.to_json(), **more, **loras, "warnings": warnings})
     else:
         _show(done, report)
         _show_lora(corrected, left_out, error_lora)

@@ -13,7 +13,7 @@ from lowbit.checkpoint.gguf_names import ARCHITECTURES
 from lowbit.checkpoint.plan_data import Plan
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
-from lowbit.cli.known import statistics_of
+from lowbit.cli.known import statistics_of, tell_other_weights
 from lowbit.cli.output import asking, command, epilog, print_json, say, size
 from lowbit.errors import PlanError
 
@@ -64,6 +64,7 @@ def export(
             raise PlanError(f"--type {kind!r} is unknown; choose one of {', '.join(TYPES)}")
     chosen = kind if plan is None else Plan.load(plan)
     with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
+        warnings = tell_other_weights(source, known)
         done = export_gguf(
             source,
             output,
@@ -74,7 +75,7 @@ def export(
             component=component,
         )
     if as_json:
-        print_json({**vars(done), "target": str(done.target), "notes": list(done.notes)})
+        print_json({**vars(done), "target": str(done.target), "notes": list(done.notes), "warnings": warnings})
         return
     for note in done.notes:
         say(f"note: {note}", "yellow")

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lowbit.calibration import StatisticsFile
+from lowbit.calibration import StatisticsCollection, StatisticsFile
 from lowbit.calibration.names import layer_shapes
+from lowbit.calibration.source_weights import other_weights
 from lowbit.checkpoint.fold_check import check_norms
 from lowbit.checkpoint.layer_statistics import LayerStatistics
 from lowbit.checkpoint.source import Source
+from lowbit.cli.output import warn
 
 
 @contextmanager
@@ -26,3 +28,11 @@ def statistics_of(source: Source, file: Path | None) -> Iterator[LayerStatistics
         found.check(layer_shapes(source))
         check_norms(source, found, str(file))
         yield found
+
+
+def tell_other_weights(source: Source, statistics: LayerStatistics | None) -> list[str]:
+    """Warn of statistics that were taken with other weights than this source's; the warnings, for --json."""
+    found = other_weights(source, statistics) if isinstance(statistics, StatisticsCollection) else ""
+    if found:
+        warn(found)
+    return [found] if found else []

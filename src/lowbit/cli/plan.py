@@ -13,7 +13,7 @@ from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
 from lowbit.cli.beside import check_beside
 from lowbit.cli.budgeting import Target, mixed_data, show_mixed
-from lowbit.cli.known import statistics_of
+from lowbit.cli.known import statistics_of, tell_other_weights
 from lowbit.cli.output import asking, command, epilog, print_json, say
 from lowbit.cli.planning import Wishes, plan_for, plan_totals, show_folds, show_plan, with_folds
 from lowbit.errors import PlanError
@@ -120,6 +120,7 @@ def plan(
     check_beside(output, read=(*read, sensitivities))
     check_beside(sensitivities, read=read)
     with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
+        warnings = tell_other_weights(source, known)
         if target_size is None and target_sqnr is None:
             made = plan_for(source, wishes, None, known, jobs)
         else:
@@ -129,7 +130,7 @@ def plan(
         made.save(output)
     if as_json:
         more = {} if mixed is None else {"mixed": mixed_data(mixed, target.note(mixed))}
-        print_json({**made.to_json(), "totals": plan_totals(made), **more})
+        print_json({**made.to_json(), "totals": plan_totals(made), **more, "warnings": warnings})
         return
     if mixed is None:
         show_plan(made)
