@@ -272,6 +272,24 @@ def test_sensitive_layers_stay_as_convert_keeps_them(tmp_path, prefix):
         export(tmp_path / "in.safetensors", tmp_path / "no.gguf", "Q4_K", preset="fluks")
 
 
+def test_five_axes_are_noted_beside_four(tmp_path):
+    """A kernel over time has more axes than ggml: its shape is where ComfyUI-GGUF and our own reader look for it."""
+    tensors = {"conv.weight": torch.rand(8, 4, 1, 2, 2).half(), "a.weight": outlier_weight(8, 64)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    export(tmp_path / "in.safetensors", tmp_path / "out.gguf", "Q8_0", architecture="wan")
+
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    noted = reader.fields["comfy.gguf.orig_shape.conv.weight"]
+    assert noted.contents() == [8, 4, 1, 2, 2]
+    assert noted.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32]
+    assert next(list(t.shape) for t in reader.tensors if t.name == "conv.weight") == [2, 2, 1, 32]
+    with open_source(tmp_path / "out.gguf") as source:
+        assert torch.equal(source.read("", "conv.weight"), tensors["conv.weight"])
+    export(tmp_path / "out.gguf", tmp_path / "again.gguf", "keep")
+    with open_source(tmp_path / "again.gguf") as source:
+        assert torch.equal(source.read("", "conv.weight"), tensors["conv.weight"])
+
+
 def test_names_lose_the_prefix_of_a_checkpoint(tmp_path):
     """Those of an image model are what ComfyUI-GGUF looks for, and compare with the source; beside others they stay."""
     prefix = "model.diffusion_model."
