@@ -75,7 +75,10 @@ def _renamed(output: Source, file: GgufFile, back: dict[str, str], naming: Namin
     component = output.components[0]
     component = replace(component, files=dict.fromkeys(component.files, view), tensors=view.tensors)
     made = Source(output.root, output.kind, [component], FolderContents(), output.dialect)
-    for key in naming.heads:
-        if key in view.tensors and (order := naming.order(key, view.tensors[key].shape[0])) is not None:
+    for key, heads in naming.heads.items():
+        rows = view.tensors[key].shape[0] if key in view.tensors else 0
+        if rows and rows % (2 * heads) == 0:  # else it is of another model, which comparing the shapes tells
+            order = naming.order(key, rows)
+            assert order is not None
             made.reorder(component, key, order.argsort())
     return made
