@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lowbit.checkpoint.compare import compare
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.export_gguf import export_gguf
 from lowbit.checkpoint.layer_statistics import InMemory
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
+from lowbit.checkpoint.verify import verify
 from lowbit.errors import CheckpointError, DependencyError, PlanError, WeightError, WriteError
 from lowbit.formats import parse_spec
 from lowbit.ops.encode import encode, encode_searched
@@ -237,6 +239,158 @@ def test_a_plan_chooses_types_and_solvers(path, tmp_path):
     assert report.types["a.weight"] == "Q4_0"
     assert report.types["bank.weight"] == "F32"
     assert loss < plain_loss
+
+
+def image_model(prefix=""):
+    """FLUX.1's names, enough of them to be recognized."""
+    names = ("img_in", "final_layer.linear", "double_blocks.0.img_mod.lin", "single_blocks.0.linear1")
+    tensors = {f"{name}.weight": outlier_weight(16, 256, seed=i).bfloat16() for i, name in enumerate(names)}
+    tensors["double_blocks.0.img_attn.norm.key_norm.scale"] = torch.rand(64).bfloat16()
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_sensitive_layers_stay_as_convert_keeps_them(tmp_path, prefix):
+    """The family's preset keeps the same plain weights that a plan keeps; with "none" they are quantized."""
+    save_file(image_model(prefix), tmp_path / "in.safetensors")
+    with open_source(tmp_path / "in.safetensors") as source:
+        (planned,) = make_plan(source, "gguf(type=Q4_K)").components
+    report = export(tmp_path / "in.safetensors", tmp_path / "out.gguf", "Q4_K", architecture="flux")
+    bare = export(tmp_path / "in.safetensors", tmp_path / "bare.gguf", "Q4_K", architecture="flux", preset="none")
+
+    assert (report.preset, report.preset_why) == (planned.preset, planned.preset_why)
+    assert report.preset == "flux"
+    assert report.kept == {
+        tensor.layer: tensor.why for tensor in planned.tensors if tensor.action == "keep" and len(tensor.shape) == 2
+    }
+    assert {layer.removeprefix(prefix) for layer in report.kept} == {"img_in", "final_layer.linear"}
+    assert {report.types[f"{layer.removeprefix(prefix)}.weight"] for layer in report.kept} == {"BF16"}
+    assert list(report.types.values()).count("Q4_K") == 2
+    assert list(bare.types.values()).count("Q4_K") == 4
+    assert bare.kept == {}
+    with pytest.raises(PlanError, match="'fluks'"):
+        export(tmp_path / "in.safetensors", tmp_path / "no.gguf", "Q4_K", preset="fluks")
+
+
+def test_five_axes_are_noted_beside_four(tmp_path):
+    """A kernel over time has more axes than ggml: its shape is where ComfyUI-GGUF and our own reader look for it."""
+    tensors = {"conv.weight": torch.rand(8, 4, 1, 2, 2).half(), "a.weight": outlier_weight(8, 64)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    export(tmp_path / "in.safetensors", tmp_path / "out.gguf", "Q8_0", architecture="wan")
+
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    noted = reader.fields["comfy.gguf.orig_shape.conv.weight"]
+    assert noted.contents() == [8, 4, 1, 2, 2]
+    assert noted.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32]
+    assert next(list(t.shape) for t in reader.tensors if t.name == "conv.weight") == [2, 2, 1, 32]
+    with open_source(tmp_path / "out.gguf") as source:
+        assert torch.equal(source.read("", "conv.weight"), tensors["conv.weight"])
+    export(tmp_path / "out.gguf", tmp_path / "again.gguf", "keep")
+    with open_source(tmp_path / "again.gguf") as source:
+        assert torch.equal(source.read("", "conv.weight"), tensors["conv.weight"])
+
+
+def test_names_lose_the_prefix_of_a_checkpoint(tmp_path):
+    """Those of an image model are what ComfyUI-GGUF looks for, and compare with the source; beside others they stay."""
+    prefix = "model.diffusion_model."
+    save_file(image_model(prefix), tmp_path / "in.safetensors")
+    report = export(tmp_path / "in.safetensors", tmp_path / "out.gguf", "Q4_K", architecture="flux")
+
+    assert set(report.types) == set(image_model())
+    assert report.notes == (f"names are written without {prefix!r}, as ComfyUI-GGUF looks for them",)
+    with open_source(tmp_path / "in.safetensors") as source, open_source(tmp_path / "out.gguf") as output:
+        result = verify(source, output)
+        assert (len(result.layers), result.identical, result.problems, result.unmatched) == (2, 3, (), 0)
+        assert all(layer.name.startswith(prefix) and layer.passes(20) for layer in result.layers)
+
+    several = {**image_model(prefix), "vae.encoder.weight": torch.rand(8, 64), f"{prefix}{'x' * 50}": torch.rand(4)}
+    save_file(several, tmp_path / "several.safetensors")
+    with pytest.raises(CheckpointError, match=r"63 bytes.*'vae\.encoder\.weight'.*without them, or give a plan"):
+        export(tmp_path / "several.safetensors", tmp_path / "no.gguf", "Q4_K")
+    with open_source(tmp_path / "several.safetensors") as source:
+        plan = make_plan(source, "gguf(type=Q4_K)")
+        (part,) = plan.components
+        tensors = tuple(replace(t, action="drop") if t.key.startswith("vae.") else t for t in part.tensors)
+        plan = replace(plan, components=(replace(part, tensors=tensors),))
+        report = export_gguf(source, tmp_path / "several.gguf", plan)
+    assert set(report.types) == {*image_model(), "x" * 50}
+
+
+def test_a_file_that_llama_cpp_cannot_load_is_warned_of(path, tmp_path):
+    """Missing hyperparameters, tokenizers, architectures and names are said; a complete file is not warned of."""
+    prefix, folder = "model.layers.0.mlp", tmp_path / "model"
+    folder.mkdir()
+    save_file({f"{prefix}.up_proj.weight": outlier_weight(8, 64)}, folder / "model.safetensors")
+    (warning,) = export(folder, tmp_path / "qwen.gguf", architecture="qwen2").warnings
+    assert "hyperparameters and the tokenizer are missing (qwen2.context_length, " in warning
+    assert "convert_hf_to_gguf.py" in warning
+    (warning,) = export(folder, tmp_path / "bare.gguf").warnings
+    assert "no general.architecture is written" in warning
+    (warning,) = export(folder, tmp_path / "gemma.gguf", architecture="gemma3").warnings
+    assert "names stay those of the source" in warning
+    assert export(path, tmp_path / "flux.gguf", architecture="flux").warnings == ()
+
+    names = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count")
+    fields = {f"qwen2.{name}": 1 for name in names} | {"qwen2.attention.layer_norm_rms_epsilon": 1e-5}
+    report = export(folder, tmp_path / "some.gguf", "F16", architecture="qwen2", metadata=fields)
+    assert "the tokenizer are missing (tokenizer.ggml.model, tokenizer.ggml.tokens)" in report.warnings[0]
+    fields |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}
+    fields["qwen2.attention.layer_norm_rms_epsilon"] = 2.0**-20
+    export(folder, tmp_path / "f16.gguf", "F16", architecture="qwen2", metadata=fields)
+    report = export(tmp_path / "f16.gguf", tmp_path / "q8_0.gguf", "Q8_0")
+    assert (report.warnings, report.types) == ((), {"blk.0.ffn_up.weight": "Q8_0"})
+    kept = gguf.GGUFReader(tmp_path / "q8_0.gguf").fields
+    assert {name: kept[name].contents() for name in fields} == fields
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("llama", "Q8_0"), ("qwen2", "Q8_0"), ("llama", "BF16")])
+def test_translated_names_are_compared_with_the_source(tmp_path, architecture, kind):
+    """`verify` and `compare` find each layer under its name in the source, queries and keys in the source's order."""
+    folder, prefix = tmp_path / "model", "model.layers.0.self_attn"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 4, "num_key_value_heads": 2}))
+    weights = {f"{prefix}.q_proj": (64, 64), f"{prefix}.k_proj": (32, 64), "model.layers.0.mlp.down_proj": (64, 128)}
+    tensors = {f"{name}.weight": outlier_weight(*shape).bfloat16() for name, shape in weights.items()}
+    tensors |= {f"{prefix}.q_proj.bias": torch.rand(64).bfloat16(), "model.norm.weight": torch.rand(64).bfloat16()}
+    save_file(tensors, folder / "model.safetensors")
+    export(folder, tmp_path / "out.gguf", kind, architecture=architecture)
+
+    with open_source(folder) as source, open_source(tmp_path / "out.gguf") as output:
+        result, (candidate,) = verify(source, output), compare(source, [output]).candidates
+    coded = kind == "Q8_0"
+    assert (result.problems, result.unmatched, result.identical) == ((), 0, 2 if coded else 5)
+    assert {layer.name for layer in result.layers} == (set(weights) if coded else set())
+    assert all(layer.passes(40) for layer in result.layers)
+    assert {layer.name for layer in candidate.layers} == set(weights)
+    assert (candidate.changed, candidate.biases) == ((), ())
+    assert all(layer.sqnr > 40 for layer in candidate.layers)
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 48, "num_key_value_heads": 24}))
+    with open_source(folder) as source, open_source(tmp_path / "out.gguf") as output:
+        assert len(verify(source, output).layers) == len(result.layers)  # heads of another model are no crash
+
+
+def test_four_bit_floats_have_their_scales_under_translated_names(tmp_path):
+    """The scale beside NVFP4 blocks goes with its layer."""
+    name = "model.layers.0.mlp.up_proj"
+    save_file({f"{name}.weight": outlier_weight(64, 64)}, tmp_path / "in.safetensors")
+    with open_source(tmp_path / "in.safetensors") as source:
+        convert(source, tmp_path / "q.safetensors", make_plan(source, "nvfp4", preset="none", solver="rtn"))
+    export(tmp_path / "q.safetensors", tmp_path / "out.gguf", "keep", architecture="qwen2")
+    with open_source(tmp_path / "in.safetensors") as source, open_source(tmp_path / "out.gguf") as output:
+        result = verify(source, output)
+    assert [(layer.name, layer.passes(15)) for layer in result.layers] == [(name, True)]
+    assert result.problems == ()
+
+
+def test_names_that_nobody_knows_are_one_problem(path, tmp_path):
+    """A file of which no name is the source's is not said to hold nothing quantized."""
+    write_file(tmp_path / "other.gguf", {f"blk.{i}.ffn_up.weight": ("Q8_0", blocks("Q8_0", 4, 64)) for i in (0, 1)})
+    with open_source(path) as source, open_source(tmp_path / "other.gguf") as output:
+        result = verify(source, output)
+        with pytest.raises(CheckpointError, match=r"has no layer of .* by its name"):
+            compare(source, [output])
+    assert (len(result.problems), result.unmatched, result.layers) == (1, 2, ())
+    assert "no tensor has the name of one of the source ('blk.0.ffn_up.weight' here" in result.problems[0]
 
 
 def test_names_of_llama_cpp(tmp_path):

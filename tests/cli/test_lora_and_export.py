@@ -79,6 +79,55 @@ def test_a_checkpoint_is_exported_and_read_again(lowbit, tmp_path):
     assert (back["blocks.0.mlp.up.weight"].float() - w).norm() < 0.02 * w.norm()
 
 
+def test_export_says_what_is_kept_and_what_is_missing(lowbit, tmp_path):
+    """The preset's layers with their reasons, as `convert` says them, and a warning on stderr and in the JSON."""
+    pytest.importorskip("gguf")
+    weights = {name: torch.randn(64, 64) for name in ("img_in", "final_layer.linear", "blocks.0.up", "blocks.1.up")}
+    model = tmp_path / "m.safetensors"
+    save_file({f"{name}.weight": weight.bfloat16() for name, weight in weights.items()}, model)
+    planned = lowbit("plan", model, "-f", "gguf(type=Q8_0)")
+    done = lowbit("export", model, "-o", tmp_path / "m.gguf")
+    assert done.code == 0, done.err
+    said = "preset generic: no model family is recognized by the names of the tensors"
+    assert said in done.out
+    assert said in planned.out
+    assert "It looks like the way into the model" in done.out
+    assert "2 Q8_0, 2 BF16" in done.out
+    assert "no general.architecture is written" in done.err
+    done = lowbit("export", model, "-o", tmp_path / "m.gguf", "--preset", "none", "--json")
+    assert done.json["kept"] == {}
+    assert "--architecture NAME" in done.json["warnings"][0]
+    assert set(done.json["types"].values()) == {"Q8_0"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--preset", "fluks"), "fluks"),
+        (("--preset", "none", "--type", "F16"), "--type F16 quantizes nothing"),
+        (("--preset", "none", "--plan", "plan.json"), "is said by the plan file already"),
+    ],
+)
+def test_a_preset_that_changes_nothing_is_a_wrong_option(lowbit, tmp_path, options, said):
+    """An unknown one, and one beside a type or plan that leaves it no say."""
+    done = lowbit("export", tiny_model(tmp_path / "m.safetensors"), "-o", tmp_path / "m.gguf", *options)
+    assert (done.code, (tmp_path / "m.gguf").exists()) == (2, False)
+    assert said in done.err
+
+
+def test_verify_does_not_say_that_a_file_of_other_names_is_plain(lowbit, tmp_path):
+    """Quantized layers under names that the source does not have are counted."""
+    pytest.importorskip("gguf")
+    model = tiny_model(tmp_path / "m.safetensors")
+    save_file({f"other.{name}": tensor for name, tensor in load_file(model).items()}, tmp_path / "o.safetensors")
+    assert lowbit("export", tmp_path / "o.safetensors", "-o", tmp_path / "o.gguf").code == 0
+    done = lowbit("verify", model, tmp_path / "o.gguf")
+    assert done.code == 1
+    assert done.out.count("problem: ") == 1
+    assert "quantized layers of OUT not compared: SRC has none of their names" in done.out
+    assert "nothing in OUT is quantized" not in done.out
+
+
 def test_an_unknown_type_is_a_wrong_option(lowbit, tmp_path):
     """The types that can be written are named."""
     model = tiny_model(tmp_path / "m.safetensors")

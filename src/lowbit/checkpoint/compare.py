@@ -21,6 +21,7 @@ from .comparison import Comparison, LayerComparison
 from .dialects import StoredLayer
 from .dialects.base import join_key
 from .folding import folded_like, is_folded, paired
+from .gguf_renamed import keeps_values, under_names_of
 from .pipeline import Progress, Unit, run_units
 from .quantized_source import QuantizedComponent
 from .source import Source
@@ -54,6 +55,7 @@ def compare(
             of another model.
         PartsError, WeightError: a layer cannot be decoded, a weight of the reference is not finite.
     """
+    candidates = [under_names_of(reference, source) for source in candidates]
     labels = [str(source.place) for source in candidates] if names is None else list(names)
     compared = partial(_compare, rtn=rtn, histograms=histograms, jobs=jobs, progress=progress)
     if not any(map(is_folded, candidates)):
@@ -276,16 +278,16 @@ class _Work:
 
 
 def _difference(held: QuantizedComponent, made: QuantizedComponent, key: str) -> str:
-    """How a plain tensor differs, in words; "" when every byte is the same."""
+    """How a plain tensor differs, in words; "" when every byte is the same, or every value in GGUF's wider dtype."""
     before, after = held.specs[key], made.specs[key]
     if before.shape != after.shape:
         return f"has shape {list(after.shape)} for {list(before.shape)}"
-    meter, same = AccuracyMeter(), before == after
+    meter, same = AccuracyMeter(), before == after or keeps_values(held, made, key)
     rows = after.shape[0] if after.shape else 1
     columns = max(1, torch.Size(after.shape).numel() // max(rows, 1))
     for start, stop in row_chunks(rows, columns, elements=_PIECE):
         a, b = (_rows(x, key, start, stop).reshape(stop - start, columns) for x in (held, made))
-        same = same and _same_bytes(a, b)
+        same = same and _same_bytes(a.to(b.dtype), b)
         meter.add(a.float(), b.to(torch.float32, copy=True))
     if same:
         return ""

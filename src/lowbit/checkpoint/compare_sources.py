@@ -90,8 +90,8 @@ class Candidate:
             self._check_others(held[name], content, axes[name])
         if not self._common and (missing := (*self.absent.missing_layers, *self.absent.dropped)):
             raise CheckpointError(
-                f"{source.place}: lacks {_some(missing)}: has no layer of {reference.place}; compare a checkpoint with "
-                "the one it was made from"
+                f"{source.place}: lacks {_some(missing)}: has no layer of {reference.place} by its name; compare a "
+                "checkpoint with the one it was made from, under the same names"
             )
         self.order: list[str] = []
 

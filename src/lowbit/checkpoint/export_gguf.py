@@ -1,7 +1,8 @@
 """Writing a model as one GGUF file, through the gguf package: in blocks of one type, or as a plan says.
 
 Weights are made into blocks one at a time. The file appears in one step, when it is complete. What runs it wants more
-than tensors: hyperparameters and a vocabulary go in as `metadata`, or come with a source that is a GGUF file itself.
+than tensors: hyperparameters and a vocabulary go in as `metadata`, or come with a source that is a GGUF file itself. A
+warning says what is missing.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import util
 from pathlib import Path
@@ -28,11 +29,14 @@ from lowbit.solvers.solve import solve
 
 from .dialects import StoredLayer, TensorSpec
 from .dialects.base import join_key, layer_of
+from .export_gguf_warnings import lacking
 from .gguf_file import GgufFile
-from .gguf_names import ARCHITECTURES, Naming, name_tensors
+from .gguf_names import ARCHITECTURES, Naming, model_prefix, name_as_llama_cpp
 from .gguf_writer import FLOATS, PLAIN, Entry, as_bytes, write_gguf
 from .layer_statistics import LayerStatistics
+from .plan import choose_preset
 from .plan_data import Plan, TensorPlan
+from .presets import BoundPreset
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
 from .target import check_file_target
@@ -45,12 +49,20 @@ _MAX_NAME = 63  # bytes; ggml keeps names in 64
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written: the file, the type of every tensor by its name there, the file's bytes, and what to know."""
+    """What was written: the file, the type of every tensor by its name there, the file's bytes, and what to know.
+
+    `preset`: the model family whose sensitive layers stayed, "" where nothing was asked, and `preset_why`, why that.
+    `kept`: these layers by their names in the source, each with the reason. `warnings`: why no program may load it.
+    """
 
     target: Path
     types: dict[str, str]
     bytes: int
     notes: tuple[str, ...] = ()
+    preset: str = ""
+    preset_why: str = ""
+    kept: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def export_gguf(
@@ -63,26 +75,30 @@ def export_gguf(
     requantize: bool = False,
     statistics: LayerStatistics | None = None,
     component: str | None = None,
+    preset: str = "auto",
 ) -> ExportReport:
     """Write a model of `source` as the GGUF file `target`.
 
     types: one of `TYPES` for all weights of two axes and more ("keep": all as they are), by the solver "auto": of less
         error than by ggml's own encoder, whose bytes "rtn" in a plan gives for Q4_0 to Q8_0 and MXFP4. Rows that such
         blocks do not divide get a type of blocks of 32 columns with about as many bits; those that 32 does not divide
-        keep their dtype. Or a plan whose formats are `gguf(type=...)`, with its solvers. Other tensors keep their
-        dtype, but vectors become F32, as llama.cpp wants them.
+        keep their dtype, and so do plain weights that the preset keeps. Or a plan whose formats are `gguf(type=...)`,
+        with its solvers. Other tensors keep their dtype, but vectors become F32, as llama.cpp wants them.
     architecture: written as general.architecture. For one in `gguf_names.ARCHITECTURES`, the tensors of a transformers
-        model get llama.cpp's names and order of rows. Of a source that is a GGUF file, names and fields are kept.
+        model get llama.cpp's names and order of rows; for others, those of an image model lose the prefix that they
+        have in a checkpoint ("model.diffusion_model."). Of a source that is a GGUF file, names and fields are kept.
     metadata: further fields, name -> text, flag, whole number, number or list of these.
     requantize: let weights that are quantized in another format be decoded and quantized again. Blocks of GGUF that
         stay in their type are copied bit for bit, also those that can only be read; mxfp4 becomes MXFP4, and with
         "keep" nvfp4 becomes NVFP4, with the codes that there are.
     statistics: for the solvers. component: which model, where the source has several.
+    preset: as in `make_plan`, the model family whose sensitive layers stay in 16 bits; of no matter with a plan.
 
     Raises:
         DependencyError: the package gguf is missing.
         CheckpointError: quantized weights without `requantize`, a tensor that the file cannot hold, an unsound source.
-        WriteError: the target cannot be written. PlanError: a plan of other formats. WeightError: NaN in a weight.
+        WriteError: the target cannot be written. PlanError: a plan of other formats, an unknown preset.
+        WeightError: NaN in a weight.
     """
     if util.find_spec("gguf") is None:
         raise DependencyError("writing GGUF files needs the package gguf: pip install gguf")
@@ -93,15 +109,18 @@ def export_gguf(
     chosen = _only_component(source, component)
     held = look_for_layers(source, source.component(chosen))
     file = next(iter(held.component.files.values()))
-    naming = Naming({}, {})
-    if architecture in ARCHITECTURES and not isinstance(file, GgufFile):
-        keys = [join_key(layer, "weight") for layer in held.layers] + held.found.plain
-        naming = name_tensors(keys, architecture, held.configs.get("config.json", {}), held.where)
-    work = _Export(held, types, naming, requantize, statistics)
+    family, why, bound = "", "", None
+    if isinstance(types, str) and types in WRITABLE:
+        keys = list(held.component.tensors)
+        found, why = choose_preset(preset, keys)
+        family, bound = found.name, found.bind(keys) if preset != "none" else None
+    work = _Export(held, types, architecture, requantize, statistics, bound)
     entries = work.entries()
     fields = {**_file_type(types), **(metadata or {})}
     write_gguf(target, entries, architecture, fields, file.path if isinstance(file, GgufFile) else None)
-    return ExportReport(target, {entry.name: entry.kind for entry in entries}, target.stat().st_size, tuple(work.notes))
+    names = {entry.name: entry.kind for entry in entries}
+    warnings = tuple(lacking(file, architecture, fields, str(target)))
+    return ExportReport(target, names, target.stat().st_size, tuple(work.notes), family, why, work.kept, warnings)
 
 
 class _Export:
@@ -111,17 +130,36 @@ class _Export:
         self,
         held: QuantizedComponent,
         types: str | Plan,
-        naming: Naming,
+        architecture: str,
         requantize: bool,
         statistics: LayerStatistics | None,
+        preset: BoundPreset | None,
     ) -> None:
-        self._held, self._types, self._naming = held, types, naming
+        self._held, self._types, self._preset = held, types, preset
         self._requantize, self._statistics = requantize, statistics
         self._planned: dict[str, TensorPlan] = {}
         if isinstance(types, Plan):
             types.check_against(held.source)
             self._planned = {tensor.key: tensor for tensor in types.component(held.component.name).tensors}
         self.notes: list[str] = []
+        self.kept: dict[str, str] = {}
+        self._prefix = ""  # that names have in the source and not in the file
+        self._naming = self._names(architecture)
+
+    def _names(self, architecture: str) -> Naming:
+        """The names in the file. An image model among others (a checkpoint with its autoencoder) keeps its prefix."""
+        held = self._held
+        if architecture in ARCHITECTURES:
+            return name_as_llama_cpp(held, architecture)
+        keys = [join_key(layer, "weight") for layer in held.layers] + held.found.plain
+        keys = [key for key in keys if key not in self._planned or self._planned[key].action != "drop"]
+        if any(isinstance(file, GgufFile) for file in held.component.files.values()):
+            return Naming({}, {})
+        self._prefix = model_prefix(keys)
+        if not self._prefix or not all(key.startswith(self._prefix) for key in keys):
+            return Naming({}, {})
+        self.notes.append(f"names are written without {self._prefix!r}, as ComfyUI-GGUF looks for them")
+        return Naming({key: key.removeprefix(self._prefix) for key in keys}, {})
 
     def entries(self) -> list[Entry]:
         """Every tensor of the file, in the order of the source's data."""
@@ -139,12 +177,24 @@ class _Export:
         for name in names:
             if len(name.encode()) > _MAX_NAME:
                 raise CheckpointError(
-                    f"{self._held.where}: the name {name!r} is longer than the {_MAX_NAME} bytes that ggml has for one"
+                    f"{self._held.where}: the name {name!r} is longer than the {_MAX_NAME} bytes that ggml has for "
+                    f"one; {self._shorter(names)}"
                 )
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise CheckpointError(f"{self._held.where}: two tensors would be named {twice!r}; name none as the other")
         return found
+
+    def _shorter(self, names: list[str]) -> str:
+        """What to do about a name that is too long."""
+        others = [name for name in names if not name.startswith(self._prefix)]
+        if not self._prefix or not others:
+            return "rename it in the source"
+        return (
+            f"{self._prefix!r} is left out of the names of a model that is alone in its file, and here are other "
+            f"tensors too ({others[0]!r}): save the model without them, or give a plan (lowbit plan -o, export --plan) "
+            'with "action": "drop" for them'
+        )
 
     def _plain(self, key: str, spec: TensorSpec) -> Entry:
         planned = self._planned.get(key)
@@ -160,10 +210,19 @@ class _Export:
             return Entry(self._naming.of(key), kind, spec.shape, partial(self._bytes_of, key, kind))
         kind = PLAIN[spec.dtype]
         if isinstance(self._types, str) and spec.dtype.is_floating_point and layer_of(key) is not None:
-            kind = self._chosen(key, spec.shape, kind)
+            kind = kind if self._is_kept(key) else self._chosen(key, spec.shape, kind)
         if kind in WRITABLE:
             return self._solved(key, spec.shape, _format(kind), AUTO, read)
         return Entry(self._naming.of(key), kind, spec.shape, partial(self._bytes_of, key, kind))
+
+    def _is_kept(self, key: str) -> bool:
+        """Whether the preset keeps a plain weight as it is."""
+        layer = layer_of(key) or key
+        opinion = None if self._preset is None else self._preset.decide(layer)
+        if opinion is None or opinion.action != "keep":
+            return False
+        self.kept[layer] = opinion.why
+        return True
 
     def _chosen(self, key: str, shape: tuple[int, ...], kind: str) -> str:
         """The type asked for; where its blocks do not divide the rows, one of smaller blocks, or `kind`, its own."""

@@ -1,8 +1,9 @@
-"""The names that llama.cpp gives to the tensors of a model, and what it does to them besides.
+"""The names that the tensors of a model have in GGUF files: llama.cpp's, or those that ComfyUI-GGUF looks for.
 
 Its converter changes more than names in many architectures: norms shifted by one, heads reordered, experts stacked.
 Only those are served here of which all is known: plain renaming, and for `llama` the order of the rows of queries and
-keys, which rotary embeddings of llama.cpp want in pairs.
+keys, which rotary embeddings of llama.cpp want in pairs. Image models keep their names, without the prefix that they
+have in a checkpoint of several models.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from typing import Any
 import torch
 
 from lowbit.errors import CheckpointError
+
+from .dialects.base import join_key
+from .gguf_file import GgufFile
+from .presets import GENERIC, detect_preset
+from .quantized_source import QuantizedComponent
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -38,6 +44,24 @@ class Naming:
         if not heads:
             return None
         return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
+
+
+def name_as_llama_cpp(held: QuantizedComponent, architecture: str) -> Naming:
+    """How the tensors of a model are named in a file of an architecture in `ARCHITECTURES`; errors as `name_tensors`.
+
+    Of a source that is a GGUF file, names stay.
+    """
+    if any(isinstance(file, GgufFile) for file in held.component.files.values()):
+        return Naming({}, {})
+    keys = [join_key(layer, "weight") for layer in held.layers] + held.found.plain
+    return name_tensors(keys, architecture, held.configs.get("config.json", {}), held.where)
+
+
+def model_prefix(keys: Iterable[str]) -> str:
+    """What stands before the names of an image model in a checkpoint, and in no file of ComfyUI-GGUF; or ""."""
+    keys = list(keys)
+    preset = detect_preset(keys) or GENERIC
+    return preset.bind(keys).prefix if set(GENERIC.prefixes) & set(preset.prefixes) else ""
 
 
 def name_tensors(keys: Iterable[str], architecture: str, config: Mapping[str, Any], place: str) -> Naming:

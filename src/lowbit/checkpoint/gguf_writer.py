@@ -18,6 +18,7 @@ from lowbit.numerics.gguf_blocks import block_type
 
 from .positioned_io import sync_folder
 
+_MAX_AXES = 4  # ggml's
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PLAIN = {dtype: kind for kind, dtype in FLOATS.items()} | {
     torch.float64: "F64",
@@ -39,8 +40,10 @@ class Entry:
 
     @property
     def stored(self) -> tuple[int, ...]:
-        """The shape in bytes."""
+        """The shape in bytes; the first of more axes than ggml has are one."""
         shape = self.shape or (1,)
+        if len(shape) > _MAX_AXES:
+            shape = (math.prod(shape[: 1 - _MAX_AXES]), *shape[1 - _MAX_AXES :])
         if self.kind in PLAIN.values():
             item = next(dtype.itemsize for dtype, kind in PLAIN.items() if kind == self.kind)
             return (*shape[:-1], shape[-1] * item)
@@ -57,11 +60,14 @@ def write_gguf(
 ) -> None:
     """Write the file beside its place, and move it there when it is complete.
 
-    fields_of: a GGUF file whose fields go along. Raises `WriteError`, `CheckpointError`, and what the entries raise.
+    fields_of: a GGUF file whose fields go along. Shapes of more than ggml's four axes, such as those of kernels of
+    video models, are noted as ComfyUI-GGUF does. Raises `WriteError`, `CheckpointError`, and what the entries raise.
     """
     import gguf
     import numpy as np
 
+    shapes = {f"comfy.gguf.orig_shape.{entry.name}": entry.shape for entry in entries if len(entry.shape) > _MAX_AXES}
+    metadata = {**metadata, **shapes}
     partial_path = target.with_name(target.name + ".partial")
     writer = gguf.GGUFWriter(partial_path, architecture)
     if fields_of is not None:
@@ -94,6 +100,7 @@ def _write_all(writer: Any, entries: Sequence[Entry]) -> None:
     writer.write_ti_data_to_file()
     for entry in entries:
         data = entry.make()
+        data = data.reshape(-1, *data.shape[1 - _MAX_AXES :]) if data.dim() > _MAX_AXES else data
         if tuple(data.shape) != entry.stored:
             sizes = f"{list(data.shape)}, not {list(entry.stored)}"
             raise CheckpointError(f"tensor {entry.name!r} came as {sizes}; report this")

@@ -37,7 +37,7 @@ from .weight_shape import (
     weight_shape,
 )
 
-__all__ = ["ComponentPlan", "Plan", "TensorPlan", "make_plan", "with_shared_low_rank"]
+__all__ = ["ComponentPlan", "Plan", "TensorPlan", "choose_preset", "make_plan", "with_shared_low_rank"]
 
 LayerRule = tuple[str, "Format | str"]
 
@@ -128,7 +128,7 @@ def _refuse_quantized(held: QuantizedComponent) -> None:
 def _plan_component(
     component: Component, held: QuantizedComponent, rules: Rules, preset: str, *, drop: bool
 ) -> ComponentPlan:
-    chosen, why = _choose_preset(preset, list(component.tensors))
+    chosen, why = choose_preset(preset, list(component.tensors))
     bound = chosen.bind(list(component.tensors), allow_drop=drop)
     owner = {key: stored for stored in held.layers.values() for key in stored.keys.values()}
     container = set(held.found.container)
@@ -165,7 +165,11 @@ class _Naming:
     by_name: bool
 
 
-def _choose_preset(preset: str, keys: list[str]) -> tuple[Preset, str]:
+def choose_preset(preset: str, keys: list[str]) -> tuple[Preset, str]:
+    """The family of a name, or the one that "auto" finds by the names of the tensors, and why that one.
+
+    Raises `PlanError` for an unknown name.
+    """
     if preset == "none":
         return GENERIC, "none: no layer is kept for its name"
     if preset == "auto":

@@ -22,6 +22,7 @@ from .dialects import StoredLayer
 from .dialects.base import join_key, layer_of
 from .dropped import dropped_keys
 from .folding import folded_like, paired
+from .gguf_renamed import keeps_values, under_names_of
 from .pipeline import Progress, Unit, run_units
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
@@ -57,9 +58,12 @@ class VerifyResult:
     layers: tuple[LayerResult, ...]
     problems: tuple[str, ...]
     identical: int
-    """How many other tensors have the very bytes of the source, or, of 8-bit floats, its values in a wider dtype."""
+    """How many other tensors have the very bytes of the source, or its values in a wider dtype: 8-bit floats, in GGUF
+    files any."""
     dropped: tuple[str, ...] = ()
     """Tensors of the source that the conversion left out, as the output's header says (`--drop-unused`)."""
+    unmatched: int = 0
+    """How many quantized layers of the output the source has under no such name."""
 
     def failing(self, threshold: float) -> list[LayerResult]:
         """The layers whose SQNR is below `threshold` dB, or that could not be compared."""
@@ -74,7 +78,7 @@ class VerifyResult:
         """As JSON data."""
         layers = [layer.to_json() for layer in self.layers]
         found = {"problems": list(self.problems), "identical": self.identical, "dropped": list(self.dropped)}
-        return {"layers": layers, **found}
+        return {"layers": layers, **found, "unmatched": self.unmatched}
 
 
 def _sqnr(layer: LayerResult) -> float:
@@ -96,6 +100,8 @@ def verify(
     tasks: list[_Task] = []
     problems: list[str] = []
     dropped: list[str] = []
+    unmatched = 0
+    output = under_names_of(source, output)
     pairs = paired(source, output)
     source, _ = folded_like(source, output, pairs)
     for before, after in pairs:
@@ -103,7 +109,9 @@ def verify(
         problems += [problem.message for problem in made.found.problems]
         problems += _missing(held, made)
         dropped += [made.full_name(key) for key in _left_out(held, made)]
-        tasks += _tasks(held, made)
+        found = _tasks(held, made)
+        unmatched += len(made.layers) - sum(task.layer is not None for task in found)
+        tasks += found
     units = [Unit(task.name, task.size, task.memory, task.run) for task in tasks]
     run_units(units, jobs=jobs, progress=progress)
     return VerifyResult(
@@ -111,6 +119,7 @@ def verify(
         (*problems, *(task.problem for task in tasks if task.problem)),
         sum(task.same for task in tasks),
         tuple(dropped),
+        unmatched,
     )
 
 
@@ -131,6 +140,12 @@ def _missing(held: QuantizedComponent, made: QuantizedComponent) -> list[str]:
     place = made.component.shards[0].path
     lost = [f"{place}: {key!r} of the source is missing" for key in sorted(before - after) if not _broken(made, key)]
     more = sorted(after - before - made_biases)
+    if before and more and not before & after:
+        why = (
+            f"no tensor has the name of one of the source ({more[0]!r} here, {min(before)!r} there), so that nothing "
+            "can be compared: it was made from another model, or its names were translated in a way not known here"
+        )
+        return [f"{place}: {why}; compare a checkpoint with the one it was made from"]
     return lost + [f"{place}: {key!r} is not in the source" for key in more if not _broken(made, key)]
 
 
@@ -250,9 +265,10 @@ class _Task:
             self.problem = f"{self.name}: differs from the source{self._distance()}"
 
     def _widened(self) -> bool:
-        """Whether these are the values of 8-bit floats in a wider dtype, as `dequantize` writes them."""
+        """Whether these are the values in a wider dtype: of 8-bit floats, as `dequantize` writes them, or in GGUF."""
         before, after = self.held.specs[self.key], self.made.specs[self.key]
         values = self.key in self.held.found.plain and before.dtype in CAST_DTYPES
+        values = values or keeps_values(self.held, self.made, self.key)
         wider = after.dtype.is_floating_point and after.dtype.itemsize > before.dtype.itemsize
         if not values or not wider or before.shape != after.shape:
             return False

@@ -8,23 +8,28 @@ from typing import Annotated
 
 import typer
 
-from lowbit.checkpoint.export_gguf import TYPES, export_gguf
+from lowbit.checkpoint.export_gguf import TYPES, ExportReport, export_gguf
 from lowbit.checkpoint.gguf_names import ARCHITECTURES
+from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.plan_data import Plan
+from lowbit.checkpoint.presets import get_preset
 from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
+from lowbit.cli.given import refuse_idle
 from lowbit.cli.known import statistics_of, tell_other_weights
-from lowbit.cli.output import asking, command, epilog, print_json, say, size
+from lowbit.cli.output import asking, command, epilog, print_json, say, show, show_notes, size, table, warn
 from lowbit.errors import PlanError
+from lowbit.numerics.gguf_encode import WRITABLE
 
 EPILOG = epilog(
-    "lowbit export tiny-llama/ -o tiny-llama-q8_0.gguf --architecture llama",
+    "lowbit export tiny-llama-f16.gguf -o tiny-llama-q8_0.gguf",
     "lowbit export flux.safetensors -o flux-q4_0.gguf --type Q4_0 --architecture flux",
 )
 
 
 @command
 def export(
+    context: typer.Context,
     src: options.SourcePath,
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="OUT.gguf", help="File to write.", show_default=False)
@@ -41,6 +46,7 @@ def export(
             show_default=False,
         ),
     ] = None,
+    preset: options.Preset = "auto",
     architecture: Annotated[
         str,
         typer.Option(
@@ -58,10 +64,12 @@ def export(
     source_dialect: options.SourceDialect = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write a checkpoint as a GGUF file. Blocks that have the type already are copied bit for bit."""
-    if plan is None and kind not in TYPES:
-        with asking():
-            raise PlanError(f"--type {kind!r} is unknown; choose one of {', '.join(TYPES)}")
+    """Write a checkpoint as a GGUF file. Blocks that have the type already are copied bit for bit.
+
+    Layers that `convert` keeps for the model family (--preset) stay in 16 bits here, too.
+    """
+    with asking():
+        _check(context, kind, plan, preset)
     chosen = kind if plan is None else Plan.load(plan)
     with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
         warnings = tell_other_weights(source, known)
@@ -73,11 +81,37 @@ def export(
             requantize=requantize,
             statistics=known,
             component=component,
+            preset=preset,
         )
     if as_json:
-        print_json({**vars(done), "target": str(done.target), "notes": list(done.notes), "warnings": warnings})
+        lists = {"notes": list(done.notes), "warnings": [*warnings, *done.warnings]}
+        print_json({**vars(done), "target": str(done.target), **lists})
         return
-    for note in done.notes:
-        say(f"note: {note}", "yellow")
+    _show(done)
+
+
+def _check(context: typer.Context, kind: str, plan: Path | None, preset: str) -> None:
+    """Refuse what no source could make right. Raises `PlanError`."""
+    if plan is not None:
+        refuse_idle(context, "is said by the plan file already", "preset")
+    elif kind not in TYPES:
+        raise PlanError(f"--type {kind!r} is unknown; choose one of {', '.join(TYPES)}")
+    elif kind not in WRITABLE:
+        refuse_idle(context, f"says what is not quantized, and --type {kind} quantizes nothing", "preset")
+    if preset not in ("auto", "none"):
+        get_preset(preset)
+
+
+def _show(done: ExportReport) -> None:
+    if done.kept:
+        rows = table("layers kept", "x", "why", right=("x",))
+        for name, found in grouped(done.kept.items(), lambda layer: layer[0], lambda layer: layer[1]):
+            rows.add_row(name, str(len(found)), found[0][1])
+        show(rows)
+    if done.preset:
+        say(f"preset {done.preset}: {done.preset_why}")
+    show_notes(done.notes)
+    for warning in done.warnings:
+        warn(warning)
     counts = ", ".join(f"{count} {name}" for name, count in Counter(done.types.values()).most_common())
     say(f"{done.target}: {size(done.bytes)}; {counts}", "bold")

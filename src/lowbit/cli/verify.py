@@ -76,7 +76,9 @@ def _show(result: VerifyResult, count: int, min_sqnr: float | None) -> None:
         say(f"{len(result.dropped)} tensors of SRC were left out by the conversion: {', '.join(groups)}")
     for problem in (*result.problems, *(layer.problem for layer in result.layers if layer.problem)):
         say(f"problem: {problem}", "red")
-    if not result.layers:
+    if result.unmatched:
+        say(f"{result.unmatched} quantized layers of OUT not compared: SRC has none of their names", "yellow")
+    elif not result.layers:
         say("nothing in OUT is quantized", "yellow")
     if min_sqnr is not None:
         below = [layer for layer in result.layers if layer.accuracy is not None and not layer.accuracy.sqnr >= min_sqnr]
