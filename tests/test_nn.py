@@ -99,6 +99,29 @@ def test_an_unknown_format_and_an_empty_module_are_errors():
         lowbit.quantize_(nn.LayerNorm(8), "fp8_e4m3")
 
 
+def test_a_rule_that_matches_no_layer_is_an_error():
+    """A typing error in a pattern must not leave the model as it is without a word, also beside rules that match."""
+    model = _model()
+    for rules in ({"nomatch": "int8"}, {"0": "int8", "nomatch": None}):
+        with pytest.raises(PlanError, match="the rule 'nomatch' matches no layer; correct it"):
+            lowbit.quantize_(model, rules)
+    assert type(model[0].weight) is nn.Parameter
+
+
+def test_what_is_quantized_already_is_named_as_the_reason():
+    """A second call has nothing to do; a rule for such layers contradicts what they are, one that keeps them fits."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    lowbit.quantize_(model[0], "int8")
+
+    with pytest.raises(PlanError, match="the rule '0' matches only layers that are quantized already"):
+        lowbit.quantize_(model, {"0": "fp8_e4m3", "1": "int8"})
+    lowbit.quantize_(model, {"0": None, "1": "int8"})
+    with pytest.raises(PlanError, match=r"Sequential: every layer .* is quantized already \(0: int8\)"):
+        lowbit.quantize_(model, "int8")
+    with pytest.raises(PlanError, match=r"quantized already \(weight: int8\)"):
+        lowbit.quantize_(model[1], "int8")
+
+
 def test_tied_weights_stay_tied():
     """An embedding and a head that share a weight share the quantized one."""
     model = nn.Sequential(nn.Embedding(20, 64), nn.Linear(64, 20, bias=False))

@@ -70,10 +70,10 @@ def quantize_(
     """Quantize every linear, embedding and convolution of `module` (or `module` itself) in place.
 
     `policy` is a format or spec for all layers, or a mapping of regular expressions on the layer's name to a spec or
-    None (keep); the first match wins and layers without one are kept. Under a single format, layers that it cannot
-    hold are kept and reported; a rule that names a layer outright raises instead. `solver` and `statistics` (by layer
-    name) as in `convert`, where a layer's smallest input also chooses between variants of a format (unsigned
-    activations of svdquant_w4a4); `layout` as in `repack_`.
+    None (keep); the first match wins and layers without one are kept; a pattern that matches none is an error. Under a
+    single format, layers that it cannot hold are kept and reported; a rule that names a layer outright raises instead.
+    `solver` and `statistics` (by layer name) as in `convert`, where a layer's smallest input also chooses between
+    variants of a format (unsigned activations of svdquant_w4a4); `layout` as in `repack_`.
 
     Returns one `LayerChange` a layer. All weights are quantized before the first one is put in place: raises
     `FormatError`, `PlanError`, `SolverError` or `WeightError`, the last naming the layer, and leaves the module as it
@@ -86,12 +86,12 @@ def quantize_(
     ['0', '2']
     """
     check_layout(layout)
-    decided = [(layer, _decide(name, layer, policy)) for name, layer in quantizable_layers(module)]
-    if not decided:
-        raise PlanError(
-            f"{type(module).__name__} has no nn.Linear or nn.Embedding, nor a convolution, to quantize; pass a module "
-            "that has"
-        )
+    layers = list(quantizable_layers(module))
+    if not layers:
+        raise PlanError(_nothing_to_quantize(module))
+    if isinstance(policy, Mapping):
+        _refuse_unused(module, policy, [name for name, _ in layers])
+    decided = [(layer, _decide(name, layer, policy)) for name, layer in layers]
     decided = _keep_ties(module, decided, by_rules=isinstance(policy, Mapping))
     for layer, change in decided:
         if change.format is not None:
@@ -307,6 +307,34 @@ def fold_bias_(layer: Layer) -> None:
         weight.dtype if bias is None else bias.dtype
     )
     layer.bias = nn.Parameter(folded, requires_grad=False if bias is None else bias.requires_grad)
+
+
+def _nothing_to_quantize(module: nn.Module) -> str:
+    kind = type(module).__name__
+    done = next(quantized_layers(module), None)
+    if done is None:
+        return f"{kind} has no nn.Linear or nn.Embedding, nor a convolution, to quantize; pass a module that has"
+    name, layer = done
+    assert isinstance(layer.weight, QuantizedTensor)  # `quantized_layers` gave it
+    return (
+        f"{kind}: every layer that can be is quantized already ({name or 'weight'}: {layer.weight.format}), and doing "
+        "it again would add a second loss; start from the module with plain weights"
+    )
+
+
+def _refuse_unused(module: nn.Module, policy: Mapping[str, object], names: Sequence[str]) -> None:
+    """A pattern that matches nothing is a typing error until shown otherwise."""
+    done = [name or "weight" for name, _ in quantized_layers(module)]
+    for pattern, spec in policy.items():
+        if any(_matches(pattern, name) for name in names):
+            continue
+        if not any(_matches(pattern, name) for name in done):
+            raise PlanError(
+                f"the rule {pattern!r} matches no layer; correct it (a layer's name is, for example, "
+                f"{names[len(names) // 2]!r})"
+            )
+        if spec is not None:  # to keep what is quantized already is no contradiction
+            raise PlanError(f"the rule {pattern!r} matches only layers that are quantized already; leave it out")
 
 
 def _decide(name: str, layer: Layer, policy: Policy) -> LayerChange:

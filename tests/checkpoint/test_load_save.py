@@ -2,8 +2,10 @@
 
 import copy
 import json
+import warnings
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -43,6 +45,24 @@ def _blank(model):
 def model():
     """A fresh block."""
     return Block()
+
+
+@pytest.mark.parametrize("write", [safetensors.torch.save_file, safetensors.torch.save_model])
+@pytest.mark.parametrize("bank", [False, True])
+def test_safetensors_itself_is_refused_with_the_way_to_save(write, bank, model, tmp_path):
+    """Its writers meet a weight of several tensors: one error that says what to call, and no warning before it."""
+    if bank:
+        model.experts = nn.Parameter(lowbit.quantize_bank(torch.randn(2, 64, 64), "int8"), requires_grad=False)
+    else:
+        lowbit.quantize_(model, "int8")
+
+    written = model if write is safetensors.torch.save_model else model.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match=r"lowbit\.save\(module, 'model.*load\(module"):
+            write(written, tmp_path / "m.safetensors")
+
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import lowbit
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.target import check_target
 from lowbit.errors import WriteError
@@ -74,6 +75,15 @@ def test_a_new_file_beside_the_input_is_fine(single, tmp_path):
     (tmp_path / "old.safetensors").write_bytes(b"old")
     for target in (single.root / "out.safetensors", tmp_path / "out.safetensors", tmp_path / "old.safetensors"):
         check_target(single, target)
+
+
+def test_a_file_is_not_written_under_the_name_of_a_folder(single, folder, tmp_path):
+    """A separator at the end says that a folder is meant, there or not; what becomes a folder takes such a name."""
+    with pytest.raises(WriteError, match=r"new: is a folder; name a file to write, such as .*new/model\.safetensors"):
+        check_target(single, f"{tmp_path}/new/")
+    with pytest.raises(WriteError, match="is a folder"):
+        lowbit.save(torch.nn.Linear(2, 2), f"{tmp_path}/new/")
+    check_target(folder, f"{tmp_path}/new/")
 
 
 def test_a_model_folder_is_not_written_into(folder, tmp_path):

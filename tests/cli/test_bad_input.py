@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import shlex
 
@@ -43,6 +44,46 @@ def fill(command, src, tmp_path):
 def test_a_missing_file_ends_with_3(lowbit, tmp_path, command):
     """Every subcommand names the file that is not there."""
     assert_one_line(lowbit(*fill(command, tmp_path / "no.safetensors", tmp_path)), 3, "no.safetensors")
+
+
+@pytest.mark.parametrize("command", ["convert", "dequantize", "migrate"])
+def test_a_single_file_does_not_become_a_file_named_like_a_folder(lowbit, model, quantized, tmp_path, command):
+    """`-o outdir/` says that a folder is meant: an error, whether it is there or not, and never a file `outdir`."""
+    read = (model, "--format", "int8") if command == "convert" else (quantized,)
+
+    done = lowbit(command, *read, "-o", f"{tmp_path / 'outdir'}{os.sep}")
+
+    assert_one_line(done, 4, "outdir: is a folder; name a file to write, such as")
+    assert not (tmp_path / "outdir").exists()
+
+
+def shard(tmp_path, path, *, index):
+    """A model of two shards in a folder, the first of which is `path`'s tensors, with or without an index."""
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    tensors = load_file(path)
+    names = {key: f"model-0000{1 + key.startswith('blocks.1')}-of-00002.safetensors" for key in tensors}
+    for name in set(names.values()):
+        save_file({key: value for key, value in tensors.items() if names[key] == name}, folder / name)
+    if index:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return folder / "model-00001-of-00002.safetensors"
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("command", ["convert", "plan", "dequantize", "migrate"])
+def test_one_shard_of_several_is_warned_of(lowbit, model, quantized, tmp_path, command, index):
+    """It is read as asked, but the index beside it, or the folder, is probably what was meant; inspecting is usual."""
+    one = shard(tmp_path, model if command in ("convert", "plan") else quantized, index=index)
+    more = () if command == "plan" else ("-o", tmp_path / "out.safetensors")
+
+    done = lowbit(command, one, *more, *(("--format", "int8") if command in ("convert", "plan") else ()))
+
+    assert done.code == 0
+    said = f"warning: {one}: is one of 2 shards, and the others are not read; for the whole model give the index "
+    assert (said in done.err) == index
+    assert (f"{one.parent / 'model.safetensors.index.json'}, or the folder {one.parent}" in done.err) == index
+    assert lowbit("inspect", one).err == ""
 
 
 @each_command
@@ -191,7 +232,7 @@ def test_a_folder_that_cannot_be_entered_ends_with_3(lowbit, model, monkeypatch)
     def refused(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", str(model))
 
-    monkeypatch.setattr("lowbit.cli.convert.open_source", refused)
+    monkeypatch.setattr("lowbit.cli.convert.open_whole", refused)
 
     assert_one_line(lowbit("convert", model, "-o", "x", "--format", "int8"), 3, "model.safetensors: Permission denied")
 

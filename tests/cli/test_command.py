@@ -236,6 +236,21 @@ def test_a_table_too_wide_for_the_terminal_is_shown_as_paragraphs(monkeypatch, c
     assert len(shown) >= lines
 
 
+def test_a_plan_does_not_break_names_at_80_characters(monkeypatch):
+    """Columns that would fit by folding every name are no table: names are searched for, and pasted into options."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    made = output.table("layers", "x", "shape", "becomes", "before", "after", "why", right=("x", "before", "after"))
+    name = "transformer_blocks.*.attn.add_k_proj"
+    made.add_row(name, "60", "3072x3072", "int8 by rtn", "1.1 GB", "566.0 MB", "the format for all weights")
+
+    output.show(made)
+
+    assert name in terminal.getvalue()
+
+
 def test_progress_shows_throughput_time_left_and_the_layer_on_a_terminal(monkeypatch):
     """One line that is rewritten, with bytes, bytes a second and the name of what was just done."""
     terminal = Terminal()

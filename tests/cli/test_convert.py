@@ -224,6 +224,25 @@ def test_wrong_options_end_with_2_and_name_the_choices(lowbit, model, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_a_dry_run_is_the_plan(lowbit, model, tmp_path):
+    """The option that other programs have names the command that shows what would be done, before anything else."""
+    for arguments in ((model,), (model, "-o", tmp_path / "out.safetensors", "--format", "int8")):
+        done = lowbit("convert", *arguments, "--dry-run", "--json")
+        assert done.code == 2
+        assert "`lowbit plan` shows what would be done" in done.json["error"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert "--dry-run" not in lowbit("convert", "--help").out
+
+
+def test_each_command_names_what_it_takes_instead_of_a_format(lowbit, model, tmp_path):
+    """`plan` has no --plan, and `convert` no target."""
+    planned, converted = lowbit("plan", model).err, lowbit("convert", model, "-o", tmp_path / "o.safetensors").err
+
+    assert "--format SPEC, or what to reach with --target-size or --target-sqnr;" in planned
+    assert "--plan" not in planned
+    assert "--format SPEC, or give a plan with --plan FILE;" in converted
+
+
 def test_a_layout_is_written_behind_an_at_sign(lowbit, tmp_path):
     """Format option and layer rule take it, and inspect shows what the file holds; verify and dequantize read it."""
     model = tiny_model(tmp_path / "m.safetensors", big__weight=torch.ones(128, 128, dtype=torch.bfloat16))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -146,6 +147,31 @@ def test_verify_ends_with_1_below_the_threshold(lowbit, model, quantized):
     assert data.json["passed"] is False
 
 
+def test_verify_of_files_that_do_not_belong_together_shows_some_of_each_kind(lowbit, model, tmp_path):
+    """Every tensor is a problem then, and the screen is not filled with them; JSON names all."""
+    other = tmp_path / "other.safetensors"
+    save_file({f"layer.{i}.weight": torch.randn(64, 64).bfloat16() for i in range(8)}, model)
+    save_file({f"block.{i}.weight": torch.randn(64, 64).bfloat16() for i in range(9)}, other)
+    out = tmp_path / "int8.safetensors"
+    assert lowbit("convert", other, "-o", out, "--format", "int8").code == 0
+
+    text, data = lowbit("verify", model, out), lowbit("verify", model, out, "--json").json
+
+    assert text.code == 1
+    assert text.out.count("of the source is missing") == 5
+    assert "problem: ... and 3 more of this kind; --json names all" in text.out
+    assert text.out.count("is not in the source") == 5
+    assert "problem: ... and 4 more of this kind; --json names all" in text.out
+    assert len(data["problems"]) == 17
+    assert "no quantized layer of OUT is in SRC" in text.out
+
+
+def test_verify_says_when_the_arguments_look_swapped(lowbit, model, quantized):
+    """The quantized one first, and a plain one behind it; of two plain ones it does not."""
+    assert "the arguments look swapped; the original comes first" in lowbit("verify", quantized, model).out
+    assert "swapped" not in lowbit("verify", model, model).out
+
+
 def test_verify_ends_with_1_when_another_tensor_differs(lowbit, model, quantized):
     """A changed bias is found and named."""
     tensors = load_file(quantized)
@@ -238,6 +264,20 @@ def test_doctor_shows_versions_and_why_a_backend_is_missing(lowbit):
     assert data["packages"]["torch"] == metadata.version("torch")  # of some builds without what __version__ adds
     assert data["backends"]["eager"] == "available"
     assert all(name in text.out for name in data["backends"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_doctor_tells_kernels_that_compile_from_those_that_can_run(lowbit, monkeypatch):
+    """Without a GPU its kernels are there, and none of them runs."""
+    module = importlib.import_module("lowbit.cli.doctor")
+    monkeypatch.setattr(module, "load", lambda _: None)
+    monkeypatch.setattr(module, "_cpu_kernels", lambda: {"instruction_set": None, "usable": [], "pool": None})
+    monkeypatch.setattr(module, "_cuda_kernels", lambda: None)
+
+    lines = {line.split()[0]: line for line in lowbit("doctor").out.splitlines() if line.strip()}
+
+    assert "its kernels compile, but there is no GPU here to run them" in lines["cuda"]
+    assert lines["cpu"].split()[1] == "available"
 
 
 def test_doctor_shows_the_instruction_set_of_the_cpu_kernels(lowbit):

@@ -70,6 +70,19 @@ def read_index(path: Path) -> ShardIndex:
     return ShardIndex(path, content)
 
 
+def index_over(path: Path) -> ShardIndex | None:
+    """The index beside a weight file that names it and others; one that cannot be read says nothing about it."""
+    for place in sorted(path.parent.glob("*.safetensors.index.json")):
+        try:
+            index = read_index(place)
+        except CheckpointError:
+            continue
+        names = {Path(name).name for name in index.weight_map.values()}
+        if path.name in names and len(names) > 1:
+            return index
+    return None
+
+
 def allowed_folders(folder: Path) -> list[Path]:
     """Return the real folders that links in `folder` may lead into: itself, and its blobs if it is in a hub cache.
 

@@ -12,11 +12,12 @@ from .index import PICKLE_SUFFIXES
 from .source import Source
 
 _LONGEST_END = ".partial.journal.new"
+_SEPARATORS = ("/", os.sep)
 
 
 def check_target(source: Source, target: str | Path) -> None:
     """Raise `WriteError` if writing to `target` would touch the source, also through links, or cannot succeed."""
-    target = Path(target)
+    written_as, target = target, Path(target)
     _check_reachable(target)
     if target.suffix == ".gguf":
         raise WriteError(f"{target}: would be safetensors under the name of GGUF; write that with lowbit export")
@@ -34,7 +35,7 @@ def check_target(source: Source, target: str | Path) -> None:
                 f"{target}: would be safetensors under the name of a pickle, which programs, this one too, refuse or "
                 f"misread; name it {target.stem}.safetensors"
             )
-        check_file_target(target)
+        check_file_target(written_as)
         return
     if target.is_dir() and any(target.iterdir()):
         raise WriteError(f"{target}: exists already; remove it or choose another output folder")
@@ -50,13 +51,16 @@ def is_single(source: Source, target: Path) -> bool:
     return source.kind == "file" or (len(source.components) == 1 and target.suffix == ".safetensors")
 
 
-def check_file_target(target: Path) -> None:
+def check_file_target(target: str | Path) -> None:
     """Raise `WriteError` if no file can be put at `target`.
 
-    A folder, device or pipe is there, or no folder for it, or one that nothing may be written in.
+    A folder, device or pipe is there, or no folder for it, or one that nothing may be written in. Text that ends in a
+    separator names a folder, whether it is there or not.
     """
+    names_folder = str(target).endswith(_SEPARATORS)
+    target = Path(target)
     _check_reachable(target)
-    if target.is_dir():
+    if target.is_dir() or names_folder:
         raise WriteError(f"{target}: is a folder; name a file to write, such as {target / 'model.safetensors'}")
     if target.exists() and not target.is_file():  # a finished file is renamed onto it, which would remove a device
         raise WriteError(f"{target}: is a device or a pipe, and a file would take its place; name a file to write")

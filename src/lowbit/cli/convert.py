@@ -24,6 +24,7 @@ from lowbit.cli.given import refuse_idle
 from lowbit.cli.known import statistics_of, tell_other_weights
 from lowbit.cli.output import command, decibels, epilog, print_json, progress, say, show, size, table
 from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, show_folds, summarize
+from lowbit.cli.whole import open_whole
 from lowbit.report import ConversionPage, KeptGroup, LayerRow, write_conversion
 from lowbit.solvers import BIAS
 
@@ -43,7 +44,7 @@ EPILOG = epilog(
 def convert(
     context: typer.Context,
     src: options.SourcePath,
-    output: options.OutputPath,
+    output: options.OutputText,
     format: options.FormatSpec = "",
     solver: options.Solver = "auto",
     preset: options.Preset = "auto",
@@ -89,6 +90,7 @@ def convert(
     lora_rank: options.LoraRank = 32,
     lora_prefix: options.LoraPrefix = "",
     source_dialect: options.SourceDialect = None,
+    dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Convert a checkpoint: quantize its weights, write it, and prove layer by layer what was lost.
@@ -116,12 +118,13 @@ def convert(
     if error_lora is None:
         refuse_idle(context, _NO_LORA, "lora_rank", "lora_prefix")
     read = (src, plan, stats)
-    with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
+    with open_whole(src, source_dialect) as source, statistics_of(source, stats) as known:
         check_target(source, output)
-        check_beside(report, read=read, others=(output, error_lora), made=None if is_single(source, output) else output)
+        target = Path(output)
+        check_beside(report, read=read, others=(target, error_lora), made=None if is_single(source, target) else target)
         if error_lora is not None:
             check_error_lora(source, error_lora, lora_rank)
-            check_beside(error_lora, read=read, others=(output,))
+            check_beside(error_lora, read=read, others=(target,))
         warnings = tell_other_weights(source, known)
         made = plan_for(source, wishes, plan, known, jobs)
         if not as_json:
@@ -130,7 +133,7 @@ def convert(
         with progress("converting") as update:
             done = run(
                 source,
-                output,
+                target,
                 made,
                 jobs=jobs,
                 resume=resume,

@@ -8,9 +8,9 @@ import torch
 import typer
 
 from lowbit.checkpoint.dequantize import DTYPES, dequantize as run
-from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
 from lowbit.cli.output import asking, command, epilog, print_json, progress, say, size
+from lowbit.cli.whole import open_whole
 from lowbit.errors import PlanError
 
 EPILOG = epilog(
@@ -23,7 +23,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 @command
 def dequantize(
     src: options.SourcePath,
-    output: options.OutputPath,
+    output: options.OutputText,
     dtype: Annotated[
         str,
         typer.Option(
@@ -43,7 +43,7 @@ def dequantize(
     Weights that were only cast to 8-bit floats become 16 bits, with the same values.
     """
     chosen = _dtype(dtype)
-    with open_source(src, source_dialect) as source, progress("decoding") as update:
+    with open_whole(src, source_dialect) as source, progress("decoding") as update:
         done = run(source, output, dtype=chosen, jobs=jobs, resume=resume, progress=update)
     if as_json:
         print_json(done.to_json())

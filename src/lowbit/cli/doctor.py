@@ -226,8 +226,11 @@ def _show(found: dict[str, Any]) -> None:
     )
     _show_cuda(found["cuda_kernels"])
     rows = table("backend", "state", "kernels", title="\nbackends", right=("kernels",))
-    for name, state in found["backends"].items():
+    present = {device["device"].partition(":")[0] for device in found["devices"]}
+    for name, loaded in found["backends"].items():
         count = sum(kernel["backend"] == name for kernel in found["kernels"])
+        idle = loaded == "available" and BACKENDS[name] and not present & set(BACKENDS[name])
+        state = "its kernels compile, but there is no GPU here to run them" if idle else loaded
         rows.add_row(name, state, str(count), style="" if state == "available" else "dim")
     show(rows)
     if "choice" in found:

@@ -33,7 +33,7 @@ def formats(as_json: options.AsJson = False) -> None:
                 f"{variant['sqnr']:.1f} dB",
                 entry["default_solver"],
             )
-    show(rows)
+    show(rows, names=False)
     for entry in described:
         fields = ", ".join(f"{field}={value}" for field, value in entry["fields"].items()) or "no fields"
         say(f"{entry['name']} ({fields})", "bold")

@@ -11,6 +11,7 @@ from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import Source, open_source
 from lowbit.cli import options
 from lowbit.cli.output import asking, command, epilog, print_json, progress, say, show, table
+from lowbit.cli.whole import open_whole
 from lowbit.errors import PlanError
 from lowbit.lora import Adapter, BakeReport, bake_checkpoint, read_adapter
 from lowbit.lora.bake_checkpoint import layer_shapes
@@ -69,7 +70,7 @@ def inspect(
 def bake(
     src: options.SourcePath,
     adapter: AdapterPath,
-    output: options.OutputPath,
+    output: options.OutputText,
     strength: Annotated[float, typer.Option(metavar="S", help="How much of the change; may be negative.")] = 1.0,
     rounding: Annotated[
         str | None,
@@ -96,7 +97,7 @@ def bake(
     if rounding is not None and rounding not in METHODS:
         with asking():
             raise PlanError(f"--rounding {rounding!r} is unknown; choose one of {', '.join(METHODS)}")
-    with open_source(src, source_dialect) as source, progress("baking") as update:
+    with open_whole(src, source_dialect) as source, progress("baking") as update:
         done = bake_checkpoint(
             source,
             output,

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from lowbit.checkpoint.migrate import migrate as run, refuse_unknown
-from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
 from lowbit.cli.output import asking, command, epilog, print_json, progress, say, show_notes
+from lowbit.cli.whole import open_whole
 
 EPILOG = epilog(
     "lowbit migrate flux-scaled-fp8.safetensors -o flux-fp8.safetensors",
@@ -20,7 +20,7 @@ EPILOG = epilog(
 @command
 def migrate(
     src: options.SourcePath,
-    output: options.OutputPath,
+    output: options.OutputText,
     to: Annotated[
         str,
         typer.Option(
@@ -35,7 +35,7 @@ def migrate(
     """Rewrite a quantized checkpoint in the convention of another program; codes and scales stay as they are."""
     with asking():
         refuse_unknown(to)
-    with open_source(src, source_dialect) as source, progress("rewriting") as update:
+    with open_whole(src, source_dialect) as source, progress("rewriting") as update:
         done = run(source, output, to, jobs=jobs, resume=resume, progress=update)
     if as_json:
         print_json(done.to_json())

@@ -22,17 +22,16 @@ SourcePath = Annotated[
         show_default=False,
     ),
 ]
-OutputPath = Annotated[
-    Path,
-    typer.Option(
-        "-o",
-        "--output",
-        metavar="OUT",
-        help="File or folder to write. It appears when it is complete: a file then replaces an old one, a folder must "
-        "not exist or be empty.",
-        show_default=False,
-    ),
-]
+_OUTPUT = typer.Option(
+    "-o",
+    "--output",
+    metavar="OUT",
+    help="File or folder to write. It appears when it is complete: a file then replaces an old one, a folder must "
+    "not exist or be empty.",
+    show_default=False,
+)
+OutputPath = Annotated[Path, _OUTPUT]
+OutputText = Annotated[str, _OUTPUT]  # with the separator at its end that says a folder is meant: a Path has none
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Jobs = Annotated[
     int | None,
@@ -98,6 +97,16 @@ Dialect = Annotated[
     str,
     typer.Option(metavar="NAME", help=f"How layers are written: {', '.join(_WRITTEN)}. See `lowbit formats`."),
 ]
+
+
+def _refuse_dry_run(value: bool) -> bool:
+    if value:
+        raise typer.BadParameter("`lowbit plan` shows what would be done; give it the same SRC and options without -o")
+    return value
+
+
+# Asked for before anything else is, so that what a dry run does not need (-o) is not missed first.
+DryRun = Annotated[bool, typer.Option("--dry-run", hidden=True, is_eager=True, callback=_refuse_dry_run)]
 
 
 def _known_dialect(name: str | None) -> str | None:

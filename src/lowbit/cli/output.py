@@ -200,12 +200,16 @@ def table(*columns: str, title: str = "", right: tuple[str, ...] = ()) -> Table:
     return made
 
 
-def show(made: Table) -> None:
-    """Print a table and an empty line; on a narrow terminal a paragraph for each row, which can be read there."""
+def show(made: Table, *, names: bool = True) -> None:
+    """Print a table and an empty line; on a narrow terminal a paragraph for each row, which can be read there.
+
+    `names`: the first column has names of layers and the like, which are not to be broken.
+    """
     console = stdout()
     cells = [[str(cell) for cell in column.cells] for column in made.columns]
     headers = [str(column.header) for column in made.columns]
     longest = [max(map(cell_len, (header, *column))) for header, column in zip(headers, cells, strict=True)]
+    made.columns[0].no_wrap |= names
     least = [
         full if column.no_wrap else min(full, _LEAST_WIDTH) for full, column in zip(longest, made.columns, strict=True)
     ]
@@ -276,9 +280,12 @@ def command(function: Command) -> Command:
     return run  # type: ignore[return-value]
 
 
-def _unfinished(output: Path | None) -> bool:
+def _unfinished(output: str | Path | None) -> bool:
     """Whether an interrupted run has left work that the next one goes on with."""
-    return output is not None and any(output.with_name(output.name + end).exists() for end in (".partial", ".progress"))
+    if output is None:
+        return False
+    target = Path(output)
+    return any(target.with_name(target.name + end).exists() for end in (".partial", ".progress"))
 
 
 def _fail(code: Exit, error: LowbitError, *, as_json: bool) -> None:

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from lowbit.checkpoint.sensitivity import PLANNED, ROWS, START
-from lowbit.checkpoint.source import open_source
 from lowbit.cli import options
 from lowbit.cli.beside import check_beside
 from lowbit.cli.budgeting import Target, mixed_data, show_mixed
 from lowbit.cli.known import statistics_of, tell_other_weights
 from lowbit.cli.output import asking, command, epilog, print_json, say
 from lowbit.cli.planning import Wishes, plan_for, plan_totals, show_folds, show_plan, with_folds
+from lowbit.cli.whole import open_whole
 from lowbit.errors import PlanError
 
 EPILOG = epilog(
@@ -112,14 +112,14 @@ def plan(
     mixed = None
     if target_size is None and target_sqnr is None:
         _refuse_targets_options(target)
-        wishes.check()
+        wishes.check("what to reach with --target-size or --target-sqnr")
     else:
         target.check(wishes)
         wishes.check_rules()
     read = (src, stats)
     check_beside(output, read=(*read, sensitivities))
     check_beside(sensitivities, read=read)
-    with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
+    with open_whole(src, source_dialect) as source, statistics_of(source, stats) as known:
         warnings = tell_other_weights(source, known)
         if target_size is None and target_sqnr is None:
             made = plan_for(source, wishes, None, known, jobs)

@@ -40,13 +40,15 @@ class Wishes:
     drop_unused: bool = False
     full_precision_matrix_mult: Sequence[str] = ()
 
-    def check(self) -> None:
-        """Refuse what no source could make right, before any file is opened. Raises `Failure`."""
+    def check(self, otherwise: str) -> None:
+        """Refuse what no source could make right, before any file is opened. Raises `Failure`.
+
+        `otherwise`: what the command takes in place of a format, in words.
+        """
         with asking():
             if not self.format:
                 raise PlanError(
-                    "say what to convert to with --format SPEC, or give a plan with --plan FILE; "
-                    "`lowbit formats` lists the formats"
+                    f"say what to convert to with --format SPEC, or {otherwise}; `lowbit formats` lists the formats"
                 )
             StoredFormat.parse(self.format).check_stored()
         self.check_rules()
@@ -122,7 +124,7 @@ def with_folds(
 def refuse_both(wishes: Wishes, file: Path | None) -> None:
     """Check the options, or that there are none beside a plan file, which says it all. Raises `Failure`."""
     if file is None:
-        wishes.check()
+        wishes.check("give a plan with --plan FILE")
         return
     given = [name for name, value in vars(wishes).items() if value != getattr(Wishes(), name)]
     if given:

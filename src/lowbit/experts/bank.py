@@ -150,6 +150,8 @@ class QuantizedBank(torch.Tensor):
 
     # ---- PyTorch protocols ------------------------------------------------------------------------------------------
 
+    storage = handlers.refuse_storage
+
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         where = "" if self.device.type == "cpu" else f", device={self.device}"
         return f"QuantizedBank({self.spec}, shape={tuple(self.shape)}, dtype={self.dtype}{where})"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lowbit.errors import UnsupportedError
+from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.ops.generic import FALLBACKS as _FALLBACKS
 
 Handler = Callable[..., Any]
@@ -61,6 +62,19 @@ def run(kind: type, func: Any, args: Any, kwargs: Any, table: dict[Any, Handler]
     if _is_composite(func):  # in inference mode and inside handlers nobody has taken it apart yet
         return func.decompose(*args, **kwargs)
     return _dequantize_and_run(kind, func, args, kwargs)
+
+
+def refuse_storage(self: Tensor) -> NoReturn:
+    """Their `storage`: several tensors have no single one.
+
+    Nobody asks for it but safetensors, and through it every `save_pretrained`, which would else end in torch's "invalid
+    python storage". No `NotImplementedError`: safetensors takes that for a tensor without values.
+    """
+    raise CheckpointError(
+        f"{self!r}: is several tensors, which safetensors and save_pretrained cannot write as one; write the module "
+        "with lowbit.save(module, 'model.safetensors') and read it with lowbit.load(module, 'model.safetensors'), or "
+        "let from_pretrained quantize it (lowbit.integrations.transformers, .diffusers) and call save_pretrained"
+    ) from None
 
 
 def _is_composite(func: Any) -> bool:

@@ -203,6 +203,8 @@ class QuantizedTensor(torch.Tensor):
 
     # ---- PyTorch protocols ------------------------------------------------------------------------------------------
 
+    storage = handlers.refuse_storage
+
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         where = "" if self.device.type == "cpu" else f", device={self.device}"
         return f"QuantizedTensor({self.spec}, shape={tuple(self.shape)}, dtype={self.dtype}{where})"
