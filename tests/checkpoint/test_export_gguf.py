@@ -369,6 +369,20 @@ def test_translated_names_are_compared_with_the_source(tmp_path, architecture, k
         assert len(verify(source, output).layers) == len(result.layers)  # heads of another model are no crash
 
 
+def test_tables_of_tokens_are_quantized_for_llama_cpp(tmp_path):
+    """llama.cpp's own tools quantize the embedding and the head, which `convert` keeps."""
+    names = ("model.embed_tokens", "lm_head", "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
+    save_file({f"{name}.weight": outlier_weight(64, 64) for name in names}, tmp_path / "in.safetensors")
+
+    report = export(tmp_path / "in.safetensors", tmp_path / "out.gguf", "Q8_0", architecture="qwen2")
+
+    assert (report.preset, report.kept) == ("llama", {})
+    assert set(report.types.values()) == {"Q8_0"}
+    assert {"token_embd.weight", "output.weight"} < set(report.types)
+    bare = export(tmp_path / "in.safetensors", tmp_path / "bare.gguf", "Q8_0")
+    assert set(bare.kept) == {"model.embed_tokens", "lm_head"}  # under these names llama.cpp does not look for them
+
+
 def test_four_bit_floats_have_their_scales_under_translated_names(tmp_path):
     """The scale beside NVFP4 blocks goes with its layer."""
     name = "model.layers.0.mlp.up_proj"

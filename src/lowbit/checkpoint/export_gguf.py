@@ -31,7 +31,7 @@ from .dialects import StoredLayer, TensorSpec
 from .dialects.base import join_key, layer_of
 from .export_gguf_warnings import lacking
 from .gguf_file import GgufFile
-from .gguf_names import ARCHITECTURES, Naming, model_prefix, name_as_llama_cpp
+from .gguf_names import ARCHITECTURES, TOKEN_TABLES, Naming, model_prefix, name_as_llama_cpp
 from .gguf_writer import FLOATS, PLAIN, Entry, as_bytes, write_gguf
 from .layer_statistics import LayerStatistics
 from .plan import choose_preset
@@ -216,7 +216,9 @@ class _Export:
         return Entry(self._naming.of(key), kind, spec.shape, partial(self._bytes_of, key, kind))
 
     def _is_kept(self, key: str) -> bool:
-        """Whether the preset keeps a plain weight as it is."""
+        """Whether the preset keeps a plain weight as it is; llama.cpp's tools quantize both tables of tokens, too."""
+        if self._naming.of(key) in TOKEN_TABLES:
+            return False
         layer = layer_of(key) or key
         opinion = None if self._preset is None else self._preset.decide(layer)
         if opinion is None or opinion.action != "keep":

@@ -23,6 +23,7 @@ from .presets import GENERIC, detect_preset
 from .quantized_source import QuantizedComponent
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+TOKEN_TABLES = frozenset({"token_embd.weight", "output.weight"})  # the embedding and the head, as llama.cpp has them
 _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _SUFFIXES = (".weight", ".bias")
 
