@@ -52,7 +52,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, pairs: bool) -> None:
 @pytest.fixture(autouse=True)
 def pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip where there are none, and choose them."""
-    if not native.module().bf16_dots()[0]:
+    if not native.module().can_bf16_dots():
         pytest.skip("this processor, or this instruction set, has no products of pairs of bfloat16")
     choose(monkeypatch, True)
 
@@ -65,8 +65,7 @@ def product(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
 
 def test_only_where_they_are_fast():
     """A processor that cannot is not called fast, and other dtypes and few tokens keep their way."""
-    can, fast = native.module().bf16_dots()
-    assert can >= fast
+    assert native.module().can_bf16_dots() >= native.module().has_fast_bf16_dots()
     x = torch.zeros(1)
     assert linear_fp8.way(x.bfloat16(), 40, 128) == linear_fp8.PAIRS
     assert e2m1_ways.way(x.bfloat16(), 40, 16) == e2m1_ways.PAIRS

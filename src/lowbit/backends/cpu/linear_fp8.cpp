@@ -27,6 +27,9 @@ void bind_linear_fp8(nb::module_& m) {
         nb::arg("scales"), nb::arg("scale_kind"), nb::arg("tile_rows"), nb::arg("tile_columns"), nb::arg("bias"),
         nb::arg("bias_dtype"), nb::arg("out"), nb::arg("way"), nb::arg("threads"));
   m.def("want_fp8_tables", &want_fp8_tables, nb::arg("wanted"));
+  // Of this format and of others: whether products by pairs of bfloat16 columns are there, and whether they are fast.
+  m.def("can_bf16_dots", &can_bf16_dots);
+  m.def("has_fast_bf16_dots", &has_fast_bf16_dots);
 }
 
 }  // namespace lowbit

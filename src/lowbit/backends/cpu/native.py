@@ -57,7 +57,7 @@ def module() -> ModuleType:
 @functools.cache
 def bf16_dots() -> bool:
     """Whether bfloat16 is multiplied two columns at once (native/bf16_gemm.h): the processor can, and is fast at it."""
-    return all(module().bf16_dots())
+    return bool(module().has_fast_bf16_dots())
 
 
 threads = torch.get_num_threads  # how many a kernel is given at each call: as many as torch uses

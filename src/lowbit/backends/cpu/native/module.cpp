@@ -1,5 +1,4 @@
 // The module of one instruction set: every kernel, and the thread pool that they run on.
-#include "bf16_gemm.h"
 #include "bind.h"
 
 namespace lowbit {
@@ -16,8 +15,6 @@ NB_MODULE(LOWBIT_MODULE, m) {
     const std::string about = lowbit::describe_pool(used);
     return nb::make_tuple(used, nb::str(about.c_str(), about.size()));
   });
-  // Whether products by pairs of bfloat16 columns are there, and whether they are fast.
-  m.def("bf16_dots", [] { return nb::make_tuple(lowbit::can_bf16_dots(), lowbit::has_fast_bf16_dots()); });
 #define LOWBIT_BIND(name) lowbit::bind_##name(m);
 #include "binds.inc"
 #undef LOWBIT_BIND
