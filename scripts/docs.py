@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from docs_cpu import cpu_codecs, cpu_linears, cpu_machine, cpu_models, cpu_peers, cpu_plot
+from docs_cpu import cpu_codecs, cpu_linears, cpu_machine, cpu_models, cpu_peers, cpu_plot, cpu_zen4
 from docs_dialects import dialect_pages, every_dialect_table
 from docs_formats import every_format, every_spec, format_pages
-from docs_measured import diffusion, genres, layers, peers, sentences
+from docs_measured import diffusion, genres, layers, peers, peers_by_genre, sentences
 from docs_presets import every_preset
 
 from lowbit.checkpoint.dialects import dialects
@@ -39,8 +39,10 @@ PLACES: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/solvers.md", "genres"): genres,
     ("docs/solvers.md", "layers"): layers,
     ("docs/solvers.md", "peers"): peers,
+    ("docs/solvers.md", "peers_by_genre"): peers_by_genre,
     ("docs/cpu.md", "cpu_machine"): cpu_machine,
     ("docs/cpu.md", "cpu_linears"): cpu_linears,
+    ("docs/cpu.md", "cpu_zen4"): cpu_zen4,
     ("docs/cpu.md", "cpu_peers"): cpu_peers,
     ("docs/cpu.md", "cpu_codecs"): cpu_codecs,
     ("docs/cpu.md", "cpu_models"): cpu_models,

@@ -67,6 +67,20 @@ def cpu_linears() -> str:
     return table(head, lines)
 
 
+def cpu_zen4() -> str:
+    """The same of a processor that is fast at bfloat16: a cell has the ratio of each shape."""
+    groups = _read("cpu_zen4.json")["linears"]["groups"]
+    tokens, shapes = _tokens(groups), _by_shape(groups)
+    lines = []
+    for name in _ours(next(iter(shapes.values()))):
+        cells = []
+        for m in tokens:
+            rows = [_row(by_tokens[m], name) for by_tokens in shapes.values()]
+            cells.append(", ".join(f"{row['ratios'][BF16]['ratio']:.2f}" for row in rows if row))
+        lines.append((f"`{name}`", *cells))
+    return table((" and ".join(shapes), *(f"M = {m}" for m in tokens)), lines)
+
+
 def cpu_peers() -> str:
     """Times as fast as the peers of each format, on the first shape."""
     groups = _read("cpu.json")["linears"]["groups"]

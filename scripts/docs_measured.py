@@ -91,8 +91,30 @@ def peers() -> str:
     return table(head, lines)
 
 
+def peers_by_genre() -> str:
+    """The same shares after calibrations on sentences of one genre, tested on another; the newer rows of two files."""
+    rows = [
+        row
+        for name in ("minilm_peers.json", "minilm_peers_zen4.json")
+        for row in json.loads((RESULTS / name).read_text())["rows"]
+    ]
+    found: dict[tuple[str, str, str], dict[tuple[str, str], float]] = {}
+    for row in rows:
+        for genre, test in (("everyday", "reference"), ("reference", "everyday")):
+            if row["format"] in _PEERS and row["calibrated_on"] in (genre, None) and row["tested_on"] == test:
+                found.setdefault((row["format"], genre, test), {})[_tool(row), row["method"]] = row["of_plain"]
+    lines, before = [], ""
+    for place in sorted(found, key=lambda place: (list(_PEERS).index(place[0]), place[1])):
+        tools = found[place]
+        best = {name: min(share for (tool, _), share in tools.items() if tool == name) for name, _ in tools}
+        shares = (f"{best[name]:.2f}" if name in best else "" for name in _TOOLS)
+        lines.append((_PEERS[place[0]] if place[0] != before else "", *place[1:], *shares))
+        before = place[0]
+    return table(("format", "calibrated on", "tested on", *_TOOLS.values()), lines)
+
+
 def _tool(row: dict) -> str:
-    return next((name for name in _TOOLS if name in row["method"]), row["method"])
+    return next((name for name in _TOOLS if name in row["method"] and "rtn" not in row["method"]), row["method"])
 
 
 _PEERS = {
