@@ -88,7 +88,7 @@ ROWS = (
     Plain("plain W4A4, everything", ALL),
     Plain("plain W4A16, blocks", BLOCKS, inputs=False),
     Plain("plain W16A4, blocks", BLOCKS, weights=False),
-    Configuration("int8 row", "int8"),
+    Configuration("int8 row", "int8(rotation=0)"),
     Configuration("int8 row, weight only", "int8(activations=none)"),
     Configuration("fp8_e4m3 row", "fp8_e4m3(granularity=row)"),
     Configuration("fp8_e4m3 tensor", "fp8_e4m3"),
@@ -106,7 +106,7 @@ ROWS = (
         Configuration(f"{name}, {how}", spec, rules, calibrated=True, gradients=how == "gradients")
         for how in ("calibrated", "gradients")
         for name, spec, rules in (
-            ("int8 row", "int8", ()),
+            ("int8 row", "int8(rotation=0)", ()),
             ("fp8_e4m3 tensor", "fp8_e4m3", ()),
             ("nvfp4", "nvfp4", ()),
             ("awq_w4a16", "awq_w4a16", ()),

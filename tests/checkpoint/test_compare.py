@@ -169,7 +169,7 @@ def test_codes_at_the_ends_are_counted(tmp_path):
 
 def test_flips_are_weights_that_decode_otherwise(tmp_path):
     """Changing one code of a rounded weight is one flip and one error beyond half a step, and lowers the SQNR."""
-    path, out = converted(tmp_path, "int8")
+    path, out = converted(tmp_path, "int8(rotation=0)")
 
     def change(tensors):
         tensors["blocks.1.up.weight"][7, 9] += 1 if tensors["blocks.1.up.weight"][7, 9] < 100 else -1
@@ -268,7 +268,7 @@ def test_a_quantized_reference_is_decoded(tmp_path):
 
 def test_a_plain_candidate_of_a_quantized_reference_is_measured(tmp_path):
     """Decoding a file to bfloat16 changes its weights by less than a step, and that is told."""
-    _, out = converted(tmp_path, "int8")
+    _, out = converted(tmp_path, "int8(rotation=0)")
     with open_source(out) as source:
         dequantize(source, tmp_path / "plain.safetensors")
 

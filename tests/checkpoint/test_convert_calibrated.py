@@ -127,7 +127,8 @@ def test_a_layer_that_lost_says_so(source, tmp_path):
     flip = torch.where(torch.arange(64) % 2 == 0, 1.0, -1.0)
     broken["up"] = replace(broken["up"], held_out=broken["up"].hessian * torch.outer(flip, flip))
     statistics = InMemory(broken)
-    report = convert(source, tmp_path / "out.safetensors", planned(source, "int8", statistics), statistics=statistics)
+    plan = planned(source, "int8(rotation=0)", statistics)
+    report = convert(source, tmp_path / "out.safetensors", plan, statistics=statistics)
 
     up = next(layer for layer in report.layers if layer.layer == "up")
     assert up.solver in ("rtn", "scale_search+bias")
@@ -248,7 +249,7 @@ def command(*arguments) -> tuple[int, str, str]:
 def test_the_command_takes_a_file_of_statistics(calibrated, tmp_path):
     """From calibrating a module to a converted file: layers are refined, and outputs come nearer than rounded ones."""
     model, file, stats = calibrated
-    options = ["--format", "int8", "--preset", "none"]
+    options = ["--format", "int8(rotation=0)", "--preset", "none"]
     code, out, err = command("convert", file, "-o", tmp_path / "out.safetensors", "--stats", stats, *options, "--json")
     assert code == 0, err
     layers = {layer["layer"]: layer for layer in json.loads(out)["layers"]}

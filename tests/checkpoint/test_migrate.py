@@ -169,7 +169,7 @@ def test_a_quantized_table_in_a_folder_of_linears_is_told(tmp_path):
     names = ("embeddings.word_embeddings", "encoder.layer.0.attention.self.query")
     save_file({f"{name}.weight": torch.randn(128, 128) for name in names}, tmp_path / "in" / "model.safetensors")
     with open_source(tmp_path / "in") as source:
-        convert(source, tmp_path / "comfy", make_plan(source, "int8"))
+        convert(source, tmp_path / "comfy", make_plan(source, "int8(rotation=0)"))
     with open_source(tmp_path / "comfy") as source:
         told = [migrate(source, tmp_path / to, to).notes for to in ("compressed_tensors", "torchao")]
 

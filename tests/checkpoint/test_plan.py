@@ -13,7 +13,7 @@ from lowbit.checkpoint.plan import Plan, make_plan
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.verify import verify
 from lowbit.errors import CheckpointError, FormatError, LowbitError, PlanError, SolverError
-from lowbit.formats import get_format
+from lowbit.formats import get_format, parse_spec
 from tests.support.checkpoints import model_tensors, save_model, save_shards
 
 TABLE = "embeddings.word_embeddings"
@@ -121,11 +121,54 @@ def test_sizes_are_those_of_the_file(source, tmp_path):
 
 def test_auto_solver_is_resolved_and_noted(source):
     """The plan holds the solver that `auto` took, format by format, and a note that says so."""
-    plan = make_plan(source, "nvfp4", layer_rules=[(r"\.up", "int8")], preset="none")
+    plan = make_plan(source, "nvfp4", layer_rules=[(r"\.up", "int8(rotation=0)")], preset="none")
 
     assert by_key(plan)["blocks.0.down.weight"].solver == "scale_search"
     assert by_key(plan)["blocks.0.up.weight"].solver == "rtn"
     assert [note.partition(" (")[0] for note in plan.notes] == ["nvfp4: solver scale_search", "int8: solver rtn"]
+
+
+def test_auto_rotates_what_is_asked_for_by_name_alone(tmp_path):
+    """`int8` gets the largest group up to 256 that divides K, where a linear rounds its input; and the plan says so."""
+    sizes = {"a": 512, "b": 192, "c": 336, "d": 200}
+    tensors = {f"layers.{name}.weight": torch.randn(64, k) for name, k in sizes.items()}
+    tensors |= {"experts.weight": torch.randn(4, 64, 64), "conv.weight": torch.randn(64, 64, 3, 3)}
+    with opened(tmp_path / "a.safetensors", tensors) as source:
+
+        def formats(asked, **options):
+            plan = make_plan(source, asked, **{"preset": "none", "layer_rules": [("experts|conv", "int8")], **options})
+            return {tensor.layer: tensor.format for tensor in plan.tensors()}, plan
+
+        found, plan = formats("int8")
+        assert found == {
+            "layers.a": "int8(rotation=256)",
+            "layers.b": "int8(rotation=64)",
+            "layers.c": "int8(rotation=16)",
+            "layers.d": "int8",
+            "experts": "int8",
+            "conv": "int8",
+        }
+        assert len([note for note in plan.notes if "auto rotates it" in note and "int8(rotation=0)" in note]) == 1
+        assert by_key(plan)["layers.a.weight"].why.endswith("; rotated by auto")
+        everywhere_plain = (
+            {"asked": "int8(rotation=0)"},
+            {"asked": parse_spec("int8")},
+            {"asked": "int8(activations=none)"},
+            {"asked": "int8", "solver": "rtn"},
+            {"asked": "int8", "dialect": "torchao", "layer_rules": ()},
+        )
+        for wishes in everywhere_plain:
+            assert not [fmt for fmt in formats(**wishes)[0].values() if "rotation" in fmt], wishes
+        assert formats("int8(rotation=64)", keep=["c", "d"], layer_rules=())[0]["layers.a"] == "int8(rotation=64)"
+
+
+def test_a_quantized_table_is_not_rotated(tmp_path):
+    """Nobody rounds the input of a table, which is looked up in."""
+    tensors = {f"{name}.weight": torch.randn(128, 128) for name in (TABLE, "encoder.layer.0.attention.self.query")}
+    with opened(tmp_path / "a.safetensors", tensors) as source:
+        plan = by_key(make_plan(source, "int8", layer_rules=[(TABLE, "int8")]))
+    assert plan[f"{TABLE}.weight"].format == "int8"
+    assert plan["encoder.layer.0.attention.self.query.weight"].format == "int8(rotation=64)"
 
 
 def test_patterns_choose_layers(source):
@@ -136,14 +179,14 @@ def test_patterns_choose_layers(source):
         preset="none",
         keep=[r"blocks\.0"],
         only=[r"\.up$"],
-        layer_rules=[(r"blocks\.[01]\.down", "int8"), (r"down", "mxfp8")],
+        layer_rules=[(r"blocks\.[01]\.down", "mxfp4"), (r"down", "mxfp8")],
     )
     tensors = by_key(plan)
 
     assert (tensors["blocks.0.up.weight"].action, tensors["blocks.0.down.weight"].action) == ("keep", "keep")
     assert tensors["blocks.0.down.weight"].why == r"matches --keep 'blocks\\.0'"
     assert tensors["blocks.1.up.weight"].format == "fp8_e4m3"
-    assert tensors["blocks.1.down.weight"].format == "int8"
+    assert tensors["blocks.1.down.weight"].format == "mxfp4"
     assert tensors["blocks.2.down.weight"].format == "mxfp8"
     assert (tensors["ragged.weight"].action, tensors["ragged.weight"].why) == ("keep", "matches no --only pattern")
 
@@ -304,10 +347,10 @@ def test_quantized_input_is_refused_unless_asked_for(source, tmp_path):
             PlanError, match=r"fp8\.safetensors: layer .* is quantized already \(fp8_e4m3\), with \d more"
         ):
             make_plan(again, "int8", preset="none")
-        plan = make_plan(again, "int8", preset="none", requantize=True, keep=["ragged"])
+        plan = make_plan(again, "mxfp8", preset="none", requantize=True, keep=["ragged"])
 
     tensors = by_key(plan)
-    assert (tensors["blocks.0.up.weight"].was, tensors["blocks.0.up.weight"].format) == ("fp8_e4m3", "int8")
+    assert (tensors["blocks.0.up.weight"].was, tensors["blocks.0.up.weight"].format) == ("fp8_e4m3", "mxfp8")
     assert tensors["blocks.0.up.weight_scale"].action == "drop"
     assert {tensors[f"ragged.{part}"].action for part in ("weight", "weight_scale", "comfy_quant")} == {"keep"}
     assert tensors["ragged.weight"].why.startswith("already quantized (fp8_e4m3)")
@@ -402,14 +445,14 @@ def test_the_family_is_detected_and_says_why_layers_stay(tmp_path):
     with opened(tmp_path / "a.safetensors", tensors) as source:
         plan = make_plan(source, "fp8_e4m3")
         none = by_key(make_plan(source, "fp8_e4m3", preset="none"))
-        forced = by_key(make_plan(source, "fp8_e4m3", layer_rules=[("^img_in$", "int8")]))
+        forced = by_key(make_plan(source, "fp8_e4m3", layer_rules=[("^img_in$", "mxfp8")]))
 
     assert plan.components[0].preset == "qwen_image"
     kept = {key for key, tensor in by_key(plan).items() if tensor.action == "keep" and len(tensor.shape) == 2}
     assert kept == {"img_in.weight", "proj_out.weight", "transformer_blocks.0.img_mod.1.weight"}
     assert "shape" in by_key(plan)["img_in.weight"].why
     assert {none[key].action for key in kept} == {"quantize"}
-    assert forced["img_in.weight"].format == "int8"
+    assert forced["img_in.weight"].format == "mxfp8"
 
 
 def test_what_a_family_can_do_without_is_dropped_only_when_asked(tmp_path):

@@ -17,6 +17,7 @@ from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.verify import VerifyResult, verify
 from lowbit.errors import CheckpointError
+from lowbit.formats import parse_spec
 from tests.support.checkpoints import model_tensors, save_model, save_shards
 from tests.support.specs import ALL_SPECS, fits
 
@@ -47,7 +48,7 @@ def changed(path, change) -> None:
 @pytest.mark.parametrize("spec", [spec for spec in ALL_SPECS if fits(spec, 128) or fits(spec, 192)])
 def test_agrees_with_the_conversion(tmp_path, spec):
     """For every format, verify measures exactly what the conversion had measured, and finds nothing wrong."""
-    path, out, report = converted(tmp_path, spec)
+    path, out, report = converted(tmp_path, parse_spec(spec))
     result = verified(path, out)
 
     assert result.problems == ()

@@ -174,7 +174,7 @@ def test_quantized_input_is_refused_unless_asked_for(lowbit, quantized, tmp_path
     assert_one_line(lowbit(*arguments), 2, "quantized already", "requantize")
     again = lowbit(*arguments, "--requantize", "--json").json
 
-    assert {layer["format"] for layer in again["layers"]} == {"int8"}
+    assert {layer["format"] for layer in again["layers"]} == {"int8(rotation=64)"}
 
 
 @pytest.mark.parametrize("command", ["dequantize", "migrate"])

@@ -150,7 +150,7 @@ def test_a_plan_can_be_written_edited_and_run(lowbit, model, tmp_path):
 
     formats = {layer["layer"]: layer["format"] for layer in report["layers"]}
     assert formats.pop("blocks.0.attn.q") == "fp8_e5m2"
-    assert set(formats.values()) == {"int8"}
+    assert set(formats.values()) == {"int8(rotation=64)"}
 
 
 def test_a_plan_file_and_options_that_contradict_it_are_refused(lowbit, model, tmp_path):

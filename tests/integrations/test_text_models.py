@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lowbit.errors import CheckpointError, PlanError, StatisticsError
-from lowbit.integrations import text_batches as text_batches_module
+from lowbit.integrations import text_batches as text_batches_module, text_models
 from lowbit.integrations.text_batches import builtin_text, read_text, text_batches
-from lowbit.integrations.text_models import load_text_model
+from lowbit.integrations.text_models import calibration_dtype, load_text_model
 
 pytest.importorskip("transformers")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "one", "two", "three", "four", "five"]
@@ -90,6 +90,21 @@ def test_windows_are_the_samples_of_a_causal_model(causal):
     rows = sorted(row[: sum(mask)] for b in found for row, mask in zip(
         b["input_ids"].tolist(), b["attention_mask"].tolist(), strict=True))  # fmt: skip
     assert rows == sorted([[2, 4, 5, 6, 7], [2, 8, 8, 8, 8], [2, 4, 4]])
+
+
+@pytest.mark.parametrize(
+    ("isa", "fast", "expected"),
+    [("avx512", True, torch.bfloat16), ("avx512", False, torch.float32), ("amx", False, torch.bfloat16)],
+)
+def test_calibration_runs_in_what_the_processor_is_fast_at(monkeypatch, isa, fast, expected):
+    """bfloat16 where its products are; on other devices what the checkpoint has."""
+    native = pytest.importorskip("lowbit.backends.cpu", exc_type=ImportError).native
+    monkeypatch.setattr(native, "isa", lambda: isa)
+    monkeypatch.setattr(native, "bf16_dots", lambda: fast)
+    assert calibration_dtype("cpu") == expected
+    assert calibration_dtype("cuda") is None
+    monkeypatch.setattr(text_models, "load", lambda _: "nothing was compiled")
+    assert calibration_dtype("cpu") == torch.float32
 
 
 def test_limits_are_kept(encoder, caplog):

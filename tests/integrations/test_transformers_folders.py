@@ -94,7 +94,7 @@ def test_sharded_folders(quantized, tmp_path):
     assert torch.equal(answer(other), answer(model))
 
 
-@pytest.mark.parametrize("spec", ["awq_w4a16", "mxfp8", "int8"])
+@pytest.mark.parametrize("spec", ["awq_w4a16", "mxfp8", "int8(rotation=0)"])
 def test_a_folder_that_lowbit_converted_is_loaded(spec, tmp_path):
     """A folder of `lowbit convert` answers as the model that transformers quantized while loading it, bit for bit."""
     model = bert()

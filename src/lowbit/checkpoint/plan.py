@@ -229,18 +229,31 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
                 f"{full}: is a quantized {misread}; a --layer rule for it, or the 16-bit file, settles it"
             )
         plan = replace(plan, was=was.format.spec, name="" if key == name else was.layer)
-    return _as_wanted(plan, stored, full, rules, was, has_bias=join_key(layer or "", "bias") in names.biases)
+    has_bias = join_key(layer or "", "bias") in names.biases
+    return _as_wanted(plan, stored, full, rules, was, has_bias=has_bias, is_table=is_table)
 
 
 def _as_wanted(
-    plan: TensorPlan, stored: StoredFormat, name: str, rules: Rules, was: StoredLayer | None, *, has_bias: bool
+    plan: TensorPlan,
+    stored: StoredFormat,
+    name: str,
+    rules: Rules,
+    was: StoredLayer | None,
+    *,
+    has_bias: bool,
+    is_table: bool,
 ) -> TensorPlan:
     """The plan of a weight with its format and its solver. `was`: as the source holds it quantized."""
     layer = StoredLayer(
         plan.layer, stored.format, plan.weight.matrix, value_dtype(plan.spec.dtype), layout=stored.layout,
         options=plan.weight.options(),
     )  # fmt: skip
+    rotation = ""
+    if stored.is_name and not is_table:
+        turned, rotation = rules.rotated(layer, plan.weight)
+        layer = replace(layer, format=turned)
     fitted, also = rules.fit(layer, name)
+    also = rotation + also
     stored = rules.spelled(replace(stored, format=fitted), layer)
     rules.note_dtype(replace(layer, format=stored.format))
     solver = rules.pick(stored.format, name, has_bias=has_bias)

@@ -17,7 +17,7 @@ from .full_precision import OPTION, lacks_option, refuses_option
 from .layer_statistics import LayerStatistics, knowledge
 from .plan_data import ComponentPlan, TensorPlan
 from .stored_format import StoredFormat
-from .weight_shape import BANK_AXES, TURNED_BANK_AXES, WeightShape, refusal
+from .weight_shape import BANK_AXES, KERNEL_AXES, TURNED_BANK_AXES, WeightShape, refusal
 
 TURNED_BANKS = "bank-transposed"
 FULL_PRECISION = "full-precision-matrix-mult"
@@ -103,6 +103,21 @@ class Rules:
             why = f"{self.solver} needs second moments, which are not known of some layers; {why}"
         self.picked[fmt.spec, name] = f"{fmt}: solver {name} ({why})"
         return name
+
+    def rotated(self, layer: StoredLayer, weight: WeightShape) -> tuple[Format, str]:
+        """The rotated variant that `auto` takes where the dialect's runtimes run it, and the reason to add."""
+        found = layer.format.rotated_for(weight.matrix[1])
+        if self.solver != AUTO or found is None or weight.is_bank or weight.axes == KERNEL_AXES:
+            return layer.format, ""
+        if refusal(self.dialect, replace(layer, format=found)):
+            return layer.format, ""
+        note = (
+            f"{layer.format}: auto rotates it, which spreads what stands out in its input (ConvRot; lowbit and ComfyUI "
+            f"run it). For runtimes that do not, ask for {layer.format.name}(rotation=0)"
+        )
+        if note not in self.doubts:
+            self.doubts.append(note)
+        return found, "; rotated by auto"
 
     def fit(self, layer: StoredLayer, name: str) -> tuple[Format, str]:
         """The variant of a format that suits a layer's input, and the reason to add where it is another one."""

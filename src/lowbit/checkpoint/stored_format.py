@@ -10,7 +10,7 @@ that layout.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowbit.errors import FormatError
 from lowbit.formats.base import Format
@@ -24,6 +24,8 @@ class StoredFormat:
 
     format: Format
     layout: str = ""
+    is_name: bool = field(default=False, compare=False)
+    """Whether no more than the name of the format was asked for; what its options are is then for `auto` to choose."""
 
     @classmethod
     def parse(cls, spec: Format | str) -> StoredFormat:
@@ -34,7 +36,7 @@ class StoredFormat:
         fmt = as_format(text)
         if at:
             get_layout(layout, fmt)
-        return cls(fmt, layout)
+        return cls(fmt, layout, is_name=text == fmt.name and not at)
 
     def check_stored(self) -> None:
         """Raise `FormatError` for a format that can only be read, and for a layout that no file holds."""

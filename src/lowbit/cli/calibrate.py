@@ -6,9 +6,11 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -36,7 +38,7 @@ from lowbit.integrations.text_batches import (
     read_text,
     text_batches,
 )
-from lowbit.integrations.text_models import load_text_model
+from lowbit.integrations.text_models import calibration_dtype, load_text_model
 from lowbit.integrations.text_objectives import objective_of
 
 EPILOG = epilog(
@@ -47,10 +49,26 @@ EPILOG = epilog(
     "lowbit calibrate --merge monday.safetensors tuesday.safetensors -o both.safetensors",
     "lowbit calibrate llama/ --imatrix llama.imatrix -o stats.safetensors",
 )
-_OF_TEXT = ("samples", "vary", "max_tokens", "batch_size", "device")
+_OF_TEXT = ("samples", "vary", "max_tokens", "batch_size", "device", "dtype")
 _OF_SAMPLES = ("broad", "gradients", "layers", "memory", "full_up_to")
 _SHOWN = 12  # inputs in the table, those with the fewest tokens a channel
 _WHAT = "--text FILE, --builtin-text, --module PACKAGE:FACTORY, --timesteps, --merge or --imatrix FILE"
+
+
+class Dtype(str, Enum):
+    """What a model runs in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+    def of(self, device: str) -> torch.dtype | None:
+        """The dtype on a device; None for the one that the model is stored in."""
+        if self is Dtype.AUTO:
+            return calibration_dtype(device)
+        found: torch.dtype = getattr(torch, self.value)
+        return found
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,7 @@ class _Wishes:
     vary: float | None
     gradients: bool | None
     device: str
+    dtype: Dtype
     options: dict[str, Any]  # of lowbit.calibrate
 
 
@@ -160,6 +179,14 @@ def calibrate(
         ),
     ] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Where the model folder runs.")] = "cpu",
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            metavar="DTYPE",
+            help="What the model folder runs in: float32, bfloat16, float16, or auto: on a CPU bfloat16 where that is "
+            "fast, else float32; elsewhere what it is stored in.",
+        ),
+    ] = Dtype.AUTO,
     layers: Annotated[
         list[str] | None,
         typer.Option("--layers", metavar="REGEX", help="Only these linears; may be repeated.", show_default=False),
@@ -193,7 +220,7 @@ def calibrate(
         given = _paths(paths or [], chosen)
         _refuse_idle(context, chosen)
     _refuse_input(output, [*given, *(text or []), *([imatrix] if imatrix is not None else [])])
-    wishes = _Wishes(output, samples, max_tokens, batch_size, vary, gradients, device, how)
+    wishes = _Wishes(output, samples, max_tokens, batch_size, vary, gradients, device, dtype, how)
     if chosen == "text":
         found: StatisticsCollection = _from_text(given[0], text or [], wishes, with_builtin=with_builtin or not text)
     elif module:
@@ -251,7 +278,7 @@ def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin
         texts.append(builtin_text())
         if not files:
             stderr().print("note: no --text, so the built-in one; text like what the model will see is better still")
-    model = load_text_model(folder, device=wishes.device)
+    model = load_text_model(folder, device=wishes.device, dtype=wishes.dtype.of(wishes.device))
     usual = 0.0 if with_builtin or model.causal else VARIED
     vary = usual if wishes.vary is None else wishes.vary
     batches = text_batches(
@@ -263,6 +290,9 @@ def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin
         vary=vary,
     )
     names = [file.name for file in files] + ["the built-in text"] * with_builtin
+    how = f", varied {vary:g}" if vary else ""
+    if model.model.dtype != torch.float32:
+        how += f", in {str(model.model.dtype).removeprefix('torch.')}"
     backward = wishes.gradients if wishes.gradients is not None else not model.causal
     with _counting() as update:
         found = run(
@@ -270,7 +300,7 @@ def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin
             batches,
             path=wishes.output,
             names=model.names(),
-            description=f"{folder.resolve().name} on {', '.join(names)}" + (f", varied {vary:g}" if vary else ""),
+            description=f"{folder.resolve().name} on {', '.join(names)}{how}",
             progress=update,
             gradients=objective_of(model) if backward else False,
             **{**wishes.options, "broad": wishes.options["broad"] or with_builtin},

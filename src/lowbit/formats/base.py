@@ -123,6 +123,13 @@ class Format(ABC):
         """The codes [n, columns] (or padded further) of stored rows."""
         return qdata
 
+    def rotated_for(self, k: int) -> Format | None:
+        """The variant that rounds weight and input in a rotated basis where that loses less; None where there is none.
+
+        `k`: the columns of the weight. `--solver auto` takes it where the name alone was asked for.
+        """
+        return None
+
     def fitted_to(self, smallest_input: float) -> Format:
         """This format, or a variant of the same size that suits a layer whose input is never below a value."""
         return self

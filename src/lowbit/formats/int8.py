@@ -10,7 +10,7 @@ block         [ceil(N / rows), ceil(K / columns)]    a tile of `block_size`, sma
 rotation      a power of four that divides K, with granularity row only: the codes are of the weight whose groups
               along K are rotated by the regular Hadamard matrix (ConvRot, arXiv 2512.03673), which spreads outliers
               over their group. The rotation is orthonormal, so the squared error of a row, the unit of scale, is the
-              same in both bases.
+              same in both bases. `lowbit convert` chooses one where only the name "int8" was asked for.
 activations   "int8": a linear quantizes each row of its (rotated) input on the fly, by absmax / 127 (with granularity
               block, each block of columns of each row), and multiplies integers exactly. "none": it decodes the weight.
 
@@ -24,7 +24,7 @@ activations   "int8": a linear quantizes each row of its (rotated) input on the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -38,6 +38,8 @@ from lowbit.numerics.int8_matmul import INT8_MAX, int8_linear, int8_linear_block
 from lowbit.numerics.integers import round_clamp_
 from lowbit.numerics.levels import IntegerLevels
 from lowbit.numerics.rotations import REGULAR_SIZES, rotate_groups
+
+_LARGEST_GROUP = 256  # of a rotation that `auto` chooses
 
 # A smaller scale clips the peak and gives all other values finer steps: a few percent help a row, half a tensor.
 # Close to 1 the gain is in how the grid falls on the few largest weights, so small units want fine steps (+0.2 dB).
@@ -73,12 +75,21 @@ class Int8(Granular):
     @property
     def data_free_advice(self) -> str:
         """A rotation, where a linear rounds whole rows of its input: it is one wherever lowbit or ComfyUI run it."""
-        if self.granularity != "row" or self.rotation or not self.rounds_input:
+        if not self._could_rotate:
             return ""
         return (
             "int8(rotation=256), or 64 where 256 does not divide K, loses a half to four fifths less where channels of "
             "the input stand out; lowbit and ComfyUI run it"
         )
+
+    def rotated_for(self, k: int) -> Int8 | None:
+        """In the largest groups that divide K, up to 256: ComfyUI's own, and larger ones gained nothing on MiniLM."""
+        fitting = [size for size in REGULAR_SIZES if size <= _LARGEST_GROUP and k % size == 0]
+        return replace(self, rotation=max(fitting)) if self._could_rotate and fitting else None
+
+    @property
+    def _could_rotate(self) -> bool:
+        return self.granularity == "row" and not self.rotation and self.rounds_input
 
     def __post_init__(self) -> None:
         super().__post_init__()

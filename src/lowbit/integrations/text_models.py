@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from lowbit.calibration.names import checkpoint_names, layer_shapes
 from lowbit.checkpoint.source import open_source
+from lowbit.dispatch import load
 from lowbit.errors import CheckpointError, PlanError
 
 NEEDED = ("transformers", "tokenizers")
@@ -68,6 +70,20 @@ def load_text_model(folder: str | Path, *, device: str = "cpu", dtype: torch.dty
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False
     return TextModel(folder, model, tokenizer, architecture.endswith(("ForCausalLM", "LMHeadModel")))
+
+
+def calibration_dtype(device: str) -> torch.dtype | None:
+    """What a model is best run in for its statistics: on a processor that is fast at it bfloat16, else float32.
+
+    None on other devices: what the checkpoint has. Rounding each input to 8 bits moves H by far less than another text
+    of the same kind does.
+    """
+    if device != "cpu":
+        return None
+    if load("cpu") is not None:  # no compiled kernels, which know the processor
+        return torch.float32
+    native: Any = sys.modules["lowbit.backends.cpu.native"]
+    return torch.bfloat16 if native.isa() == "amx" or native.bf16_dots() else torch.float32
 
 
 def _check_device(device: str) -> None:

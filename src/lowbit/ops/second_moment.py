@@ -11,7 +11,7 @@ def add_second_moment(total: Tensor, x: Tensor) -> None:
     """Add x^T x of rows x to the upper triangle of a sum, in place. A function and not an operator: never traced.
 
     total   float32 [K, K]   what lies below its diagonal may be written over, with no meaning
-    x       float32 [R, K]
+    x       float32 or bfloat16 [R, K]
     """
     args = (total, x)
     select("add_second_moment", ANY_FORMAT, "", x.device.type, args).run(*args)

@@ -18,6 +18,17 @@ from lowbit.backends.cpu.add_second_moment import MEASURED, refuses
 SIZES = [(1, 1), (2, 3), (127, 15), (128, 16), (129, 17), (255, 48), (300, 49), (1024, 100), (77, 200), (513, 131)]
 
 
+needs_bf16 = pytest.mark.skipif(not native.module().can_bf16_dots(), reason="no products of bfloat16")
+
+
+def summed_bf16(x: Tensor, total: Tensor | None = None, threads: int = 1) -> Tensor:
+    """The same of rows of bfloat16 by the instruction for them, whether or not it is fast here."""
+    k = x.shape[1]
+    total = torch.zeros(k, k) if total is None else total.clone()
+    native.module().add_second_moment_bf16(total.data_ptr(), x.data_ptr(), *x.shape, threads)
+    return total.triu()
+
+
 def summed(x: Tensor, total: Tensor | None = None, threads: int = 1) -> Tensor:
     """The upper triangle of total + x^T x by this instruction set, whether or not dispatch would take it."""
     k = x.shape[1]
@@ -40,6 +51,44 @@ def test_any_values_are_summed_as_float32_does(rows, k):
     found, exact = summed(x).double(), (x.double().t() @ x.double()).triu()
     size = exact.diagonal().sqrt()
     assert float(((found - exact) / (size[:, None] * size)).abs().max()) < 1e-6
+
+
+@needs_bf16
+@pytest.mark.parametrize(("rows", "k"), SIZES)
+def test_rows_of_bfloat16_are_multiplied_exactly(rows, k):
+    """Whole numbers are summed to the bit, any others as float32 does; an odd last row counts once."""
+    whole = torch.randint(-100, 101, (rows, k), generator=torch.Generator().manual_seed(rows + k)).bfloat16()
+    assert torch.equal(summed_bf16(whole), (whole.double().t() @ whole.double()).float().triu())
+    x = (gaussian(rows, k) * torch.logspace(-8, 6, k)).bfloat16()
+    found, exact = summed_bf16(x).double(), (x.double().t() @ x.double()).triu()
+    size = exact.diagonal().sqrt()
+    assert float(((found - exact) / (size[:, None] * size)).abs().max()) < 1e-6
+
+
+@needs_bf16
+def test_sums_of_bfloat16_go_on_and_keep_what_is_broken_apart():
+    """As those of float32 do, for any number of threads; a NaN or an infinity reaches its column and no other."""
+    x, total = gaussian(700, 150).bfloat16(), gaussian(150, 150)
+    begun = summed_bf16(x, total)
+    assert torch.allclose(begun, summed(x.float(), total), atol=1e-3)
+    for threads in (2, 3, 7):
+        assert torch.equal(summed_bf16(x, total, threads), begun)
+    x = gaussian(201, 40).bfloat16()
+    x[200, 7], x[10, 20] = torch.nan, torch.inf
+    broken = torch.zeros(40, 40, dtype=torch.bool)
+    broken[[7, 20], :] = broken[:, [7, 20]] = True
+    assert torch.equal(~summed_bf16(x).isfinite(), broken.triu())
+
+
+def test_rows_of_bfloat16_need_no_instruction_for_them():
+    """Through dispatch they give what they give as float32, on every set."""
+    x, totals = gaussian(300, 64).bfloat16(), (torch.zeros(64, 64), torch.zeros(64, 64))
+    add_second_moment(totals[0], x)
+    add_second_moment(totals[1], x.float())
+    assert torch.allclose(totals[0].triu(), totals[1].triu(), rtol=1e-5, atol=1e-4)
+    if not native.module().can_bf16_dots():
+        with pytest.raises((ValueError, RuntimeError), match="no products of bfloat16"):
+            summed_bf16(x)
 
 
 def test_sums_go_on_from_what_is_there_and_do_not_depend_on_threads():

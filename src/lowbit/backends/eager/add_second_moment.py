@@ -12,7 +12,7 @@ PANEL = 192  # columns of one product: narrower ones compute less below the diag
 @kernel("add_second_moment", backend="eager")
 def add_second_moment(total: Tensor, x: Tensor) -> None:
     """See `lowbit.ops.second_moment`."""
-    k = x.shape[1]
+    x, k = x.float(), x.shape[1]
     for start in range(0, k, PANEL):
         stop = min(start + PANEL, k)
         total[start:stop, start:].addmm_(x[:, start:stop].mT, x[:, start:])
