@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit import dispatch
 from lowbit.integrations.diffusers import LowbitConfig
-from lowbit.nn import quantized_layers
+from lowbit.layer_kinds import quantized_layers
 
 FORMATS = ["fp8_e4m3(granularity=row)", "int8", "nvfp4", "awq_w4a16", "svdquant_w4a4(rank=32)"]
 HEAD = 64

@@ -26,6 +26,8 @@ FLOORS = {
     "solvers": 3,
     "tensor": 4,
     "tensor_ops": 4,
+    "layer_kinds": 4,
+    "layer_policy": 4,
     "nn": 4,
     "experts": 4,
     "smoothing": 4,
@@ -44,7 +46,9 @@ BESIDE = {  # who may import a neighbour on the same floor; never both ways
     "ops": {"dispatch"},  # an op's body asks for its kernel
     "tensor_ops": {"tensor"},  # the handlers of QuantizedTensor's operations
     "experts": {"tensor", "tensor_ops"},  # a bank's experts are quantized weights
-    "nn": {"tensor"},  # a module's weight is replaced by a quantized one
+    "layer_kinds": {"tensor"},  # a layer is quantized if its weight is
+    "layer_policy": {"layer_kinds", "tensor"},  # what a kind of layer cannot hold is refused
+    "nn": {"layer_kinds", "layer_policy", "tensor"},  # a module's weights are replaced by quantized ones
     "calibration": {"checkpoint"},  # the statistics file is written and resumed as checkpoints are
     "lora": {"checkpoint"},  # adapters are read, and baked into files, as checkpoints are
     "cli": {"integrations"},  # a subcommand that shows an integration

@@ -1,53 +1,45 @@
 """Quantize the layers of a module in place, by one format or by rules.
 
-A layer here is an `nn.Linear`, an `nn.Embedding`, an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, or the `Conv1D` of
-transformers; its `weight` becomes a frozen parameter that is a `QuantizedTensor` of the same shape, so the layer's
-class, name and forward stay as they are and adapters that look for `nn.Linear` still find it.
-
-Formats store matrices [N, K] (`weight_matrix`): a kernel [O, I / groups, ...] is one with a row for each output
-channel, the weight [K, N] of a `Conv1D` is the transpose of one. Convolutions are weight-only: the kernel is decoded in
-bounded pieces, the input is never rounded.
+Layers are of the kinds that `lowbit.layer_kinds` knows. A layer's `weight` becomes a frozen parameter that is a
+`QuantizedTensor` of the same shape, so the layer's class, name and forward stay as they are and adapters that look for
+`nn.Linear` still find it. Convolutions are weight-only: the kernel is decoded in bounded pieces, the input is never
+rounded.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import PlanError, WeightError
+from lowbit.errors import WeightError
 from lowbit.formats.base import Format, check_finite
-from lowbit.formats.parts import FLOATS
-from lowbit.formats.registry import as_format
+from lowbit.layer_kinds import Layer, is_conv1d, matrix_shape, repacked_op, shaped_weight, weight_matrix
+from lowbit.layer_policy import LayerChange, Policy, decide_formats
 from lowbit.numerics.groups import row_chunks
 from lowbit.numerics.weight_marks import MarkedWeights, mark_of
 from lowbit.solvers import AUTO, Solution, solve
 from lowbit.solvers.base import Statistics
 from lowbit.tensor import AUTO as AUTO_LAYOUT, QuantizedTensor, check_layout, choose_layout, repacked
 
-Policy = Format | str | Mapping[str, Format | str | None]
+__all__ = [
+    "LayerChange",
+    "LayoutChange",
+    "Policy",
+    "fold_bias_",
+    "quantize_",
+    "quantize_layer_",
+    "repack_",
+    "repack_weights",
+]
+
 _log = logging.getLogger("lowbit")
-_UNNAMED = "no rule names it"
-_CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
-_TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-Layer = nn.Linear | nn.Embedding | _CONVOLUTIONS | _TRANSPOSED  # what `is_layer` accepts; Conv1D counts as linear
 # Weights met before, by identity and spec; the original is held so that its identity is not given to another.
 Shared = dict[tuple[int, str], tuple[Tensor, nn.Parameter, Solution]]
-
-
-@dataclass(frozen=True)
-class LayerChange:
-    """What `quantize_` did with one layer: its format, or why it was kept."""
-
-    name: str
-    format: Format | None
-    why: str
 
 
 @dataclass(frozen=True)
@@ -86,13 +78,7 @@ def quantize_(
     ['0', '2']
     """
     check_layout(layout)
-    layers = list(quantizable_layers(module))
-    if not layers:
-        raise PlanError(_nothing_to_quantize(module))
-    if isinstance(policy, Mapping):
-        _refuse_unused(module, policy, [name for name, _ in layers])
-    decided = [(layer, _decide(name, layer, policy)) for name, layer in layers]
-    decided = _keep_ties(module, decided, by_rules=isinstance(policy, Mapping))
+    decided = decide_formats(module, policy)
     for layer, change in decided:
         if change.format is not None:
             _check_values(weight_matrix(layer), change.name)
@@ -140,71 +126,6 @@ def repack_weights(module: nn.Module, layout: str, only: Container[int] | None =
         if made is not weight:
             weight.data = made
         yield LayoutChange(name, weight.kernel_layout, refusal or why)
-
-
-def repacked_op(owners: Iterable[nn.Module]) -> str | None:
-    """The op that a weight of these layers is packed for, or None where it is to keep its plain parts.
-
-    A table that is the head of a model as well is multiplied with as a whole at each token, and only looked up in once.
-    """
-    owners = list(owners)
-    if any(isinstance(owner, _CONVOLUTIONS | _TRANSPOSED) for owner in owners):
-        return None
-    return "embedding" if all(isinstance(owner, nn.Embedding) for owner in owners) else "linear"
-
-
-def is_layer(module: nn.Module) -> TypeGuard[Layer]:
-    """Whether `quantize_` knows this kind of module."""
-    return isinstance(module, Layer) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is the `Conv1D` of transformers (GPT-2): a linear whose weight is [K, N]."""
-    kinds = ((kind.__module__, kind.__name__) for kind in type(module).__mro__)
-    return ("transformers.pytorch_utils", "Conv1D") in kinds
-
-
-def weight_matrix(layer: Layer) -> Tensor:
-    """A layer's plain weight as formats store it, [N, K]."""
-    weight = layer.weight.detach()
-    return weight.t() if is_conv1d(layer) else weight.flatten(1) if weight.dim() > 2 else weight
-
-
-def matrix_shape(layer: Layer) -> tuple[int, int]:
-    """(N, K) of a layer's weight, plain or quantized."""
-    first, *rest = layer.weight.shape
-    return (rest[0], first) if is_conv1d(layer) else (first, torch.Size(rest).numel())
-
-
-def kind_refusal(layer: Layer, fmt: Format) -> str | None:
-    """Why no weight of this format can serve this kind of layer, or None."""
-    if isinstance(layer, _TRANSPOSED):
-        return "a transposed convolution: the rows of its kernel are input channels"
-    if isinstance(layer, _CONVOLUTIONS) and fmt.folds_bias:
-        return f"a convolution, and {fmt} shifts the activations, which a convolution pads and slides over"
-    if isinstance(layer, nn.Embedding) and not fmt.supports_embedding:
-        return f"an embedding table, and {fmt.name} has no lookup"
-    return None
-
-
-def quantizable_layers(module: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """The layers of a module by name ("weight" for a bare layer), those not quantized yet."""
-    for name, layer in module.named_modules():
-        if is_layer(layer) and not isinstance(layer.weight, QuantizedTensor):
-            yield name or "weight", layer
-
-
-def quantized_layers(module: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """The layers of a module whose weight is quantized, by name ("" for a bare layer).
-
-    Of layers that share a weight, only the first.
-    """
-    seen: set[int] = set()
-    for name, layer in module.named_modules():
-        if is_layer(layer) and isinstance(layer.weight, QuantizedTensor):
-            if id(layer.weight) not in seen:
-                yield name, layer
-            seen.add(id(layer.weight))
 
 
 def quantize_layer_(
@@ -278,13 +199,6 @@ def _quantized(
     return shared[key][1:]
 
 
-def shaped_weight(layer: Layer, parts: Mapping[str, Tensor], fmt: Format, dtype: torch.dtype) -> QuantizedTensor:
-    """The parts of a matrix [N, K] as a weight of the layer's shape."""
-    return QuantizedTensor(
-        parts, fmt, tuple(layer.weight.shape), dtype, matrix=matrix_shape(layer), transposed=is_conv1d(layer)
-    )
-
-
 def _put(layer: Layer, weight: nn.Parameter, solution: Solution) -> None:
     """Give a layer its quantized weight, and its bias what the solver and the format move into it."""
     layer.weight = weight
@@ -307,115 +221,6 @@ def fold_bias_(layer: Layer) -> None:
         weight.dtype if bias is None else bias.dtype
     )
     layer.bias = nn.Parameter(folded, requires_grad=False if bias is None else bias.requires_grad)
-
-
-def _nothing_to_quantize(module: nn.Module) -> str:
-    kind = type(module).__name__
-    done = next(quantized_layers(module), None)
-    if done is None:
-        return f"{kind} has no nn.Linear or nn.Embedding, nor a convolution, to quantize; pass a module that has"
-    name, layer = done
-    assert isinstance(layer.weight, QuantizedTensor)  # `quantized_layers` gave it
-    return (
-        f"{kind}: every layer that can be is quantized already ({name or 'weight'}: {layer.weight.format}), and doing "
-        "it again would add a second loss; start from the module with plain weights"
-    )
-
-
-def _refuse_unused(module: nn.Module, policy: Mapping[str, object], names: Sequence[str]) -> None:
-    """A pattern that matches nothing is a typing error until shown otherwise."""
-    done = [name or "weight" for name, _ in quantized_layers(module)]
-    for pattern, spec in policy.items():
-        if any(_matches(pattern, name) for name in names):
-            continue
-        if not any(_matches(pattern, name) for name in done):
-            raise PlanError(
-                f"the rule {pattern!r} matches no layer; correct it (a layer's name is, for example, "
-                f"{names[len(names) // 2]!r})"
-            )
-        if spec is not None:  # to keep what is quantized already is no contradiction
-            raise PlanError(f"the rule {pattern!r} matches only layers that are quantized already; leave it out")
-
-
-def _decide(name: str, layer: Layer, policy: Policy) -> LayerChange:
-    if isinstance(policy, Mapping):
-        for pattern, spec in policy.items():
-            if _matches(pattern, name):
-                if spec is None:
-                    return LayerChange(name, None, f"kept by the rule {pattern!r}")
-                fmt = as_format(spec)
-                why = _refusal(layer, fmt)
-                if why:
-                    raise WeightError(
-                        f"{name}: {why}; the rule {pattern!r} asks for {fmt}: change it or keep the layer"
-                    )
-                return LayerChange(name, fmt, f"rule {pattern!r}")
-        return LayerChange(name, None, _UNNAMED)
-    fmt = as_format(policy)
-    why = _refusal(layer, fmt)
-    return LayerChange(name, None if why else fmt, why or "all layers")
-
-
-def _matches(pattern: str, name: str) -> bool:
-    try:
-        return re.search(pattern, name) is not None
-    except re.error as error:
-        raise PlanError(f"the rule {pattern!r} is no regular expression: {error}; correct it") from error
-
-
-def _keep_ties(
-    module: nn.Module, decided: list[tuple[Layer, LayerChange]], *, by_rules: bool
-) -> list[tuple[Layer, LayerChange]]:
-    """The changes without those that would part what shares a weight. Raises `PlanError` where rules ask for that."""
-    changes = {id(layer): change for layer, change in decided}
-    owners: dict[int, list[tuple[str, LayerChange | None]]] = {}
-    for name, owner in module.named_modules():
-        for attribute, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-            change = changes.get(id(owner)) if attribute == "weight" else None
-            full = change.name if change else f"{name}.{attribute}".removeprefix(".")
-            owners.setdefault(id(parameter), []).append((full, change))
-    return [(layer, _kept_for_ties(layer, change, owners, by_rules=by_rules)) for layer, change in decided]
-
-
-def _kept_for_ties(
-    layer: Layer, change: LayerChange, owners: Mapping[int, list[tuple[str, LayerChange | None]]], *, by_rules: bool
-) -> LayerChange:
-    """The change of a layer, or that it is kept as others that share its weight cannot follow it."""
-    if change.format is None:
-        return change
-    others = [(name, other) for name, other in owners[id(layer.weight)] if other is not change]
-    apart = [(name, other) for name, other in others if other is None or other.format != change.format]
-    if not apart:
-        return change
-    name, other = apart[0]
-    why = "which is not the weight of a layer" if other is None else other.why
-    if by_rules and (other is None or other.format is not None or other.why == _UNNAMED):
-        raise PlanError(
-            f"{change.name}: shares its weight with {name} ({why}), and would be parted from it by the {change.why}; "
-            "give both one format, or untie them first"
-        )
-    return LayerChange(change.name, None, f"shares its weight with {name}: {why}")
-
-
-def _refusal(layer: Layer, fmt: Format) -> str | None:
-    weight = dict(layer.named_parameters(recurse=False)).get("weight")
-    if weight is None:
-        return "its weight is computed from other parameters (a parametrization); remove that first"
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its weight has no shape yet (a lazy module); run the module once first"
-    if weight.dtype not in (*FLOATS, torch.float64):
-        kind = str(weight.dtype).removeprefix("torch.")
-        return f"its weight is {kind}, not float of 16 bits or more"
-    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-        return "it renormalizes its rows in place at every lookup (max_norm)"
-    unsuited = kind_refusal(layer, fmt)
-    if unsuited is not None:
-        return unsuited
-    if not fmt.encodable:
-        return f"{fmt} is only read: nothing is rounded to it here"
-    n, k = matrix_shape(layer)
-    why = fmt.check_shape(n, k)
-    return f"[{n}, {k}] {why}" if why else None
 
 
 def _check_values(weight: Tensor, where: str) -> None:

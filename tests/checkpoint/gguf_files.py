@@ -1,4 +1,4 @@
-"""GGUF files to test with, made by the gguf package."""
+"""GGUF files to test with, made by the gguf package or exported, and what that package reads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from lowbit.checkpoint.export_gguf import ExportReport, export_gguf
+from lowbit.checkpoint.source import open_source
 
 gguf: Any = pytest.importorskip("gguf", reason="the files are made with the gguf package")
 Tensors = Mapping[str, "tuple[str, np.ndarray]"]
@@ -32,6 +35,12 @@ def write_file(path: Path, tensors: Tensors, fields: Mapping[str, Any] | None = 
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def export(path: Path, target: Path, *args: Any, **options: Any) -> ExportReport:
+    """Open, export, close."""
+    with open_source(path) as source:
+        return export_gguf(source, target, *args, **options)
 
 
 def read_file(path: Path) -> dict[str, tuple[str, np.ndarray]]:

@@ -15,7 +15,7 @@ from diffusers import FluxTransformer2DModel
 
 from lowbit.errors import CheckpointError, UnsupportedError
 from lowbit.integrations.diffusers import LowbitConfig
-from lowbit.nn import quantized_layers
+from lowbit.layer_kinds import quantized_layers
 from lowbit.tensor import QuantizedTensor
 from tests.support.same_weights import assert_same_weights
 from tests.support.tiny_diffusers import answer, flux, saved

@@ -16,7 +16,7 @@ from diffusers import FluxTransformer2DModel
 
 from lowbit.errors import CheckpointError, DependencyError, FormatError, LowbitError, PlanError, WeightError
 from lowbit.integrations.diffusers import LowbitConfig, register, registration
-from lowbit.nn import quantized_layers
+from lowbit.layer_kinds import quantized_layers
 from tests.support.same_weights import assert_same_weights
 from tests.support.tiny_diffusers import flux, saved
 

@@ -22,7 +22,7 @@ from lowbit.checkpoint.verify import verify
 from lowbit.errors import PlanError
 from lowbit.formats import formats
 from lowbit.integrations.diffusers import LowbitConfig
-from lowbit.nn import quantized_layers
+from lowbit.layer_kinds import quantized_layers
 from lowbit.tensor import QuantizedTensor
 from tests.support.same_weights import assert_same_weights
 from tests.support.tiny_diffusers import MAKERS, answer, flux, qwen, saved

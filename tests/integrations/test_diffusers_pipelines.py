@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lowbit.integrations import transformers as in_transformers
 from lowbit.integrations.diffusers import LowbitConfig
-from lowbit.nn import quantized_layers
+from lowbit.layer_kinds import quantized_layers
 from tests.support.same_weights import assert_same_weights
 from tests.support.tiny_diffusers import answer, flux
 

@@ -17,7 +17,7 @@ import lowbit
 from lowbit.checkpoint.dialects.comfy import COMFY
 from lowbit.errors import CheckpointError, PlanError
 from lowbit.integrations.diffusers import LowbitConfig, read_single_file
-from lowbit.nn import quantized_layers
+from lowbit.layer_kinds import quantized_layers
 from lowbit.tensor import QuantizedTensor
 from lowbit.tensor.handlers import LowbitFallbackWarning
 from tests.support.comfy_originals import (

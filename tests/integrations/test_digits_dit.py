@@ -23,7 +23,7 @@ from lowbit.integrations.digits_dit import (
     sample,
     save_model,
 )
-from lowbit.nn import quantized_layers
+from lowbit.layer_kinds import quantized_layers
 
 SMALL = Config(width=64, heads=2, blocks=2)
 LABEL = torch.arange(6)

@@ -12,7 +12,7 @@ import peft
 from transformers import AutoModelForCausalLM
 
 from lowbit.integrations.transformers import LowbitConfig
-from lowbit.nn import quantized_layers
+from lowbit.layer_kinds import quantized_layers
 from tests.support.tiny_transformers import TOKENS, answer, llama, saved
 
 # peft asks transformers for something by a name that transformers is about to drop.

@@ -22,7 +22,7 @@ from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.verify import verify
 from lowbit.errors import CheckpointError, PartsError, WeightError
 from lowbit.integrations.transformers import LowbitConfig
-from lowbit.nn import quantized_layers
+from lowbit.layer_kinds import quantized_layers
 from tests.support.tiny_transformers import answer, bert, llama, saved
 
 WEIGHTS = "model.safetensors"

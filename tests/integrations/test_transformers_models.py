@@ -15,7 +15,7 @@ from lowbit.formats import formats
 from lowbit.formats.parts import raw_bytes
 from lowbit.integrations.hf_layers import stored_bytes
 from lowbit.integrations.transformers import LowbitConfig
-from lowbit.nn import quantized_layers
+from lowbit.layer_kinds import quantized_layers
 from lowbit.tensor import QuantizedTensor
 from tests.support.tiny_transformers import MAKERS, TOKENS, answer, bert, gpt2, llama, saved
 

@@ -31,6 +31,14 @@ def model_tensors(seed: int = 0, blocks: int = 3) -> dict[str, Tensor]:
     return tensors
 
 
+def flux_tensors(prefix: str = "") -> dict[str, Tensor]:
+    """FLUX.1's names, enough of them to be recognized."""
+    names = ("img_in", "final_layer.linear", "double_blocks.0.img_mod.lin", "single_blocks.0.linear1")
+    tensors = {f"{name}.weight": outlier_weight(16, 256, seed=i).bfloat16() for i, name in enumerate(names)}
+    tensors["double_blocks.0.img_attn.norm.key_norm.scale"] = torch.rand(64).bfloat16()
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
 def save_model(path: Path, seed: int = 0, blocks: int = 3, **changes: Tensor) -> Path:
     """Write `model_tensors` as one file, some of them replaced ("__" stands for "." in names)."""
     tensors = model_tensors(seed, blocks) | {name.replace("__", "."): tensor for name, tensor in changes.items()}

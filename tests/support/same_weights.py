@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lowbit.formats.parts import raw_bytes
-from lowbit.nn import quantized_layers
+from lowbit.layer_kinds import quantized_layers
 
 
 def assert_same_weights(one: nn.Module, other: nn.Module) -> None:

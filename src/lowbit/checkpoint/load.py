@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError
 from lowbit.experts import QuantizedBank
-from lowbit.nn import Layer, is_conv1d, is_layer, kind_refusal, matrix_shape, repacked_op, shaped_weight
+from lowbit.layer_kinds import Layer, is_conv1d, is_layer, kind_refusal, matrix_shape, repacked_op, shaped_weight
 from lowbit.tensor import AUTO, QuantizedTensor, check_layout, choose_layout, repacked
 
 from .banks import experts_of, fit_bank, load_bank

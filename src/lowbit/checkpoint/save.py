@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError
 from lowbit.experts import QuantizedBank
-from lowbit.nn import Layer, is_conv1d, matrix_shape, quantized_layers
+from lowbit.layer_kinds import Layer, is_conv1d, matrix_shape, quantized_layers
 from lowbit.tensor import QuantizedTensor
 
 from .banks import check_bank_dialect, store_bank, stored_bank, stored_specs

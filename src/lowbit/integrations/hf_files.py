@@ -31,7 +31,7 @@ from lowbit.checkpoint.strict_json import parse_object
 from lowbit.checkpoint.weight_shape import KERNEL, TURNED
 from lowbit.errors import CheckpointError
 from lowbit.integrations.hf_layers import KINDS, is_matrix_layer
-from lowbit.nn import is_conv1d, matrix_shape, shaped_weight
+from lowbit.layer_kinds import is_conv1d, matrix_shape, shaped_weight
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from lowbit.checkpoint.weight_shape import TURNED, WeightShape
 from lowbit.errors import CheckpointError, PlanError, WeightError
 from lowbit.experts.bank import QuantizedBank
 from lowbit.formats import Format
-from lowbit.nn import is_conv1d, matrix_shape, repack_weights
+from lowbit.layer_kinds import is_conv1d, matrix_shape
+from lowbit.nn import repack_weights
 from lowbit.solvers import AUTO, solve
 from lowbit.tensor import AUTO as AUTO_LAYOUT, QuantizedTensor
 

@@ -27,7 +27,8 @@ from lowbit.integrations.hf_layers import (
 from lowbit.integrations.transformers.config import LowbitConfig
 from lowbit.integrations.transformers.loading import LayerConverter, LoadParts, claim_layers, place_layers
 from lowbit.integrations.transformers.merging import MergedLayers, wrap_merging
-from lowbit.nn import fold_bias_, is_conv1d, matrix_shape, quantized_layers
+from lowbit.layer_kinds import is_conv1d, matrix_shape, quantized_layers
+from lowbit.nn import fold_bias_
 from lowbit.tensor import QuantizedTensor
 
 _log = logging.getLogger("lowbit")
