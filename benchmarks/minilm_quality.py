@@ -74,7 +74,8 @@ TARGETS = {
     "int4": Target("awq_w4a16", "awq_w4a16", 0.21),
     "nvfp4": Target("nvfp4", "awq_w4a16", 0.27),
     "w4a4": Target("svdquant_w4a4", "plain w4a4", 0.5),
-    "w8a8": Target("int8", "int8", 1.0),
+    "w8a8": Target("int8(rotation=0)", "int8(rotation=0)", 1.0),
+    "w8a8_rotated": Target("int8(rotation=64)", "int8(rotation=0)", 1.0),
 }
 STEPS = ("scale_search", "scale_search+gptq", "scale_search+gptq+descent", "scale_search+gptq+descent+bias")
 W4A4_STEPS = ("rtn", "scale_search", "svdquant", "svdquant+gptq", "svdquant+gptq+descent", "svdquant+gptq+descent+bias")

@@ -85,6 +85,17 @@ def test_the_plan_survives_its_file_and_gives_reasons(selection, tmp_path):
     assert all("output SQNR" in why and "would be" in why and why.endswith(" more") for why in reasons)
 
 
+def test_a_mixed_plan_says_what_auto_rotated(source):
+    """In the reason of each such layer, and once for all; not where `int8` was written with its options."""
+    for spec, rotated in (("int8", True), ("int8(rotation=0)", False)):
+        found = measured(source, (spec,))
+        plan = for_size(found, int(found.base.bytes_before * 0.6)).plan()
+        quantized = [tensor for tensor in plan.tensors() if tensor.action == "quantize"]
+        assert any("rotation" in tensor.format for tensor in quantized) == rotated
+        assert all(tensor.why.endswith("; rotated by auto") == ("rotation" in tensor.format) for tensor in quantized)
+        assert [note for note in plan.notes if "int8(rotation=0)" in note] == ["".join(plan.notes[-1:])] * rotated
+
+
 def test_rules_hold(source):
     """Kept layers stay, a layer rule's format is the only choice, and layers that a format cannot hold lack it."""
     found = find_choices(source, SPECS, preset="none", keep=["down"], layer_rules=[(r"0\.up", "mxfp8")])

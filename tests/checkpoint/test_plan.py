@@ -148,7 +148,7 @@ def test_auto_rotates_what_is_asked_for_by_name_alone(tmp_path):
             "experts": "int8",
             "conv": "int8",
         }
-        assert len([note for note in plan.notes if "auto rotates it" in note and "int8(rotation=0)" in note]) == 1
+        assert len([note for note in plan.notes if "rotated by auto" in note and "int8(rotation=0)" in note]) == 1
         assert by_key(plan)["layers.a.weight"].why.endswith("; rotated by auto")
         everywhere_plain = (
             {"asked": "int8(rotation=0)"},
@@ -160,6 +160,17 @@ def test_auto_rotates_what_is_asked_for_by_name_alone(tmp_path):
         for wishes in everywhere_plain:
             assert not [fmt for fmt in formats(**wishes)[0].values() if "rotation" in fmt], wishes
         assert formats("int8(rotation=64)", keep=["c", "d"], layer_rules=())[0]["layers.a"] == "int8(rotation=64)"
+
+
+def test_what_was_int8_stays_in_its_basis(tmp_path):
+    """Its codes would be rounded a second time in another one; what was in another format is rotated."""
+    specs = {"int8(rotation=0)": "int8", "int8(rotation=64)": "int8", "fp8_e4m3": "int8(rotation=256)"}
+    for number, (before, after) in enumerate(specs.items()):
+        with opened(tmp_path / "a.safetensors", {"layers.a.weight": torch.randn(64, 512)}) as source:
+            convert(source, tmp_path / f"{number}.safetensors", make_plan(source, before, preset="none"))
+        with open_source(tmp_path / f"{number}.safetensors") as again:
+            plan = make_plan(again, "int8", preset="none", requantize=True)
+        assert by_key(plan)["layers.a.weight"].format == after, before
 
 
 def test_a_quantized_table_is_not_rotated(tmp_path):

@@ -253,3 +253,15 @@ def test_embedding_rows_are_the_decoded_rows(spec):
     indices = torch.tensor([[129, 0], [128, 127]])
     rows = fmt.embedding(indices, fmt.quantize(w), 256, torch.float32)
     assert torch.allclose(rows, decoded(fmt, w)[indices], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "k", "expected"),
+    [("int8", 3072, "int8(rotation=256)"), ("int8", 192, "int8(rotation=64)"), ("int8", 48, "int8(rotation=16)"),
+     ("int8", 1000, None), ("int8(rotation=64)", 512, None), ("int8(activations=none)", 512, None),
+     ("int8(granularity=block)", 512, None), ("int8(granularity=tensor)", 512, None), ("svdquant_w4a4", 512, None)],
+)  # fmt: skip
+def test_a_rotation_is_one_where_rows_of_the_input_are_rounded(spec, k, expected):
+    """In the largest group up to 256 that divides K, and only where whole rows are rounded as they are."""
+    found = parse_spec(spec).rotated_for(k)
+    assert (found and found.spec) == expected

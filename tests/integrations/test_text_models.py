@@ -101,8 +101,10 @@ def test_calibration_runs_in_what_the_processor_is_fast_at(monkeypatch, isa, fas
     native = pytest.importorskip("lowbit.backends.cpu", exc_type=ImportError).native
     monkeypatch.setattr(native, "isa", lambda: isa)
     monkeypatch.setattr(native, "bf16_dots", lambda: fast)
-    assert calibration_dtype("cpu") == expected
-    assert calibration_dtype("cuda") is None
+    assert calibration_dtype("cpu") == calibration_dtype("cpu:0") == expected
+    assert calibration_dtype("meta") is None
+    with pytest.raises(PlanError, match="gpu"):
+        calibration_dtype("gpu")
     monkeypatch.setattr(text_models, "load", lambda _: "nothing was compiled")
     assert calibration_dtype("cpu") == torch.float32
 

@@ -123,6 +123,8 @@ class Run:
         self.aliases = aliases(model, chosen, names)
         self.linears = {name: chosen[name] for name in self.aliases}
         self.marks = {name: mark_of(x.weight, (x.out_features, x.in_features)) for name, x in self.linears.items()}
+        dtypes = {str(linear.weight.dtype).removeprefix("torch.") for linear in self.linears.values()}
+        self.dtypes = ", ".join(sorted(dtypes))  # what the model runs in, for who reads the file
         self.progress = progress
         self.total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
         self.number = 0  # of the pass
@@ -358,5 +360,5 @@ class Run:
             for alias in self.aliases[name]
         }
         never = tuple(alias for name, seen in watched.items() if not seen.group for alias in self.aliases[name])
-        counts = {"batches": self.batch_count, "samples": self.sample_count}
-        return Contents(self.description, layers, inputs, never, {**self.options.facts(), **counts})
+        facts = {"batches": self.batch_count, "samples": self.sample_count, "dtype": self.dtypes}
+        return Contents(self.description, layers, inputs, never, {**self.options.facts(), **facts})

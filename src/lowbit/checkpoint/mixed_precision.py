@@ -27,6 +27,7 @@ from .dialects.base import join_key
 from .layer_statistics import LayerStatistics
 from .plan import LayerRule, make_plan
 from .plan_data import Plan, TensorPlan
+from .plan_rules import ROTATED, rotation_note
 from .sensitivity import Candidate, Sensitivities, solver_for
 from .source import Source
 
@@ -218,8 +219,10 @@ class MixedPlan:
             )
             for component in base.components
         )
-        solvers = {f"{c.plan.format}: solver {c.plan.solver}" for _, c in self.picked if c.plan.action == "quantize"}
-        made = dataclasses.replace(base, components=components, notes=(*notes, *sorted(solvers)))
+        quantized = [choice.plan for _, choice in self.picked if choice.plan.action == "quantize"]
+        solvers = sorted({f"{plan.format}: solver {plan.solver}" for plan in quantized})
+        turned = sorted({rotation_note(plan.fmt.name) for plan in quantized if plan.why.endswith(ROTATED)})
+        made = dataclasses.replace(base, components=components, notes=(*notes, *solvers, *turned))
         made.validate()
         return made
 
@@ -277,6 +280,11 @@ def decibels_of(error: float) -> float:
 
 
 def _why(layer: LayerChoices, chosen: Choice) -> str:
+    """What the choice loses and what another would, and that it is rotated where `auto` did that."""
+    return _compared(layer, chosen) + (ROTATED if chosen.plan.why.endswith(ROTATED) else "")
+
+
+def _compared(layer: LayerChoices, chosen: Choice) -> str:
     """What the choice loses, and what the next better one would cost or, for the best, what the next smaller saves."""
     words = f"output SQNR {_level(chosen)}"
     better = [c for c in layer.choices if c.error < chosen.error and c.nbytes > chosen.nbytes]

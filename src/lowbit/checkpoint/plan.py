@@ -250,7 +250,7 @@ def _as_wanted(
     )  # fmt: skip
     rotation = ""
     if stored.is_name and not is_table:
-        turned, rotation = rules.rotated(layer, plan.weight)
+        turned, rotation = rules.rotated(layer, plan.weight, was)
         layer = replace(layer, format=turned)
     fitted, also = rules.fit(layer, name)
     also = rotation + also

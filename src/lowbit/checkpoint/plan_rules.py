@@ -21,6 +21,15 @@ from .weight_shape import BANK_AXES, KERNEL_AXES, TURNED_BANK_AXES, WeightShape,
 
 TURNED_BANKS = "bank-transposed"
 FULL_PRECISION = "full-precision-matrix-mult"
+ROTATED = "; rotated by auto"
+
+
+def rotation_note(name: str) -> str:
+    """What to know of a plan in which `auto` rotated layers of the format of that name."""
+    return (
+        f"{name}: rotated by auto where K allows (ConvRot), which spreads what stands out in the input; lowbit and "
+        f"ComfyUI run it. For programs that do not, ask for {name}(rotation=0)"
+    )
 
 
 @dataclass
@@ -104,20 +113,20 @@ class Rules:
         self.picked[fmt.spec, name] = f"{fmt}: solver {name} ({why})"
         return name
 
-    def rotated(self, layer: StoredLayer, weight: WeightShape) -> tuple[Format, str]:
-        """The rotated variant that `auto` takes where the dialect's runtimes run it, and the reason to add."""
-        found = layer.format.rotated_for(weight.matrix[1])
+    def rotated(self, layer: StoredLayer, weight: WeightShape, was: StoredLayer | None) -> tuple[Format, str]:
+        """The rotated variant that `auto` takes where the dialect's runtimes run it, and the reason to add.
+
+        `was`: as the source holds the layer quantized. In the format that it had it stays as it is: in another basis
+        the codes would be rounded once more.
+        """
+        same, found = layer.format, layer.format.rotated_for(weight.matrix[1])
         if self.solver != AUTO or found is None or weight.is_bank or weight.axes == KERNEL_AXES:
-            return layer.format, ""
-        if refusal(self.dialect, replace(layer, format=found)):
-            return layer.format, ""
-        note = (
-            f"{layer.format}: auto rotates it, which spreads what stands out in its input (ConvRot; lowbit and ComfyUI "
-            f"run it). For runtimes that do not, ask for {layer.format.name}(rotation=0)"
-        )
-        if note not in self.doubts:
+            return same, ""
+        if (was is not None and was.format.name == same.name) or refusal(self.dialect, replace(layer, format=found)):
+            return same, ""
+        if (note := rotation_note(same.name)) not in self.doubts:
             self.doubts.append(note)
-        return found, "; rotated by auto"
+        return found, ROTATED
 
     def fit(self, layer: StoredLayer, name: str) -> tuple[Format, str]:
         """The variant of a format that suits a layer's input, and the reason to add where it is another one."""

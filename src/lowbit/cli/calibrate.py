@@ -290,9 +290,6 @@ def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin
         vary=vary,
     )
     names = [file.name for file in files] + ["the built-in text"] * with_builtin
-    how = f", varied {vary:g}" if vary else ""
-    if model.model.dtype != torch.float32:
-        how += f", in {str(model.model.dtype).removeprefix('torch.')}"
     backward = wishes.gradients if wishes.gradients is not None else not model.causal
     with _counting() as update:
         found = run(
@@ -300,7 +297,7 @@ def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin
             batches,
             path=wishes.output,
             names=model.names(),
-            description=f"{folder.resolve().name} on {', '.join(names)}{how}",
+            description=f"{folder.resolve().name} on {', '.join(names)}" + (f", varied {vary:g}" if vary else ""),
             progress=update,
             gradients=objective_of(model) if backward else False,
             **{**wishes.options, "broad": wishes.options["broad"] or with_builtin},

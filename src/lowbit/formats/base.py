@@ -80,11 +80,6 @@ class Format(ABC):
         """What `--solver auto` starts from when the second moments of the activations are known."""
         return "scale_search"
 
-    @property
-    def data_free_advice(self) -> str:
-        """What `--solver auto` says of a better variant when nothing is known about the activations; "" for none."""
-        return ""
-
     # ---- what a subclass states -------------------------------------------------------------------------------------
 
     @abstractmethod

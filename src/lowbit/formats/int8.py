@@ -72,24 +72,11 @@ class Int8(Granular):
         "int8(rotation=1024)": 42.15,
     }
 
-    @property
-    def data_free_advice(self) -> str:
-        """A rotation, where a linear rounds whole rows of its input: it is one wherever lowbit or ComfyUI run it."""
-        if not self._could_rotate:
-            return ""
-        return (
-            "int8(rotation=256), or 64 where 256 does not divide K, loses a half to four fifths less where channels of "
-            "the input stand out; lowbit and ComfyUI run it"
-        )
-
     def rotated_for(self, k: int) -> Int8 | None:
         """In the largest groups that divide K, up to 256: ComfyUI's own, and larger ones gained nothing on MiniLM."""
         fitting = [size for size in REGULAR_SIZES if size <= _LARGEST_GROUP and k % size == 0]
-        return replace(self, rotation=max(fitting)) if self._could_rotate and fitting else None
-
-    @property
-    def _could_rotate(self) -> bool:
-        return self.granularity == "row" and not self.rotation and self.rounds_input
+        could = self.granularity == "row" and not self.rotation and self.rounds_input
+        return replace(self, rotation=max(fitting)) if could and fitting else None
 
     def __post_init__(self) -> None:
         super().__post_init__()

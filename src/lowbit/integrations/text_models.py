@@ -51,7 +51,7 @@ def load_text_model(folder: str | Path, *, device: str = "cpu", dtype: torch.dty
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # a report of unused weights, table and all
-    wanted: torch.dtype | str = dtype or (torch.float32 if device == "cpu" else "auto")
+    wanted: torch.dtype | str = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     maker = getattr(transformers, architecture, None) or transformers.AutoModel
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -76,9 +76,10 @@ def calibration_dtype(device: str) -> torch.dtype | None:
     """What a model is best run in for its statistics: on a processor that is fast at it bfloat16, else float32.
 
     None on other devices: what the checkpoint has. Rounding each input to 8 bits moves H by far less than another text
-    of the same kind does.
+    of the same kind does. Raises `PlanError` for a wrong device.
     """
-    if device != "cpu":
+    _check_device(device)
+    if torch.device(device).type != "cpu":
         return None
     if load("cpu") is not None:  # no compiled kernels, which know the processor
         return torch.float32

@@ -117,8 +117,7 @@ def _automatic(fmt: Format, known: Known, *, has_bias: bool) -> tuple[Pipeline, 
         raise SolverError(f"{fmt} stores a pre_quant_scale, which needs second moments of the input; calibrate")
     start = fmt.data_free_solver
     if not known:
-        advice = f"; {fmt.data_free_advice}" if fmt.data_free_advice else ""
-        return parse_pipeline(start), f"auto: the default of {fmt.name} without calibration data{advice}"
+        return parse_pipeline(start), f"auto: the default of {fmt.name} without calibration data"
     start = AWQ if fmt.pre_quant_scale else fmt.calibrated_start
     if known == "diagonal":
         return parse_pipeline(start), "auto: second moments of single channels are known"
