@@ -15,6 +15,7 @@ from pathlib import Path
 PACKAGE = "lowbit"
 FLOORS = {
     "errors": 0,
+    "devices": 0,
     "memory": 0,
     "text_files": 0,
     "numerics": 0,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lowbit
-from lowbit.checkpoint import convert_bank
+from lowbit.checkpoint import convert_layer
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.dialects import dialects
 from lowbit.checkpoint.plan import Plan, make_plan
@@ -122,7 +122,7 @@ def test_one_expert_is_in_memory_at_a_time(tmp_path, monkeypatch):
     """The source is read expert by expert, and nothing that is made holds more than one."""
     save_file({key: tensor for key, tensor in tensors().items() if key in (UP, DOWN)}, tmp_path / "in.safetensors")
     solved, read = [], []
-    real, rows = convert_bank.solve, Source.read_rows
+    real, rows = convert_layer.solve, Source.read_rows
 
     def solve(w, *arguments, **options):
         solved.append(tuple(w.shape))
@@ -132,7 +132,7 @@ def test_one_expert_is_in_memory_at_a_time(tmp_path, monkeypatch):
         read.append((key, start, stop))
         return rows(self, component, key, start, stop)
 
-    monkeypatch.setattr(convert_bank, "solve", solve)
+    monkeypatch.setattr(convert_layer, "solve", solve)
     monkeypatch.setattr(Source, "read_rows", read_rows)
     monkeypatch.setattr(Source, "read", lambda _, *where: pytest.fail(f"{where[1]} is read as a whole"))
     with open_source(tmp_path / "in.safetensors") as source:
@@ -157,7 +157,7 @@ def test_an_interrupted_conversion_goes_on(source, tmp_path, monkeypatch):
     """A bank that was not finished is made anew, a finished one is not; the bytes are those of a run in one go."""
     plan = planned(source)
     whole = convert(source, tmp_path / "whole.safetensors", plan)
-    real, calls = convert_bank.solve, []
+    real, calls = convert_layer.solve, []
 
     def dies(*arguments, **options):
         calls.append(1)
@@ -166,7 +166,7 @@ def test_an_interrupted_conversion_goes_on(source, tmp_path, monkeypatch):
         return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_bank, "solve", dies)
+        patch.setattr(convert_layer, "solve", dies)
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "out.safetensors", plan, jobs=1)
     report = convert(source, tmp_path / "out.safetensors", plan)

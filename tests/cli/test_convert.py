@@ -389,3 +389,16 @@ def test_full_precision_products_of_weight_only_formats_are_noted(lowbit, model)
     """A format that never rounds its input is left as it is, and the plan says so."""
     done = lowbit("plan", model, "--format", "awq_w4a16", "--full-precision-matrix-mult", ".")
     assert (done.code, "never rounds its input" in done.out) == (0, True)
+
+
+def test_a_device_that_is_not_there_is_refused_first(lowbit, model, tmp_path):
+    """By convert and plan, before anything is read; without a target a plan solves nothing, on no device."""
+    output = tmp_path / "x.safetensors"
+    for command, *rest in (("convert", "-o", output, "--format", "int8"), ("plan", "--target-size", "0.6x")):
+        done = lowbit(command, tmp_path / "none.safetensors", *rest, "--device", "cuda:99")
+        assert done.code == 2
+        assert "device 'cuda:99': cannot be used" in done.err
+    idle = lowbit("plan", model, "--format", "int8", "--device", "cuda")
+    assert idle.code == 2
+    assert "--device" in idle.err
+    assert not output.exists()

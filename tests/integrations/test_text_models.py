@@ -13,6 +13,7 @@ from lowbit.errors import CheckpointError, PlanError, StatisticsError
 from lowbit.integrations import text_batches as text_batches_module, text_models
 from lowbit.integrations.text_batches import builtin_text, read_text, text_batches
 from lowbit.integrations.text_models import calibration_dtype, load_text_model
+from tests.support.other_device import DEVICE, other_device
 
 pytest.importorskip("transformers")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "one", "two", "three", "four", "five"]
@@ -102,7 +103,8 @@ def test_calibration_runs_in_what_the_processor_is_fast_at(monkeypatch, isa, fas
     monkeypatch.setattr(native, "isa", lambda: isa)
     monkeypatch.setattr(native, "bf16_dots", lambda: fast)
     assert calibration_dtype("cpu") == calibration_dtype("cpu:0") == expected
-    assert calibration_dtype("meta") is None
+    with other_device():
+        assert calibration_dtype(str(DEVICE)) is None
     with pytest.raises(PlanError, match="gpu"):
         calibration_dtype("gpu")
     monkeypatch.setattr(text_models, "load", lambda _: "nothing was compiled")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from lowbit.devices import usable_device
 from lowbit.errors import PlanError
 
 from .accuracy import Accuracy
@@ -51,21 +52,26 @@ def convert(
     progress: Progress | None = None,
     seed: int | None = None,
     statistics: LayerStatistics | None = None,
+    device: str | torch.device = "cpu",
 ) -> ConversionReport:
     """Write `source` to `target` as the plan says. The target appears when all of it is written and checked.
 
     `jobs`: worker threads, by default one a core. `resume`: go on with the work of an interrupted run of the same
     source, plan and options. `verify`: read every tensor back; decode every quantized layer as a loader would and
     compare it with its source. `progress(done bytes, total bytes, layer)` is called after each piece. `seed`: round
-    stochastically. `statistics`: what calibration saw of the layers' inputs, for solvers that need it.
+    stochastically. `statistics`: what calibration saw of the layers' inputs, for solvers that need it. `device`: where
+    weights are solved, one a worker at a time; reading, writing and checking stay in main memory.
 
     Raises:
-        PlanError: the plan quantizes nothing, is about another checkpoint, or asks for what cannot be done.
+        PlanError: the plan quantizes nothing, is about another checkpoint, or asks for what cannot be done; the device
+            cannot be used.
         StatisticsError: they are those of the model before scales were folded into it, or after.
+        SolverError: the memory of the device does not suffice for a layer.
         WeightError: a weight is not finite.
         CheckpointError: reading or writing failed, or what was read back is not what was written.
     """
     began = time.perf_counter()
+    device = usable_device(device)
     plan.validate()
     plan.check_against(source)
     check_target(source, target)
@@ -73,10 +79,10 @@ def convert(
     _refuse_unknown(plan, statistics)
     source, statistics = _folded(source, plan, statistics)
     staging = Staging(source, target)
-    work = _Work(source, staging, get_dialect(plan.dialect), seed, statistics)
+    work = _Work(source, staging, get_dialect(plan.dialect), seed, statistics, device)
     for component in plan.components:
         work.add(component)
-    fingerprint = _fingerprint(source, plan, seed, statistics, verify=verify)
+    fingerprint = _fingerprint(source, plan, seed, statistics, device, verify=verify)
     memory = MEMORY_BUDGET if statistics is None else _CALIBRATED_MEMORY
     settings = Settings(jobs, resume, verify, progress, memory)
     staging.replaced = work.configs.texts()
@@ -131,10 +137,16 @@ class _Work:
     """What there is to do for all models of a source: pieces, the layers among them, each file's header metadata."""
 
     def __init__(
-        self, source: Source, staging: Staging, dialect: Dialect, seed: int | None, statistics: LayerStatistics | None
+        self,
+        source: Source,
+        staging: Staging,
+        dialect: Dialect,
+        seed: int | None,
+        statistics: LayerStatistics | None,
+        device: torch.device,
     ) -> None:
-        self._source, self._staging, self._dialect, self._seed = source, staging, dialect, seed
-        self._statistics = statistics
+        self._source, self._staging, self._dialect = source, staging, dialect
+        self._how = seed, statistics, device
         self.pieces: list[Piece | Copy] = []
         self.layers: list[LayerWork] = []
         self.metadata = staging.metadata()
@@ -154,7 +166,7 @@ class _Work:
             if tensor.action != "quantize":
                 continue
             kind = BankWork if tensor.weight.is_bank else LayerWork
-            layer = kind(tensor, plan.name, self._dialect, held, outputs[tensor.key], self._seed, self._statistics)
+            layer = kind(tensor, plan.name, self._dialect, held, outputs[tensor.key], *self._how)
             self.layers.append(layer)
             if tensor.shares in groups:
                 together.setdefault(tensor.shares, []).append(layer)
@@ -203,7 +215,13 @@ class _Work:
 
 
 def _fingerprint(
-    source: Source, plan: Plan, seed: int | None, statistics: LayerStatistics | None, *, verify: bool
+    source: Source,
+    plan: Plan,
+    seed: int | None,
+    statistics: LayerStatistics | None,
+    device: torch.device,
+    *,
+    verify: bool,
 ) -> str:
     """Names everything that the bytes of the result depend on, and whether they are checked."""
     data = plan.to_json()
@@ -213,7 +231,7 @@ def _fingerprint(
     except importlib.metadata.PackageNotFoundError:  # run from the source folder
         version = "uninstalled"
     known = None if statistics is None else statistics.fingerprint()
-    facts = [source.fingerprint(), data, version, torch.__version__, seed, verify, known]
+    facts = [source.fingerprint(), data, version, torch.__version__, seed, verify, known, device.type]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit.solvers import solve
-
 from .accuracy import AccuracyMeter
 from .banks import decoded_expert, is_marker, one_expert
 from .convert_layer import LayerWork
@@ -36,7 +34,7 @@ class BankWork(LayerWork):
             began = time.perf_counter()
             w = self._weight(index)
             seed = None if self.seed is None else self.seed + index
-            solution = solve(w, self.fmt, self.plan.solver, known, where=f"{self.place}, expert {index}", seed=seed)
+            solution = self.solved(w, known, f"{self.place}, expert {index}", seed)
             tensors = self.dialect.store_parts(self.stored, solution.parts)
             marker |= {key: tensor for key, tensor in tensors.items() if is_marker(key)}
             stacked = {key: tensor for key, tensor in tensors.items() if not is_marker(key)}

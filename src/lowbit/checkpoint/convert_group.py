@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lowbit.devices import enough_memory
 from lowbit.solvers import Member, solve_shared
 
-from .convert_layer import LayerWork, record_of
+from .convert_layer import CPU, LayerWork, record_of
 from .dialects import TensorSpec
 from .dialects.base import Read
 from .rewrite import Made
@@ -39,18 +40,20 @@ class GroupWork:
         began = time.perf_counter()
         weights, before = zip(*(layer.read() for layer in self.layers), strict=True)
         first = self.layers[0]
-        members = [
-            Member(w, layer.plan.solver, layer.has_bias, layer.place)
-            for layer, w in zip(self.layers, weights, strict=True)
-        ]
-        done = solve_shared(members, first.fmt, first.known(), where=self.place, seed=first.seed)
+        with enough_memory(first.device, self.place):
+            members = [
+                Member(w.to(first.device), layer.plan.solver, layer.has_bias, layer.place)
+                for layer, w in zip(self.layers, weights, strict=True)
+            ]
+            done = solve_shared(members, first.fmt, first.known(), where=self.place, seed=first.seed)
+            solutions = [solution.on(CPU) for solution in done.solutions]
         tensors: dict[str, Tensor] = {}
-        for layer, solution, share in zip(self.layers, done.solutions, before, strict=True):
+        for layer, solution, share in zip(self.layers, solutions, before, strict=True):
             tensors |= layer.tensors(solution, share)
         seconds = (time.perf_counter() - began) / len(self.layers)
         records = {
             layer.name: {**record_of(solution, seconds), "shares": self.name if done.shared else ""}
-            for layer, solution in zip(self.layers, done.solutions, strict=True)
+            for layer, solution in zip(self.layers, solutions, strict=True)
         }
         return Made(tensors, {MEMBERS: records}, lambda read: self._check(weights, records, read))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.devices import enough_memory
 from lowbit.errors import CheckpointError, PlanError
 from lowbit.ops.encode import row_errors
 from lowbit.solvers import DRAFT_ELEMENTS, Solution, Statistics, solve
@@ -26,6 +27,7 @@ from .tensor_plan import TensorPlan
 from .weight_shape import plain_shape, shape_options, value_dtype, weight_shape
 
 _WORKSPACE = 24 << 20  # bytes of temporaries of a worker
+CPU = torch.device("cpu")
 
 
 class LayerWork:
@@ -43,8 +45,10 @@ class LayerWork:
         outputs: dict[str, TensorSpec],
         seed: int | None,
         statistics: LayerStatistics | None,
+        device: torch.device = CPU,
     ) -> None:
         self.plan, self.component, self.dialect, self.held = plan, component, dialect, held
+        self.device = device  # where it is solved
         self.group = ""  # the piece of work that it is part of, if it is not one itself
         self.layer, self.fmt, self.layout = plan.layer, plan.fmt, plan.stored.layout
         self.shape, self.dtype = plan.weight.matrix, value_dtype(plan.spec.dtype)
@@ -87,8 +91,7 @@ class LayerWork:
         """Read, solve and store."""
         began = time.perf_counter()
         w, share = self.read()
-        known = self.known()
-        solution = solve(w, self.fmt, self.plan.solver, known, where=self.place, seed=self.seed, has_bias=self.has_bias)
+        solution = self.solved(w, self.known(), self.place, self.seed)
         tensors = self.tensors(solution, share)
         record = record_of(solution, time.perf_counter() - began)
         return Made(tensors, record, lambda read: self.check(w, read))
@@ -98,6 +101,13 @@ class LayerWork:
         if self.was is not None:
             return self.held.dequantized(self.was, self.dtype)
         return self.plan.weight.as_matrix(self.held.read(self.plan.key)).contiguous(), None
+
+    def solved(self, w: Tensor, known: Statistics | None, where: str, seed: int | None) -> Solution:
+        """What a weight [N, K] becomes, in main memory."""
+        with enough_memory(self.device, where):
+            there = w.to(self.device)
+            found = solve(there, self.fmt, self.plan.solver, known, where=where, seed=seed, has_bias=self.has_bias)
+            return found.on(CPU)
 
     def tensors(self, solution: Solution, share_before: Tensor | None) -> dict[str, Tensor]:
         """What is written of a solution, by key."""

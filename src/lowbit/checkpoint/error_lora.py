@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowbit.devices import enough_memory, usable_device
 from lowbit.errors import PlanError, WriteError
 from lowbit.formats.parts import HALVES
 from lowbit.solvers import Statistics
@@ -76,19 +77,22 @@ def write_error_lora(
     prefix: str = "",
     jobs: int | None = None,
     progress: Progress | None = None,
+    device: str | torch.device = "cpu",
 ) -> list[LoraLayer]:
     """Write the corrections of all layers that `converted` holds in fewer bits than `source`; it appears when complete.
 
     Tables of embeddings get none: see `embedding_tables`.
 
     `bias_corrected`: names of layers whose bias makes up for their mean error already. One layer a thread is in memory.
+    `device`: where they are found.
 
     Raises:
-        PlanError: a rank below 1, or no layer that was quantized.
-        SolverError: statistics of another model.
+        PlanError: a rank below 1, no layer that was quantized, or no such device.
+        SolverError: statistics of another model, or too little memory on the device.
         CheckpointError: reading or writing failed.
     """
     check_error_lora(source, target, rank)
+    device = usable_device(device)
     found = [layer for component in converted.components for layer in _layers(source, converted, component.name)]
     layers = [layer for layer in found if not layer.is_table]
     if not layers:
@@ -102,7 +106,8 @@ def write_error_lora(
 
     def run(layer: _Layer) -> None:
         known = None if statistics is None else statistics.get_input(layer.name)
-        tensors, made[layer.name] = layer.make(rank, prefix, known, mean_is_corrected=layer.name in bias_corrected)
+        corrected = layer.name in bias_corrected
+        tensors, made[layer.name] = layer.make(rank, prefix, known, device, mean_is_corrected=corrected)
         for key, tensor in tensors.items():
             writer.write(key, tensor)
         writer.commit(layer.name, {"tensors": list(tensors)})
@@ -158,18 +163,20 @@ class _Layer:
         return join_key(base, "lora_A.weight"), join_key(base, "lora_B.weight"), join_key(base, "alpha")
 
     def make(
-        self, rank: int, prefix: str, known: Statistics | None, *, mean_is_corrected: bool
+        self, rank: int, prefix: str, known: Statistics | None, device: torch.device, *, mean_is_corrected: bool
     ) -> tuple[dict[str, Tensor], LoraLayer]:
-        """Its tensors by key, and what they are worth."""
-        w = self._source_weight().float()
-        lost, _ = self.held.dequantized(self.stored, torch.float32)
-        error = lost.neg_().add_(w)
-        place = name_place(self.held.where, self.stored.layer)
-        down, up = error_lora(error, rank, known, mean_is_corrected=mean_is_corrected, where=place)
+        """Its tensors by key, in main memory, and what they are worth."""
         (down_key, dtype, _), (up_key, _, _), (alpha_key, _, _) = self.entries(rank, prefix)
-        down, up = down.to(dtype), up.to(dtype)
-        before, after = _errors(w, error, down.float(), up.float(), known, mean_is_corrected=mean_is_corrected)
-        tensors = {down_key: down.contiguous(), up_key: up.contiguous()}
+        lost, _ = self.held.dequantized(self.stored, torch.float32)
+        place = name_place(self.held.where, self.stored.layer)
+        with enough_memory(device, place):
+            w = self._source_weight().to(device, torch.float32)
+            error = lost.to(device).neg_().add_(w)
+            known = None if known is None else known.on(device)
+            down, up = error_lora(error, rank, known, mean_is_corrected=mean_is_corrected, where=place)
+            down, up = down.to(dtype), up.to(dtype)
+            before, after = _errors(w, error, down.float(), up.float(), known, mean_is_corrected=mean_is_corrected)
+        tensors = {down_key: down.cpu().contiguous(), up_key: up.cpu().contiguous()}
         tensors[alpha_key] = torch.tensor(float(down.shape[0]))
         return tensors, LoraLayer(self.name, down.shape[0], before, after)
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.devices import enough_memory, usable_device
 from lowbit.errors import PlanError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Dim
@@ -140,17 +141,19 @@ def measure(
     known: Sensitivities | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
+    device: str | torch.device = "cpu",
 ) -> Sensitivities:
     """Measure every candidate in every format; `known` errors are taken over and not measured again.
 
     `measure_with`: `START`, `PLANNED`, or a solver. `rows`: how many rows of each weight to look at, 0 for all.
-    `progress(done bytes, total bytes, layer)` is called after each layer.
+    `progress(done bytes, total bytes, layer)` is called after each layer. `device`: where layers are solved.
 
     Raises:
-        PlanError: `known` is of another source, of other statistics or of another number of rows.
-        SolverError: an unknown solver, or one that needs what is not known.
+        PlanError: `known` is of another source, of other statistics or of another number of rows; no such device.
+        SolverError: an unknown solver, or one that needs what is not known; too little memory on the device.
         WeightError: a weight is not finite.
     """
+    device = usable_device(device)
     found = Sensitivities(source.fingerprint(), "" if statistics is None else statistics.fingerprint(), rows)
     if known is not None:
         _refuse_other(known, found)
@@ -166,7 +169,7 @@ def measure(
         ]
         if missing:
             found.layers.setdefault(candidate.name, {})  # in the order of the candidates, whoever is measured first
-            units.append(_Layer(source, candidate, missing, reader, rows, found).unit)
+            units.append(_Layer(source, candidate, missing, reader, rows, found, device).unit)
     run_units(units, jobs=jobs, progress=progress)
     return found
 
@@ -219,11 +222,12 @@ class _Layer:
         reader: _Reader,
         rows: int,
         found: Sensitivities,
+        device: torch.device,
     ) -> None:
         self.source, self.candidate, self.missing, self.reader = source, candidate, missing, reader
         self.plan = candidate.plans[0]
         self.shape = self.plan.weight.matrix
-        self.rows, self.found = rows, found
+        self.rows, self.found, self.device = rows, found, device
 
     @property
     def unit(self) -> Unit:
@@ -259,9 +263,10 @@ class _Layer:
         where = name_place(str(component.tensors[self.plan.key].path), self.plan.layer)
         errors = self.found.layers[self.candidate.name]
         for plan, solver in self.missing:
-            looked_at = w if _needs_all_rows(plan.fmt) else some
-            solution = solve(looked_at, plan.fmt, solver, statistics, where=where, has_bias=self.candidate.has_bias)
-            errors[plan.format] = Measured(solver, _error(looked_at, plan.fmt, solution))
+            with enough_memory(self.device, where):
+                looked_at = (w if _needs_all_rows(plan.fmt) else some).to(self.device)
+                solution = solve(looked_at, plan.fmt, solver, statistics, where=where, has_bias=self.candidate.has_bias)
+                errors[plan.format] = Measured(solver, _error(looked_at, plan.fmt, solution))
             if gradients and statistics is not None and solution.signal is not None:
                 self.found.weights[self.candidate.name] = solution.signal * statistics.total_tokens
 

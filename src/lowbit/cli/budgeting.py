@@ -46,6 +46,7 @@ class Target:
     rows: int
     sensitivities: Path | None
     jobs: int | None
+    device: str
 
     @property
     def specs(self) -> list[str]:
@@ -118,6 +119,7 @@ class Target:
                 known=known,
                 jobs=self.jobs,
                 progress=update,
+                device=self.device,
             )
         if file is not None:
             found.save(file)

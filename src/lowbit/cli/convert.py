@@ -25,6 +25,7 @@ from lowbit.cli.known import statistics_of, tell_other_weights
 from lowbit.cli.output import command, decibels, epilog, print_json, progress, say, show, size, table
 from lowbit.cli.planning import Wishes, becomes, plan_for, plan_totals, refuse_both, show_folds, summarize
 from lowbit.cli.whole import open_whole
+from lowbit.devices import usable_device
 from lowbit.report import ConversionPage, KeptGroup, LayerRow, write_conversion
 from lowbit.solvers import BIAS
 
@@ -69,6 +70,7 @@ def convert(
     stats: options.Stats = None,
     fold_scales: options.FoldScales = False,
     share_low_rank: options.ShareLowRank = False,
+    device: options.Device = "cpu",
     jobs: options.Jobs = None,
     resume: options.Resume = True,
     verify: Annotated[
@@ -115,6 +117,7 @@ def convert(
         full,
     )
     refuse_both(wishes, plan)
+    usable_device(device)
     if error_lora is None:
         refuse_idle(context, _NO_LORA, "lora_rank", "lora_prefix")
     read = (src, plan, stats)
@@ -141,11 +144,14 @@ def convert(
                 seed=seed,
                 progress=update,
                 statistics=known,
+                device=device,
             )
         corrected: list[LoraLayer] = []
         left_out: list[str] = []
         if error_lora is not None:
-            corrected, left_out = _correct(*folded(source, made, known), done, error_lora, lora_rank, lora_prefix)
+            corrected, left_out = _correct(
+                *folded(source, made, known), done, error_lora, lora_rank, lora_prefix, device
+            )
     if report is not None:
         write_conversion(report, _page(str(src), made, done))
     if as_json:
@@ -158,7 +164,13 @@ def convert(
 
 
 def _correct(
-    source: Source, known: LayerStatistics | None, done: ConversionReport, target: Path, rank: int, prefix: str
+    source: Source,
+    known: LayerStatistics | None,
+    done: ConversionReport,
+    target: Path,
+    rank: int,
+    prefix: str,
+    device: str,
 ) -> tuple[list[LoraLayer], list[str]]:
     """Write the LoRA that makes up for what was lost; its layers, and those left out."""
     biased = {layer.name for layer in done.layers if layer.solver.endswith(f"+{BIAS}")}
@@ -173,6 +185,7 @@ def _correct(
             bias_corrected=biased,
             prefix=prefix,
             progress=update,
+            device=device,
         )
     return made, left_out
 

@@ -37,6 +37,10 @@ Jobs = Annotated[
     int | None,
     typer.Option("--jobs", "-j", min=1, metavar="N", help="Worker threads; by default one a core.", show_default=False),
 ]
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="DEVICE", help="Where weights are solved: cpu, or a GPU such as cuda or cuda:1."),
+]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with the work of an interrupted run.")]
 
 FormatSpec = Annotated[

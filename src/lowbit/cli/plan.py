@@ -16,6 +16,7 @@ from lowbit.cli.known import statistics_of, tell_other_weights
 from lowbit.cli.output import asking, command, epilog, print_json, say
 from lowbit.cli.planning import Wishes, plan_for, plan_totals, show_folds, show_plan, with_folds
 from lowbit.cli.whole import open_whole
+from lowbit.devices import usable_device
 from lowbit.errors import PlanError
 
 EPILOG = epilog(
@@ -83,6 +84,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    device: options.Device = "cpu",
     jobs: options.Jobs = None,
     source_dialect: options.SourceDialect = None,
     as_json: options.AsJson = False,
@@ -108,13 +110,16 @@ def plan(
         drop_unused,
         full,
     )
-    target = Target(target_size, target_sqnr, formats or (), weight or (), measure_with, rows, sensitivities, jobs)
+    target = Target(
+        target_size, target_sqnr, formats or (), weight or (), measure_with, rows, sensitivities, jobs, device
+    )
     mixed = None
     if target_size is None and target_sqnr is None:
         _refuse_targets_options(target)
         wishes.check("what to reach with --target-size or --target-sqnr")
     else:
         target.check(wishes)
+        usable_device(device)
         wishes.check_rules()
     read = (src, stats)
     check_beside(output, read=(*read, sensitivities))
@@ -151,6 +156,7 @@ def _refuse_targets_options(target: Target) -> None:
         "--sensitivities": target.sensitivities is not None,
         "--measure-with": target.measure_with is not None,
         "--rows": target.rows != ROWS,
+        "--device": target.device != "cpu",
     }
     if names := [name for name, wrong in given.items() if wrong]:
         with asking():

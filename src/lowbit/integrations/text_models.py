@@ -14,6 +14,7 @@ from torch import nn
 
 from lowbit.calibration.names import checkpoint_names, layer_shapes
 from lowbit.checkpoint.source import open_source
+from lowbit.devices import usable_device
 from lowbit.dispatch import load
 from lowbit.errors import CheckpointError, PlanError
 
@@ -45,7 +46,7 @@ def load_text_model(folder: str | Path, *, device: str = "cpu", dtype: torch.dty
     folder = Path(folder)
     if missing := [name for name in NEEDED if util.find_spec(name) is None]:
         raise PlanError(f"calibrating on text needs {' and '.join(missing)}: pip install 'lowbit[calibrate]'")
-    _check_device(device)
+    usable_device(device)
     architecture = _architecture(folder)
     import transformers
 
@@ -78,21 +79,12 @@ def calibration_dtype(device: str) -> torch.dtype | None:
     None on other devices: what the checkpoint has. Rounding each input to 8 bits moves H by far less than another text
     of the same kind does. Raises `PlanError` for a wrong device.
     """
-    _check_device(device)
-    if torch.device(device).type != "cpu":
+    if usable_device(device).type != "cpu":
         return None
     if load("cpu") is not None:  # no compiled kernels, which know the processor
         return torch.float32
     native: Any = sys.modules["lowbit.backends.cpu.native"]
     return torch.bfloat16 if native.isa() == "amx" or native.bf16_dots() else torch.float32
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise PlanError(f"device {device!r}: cannot be used: {said}; name another, such as cpu or cuda") from error
 
 
 def _architecture(folder: Path) -> str:

@@ -64,6 +64,11 @@ class Solution:
     signal: float | None = None
     unseen_error: float | None = None
 
+    def on(self, device: torch.device) -> Solution:
+        """With parts and bias on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()}, bias=bias)
+
 
 def solve(
     w: Tensor,
