@@ -199,6 +199,8 @@ def test_statistics_add_the_error_of_outputs(lowbit, net):
         (("--text", "text.txt"), "--model and --text belong together"),
         (("--module", "a:b", "--model", "."), "leave --model and --text out"),
         (("--samples", "8"), "--samples is of --text, and there is none"),
+        (("--device", "cuda"), "--device is of --text, and there is none"),
+        (("--model", ".", "--text", "a.txt", "--device", "cuda:99"), "device 'cuda:99': cannot be used"),
         (("--module", "nothing"), "write it as PACKAGE.MODULE:FUNCTION"),
         (("--module", "no_such_package:make"), "cannot be imported"),
     ],

@@ -263,7 +263,8 @@ def language_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_language_model_is_compared_token_by_token(language_model, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_language_model_is_compared_token_by_token(language_model, tmp_path, device):
     """KL and top-1 agreement over all windows of the text; the model itself agrees with itself in everything."""
     text = tmp_path / "text.txt"
     text.write_text(" ".join("the quick brown fox jumps over the lazy dog".replace(" ", "") * 4))
@@ -271,7 +272,7 @@ def test_a_language_model_is_compared_token_by_token(language_model, tmp_path):
         convert(source, tmp_path / "four", make_plan(source, "nvfp4", preset="none"))
 
     four, same = evaluate_folder(
-        language_model, text, language_model, [tmp_path / "four", language_model], samples=3
+        language_model, text, language_model, [tmp_path / "four", language_model], samples=3, device=device
     )  # fmt: skip
 
     assert four.kind == "language"

@@ -24,6 +24,7 @@ from lowbit.cli.compare_tables import show_layers, show_rest, show_runs
 from lowbit.cli.given import refuse_idle
 from lowbit.cli.known import tell_other_weights
 from lowbit.cli.output import Exit, asking, command, decibels, epilog, print_json, progress, stderr
+from lowbit.devices import usable_device
 from lowbit.errors import PlanError
 from lowbit.integrations.compare_models import SAMPLES, Step, evaluate_folder, evaluate_module
 from lowbit.integrations.factories import find_factory
@@ -71,6 +72,9 @@ def compare(
             readable=False, metavar="FILE", help="What --model runs on: UTF-8 text.", show_default=False)
     ] = None,
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Lines or windows of the text.")] = SAMPLES,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where --model runs: cpu, or a GPU such as cuda or cuda:1.")
+    ] = "cpu",
     module: Annotated[
         str | None,
         typer.Option(
@@ -108,8 +112,9 @@ def compare(
     """
     with asking():
         if text is None:
-            refuse_idle(context, "is of --text, and there is none", "samples")
-        run = _runner(model, text, samples, module)
+            refuse_idle(context, "is of --text, and there is none", "samples", "device")
+        usable_device(device)
+        run = _runner(model, text, samples, module, device)
     check_beside(html, read=(ref, *candidates, stats, model, text))
     with contextlib.ExitStack() as stack:
         reference = stack.enter_context(open_source(ref))
@@ -155,7 +160,7 @@ def _statistics(stack: contextlib.ExitStack, path: Path | None, reference: Sourc
 Runner = Callable[[Path, Sequence[Path], Step], list[EndToEnd]]
 
 
-def _runner(model: Path | None, text: Path | None, samples: int, module: str | None) -> Runner | None:
+def _runner(model: Path | None, text: Path | None, samples: int, module: str | None, device: str) -> Runner | None:
     """What runs the model end to end, if anything does. Raises `PlanError` for options that do not go together."""
     if module is not None:
         if model is not None or text is not None:
@@ -166,7 +171,9 @@ def _runner(model: Path | None, text: Path | None, samples: int, module: str | N
         raise PlanError("--model and --text belong together: the folder of the model, and the text to run it on")
     if model is None or text is None:
         return None
-    return lambda ref, candidates, step: evaluate_folder(model, text, ref, candidates, samples=samples, step=step)
+    return lambda ref, candidates, step: evaluate_folder(
+        model, text, ref, candidates, samples=samples, step=step, device=device
+    )
 
 
 def _run(run: Runner | None, ref: Path, candidates: Sequence[Path]) -> list[EndToEnd]:

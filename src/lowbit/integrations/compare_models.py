@@ -45,19 +45,21 @@ def evaluate_folder(
     *,
     samples: int = SAMPLES,
     step: Step | None = None,
+    device: str = "cpu",
 ) -> list[EndToEnd]:
     """Run the model of a Hugging Face folder with the weights of each checkpoint, on at most `samples` of a text.
 
     A sample is a line of the text for a model of embeddings (mean over the tokens), and for a language model a window
-    of 512 tokens. The reference's weights replace those in the folder.
+    of 512 tokens. The reference's weights replace those in the folder. `device`: where it runs; on a CPU in
+    float32, elsewhere in what the folder holds, and twice, for the reference and a candidate.
 
     Raises:
-        PlanError: transformers is not installed.
+        PlanError: transformers is not installed, or the device is wrong.
         CheckpointError: the folder or a checkpoint cannot be read, or does not fit the model.
         StatisticsError: the text cannot be read, or is none.
     """
     written = read_text(text)
-    made = load_text_model(folder)
+    made = load_text_model(folder, device=device)
     model = made.model.eval().requires_grad_(False)
     batches = text_batches(made, written, samples=samples, batch_size=1 if made.causal else _BATCH)
     _load(model, reference)
