@@ -21,8 +21,9 @@ from .collection import Contents, InputFacts, LayerInput, StatisticsCollection, 
 from .gradients import Gradients, Objective, fitting, takes, whole_output
 from .linears import aliases, running, select_linears
 from .observe import Observer
-from .options import MEMORY, Options, as_bytes
-from .progress_file import ProgressFile, fingerprint
+from .options import AUTO, Options, as_bytes
+from .progress_file import ProgressFile, fingerprint, memory_of
+from .room import room_on
 from .statistics_file import StatisticsFile
 from .target_file import TargetFile
 
@@ -37,7 +38,7 @@ def calibrate(
     *,
     path: str | Path | None = None,
     layers: Sequence[str] | None = None,
-    memory: int | str | None = MEMORY,
+    memory: int | str | None = AUTO,
     full_up_to: int | None = None,
     token_mask: TokenMask | None = None,
     share: bool = True,
@@ -58,9 +59,10 @@ def calibrate(
     (True where a token counts) instead. The model runs as it is, where it is, in eval mode and without gradients.
 
     With `path`, the statistics are written there and returned as an open `StatisticsFile`. Inputs that do not fit into
-    `memory` (bytes, or text such as "8GiB"; None: no bound) then take further passes over the batches, which therefore
-    must be a sequence or another re-iterable; an interrupted run goes on where it stopped, at most `snapshot_every`
-    seconds back, when it is called again with the same arguments. Without `path` all is kept in memory.
+    `memory` (bytes, or text such as "8GiB"; "auto": half of what is free, a third with gradients; None: no bound) then
+    take further passes over the batches, which therefore must be a sequence or another re-iterable; an interrupted run
+    goes on where it stopped, at most `snapshot_every` seconds back, when it is called again with the same arguments.
+    Without `path` all is kept in memory.
     An input whose full H alone exceeds `memory`, or with more than `full_up_to` channels, keeps only its diagonal.
 
     `gradients`: for half of the batches, run the model backward too and keep the second moments of the gradient at the
@@ -88,8 +90,10 @@ def calibrate(
     )
     what = description or type(model).__name__
 
+    earlier = memory_of(Path(path)) if path is not None and resume else None
+
     def run() -> Run:
-        return Run(model, batches, options, what, dict(names or {}), progress)
+        return Run(model, batches, options, what, dict(names or {}), progress, earlier)
 
     if path is None:
         return run().in_memory()
@@ -117,6 +121,7 @@ class Run:
         description: str,
         names: dict[str, str | None],
         progress: Progress | None,
+        earlier: int | None,
     ) -> None:
         self.model, self.batches, self.options, self.description = model, batches, options, description
         chosen = select_linears(model, options.layers)
@@ -132,19 +137,28 @@ class Run:
         self.samples = 0  # so far in this pass
         self.seen = hashlib.sha256()  # the batches so far in this pass
         self.outputs: dict[str, str] = {}  # the key in the file of each linear's gradient
+        self.memory = self._room(earlier)
         self.observer = Observer(
             self.linears,
-            memory=options.memory,
+            memory=self.memory,
             full_up_to=options.full_up_to,
             share=options.share,
             seed=options.seed,
         )
         self.gradients = self._shared_gradients()
 
+    def _room(self, earlier: int | None) -> int | None:
+        """The bytes for second moments; of an interrupted run those that it had, whatever is free now."""
+        asked = self.options.memory
+        if not isinstance(asked, str):
+            return asked
+        devices = (linear.weight.device for linear in self.linears.values())
+        return earlier or room_on(devices, gradients=self.options.objective is not None)
+
     def _shared_gradients(self) -> Gradients | None:
         """Those that are taken in the first pass; None where there are none, or no room for those of all linears."""
         chosen = self.options
-        if chosen.objective is None or len(fitting(self.linears, chosen.memory)) < len(self.linears):
+        if chosen.objective is None or len(fitting(self.linears, self.memory)) < len(self.linears):
             return None
         return Gradients(self.model, self.linears, chosen.objective, chosen.seed)
 
@@ -153,7 +167,7 @@ class Run:
         self.one_pass()
         if waiting := [name for name, group in self.observer.groups.items() if group.accumulator is None]:
             raise StatisticsError(
-                f"{self.description}: the second moments do not fit into the memory ({self.options.memory} bytes), or "
+                f"{self.description}: the second moments do not fit into the memory ({self.memory} bytes), or "
                 f"their layers do not always have one input ({some(waiting)}); give a path, so that they are taken in "
                 "several passes, give more memory, or restrict full_up_to"
             )
@@ -228,7 +242,7 @@ class Run:
     def _gradient_pass(self, objective: Objective) -> dict[str, dict[str, Tensor]]:
         """A pass of their own, for the linears that were called and have room."""
         called = {name: self.linears[name] for name, seen in self.observer.watched.items() if seen.group}
-        chosen = fitting(called, self.options.memory)
+        chosen = fitting(called, self.memory)
         if out := [name for name in called if name not in chosen]:
             _log.warning("no room for the gradients of %d linears (%s); give more memory", len(out), some(out))
 
@@ -360,5 +374,6 @@ class Run:
             for alias in self.aliases[name]
         }
         never = tuple(alias for name, seen in watched.items() if not seen.group for alias in self.aliases[name])
-        facts = {"batches": self.batch_count, "samples": self.sample_count, "dtype": self.dtypes}
-        return Contents(self.description, layers, inputs, never, {**self.options.facts(), **facts})
+        counts = {"batches": self.batch_count, "samples": self.sample_count}
+        facts = {**self.options.facts(), **counts, "memory": self.memory, "dtype": self.dtypes}
+        return Contents(self.description, layers, inputs, never, facts)

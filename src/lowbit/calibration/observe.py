@@ -57,7 +57,7 @@ class Observer:
         self, linears: Mapping[str, nn.Linear], *, memory: int | None, full_up_to: int | None, share: bool, seed: int
     ) -> None:
         self._linears = dict(linears)
-        self._memory, self._full_up_to, self._share, self._seed = memory, full_up_to, share, seed
+        self.memory, self._full_up_to, self._share, self._seed = memory, full_up_to, share, seed
         self.watched = {
             name: Watched(name, linear.out_features, linear.in_features) for name, linear in linears.items()
         }
@@ -179,7 +179,7 @@ class Observer:
     def is_full(self, k: int) -> bool:
         """Whether inputs of K channels get the whole second moment: when one such fits into the memory."""
         small = self._full_up_to is None or k <= self._full_up_to
-        return small and (self._memory is None or state_bytes(k, full=True) <= self._memory)
+        return small and (self.memory is None or state_bytes(k, full=True) <= self.memory)
 
     def _accumulate(self, watched: Watched, x: Tensor, rows: Rows) -> None:
         group = self.groups[watched.name]
@@ -198,7 +198,7 @@ class Observer:
             return False
         self.begun.add(watched.name)
         need = state_bytes(watched.k, full=self.is_full(watched.k))
-        return self._memory is None or not self._used or self._used + need <= self._memory
+        return self.memory is None or not self._used or self._used + need <= self.memory
 
     def allocate(self, name: str, device: torch.device) -> Accumulator:
         """Make the accumulator of a group."""

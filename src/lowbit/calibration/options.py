@@ -13,6 +13,7 @@ from .collection import BROAD
 from .gradients import Objective
 
 MEMORY = 4 * 2**30  # bytes: room for a full second moment, in both halves, of up to 21,000 channels
+AUTO = "auto"
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -21,7 +22,7 @@ class Options:
     """How statistics are taken; what of it shapes the result is part of the file. Fields as `calibrate`'s arguments."""
 
     layers: tuple[str, ...] = ()
-    memory: int | None = MEMORY
+    memory: int | str | None = AUTO
     full_up_to: int | None = None
     token_mask: TokenMask | None = None
     share: bool = True
@@ -43,10 +44,10 @@ class Options:
         }
 
 
-def as_bytes(memory: int | str | None) -> int | None:
-    """A number of bytes from "4GiB", "500 MB" or a number. Raises `PlanError`."""
-    if memory is None:
-        return None
+def as_bytes(memory: int | str | None) -> int | str | None:
+    """A number of bytes from "4GiB", "500 MB" or a number; "auto" and None stay. Raises `PlanError`."""
+    if memory is None or memory == AUTO:
+        return memory
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(memory).lower())
     if not found or found[2] not in _UNITS or not float(found[1]):
         raise PlanError(f"memory {memory!r}: give a number of bytes, or text such as '8GiB' or '500MB'")

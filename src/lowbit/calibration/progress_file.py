@@ -44,6 +44,21 @@ def fingerprint(linears: Mapping[str, nn.Linear], facts: Mapping[str, Any]) -> s
     return found.hexdigest()
 
 
+def memory_of(target: Path) -> int | None:
+    """The memory that the interrupted run to a target was given, which decides on passes; None where there is none."""
+    path = _path_of(target)
+    try:
+        with SafetensorsFile(path) as file:
+            found = json.loads(file.metadata[KEY]).get("memory")
+    except (CheckpointError, KeyError, ValueError):
+        return None
+    return found if isinstance(found, int) else None
+
+
+def _path_of(target: Path) -> Path:
+    return target.with_name(target.name + ".progress")
+
+
 class ProgressFile:
     """Snapshots of an observer, each with a record (JSON data) of where the run is.
 
@@ -51,7 +66,7 @@ class ProgressFile:
     """
 
     def __init__(self, target: Path, observer: Observer, gradients: Gradients | None, key: str, every: float) -> None:
-        self.path = target.with_name(target.name + ".progress")
+        self.path = _path_of(target)
         self.observer, self.gradients, self.key, self._every = observer, gradients, key, every
         self._saved_at, self._took = time.monotonic(), 0.0
 
@@ -64,7 +79,12 @@ class ProgressFile:
         began = time.monotonic()
         tensors = {f"{name}/{field}": tensor for name, field, tensor in self._tensors()}
         entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        data = {"fingerprint": self.key, "record": dict(record), "observer": self.observer.state()}
+        data = {
+            "fingerprint": self.key,
+            "record": dict(record),
+            "observer": self.observer.state(),
+            "memory": self.observer.memory,
+        }
         writer = CheckpointWriter(self.path, entries, {KEY: json.dumps(data)}, fingerprint=self.key, resume=False)
         try:
             for name, tensor in tensors.items():

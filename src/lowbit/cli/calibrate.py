@@ -18,7 +18,7 @@ from lowbit.calibration import StatisticsCollection, StatisticsFile, calibrate a
 from lowbit.calibration.imatrix import import_imatrix
 from lowbit.calibration.merge import Merged, refuse_same_samples
 from lowbit.calibration.names import checkpoint_names, layer_shapes
-from lowbit.calibration.options import as_bytes
+from lowbit.calibration.options import AUTO, as_bytes
 from lowbit.calibration.source_weights import source_marks
 from lowbit.calibration.time_embedding import GUIDANCE, modulation_statistics
 from lowbit.checkpoint.source import open_source
@@ -192,8 +192,13 @@ def calibrate(
         typer.Option("--layers", metavar="REGEX", help="Only these linears; may be repeated.", show_default=False),
     ] = None,
     memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Memory for second moments; what does not fit takes more passes.")
-    ] = "4GiB",
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for second moments, such as 8GiB; what does not fit takes more passes. auto: half of what is "
+            "free, with gradients a third for them and a third for the inputs.",
+        ),
+    ] = AUTO,
     full_up_to: Annotated[
         int | None,
         typer.Option(min=0, metavar="K", help="Keep only the diagonal of wider inputs.", show_default=False),
