@@ -20,6 +20,7 @@ from lowbit.calibration.merge import Merged, refuse_same_samples
 from lowbit.calibration.names import checkpoint_names, layer_shapes
 from lowbit.calibration.options import AUTO, as_bytes
 from lowbit.calibration.source_weights import source_marks
+from lowbit.calibration.target_file import STATISTICS
 from lowbit.calibration.time_embedding import GUIDANCE, modulation_statistics
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.target import check_file_target, refuse_inputs
@@ -89,7 +90,7 @@ class _Wishes:
 @command
 def calibrate(
     context: typer.Context,
-    output: options.OutputPath,
+    output: options.OutputText,
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -225,18 +226,19 @@ def calibrate(
         given = _paths(paths or [], chosen)
         _refuse_idle(context, chosen)
     _refuse_input(output, [*given, *(text or []), *([imatrix] if imatrix is not None else [])])
-    wishes = _Wishes(output, samples, max_tokens, batch_size, vary, gradients, device, dtype, how)
+    target = Path(output)
+    wishes = _Wishes(target, samples, max_tokens, batch_size, vary, gradients, device, dtype, how)
     if chosen == "text":
         found: StatisticsCollection = _from_text(given[0], text or [], wishes, with_builtin=with_builtin or not text)
     elif module:
         found = _from_factory(given[0] if given else None, module, wishes)
     elif timesteps:
-        found = _modulation(given[0], output, guidance)
+        found = _modulation(given[0], target, guidance)
     elif imatrix is not None:
-        found = _imported(given[0], imatrix, output)
+        found = _imported(given[0], imatrix, target)
     else:
-        found = _merged(given, output)
-    _tell(found, output, as_json=as_json)
+        found = _merged(given, target)
+    _tell(found, target, as_json=as_json)
 
 
 def _refuse_several(paths: bool, **given: bool) -> str:
@@ -271,10 +273,10 @@ def _paths(paths: list[Path], chosen: str) -> list[Path]:
     return paths
 
 
-def _refuse_input(output: Path, read: list[Path]) -> None:
+def _refuse_input(output: str, read: list[Path]) -> None:
     """Refuse to write statistics over what they are taken from: a weight file, a text. Raises `WriteError`."""
-    check_file_target(output)
-    refuse_inputs([output], files_of(read))
+    check_file_target(output, STATISTICS)
+    refuse_inputs([Path(output)], files_of(read))
 
 
 def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin: bool) -> StatisticsFile:
