@@ -351,3 +351,11 @@ def test_doctor_refuses_wrong_options(lowbit, arguments, message):
 
     assert done.code == 2
     assert message in done.err
+
+
+def test_dtypes_have_short_names(lowbit, quantized, tmp_path):
+    """What calibrate takes as bf16 the others take, too."""
+    assert lowbit("dequantize", quantized, "-o", tmp_path / "back.safetensors", "--dtype", "fp16").code == 0
+    assert load_file(tmp_path / "back.safetensors")["blocks.0.attn.q.weight"].dtype == torch.float16
+    asked = lowbit("doctor", "--format", "int8", "--shape", "64x64", "--dtype", "bf16", "--json")
+    assert asked.json["choice"]["dtype"] == "bfloat16"

@@ -38,6 +38,8 @@ _LEAST_WIDTH = 14  # of a column of words; a table that leaves them less is show
 _NOT_REACHED = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO}
 Update = Callable[[int, int, str], None]
 Command = TypeVar("Command", bound=Callable[..., None])
+Dtype = TypeVar("Dtype")
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 class Exit(IntEnum):
@@ -311,6 +313,20 @@ class _Warnings(logging.Handler):
         warn(record.getMessage(), record.levelname.lower())
 
 
+@contextmanager
+def hearing() -> Iterator[list[str]]:
+    """The warnings of the library while this lasts, for --json; they go to stderr as ever."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("lowbit")
+    log.addHandler(handler)
+    try:
+        yield found
+    finally:
+        log.removeHandler(handler)
+
+
 def _show_warnings() -> None:
     log = logging.getLogger("lowbit")
     if not any(isinstance(handler, _Warnings) for handler in log.handlers):
@@ -352,6 +368,17 @@ def split_rule(text: str) -> tuple[str, str]:
     if not found:
         raise PlanError(f"--layer {text!r}: write it as REGEX=FORMAT, such as 'mlp=int8(granularity=row)'")
     return found[1], found[2]
+
+
+def parse_dtype(name: str, known: Mapping[str, Dtype], *others: str) -> Dtype:
+    """The dtype of --dtype among those known by their names, short ones too. Raises `PlanError`.
+
+    `others`: what else the option takes, in words of its own.
+    """
+    found = _SHORT_DTYPES.get(name, name)
+    if found not in known:
+        raise PlanError(f"--dtype {name!r} is unknown; choose one of {', '.join([*known, *others])}")
+    return known[found]
 
 
 def parse_shape(text: str) -> tuple[int, int]:

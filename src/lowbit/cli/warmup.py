@@ -21,7 +21,20 @@ from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.checkpoint.weight_shape import KERNEL
 from lowbit.cli import options
-from lowbit.cli.output import Exit, asking, command, epilog, parse_shape, print_json, say, show, size, stderr, table
+from lowbit.cli.output import (
+    Exit,
+    asking,
+    command,
+    epilog,
+    parse_dtype,
+    parse_shape,
+    print_json,
+    say,
+    show,
+    size,
+    stderr,
+    table,
+)
 from lowbit.dispatch import load, preferred_layout
 from lowbit.errors import CheckpointError, PlanError, UnsupportedError, WriteError
 from lowbit.formats.parts import HALVES
@@ -138,7 +151,7 @@ def _ask(
     with asking():
         if (src is None) == (not specs) or bool(specs) != bool(shapes):
             raise PlanError("name a checkpoint, or formats and shapes: --format SPEC --shape NxK")
-        dtypes = [_dtype(name) for name in _split(dtype)]
+        dtypes = [parse_dtype(name, _DTYPES) for name in _split(dtype)]
         counts = [_count(text) for text in _split(tokens)]
         if not counts:
             raise PlanError("-M: name at least one number of tokens, such as 1,16,256")
@@ -152,12 +165,6 @@ def _ask(
 
 def _split(text: str) -> list[str]:
     return [piece.strip() for piece in text.split(",") if piece.strip()]
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise PlanError(f"--dtype {name!r} is unknown; choose of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
 
 
 def _count(text: str) -> int:
