@@ -14,6 +14,7 @@ import typer
 
 from lowbit import __version__
 from lowbit.checkpoint.eligibility import dtype_name
+from lowbit.checkpoint.plan_rules import other_when_converted
 from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.cli import options
 from lowbit.cli.output import (
@@ -26,6 +27,7 @@ from lowbit.cli.output import (
     print_json,
     say,
     show,
+    show_notes,
     size,
     table,
 )
@@ -188,7 +190,8 @@ def _choose(spec: str, shape: str, tokens: int, device: str, dtype: str) -> dict
         stored, (n, k) = StoredFormat.parse(spec), parse_shape(shape)
         x_dtype, x_device = parse_dtype(dtype, _DTYPES), _device(device)
     about = {"tokens": tokens, "device": device, "dtype": dtype_name(x_dtype)}
-    asked: dict[str, Any] = {"format": stored.spec, "shape": [n, k], **about}
+    notes = [note] if (note := other_when_converted(stored, k)) else []
+    asked: dict[str, Any] = {"format": stored.spec, "shape": [n, k], **about, "notes": notes}
     if why := stored.refuses(n, k):
         return {**asked, "runs": None, "reasons": {"the format": f"a weight of {n}x{k} {why}"}}
     layout = stored.layout or preferred_layout("linear", stored.format.plain, n, k, x_device.type)
@@ -254,6 +257,7 @@ def _show(found: dict[str, Any]) -> None:
         for name, why in choice["reasons"].items():
             say(f"  {name}: {why}", "green" if name == choice["runs"] else "")
         say(f"runs: {choice['runs']}" if choice["runs"] else "no kernel can run this", "bold")
+        show_notes(choice["notes"])
 
 
 def _show_cuda(cuda: dict[str, Any] | None) -> None:

@@ -16,6 +16,7 @@ from rich.progress import track
 
 from lowbit.checkpoint.banks import experts_of
 from lowbit.checkpoint.eligibility import dtype_name
+from lowbit.checkpoint.plan_rules import other_when_converted
 from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.stored_format import StoredFormat
@@ -157,7 +158,7 @@ def _ask(
             raise PlanError("-M: name at least one number of tokens, such as 1,16,256")
         asked = _Asked([], list(dict.fromkeys(counts)), *_targets(ahead, arch))
         if src is None:
-            asked.linears = _given(ahead, specs, shapes, dtypes or [torch.bfloat16])
+            asked.linears = _given(ahead, specs, shapes, dtypes or [torch.bfloat16], asked.notes)
     if src is not None:
         asked.linears = _of_checkpoint(ahead, src, dialect, dtypes, asked.notes)
     return asked
@@ -189,12 +190,16 @@ def _targets(ahead: Any, arch: str) -> tuple[dict[str, list[Any]], list[str], bo
     return {ahead.architecture(target.capability): [target]}, [], True
 
 
-def _given(ahead: Any, specs: list[str], shapes: list[str], dtypes: Sequence[torch.dtype]) -> list[Any]:
+def _given(
+    ahead: Any, specs: list[str], shapes: list[str], dtypes: Sequence[torch.dtype], notes: list[str]
+) -> list[Any]:
     linears = []
     for stored in map(StoredFormat.parse, specs):
         for n, k in map(parse_shape, shapes):
             if why := stored.refuses(n, k):
                 raise PlanError(f"{stored.spec}: a weight of {n}x{k} {why}; choose another shape or format")
+            if (note := other_when_converted(stored, k)) and note not in notes:
+                notes.append(note)
             layout = stored.layout or preferred_layout("linear", stored.format.plain, n, k, "cuda")
             linears += [
                 ahead.Linear(stored.format.plain, layout, n, k, dtype, bias)
