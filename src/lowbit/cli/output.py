@@ -98,9 +98,9 @@ def _send_nowhere(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-def stdout() -> Console:
-    """Where the result goes: plain and wide when that is no terminal."""
-    return _console(error=False)
+def stdout(piped: int | None = PIPE_WIDTH) -> Console:
+    """Where the result goes: plain when that is no terminal, and `piped` wide (None: as COLUMNS says, or 80)."""
+    return _console(error=False, piped=piped)
 
 
 def stderr() -> Console:
@@ -108,9 +108,9 @@ def stderr() -> Console:
     return _console(error=True)
 
 
-def _console(*, error: bool) -> Console:
+def _console(*, error: bool, piped: int | None = PIPE_WIDTH) -> Console:
     stream = sys.stderr if error else sys.stdout
-    width = None if stream.isatty() else PIPE_WIDTH
+    width = None if stream.isatty() else piped
     return _Console(stderr=error, width=width, highlight=False, soft_wrap=False, markup=False, emoji=False)
 
 
