@@ -5,6 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lowbit.starting import end_at_interrupt
+
+end_at_interrupt()
+
 from lowbit import ops, tensor_ops
 from lowbit.calibration import calibrate
 from lowbit.checkpoint.load import load

@@ -31,6 +31,7 @@ from rich.text import Text
 
 from lowbit.cli.printable import printable
 from lowbit.errors import CheckpointError, LowbitError, PlanError, WriteError
+from lowbit.starting import begun
 
 PIPE_WIDTH = 200  # characters of a line where there is no terminal to ask
 _NAME_WIDTH = 36
@@ -256,6 +257,7 @@ def command(function: Command) -> Command:
     def run(*args: Any, **kwargs: Any) -> None:
         _show_warnings()
         try:
+            begun()
             function(*args, **kwargs)
         except Failure as failure:
             _fail(failure.code, failure.error, as_json=kwargs.get("as_json", False))
