@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -13,6 +14,19 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs the signa
 INTERRUPT = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.1)\n"
 
 
+def run(command, folder, **env):
+    """A process of Python that takes Ctrl-C also where the tests run in the background, where it is ignored."""
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **env},
+        cwd=folder,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 @pytest.fixture
 def interrupted(tmp_path):
     """A function that runs a command in which the import of PyTorch is interrupted."""
@@ -21,17 +35,7 @@ def interrupted(tmp_path):
     (stub / "__init__.py").write_text(INTERRUPT)
     path = os.pathsep.join([str(stub.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
-    def run(*command):
-        return subprocess.run(
-            [sys.executable, *command],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": path},
-            cwd=tmp_path,
-        )
-
-    return run
+    return lambda *command: run(command, tmp_path, PYTHONPATH=path)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +76,6 @@ def test_an_interrupt_of_the_work_is_an_exception(tmp_path):
     )
     command = ("-m", "lowbit", "calibrate", "--module", "factory.py:make", "-o", "stats.safetensors")
 
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = run(command, tmp_path)
 
     assert (done.returncode, done.stdout, done.stderr) == (130, "put in order\n", "interrupted\n")

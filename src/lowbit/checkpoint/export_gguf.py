@@ -257,7 +257,7 @@ class _Export:
         if not self._requantize and not decoded:
             raise CheckpointError(
                 f"{stored.place}: is quantized already, as {fmt}; quantizing again loses more than quantizing the "
-                "original, which is better to start from. To do it anyway, ask for requantize"
+                "original, which is better to start from. To do it anyway, ask for it with requantize (--requantize)"
             )
         if (weight := weight_shape(stored)).axes:
             raise CheckpointError(
