@@ -16,6 +16,7 @@ PACKAGE = "lowbit"
 FLOORS = {
     "errors": 0,
     "devices": 0,
+    "starting": 0,
     "memory": 0,
     "text_files": 0,
     "numerics": 0,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import pkgutil
 import subprocess
 import sys
+
+import pytest
 
 import lowbit
 
@@ -45,6 +49,40 @@ def test_exported_names_exist_and_are_sorted():
     assert list(lowbit.__all__) == sorted(set(lowbit.__all__))
     for name in lowbit.__all__:
         assert hasattr(lowbit, name), name
+        assert name in dir(lowbit)
+
+
+def test_what_works_on_checkpoints_is_at_hand():
+    """A program that converts needs no deep module; the names are those of the functions, and not of modules."""
+    from lowbit.checkpoint.convert import convert
+
+    assert lowbit.convert is convert
+    for name in ("compare", "convert", "export_gguf", "make_plan", "migrate", "open_source", "verify"):
+        assert name in lowbit.__all__
+        assert inspect.isfunction(getattr(lowbit, name))
+    with pytest.raises(AttributeError, match="no attribute 'konvert'"):
+        lowbit.konvert  # noqa: B018
+
+
+def test_no_module_has_the_name_of_what_is_exported():
+    """An import of a module `lowbit.convert`, say, would take the place of the function."""
+    modules = {found.name for found in pkgutil.iter_modules(lowbit.__path__)}
+
+    assert sorted(modules & set(lowbit.__all__)) == ["ops", "tensor_ops"]
+
+
+def test_what_works_on_checkpoints_is_imported_when_asked_for():
+    """`import lowbit` does without it, and `lowbit.convert` brings it in."""
+    program = (
+        "import sys, lowbit\n"
+        "names = ('compare', 'convert', 'export_gguf', 'migrate', 'plan', 'verify')\n"
+        "later = {f'lowbit.checkpoint.{name}' for name in names}\n"
+        "assert not later & set(sys.modules), later & set(sys.modules)\n"
+        "from lowbit import convert\n"
+        "assert 'lowbit.checkpoint.convert' in sys.modules\n"
+        "assert lowbit.convert is convert\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_import_is_quick_and_light():

@@ -113,10 +113,13 @@ class LowbitConvert:
         """Return the path of the new file, and show what became of the model."""
         source = _path_of(model)
         target = _target(source, save_as or f"{source.stem}-{format.partition('(')[0].strip()}")
-        done = convert_file(source, target, format, solver=solver, preset=preset, progress=_progress())
+        lines: list[str] = []
+        done = convert_file(
+            source, target, format, solver=solver, preset=preset, progress=_progress(), tell=lines.append
+        )
         shrunk = f"{done.bytes_before / 2**20:.0f} MiB to {done.bytes_after / 2**20:.0f} MiB"
-        text = f"{target}: {len(done.layers)} layers in {format}, {shrunk} in {done.seconds:.1f} s"
-        return {"ui": {"text": [text]}, "result": (str(target),)}
+        lines.append(f"{target}: {len(done.layers)} layers in {format}, {shrunk} in {done.seconds:.1f} s")
+        return {"ui": {"text": ["\n".join(lines)]}, "result": (str(target),)}
 
 
 class LowbitInspect:

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import lowbit
+from lowbit.calibration import save_statistics
 from lowbit.calibration.accumulate import state_bytes
-from lowbit.errors import PlanError, StatisticsError
+from lowbit.errors import PlanError, StatisticsError, WriteError
 from tests.calibration.models import Attention, Chain, batches
 
 
@@ -269,3 +270,13 @@ def test_a_matrix_without_room_is_warned_about(tmp_path):
     assert f"{kinds.count('diagonal')} of {len(kinds)} inputs" in said[0]
     assert f"in {room} bytes of memory" in said[0]
     assert not any("only the diagonal" in line for line in asked.warnings())
+
+
+def test_a_path_that_names_a_folder_is_refused(tmp_path):
+    """A separator at its end is not dropped: neither while statistics are taken nor where they are saved."""
+    model, data = nn.Linear(8, 8), [torch.randn(4, 8)]
+    with pytest.raises(WriteError, match=r"is a folder; name a file to write, such as .*stats\.safetensors"):
+        lowbit.calibrate(model, data, path=f"{tmp_path}/name/")
+    with pytest.raises(WriteError, match="is a folder"):
+        save_statistics(lowbit.calibrate(model, data), f"{tmp_path}/name/")
+    assert list(tmp_path.iterdir()) == []

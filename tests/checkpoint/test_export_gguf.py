@@ -197,7 +197,9 @@ def test_other_formats_are_quantized_again_only_when_asked(path, tmp_path):
         convert(
             source, tmp_path / "q.safetensors", make_plan(source, "int8(granularity=row)", preset="none", solver="rtn")
         )
-    with pytest.raises(CheckpointError, match=r"layer 'a': is quantized already, as int8.*ask for requantize"):
+    with pytest.raises(
+        CheckpointError, match=r"layer 'a': is quantized already, as int8.*with requantize \(--requantize\)"
+    ):
         export(tmp_path / "q.safetensors", tmp_path / "out.gguf", "Q8_0")
     assert not (tmp_path / "out.gguf").exists()
     export(tmp_path / "q.safetensors", tmp_path / "out.gguf", "Q8_0", requantize=True)

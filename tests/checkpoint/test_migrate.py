@@ -177,3 +177,32 @@ def test_a_quantized_table_in_a_folder_of_linears_is_told(tmp_path):
     assert len(about) == 1
     assert about[0].startswith("embeddings.word_embeddings: is a quantized embedding table, which programs that read ")
     assert not [note for note in told[1] if "embedding" in note]
+
+
+@pytest.mark.parametrize(
+    ("spec", "to", "held"),
+    [
+        ("int8(rotation=16)", "compressed_tensors", "int8(rotation=0)"),
+        ("int8(rotation=16)", "torchao", "int8(rotation=0)"),
+        ("int8(rotation=16,activations=none)", "torchao", "int8(activations=none,rotation=0)"),
+        ("int8(rotation=16)", "gptq", None),
+        ("convrot_w4a4(rotation=16)", "compressed_tensors", None),
+    ],
+)
+def test_what_holds_no_rotation_says_what_it_holds(tmp_path, spec, to, held):
+    """A rotated layer that a dialect refuses: the format to convert the 16-bit file to, where it has a place for it."""
+    (tmp_path / "in").mkdir()
+    save_model(tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / "config.json").write_text("{}")
+    with open_source(tmp_path / "in") as source:
+        convert(source, tmp_path / "comfy", make_plan(source, spec, preset="none", solver="rtn"))
+
+    with pytest.raises(CheckpointError, match="its codes cannot be kept") as refused:
+        migrated(tmp_path / "comfy", tmp_path / "other", to)
+
+    told = f"; better the 16-bit file with --format '{held}', which {to} can hold"
+    assert str(refused.value).endswith(told) if held else "better" not in str(refused.value)
+    if held:
+        with open_source(tmp_path / "in") as source:
+            convert(source, tmp_path / "plain", make_plan(source, held, preset="none"))
+        migrated(tmp_path / "plain", tmp_path / "other", to)

@@ -42,10 +42,10 @@ class Outcome:
 
 @pytest.fixture
 def lowbit():
-    """The command: `lowbit("convert", path, ...)` runs it in this process."""
+    """The command: `lowbit("convert", path, ...)` runs it in this process; `columns` is how wide its terminal is."""
 
-    def run(*arguments):
-        return Outcome(CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments]))
+    def run(*arguments, columns=200):
+        return Outcome(CliRunner(env={"COLUMNS": str(columns)}).invoke(app, [str(argument) for argument in arguments]))
 
     return run
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.calibration import StatisticsFile
+from lowbit.errors import PlanError
 from lowbit.numerics.weight_marks import mark_of
 from tests.calibration.models import same
 
@@ -36,6 +37,12 @@ def make():
 def make_more():
     model, batches = make()
     return model, [x + 1 for x in batches]
+
+def make_other():
+    model, batches = make_more()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight)
+    return model, batches
 
 def with_names():
     model, batches = make()
@@ -197,6 +204,41 @@ def test_files_are_merged(lowbit, factory, tmp_path):
     assert {facts["tokens"] for facts in done.json["inputs"].values()} == {108}
 
 
+def test_warnings_are_among_the_json(lowbit, factory, tmp_path):
+    """Those of the statistics, and those that the library logs on the way; on stderr they are, too."""
+    one, two, both = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "both"))
+    first = lowbit("calibrate", "--module", f"{factory}:make", "-o", one, "--json")
+    lowbit("calibrate", "--module", f"{factory}:make_other", "-o", two)
+
+    merged = lowbit("calibrate", "--merge", one, two, "-o", both, "--json")
+
+    assert [warning.partition(":")[0] for warning in first.json["warnings"]] == ["few tokens"]
+    assert len(merged.json["warnings"]) == 2
+    assert "merge statistics of one model" in merged.json["warnings"][0]
+    assert merged.err.splitlines() == [f"warning: {line}" for line in merged.json["warnings"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32), ("bfloat16", torch.bfloat16)],
+)
+def test_a_dtype_has_a_short_name(lowbit, tmp_path, monkeypatch, given, dtype):
+    """The model is loaded in what is asked for, under either name."""
+    asked = []
+
+    def load(*_, dtype, **__):
+        asked.append(dtype)
+        raise PlanError("enough")
+
+    monkeypatch.setattr("lowbit.cli.calibrate.load_text_model", load)
+
+    assert "enough" in lowbit("calibrate", tmp_path, "--dtype", given, "-o", tmp_path / "s.safetensors").err
+    assert asked == [dtype]
+    refused = lowbit("calibrate", tmp_path, "--dtype", "int8", "-o", tmp_path / "s.safetensors")
+    assert refused.code == 2
+    assert "--dtype 'int8' is unknown; choose one of float32, bfloat16, float16, auto" in refused.err
+
+
 def test_the_same_samples_are_not_merged(lowbit, factory, tmp_path):
     """A file named twice, a copy of it, and one that was taken again are refused by name, and nothing is written."""
     one, copy, again, both = (tmp_path / f"{name}.safetensors" for name in ("one", "copy", "again", "both"))
@@ -275,8 +317,8 @@ def test_a_model_runs_in_the_dtype_that_is_asked_for(lowbit, tmp_path):
     folder = Path(package.__file__).parent / "model"
     short = (folder, "--samples", "32", "--layers", r"layer\.0\.attention", "-o", tmp_path / "s.safetensors")
     found = []
-    for dtype in ("float32", "bfloat16"):
-        assert lowbit("calibrate", *short, "--dtype", dtype).code == 0
+    for dtype, short_name in (("float32", "fp32"), ("bfloat16", "bf16")):
+        assert lowbit("calibrate", *short, "--dtype", short_name).code == 0
         with StatisticsFile(tmp_path / "s.safetensors") as file:
             assert file.contents.options["dtype"] == dtype
             found.append(file["encoder.layer.0.attention.output.dense"].hessian)

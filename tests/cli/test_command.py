@@ -32,6 +32,37 @@ def test_help_has_examples_and_exit_codes(lowbit, name):
     assert "130 interrupted" in done.out
 
 
+@pytest.mark.parametrize("columns", [80, 119, 120])
+@pytest.mark.parametrize(
+    "words", [(), ("lora",), ("lora", "inspect"), ("lora", "bake"), *((name,) for name in COMMANDS)]
+)
+def test_help_does_not_cut_the_names_of_options(lowbit, words, columns):
+    """Each name and what stands for its value is whole at the width of a usual terminal; so is each default."""
+    command = typer.main.get_command(app)
+    for word in words:
+        command = command.commands[word]
+
+    shown = lowbit(*words, "--help", columns=columns).out
+
+    assert max(map(len, shown.splitlines())) <= columns
+    for option in (option for option in command.params if not getattr(option, "hidden", False)):
+        names = [*option.opts, *option.secondary_opts] if option.param_type_name == "option" else []
+        for name in [*names, *([option.metavar] if option.metavar else [])]:
+            assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w…-])", shown), name
+        if option.required:
+            assert "[required]" in shown
+
+
+def test_a_narrow_help_says_what_the_wide_one_says(lowbit):
+    """Defaults, bounds and what stands in brackets of a text, none of them taken for markup."""
+    narrow, wide = (" ".join(lowbit("calibrate", "--help", columns=width).out.split()) for width in (80, 300))
+
+    for said in ("[default: 4.0]", "[default: auto]", "[default: for text", "x>=2", "0.0<=x<=1.0"):
+        assert said in narrow
+        assert said in wide
+    assert "\\" not in narrow
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_what_stands_in_brackets(lowbit, name):
     """Brackets are no markup: defaults and shapes that a help text writes in them are to be read."""

@@ -149,6 +149,22 @@ def test_an_output_is_looked_at_before_planning(lowbit, model, tmp_path, monkeyp
     assert_refused(lowbit("calibrate", tmp_path / "llama", "-o", out), out)
 
 
+def test_a_separator_at_the_end_names_a_folder(lowbit, model, tmp_path):
+    """Statistics and a GGUF file are no folders: what says one is refused, there or not, as `convert` refuses it."""
+    pytest.importorskip("gguf")
+    (tmp_path / "there").mkdir()
+    commands = {
+        "model.safetensors": ("convert", model, "--format", "int8"),
+        "stats.safetensors": ("calibrate", model, "--timesteps"),
+        "model.gguf": ("export", model),
+    }
+    for example, command in commands.items():
+        said = f"is a folder; name a file to write, such as {tmp_path / 'new' / example}"
+        assert_refused(lowbit(*command, "-o", f"{tmp_path}/new/"), tmp_path / "new", said)
+        assert_refused(lowbit(*command, "-o", tmp_path / "there"), tmp_path / "there", "is a folder; name a file")
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["model.safetensors", "there"]
+
+
 def test_an_output_folder_with_something_in_it_is_told_before_planning(lowbit, model, tmp_path):
     """Of a model folder the output is a new folder or an empty one, also where it is named like a file."""
     folder, out = tmp_path / "in", tmp_path / "out"

@@ -351,3 +351,22 @@ def test_doctor_refuses_wrong_options(lowbit, arguments, message):
 
     assert done.code == 2
     assert message in done.err
+
+
+def test_dtypes_have_short_names(lowbit, quantized, tmp_path):
+    """What calibrate takes as bf16 the others take, too."""
+    assert lowbit("dequantize", quantized, "-o", tmp_path / "back.safetensors", "--dtype", "fp16").code == 0
+    assert load_file(tmp_path / "back.safetensors")["blocks.0.attn.q.weight"].dtype == torch.float16
+    asked = lowbit("doctor", "--format", "int8", "--shape", "64x64", "--dtype", "bf16", "--json")
+    assert asked.json["choice"]["dtype"] == "bfloat16"
+
+
+def test_doctor_says_what_convert_makes_of_a_name(lowbit):
+    """int8 alone is the unrotated linear here, and a rotated one after `convert`; who names the rotation knows."""
+    said = "note: convert rotates int8 by default; ask with --format 'int8(rotation=256)'"
+    asked = ("doctor", "--shape", "64x512", "--format")
+
+    assert said in lowbit(*asked, "int8").out
+    assert lowbit(*asked, "int8", "--json").json["choice"]["notes"] == [said.removeprefix("note: ")]
+    for other in ("int8(rotation=256)", "int8(rotation=0)", "int8(granularity=block)", "fp8_e4m3"):
+        assert "convert rotates" not in lowbit(*asked, other).out

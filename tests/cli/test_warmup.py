@@ -111,6 +111,14 @@ def test_what_triton_serves_is_said(lowbit):
     assert any("Triton serves calls of int8" in note for note in done["notes"])
 
 
+def test_what_convert_rotates_is_said_once(lowbit):
+    """The linears of int8 by its name alone are unrotated here; `convert` would make others of it."""
+    shapes = ("--shape", "64x256", "--shape", "128x256", "--arch", "sm_80", "--dry-run", "--json")
+    notes = lowbit("warmup", "--format", "int8", *shapes).json["notes"]
+    assert notes.count("convert rotates int8 by default; ask with --format 'int8(rotation=256)'") == 1
+    assert not [n for n in lowbit("warmup", "-f", "int8(rotation=0)", *shapes).json["notes"] if "rotates" in n]
+
+
 def test_any_number_of_multiprocessors(lowbit):
     """An architecture's GPUs differ in size: what a small and what a large one launches is compiled."""
     shape = (18432, 3072)

@@ -157,6 +157,19 @@ def test_the_convert_node_writes_beside_and_never_over(nodes, stand_in, tmp_path
             convert("diffusion_models/m.safetensors", "awq_w4a16", "rtn", "none", name)
 
 
+def test_the_convert_node_shows_the_notes_of_the_plan(nodes, tmp_path):
+    """What the command says of the solver and of rotated int8 stands above the result, in the same text."""
+    _plain(tmp_path / "m.safetensors")
+
+    done = nodes.NODE_CLASS_MAPPINGS["LowbitConvert"]().convert("checkpoints/m.safetensors", "int8", "auto", "none", "")
+
+    (text,) = done["ui"]["text"]
+    *notes, last = text.splitlines()
+    assert any("solver rtn (auto" in note for note in notes)
+    assert any("rotated by auto" in note for note in notes)
+    assert last.startswith(f"{tmp_path / 'm-int8.safetensors'}: 1 layers in int8")
+
+
 def test_the_inspect_node_shows_a_table(nodes, tmp_path):
     """One line a group of layers with format, size and bits; problems are named."""
     _save(tmp_path / "m.safetensors")

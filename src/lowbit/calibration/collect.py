@@ -98,12 +98,12 @@ def calibrate(
     if path is None:
         return run().in_memory()
     try:
-        return run().to_file(Path(path), resume=resume)
+        return run().to_file(path, resume=resume)
     except OtherBatchesError as error:
         if iter(batches) is batches:
             raise
         _log.warning("%s; starting afresh", error)
-        return run().to_file(Path(path), resume=False)
+        return run().to_file(path, resume=False)
 
 
 class OtherBatchesError(StatisticsError):
@@ -176,14 +176,14 @@ class Run:
         inputs = {keys[name]: made.finish() for name, made in self.observer.finished()}
         return Collected(self.contents(), inputs, outputs)
 
-    def to_file(self, path: Path, *, resume: bool) -> StatisticsFile:
+    def to_file(self, path: str | Path, *, resume: bool) -> StatisticsFile:
         """Take as many inputs in a pass as memory has room for, write them, and go on with the rest."""
         target = TargetFile(path)
         facts = {**self.options.facts(), "description": self.description, "names": self.aliases}
         if self.gradients is not None:
             facts["passes"] = "gradients in the first"  # whose snapshots hold more
         key = fingerprint(self.linears, facts)
-        snapshots = ProgressFile(path, self.observer, self.gradients, key, self.options.snapshot_every)
+        snapshots = ProgressFile(target.path, self.observer, self.gradients, key, self.options.snapshot_every)
         record = snapshots.restore(self._devices()) if resume else None
         if record is not None:
             self.number, self.batch_count, self.sample_count = record["pass"], record["batches"], record["samples"]

@@ -15,15 +15,17 @@ from lowbit.solvers.base import Statistics
 from .collection import Contents
 from .statistics_file import entries_of, header, output_entries, stored_fields
 
+STATISTICS = "stats.safetensors"  # a name for such a file
+
 
 class TargetFile:
     """Writes statistics to `path` when they come. Raises `WriteError` at once where no file can be put there."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
         self._writer: CheckpointWriter | None = None
         self._contents: Contents | None = None
-        check_file_target(path)
+        check_file_target(path, STATISTICS)
 
     @property
     def is_open(self) -> bool:

@@ -102,8 +102,9 @@ def export_gguf(
     """
     if util.find_spec("gguf") is None:
         raise DependencyError("writing GGUF files needs the package gguf: pip install gguf")
+    check_file_target(target, "model.gguf")
     target = Path(target)
-    _check_target(source, target)
+    _refuse_input(source, target)
     if isinstance(types, str) and types not in TYPES:
         raise CheckpointError(f"{types!r} is no GGUF type that is made here; those are {', '.join(TYPES)}")
     chosen = _only_component(source, component)
@@ -256,7 +257,7 @@ class _Export:
         if not self._requantize and not decoded:
             raise CheckpointError(
                 f"{stored.place}: is quantized already, as {fmt}; quantizing again loses more than quantizing the "
-                "original, which is better to start from. To do it anyway, ask for requantize"
+                "original, which is better to start from. To do it anyway, ask for it with requantize (--requantize)"
             )
         if (weight := weight_shape(stored)).axes:
             raise CheckpointError(
@@ -366,7 +367,6 @@ def _only_component(source: Source, name: str | None) -> str:
     return source.components[0].name
 
 
-def _check_target(source: Source, target: Path) -> None:
-    check_file_target(target)
+def _refuse_input(source: Source, target: Path) -> None:
     if any(os.path.realpath(target) == os.path.realpath(file.path) for file in source.files.values()):
         raise WriteError(f"{target}: is the input itself; choose another output, so that the input stays as it is")

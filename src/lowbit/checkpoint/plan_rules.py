@@ -32,6 +32,14 @@ def rotation_note(name: str) -> str:
     )
 
 
+def other_when_converted(stored: StoredFormat, k: int) -> str:
+    """What to know who asks about the linear of a format with K columns that `auto` would rotate; "" for all others."""
+    rotated = stored.format.rotated_for(k) if stored.is_name else None
+    if rotated is None:
+        return ""
+    return f"convert rotates {stored.format.name} by default; ask with --format '{rotated.spec}'"
+
+
 @dataclass
 class Pattern:
     """A regular expression that a user gave, and whether any layer matched it."""

@@ -51,7 +51,7 @@ class Respelled:
             raise CheckpointError(f"{old.place}: {why}; leave it in comfy, or decode it (lowbit dequantize)")
         raise CheckpointError(
             f"{old.place}: is {old.format}, and {reason}; its codes cannot be kept. Convert it again instead "
-            f"(lowbit convert --requantize --dialect {dialect.name})"
+            f"(lowbit convert --requantize --dialect {dialect.name})" + _without_rotation(dialect, old)
         )
 
     @property
@@ -112,6 +112,18 @@ class Respelled:
         if again is None or shape_options(again.options) != shape_options(self.old.options):
             raise CheckpointError(f"{self.old.place}: is not found again as {self.dialect.name} writes it; report this")
         return again
+
+
+def _without_rotation(dialect: Dialect, layer: StoredLayer) -> str:
+    """Of a rotated layer, the format without a rotation that the dialect holds in its place, if it does; else ""."""
+    if not getattr(layer.format, "rotation", 0):
+        return ""
+    plain = replace(layer.format, rotation=0)  # type: ignore[call-arg]
+    if refusal(dialect, replace(layer, format=plain, keys={}, notes=[], layout="", options={})) is not None:
+        return ""
+    name, _, fields = plain.spec.removesuffix(")").partition("(")  # which leaves out what is the default
+    spec = f"{name}({','.join(filter(None, (fields, 'rotation=0')))})"
+    return f"; better the 16-bit file with --format '{spec}', which {dialect.name} can hold"
 
 
 def refuse_changed(layer: StoredLayer, parts: Parts, back: Parts) -> None:

@@ -51,8 +51,8 @@ def is_single(source: Source, target: Path) -> bool:
     return source.kind == "file" or (len(source.components) == 1 and target.suffix == ".safetensors")
 
 
-def check_file_target(target: str | Path) -> None:
-    """Raise `WriteError` if no file can be put at `target`.
+def check_file_target(target: str | Path, example: str = "model.safetensors") -> None:
+    """Raise `WriteError` if no file can be put at `target`; the error for a folder proposes the name `example` in it.
 
     A folder, device or pipe is there, or no folder for it, or one that nothing may be written in. Text that ends in a
     separator names a folder, whether it is there or not.
@@ -61,7 +61,7 @@ def check_file_target(target: str | Path) -> None:
     target = Path(target)
     _check_reachable(target)
     if target.is_dir() or names_folder:
-        raise WriteError(f"{target}: is a folder; name a file to write, such as {target / 'model.safetensors'}")
+        raise WriteError(f"{target}: is a folder; name a file to write, such as {target / example}")
     if target.exists() and not target.is_file():  # a finished file is renamed onto it, which would remove a device
         raise WriteError(f"{target}: is a device or a pipe, and a file would take its place; name a file to write")
     if not target.parent.is_dir():

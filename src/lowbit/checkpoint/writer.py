@@ -79,7 +79,7 @@ class CheckpointWriter:
         self._written: set[str] = set()
         self._lock = threading.Lock()  # guards _written and the journal
         self._closed = False
-        check_file_target(self.target)
+        check_file_target(target)  # as it was given: a Path has lost the separator at its end
         self._fd = _open_locked(self._partial, self.target)
         try:
             found = self._find_finished() if resume else None

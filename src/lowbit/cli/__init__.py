@@ -24,6 +24,7 @@ from lowbit.cli import (
     warmup,
 )
 from lowbit.cli.group import Commands
+from lowbit.cli.help_page import Command
 from lowbit.cli.output import ending_quietly, epilog, make_streams_safe
 
 app = typer.Typer(
@@ -78,13 +79,13 @@ for _module, _command in (
     (warmup, warmup.warmup),
     (demo, demo.demo),
 ):
-    app.command(help=_paragraphs(_command.__doc__), epilog=_module.EPILOG)(_command)
+    app.command(cls=Command, help=_paragraphs(_command.__doc__), epilog=_module.EPILOG)(_command)
 
 _lora = typer.Typer(
     help="LoRA adapters on quantized checkpoints.", no_args_is_help=True, rich_markup_mode="rich", epilog=lora.EPILOG
 )
-_lora.command(help=_paragraphs(lora.inspect.__doc__), epilog=lora.EPILOG)(lora.inspect)
-_lora.command(help=_paragraphs(lora.bake.__doc__), epilog=lora.EPILOG)(lora.bake)
+_lora.command(cls=Command, help=_paragraphs(lora.inspect.__doc__), epilog=lora.EPILOG)(lora.inspect)
+_lora.command(cls=Command, help=_paragraphs(lora.bake.__doc__), epilog=lora.EPILOG)(lora.bake)
 app.add_typer(_lora, name="lora")
 
 

@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +19,28 @@ from lowbit.calibration.merge import Merged, refuse_same_samples
 from lowbit.calibration.names import checkpoint_names, layer_shapes
 from lowbit.calibration.options import AUTO, as_bytes
 from lowbit.calibration.source_weights import source_marks
+from lowbit.calibration.target_file import STATISTICS
 from lowbit.calibration.time_embedding import GUIDANCE, modulation_statistics
+from lowbit.checkpoint.eligibility import dtype_name
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.target import check_file_target, refuse_inputs
 from lowbit.cli import options
 from lowbit.cli.beside import files_of
 from lowbit.cli.given import refuse_idle
-from lowbit.cli.output import asking, command, epilog, print_json, say, show, size, stderr, table, warn
+from lowbit.cli.output import (
+    asking,
+    command,
+    epilog,
+    hearing,
+    parse_dtype,
+    print_json,
+    say,
+    show,
+    size,
+    stderr,
+    table,
+    warn,
+)
 from lowbit.errors import PlanError
 from lowbit.integrations.factories import call_factory
 from lowbit.integrations.text_batches import (
@@ -51,24 +65,10 @@ EPILOG = epilog(
 )
 _OF_TEXT = ("samples", "vary", "max_tokens", "batch_size", "device", "dtype")
 _OF_SAMPLES = ("broad", "gradients", "layers", "memory", "full_up_to")
+_DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+_AUTO = "auto"
 _SHOWN = 12  # inputs in the table, those with the fewest tokens a channel
 _WHAT = "--text FILE, --builtin-text, --module PACKAGE:FACTORY, --timesteps, --merge or --imatrix FILE"
-
-
-class Dtype(str, Enum):
-    """What a model runs in."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-    def of(self, device: str) -> torch.dtype | None:
-        """The dtype on a device; None for the one that the model is stored in."""
-        if self is Dtype.AUTO:
-            return calibration_dtype(device)
-        found: torch.dtype = getattr(torch, self.value)
-        return found
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class _Wishes:
     vary: float | None
     gradients: bool | None
     device: str
-    dtype: Dtype
+    dtype: torch.dtype | None  # None: what suits the device
     options: dict[str, Any]  # of lowbit.calibrate
 
 
 @command
 def calibrate(
     context: typer.Context,
-    output: options.OutputPath,
+    output: options.OutputText,
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -180,13 +180,13 @@ def calibrate(
     ] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Where the model folder runs.")] = "cpu",
     dtype: Annotated[
-        Dtype,
+        str,
         typer.Option(
             metavar="DTYPE",
-            help="What the model folder runs in: float32, bfloat16, float16, or auto: on a CPU bfloat16 where that is "
+            help=f"What the model folder runs in: {', '.join(_DTYPES)}, or {_AUTO}: on a CPU bfloat16 where that is "
             "fast, else float32; elsewhere what it is stored in.",
         ),
-    ] = Dtype.AUTO,
+    ] = _AUTO,
     layers: Annotated[
         list[str] | None,
         typer.Option("--layers", metavar="REGEX", help="Only these linears; may be repeated.", show_default=False),
@@ -224,19 +224,24 @@ def calibrate(
         )
         given = _paths(paths or [], chosen)
         _refuse_idle(context, chosen)
+        runs_in = None if dtype == _AUTO else parse_dtype(dtype, _DTYPES, _AUTO)
     _refuse_input(output, [*given, *(text or []), *([imatrix] if imatrix is not None else [])])
-    wishes = _Wishes(output, samples, max_tokens, batch_size, vary, gradients, device, dtype, how)
-    if chosen == "text":
-        found: StatisticsCollection = _from_text(given[0], text or [], wishes, with_builtin=with_builtin or not text)
-    elif module:
-        found = _from_factory(given[0] if given else None, module, wishes)
-    elif timesteps:
-        found = _modulation(given[0], output, guidance)
-    elif imatrix is not None:
-        found = _imported(given[0], imatrix, output)
-    else:
-        found = _merged(given, output)
-    _tell(found, output, as_json=as_json)
+    target = Path(output)
+    wishes = _Wishes(target, samples, max_tokens, batch_size, vary, gradients, device, runs_in, how)
+    with hearing() as warnings:
+        if chosen == "text":
+            found: StatisticsCollection = _from_text(
+                given[0], text or [], wishes, with_builtin=with_builtin or not text
+            )
+        elif module:
+            found = _from_factory(given[0] if given else None, module, wishes)
+        elif timesteps:
+            found = _modulation(given[0], target, guidance)
+        elif imatrix is not None:
+            found = _imported(given[0], imatrix, target)
+        else:
+            found = _merged(given, target)
+    _tell(found, target, warnings, as_json=as_json)
 
 
 def _refuse_several(paths: bool, **given: bool) -> str:
@@ -271,10 +276,10 @@ def _paths(paths: list[Path], chosen: str) -> list[Path]:
     return paths
 
 
-def _refuse_input(output: Path, read: list[Path]) -> None:
+def _refuse_input(output: str, read: list[Path]) -> None:
     """Refuse to write statistics over what they are taken from: a weight file, a text. Raises `WriteError`."""
-    check_file_target(output)
-    refuse_inputs([output], files_of(read))
+    check_file_target(output, STATISTICS)
+    refuse_inputs([Path(output)], files_of(read))
 
 
 def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin: bool) -> StatisticsFile:
@@ -283,7 +288,7 @@ def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin
         texts.append(builtin_text())
         if not files:
             stderr().print("note: no --text, so the built-in one; text like what the model will see is better still")
-    model = load_text_model(folder, device=wishes.device, dtype=wishes.dtype.of(wishes.device))
+    model = load_text_model(folder, device=wishes.device, dtype=wishes.dtype or calibration_dtype(wishes.device))
     usual = 0.0 if with_builtin or model.causal else VARIED
     vary = usual if wishes.vary is None else wishes.vary
     batches = text_batches(
@@ -377,11 +382,12 @@ def _counting() -> Iterator[Callable[[int, int | None, str], None] | None]:
         yield update
 
 
-def _tell(found: StatisticsCollection, output: Path, *, as_json: bool) -> None:
+def _tell(found: StatisticsCollection, output: Path, told: list[str], *, as_json: bool) -> None:
     for line in found.warnings():
         warn(line)
     if as_json:
-        print_json({"target": str(output), "bytes": output.stat().st_size, **found.describe()})
+        warnings = {"warnings": [*told, *found.warnings()]}
+        print_json({"target": str(output), "bytes": output.stat().st_size, **found.describe(), **warnings})
         return
     contents = found.contents
     numbers = ("K", "tokens", "held out", "T/N")

@@ -9,9 +9,8 @@ import typer
 
 from lowbit.checkpoint.dequantize import DTYPES, dequantize as run
 from lowbit.cli import options
-from lowbit.cli.output import asking, command, epilog, print_json, progress, say, size
+from lowbit.cli.output import asking, command, epilog, parse_dtype, print_json, progress, say, size
 from lowbit.cli.whole import open_whole
-from lowbit.errors import PlanError
 
 EPILOG = epilog(
     "lowbit dequantize flux-fp8.safetensors -o flux-bf16.safetensors",
@@ -54,7 +53,5 @@ def dequantize(
 
 
 def _dtype(name: str) -> torch.dtype | None:
-    if name and name not in _DTYPES:
-        with asking():
-            raise PlanError(f"--dtype {name!r} is unknown; choose one of {', '.join(_DTYPES)}")
-    return _DTYPES.get(name)
+    with asking():
+        return parse_dtype(name, _DTYPES) if name else None

@@ -14,9 +14,23 @@ import typer
 
 from lowbit import __version__
 from lowbit.checkpoint.eligibility import dtype_name
+from lowbit.checkpoint.plan_rules import other_when_converted
 from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.cli import options
-from lowbit.cli.output import Exit, asking, command, epilog, parse_shape, print_json, say, show, size, table
+from lowbit.cli.output import (
+    Exit,
+    asking,
+    command,
+    epilog,
+    parse_dtype,
+    parse_shape,
+    print_json,
+    say,
+    show,
+    show_notes,
+    size,
+    table,
+)
 from lowbit.dispatch import BACKENDS, UNPACKS, explain, load, preferred_layout, table as kernels
 from lowbit.errors import LowbitError, PlanError
 from lowbit.formats.parts import FLOATS, raw_bytes
@@ -174,15 +188,15 @@ def _choose(spec: str, shape: str, tokens: int, device: str, dtype: str) -> dict
     """What every backend says to the linear of one layer, packed as loading does it, and which runs."""
     with asking():
         stored, (n, k) = StoredFormat.parse(spec), parse_shape(shape)
-        if dtype not in _DTYPES:
-            raise PlanError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(_DTYPES)}")
-        x_device = _device(device)
-    asked = {"format": stored.spec, "shape": [n, k], "tokens": tokens, "device": device, "dtype": dtype}
+        x_dtype, x_device = parse_dtype(dtype, _DTYPES), _device(device)
+    about = {"tokens": tokens, "device": device, "dtype": dtype_name(x_dtype)}
+    notes = [note] if (note := other_when_converted(stored, k)) else []
+    asked: dict[str, Any] = {"format": stored.spec, "shape": [n, k], **about, "notes": notes}
     if why := stored.refuses(n, k):
         return {**asked, "runs": None, "reasons": {"the format": f"a weight of {n}x{k} {why}"}}
     layout = stored.layout or preferred_layout("linear", stored.format.plain, n, k, x_device.type)
     asked["layout"] = layout
-    x = torch.zeros((tokens, k), dtype=_DTYPES[dtype], device=x_device)
+    x = torch.zeros((tokens, k), dtype=x_dtype, device=x_device)
     reasons = _reasons(StoredFormat(stored.format, layout), (n, k), x)
     runs = next((name for name, why in reasons.items() if why in ("runs", UNPACKS)), None)
     return {**asked, "runs": runs, "reasons": reasons}
@@ -243,6 +257,7 @@ def _show(found: dict[str, Any]) -> None:
         for name, why in choice["reasons"].items():
             say(f"  {name}: {why}", "green" if name == choice["runs"] else "")
         say(f"runs: {choice['runs']}" if choice["runs"] else "no kernel can run this", "bold")
+        show_notes(choice["notes"])
 
 
 def _show_cuda(cuda: dict[str, Any] | None) -> None:

@@ -32,7 +32,7 @@ def export(
     context: typer.Context,
     src: options.SourcePath,
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="OUT.gguf", help="File to write.", show_default=False)
+        str, typer.Option("-o", "--output", metavar="OUT.gguf", help="File to write.", show_default=False)
     ],
     kind: Annotated[
         str, typer.Option("--type", metavar="TYPE", help=f"Type of all weights: {', '.join(TYPES)}.")

@@ -30,7 +30,6 @@ _OUTPUT = typer.Option(
     "not exist or be empty.",
     show_default=False,
 )
-OutputPath = Annotated[Path, _OUTPUT]
 OutputText = Annotated[str, _OUTPUT]  # with the separator at its end that says a folder is meant: a Path has none
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Jobs = Annotated[

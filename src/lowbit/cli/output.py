@@ -31,6 +31,7 @@ from rich.text import Text
 
 from lowbit.cli.printable import printable
 from lowbit.errors import CheckpointError, LowbitError, PlanError, WriteError
+from lowbit.starting import begun
 
 PIPE_WIDTH = 200  # characters of a line where there is no terminal to ask
 _NAME_WIDTH = 36
@@ -38,6 +39,8 @@ _LEAST_WIDTH = 14  # of a column of words; a table that leaves them less is show
 _NOT_REACHED = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO}
 Update = Callable[[int, int, str], None]
 Command = TypeVar("Command", bound=Callable[..., None])
+Dtype = TypeVar("Dtype")
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 class Exit(IntEnum):
@@ -96,9 +99,9 @@ def _send_nowhere(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-def stdout() -> Console:
-    """Where the result goes: plain and wide when that is no terminal."""
-    return _console(error=False)
+def stdout(piped: int | None = PIPE_WIDTH) -> Console:
+    """Where the result goes: plain when that is no terminal, and `piped` wide (None: as COLUMNS says, or 80)."""
+    return _console(error=False, piped=piped)
 
 
 def stderr() -> Console:
@@ -106,9 +109,9 @@ def stderr() -> Console:
     return _console(error=True)
 
 
-def _console(*, error: bool) -> Console:
+def _console(*, error: bool, piped: int | None = PIPE_WIDTH) -> Console:
     stream = sys.stderr if error else sys.stdout
-    width = None if stream.isatty() else PIPE_WIDTH
+    width = None if stream.isatty() else piped
     return _Console(stderr=error, width=width, highlight=False, soft_wrap=False, markup=False, emoji=False)
 
 
@@ -254,6 +257,7 @@ def command(function: Command) -> Command:
     def run(*args: Any, **kwargs: Any) -> None:
         _show_warnings()
         try:
+            begun()
             function(*args, **kwargs)
         except Failure as failure:
             _fail(failure.code, failure.error, as_json=kwargs.get("as_json", False))
@@ -311,6 +315,20 @@ class _Warnings(logging.Handler):
         warn(record.getMessage(), record.levelname.lower())
 
 
+@contextmanager
+def hearing() -> Iterator[list[str]]:
+    """The warnings of the library while this lasts, for --json; they go to stderr as ever."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("lowbit")
+    log.addHandler(handler)
+    try:
+        yield found
+    finally:
+        log.removeHandler(handler)
+
+
 def _show_warnings() -> None:
     log = logging.getLogger("lowbit")
     if not any(isinstance(handler, _Warnings) for handler in log.handlers):
@@ -352,6 +370,17 @@ def split_rule(text: str) -> tuple[str, str]:
     if not found:
         raise PlanError(f"--layer {text!r}: write it as REGEX=FORMAT, such as 'mlp=int8(granularity=row)'")
     return found[1], found[2]
+
+
+def parse_dtype(name: str, known: Mapping[str, Dtype], *others: str) -> Dtype:
+    """The dtype of --dtype among those known by their names, short ones too. Raises `PlanError`.
+
+    `others`: what else the option takes, in words of its own.
+    """
+    found = _SHORT_DTYPES.get(name, name)
+    if found not in known:
+        raise PlanError(f"--dtype {name!r} is unknown; choose one of {', '.join([*known, *others])}")
+    return known[found]
 
 
 def parse_shape(text: str) -> tuple[int, int]:

@@ -16,12 +16,26 @@ from rich.progress import track
 
 from lowbit.checkpoint.banks import experts_of
 from lowbit.checkpoint.eligibility import dtype_name
+from lowbit.checkpoint.plan_rules import other_when_converted
 from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.checkpoint.weight_shape import KERNEL
 from lowbit.cli import options
-from lowbit.cli.output import Exit, asking, command, epilog, parse_shape, print_json, say, show, size, stderr, table
+from lowbit.cli.output import (
+    Exit,
+    asking,
+    command,
+    epilog,
+    parse_dtype,
+    parse_shape,
+    print_json,
+    say,
+    show,
+    size,
+    stderr,
+    table,
+)
 from lowbit.dispatch import load, preferred_layout
 from lowbit.errors import CheckpointError, PlanError, UnsupportedError, WriteError
 from lowbit.formats.parts import HALVES
@@ -138,13 +152,13 @@ def _ask(
     with asking():
         if (src is None) == (not specs) or bool(specs) != bool(shapes):
             raise PlanError("name a checkpoint, or formats and shapes: --format SPEC --shape NxK")
-        dtypes = [_dtype(name) for name in _split(dtype)]
+        dtypes = [parse_dtype(name, _DTYPES) for name in _split(dtype)]
         counts = [_count(text) for text in _split(tokens)]
         if not counts:
             raise PlanError("-M: name at least one number of tokens, such as 1,16,256")
         asked = _Asked([], list(dict.fromkeys(counts)), *_targets(ahead, arch))
         if src is None:
-            asked.linears = _given(ahead, specs, shapes, dtypes or [torch.bfloat16])
+            asked.linears = _given(ahead, specs, shapes, dtypes or [torch.bfloat16], asked.notes)
     if src is not None:
         asked.linears = _of_checkpoint(ahead, src, dialect, dtypes, asked.notes)
     return asked
@@ -152,12 +166,6 @@ def _ask(
 
 def _split(text: str) -> list[str]:
     return [piece.strip() for piece in text.split(",") if piece.strip()]
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise PlanError(f"--dtype {name!r} is unknown; choose of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
 
 
 def _count(text: str) -> int:
@@ -182,12 +190,16 @@ def _targets(ahead: Any, arch: str) -> tuple[dict[str, list[Any]], list[str], bo
     return {ahead.architecture(target.capability): [target]}, [], True
 
 
-def _given(ahead: Any, specs: list[str], shapes: list[str], dtypes: Sequence[torch.dtype]) -> list[Any]:
+def _given(
+    ahead: Any, specs: list[str], shapes: list[str], dtypes: Sequence[torch.dtype], notes: list[str]
+) -> list[Any]:
     linears = []
     for stored in map(StoredFormat.parse, specs):
         for n, k in map(parse_shape, shapes):
             if why := stored.refuses(n, k):
                 raise PlanError(f"{stored.spec}: a weight of {n}x{k} {why}; choose another shape or format")
+            if (note := other_when_converted(stored, k)) and note not in notes:
+                notes.append(note)
             layout = stored.layout or preferred_layout("linear", stored.format.plain, n, k, "cuda")
             linears += [
                 ahead.Linear(stored.format.plain, layout, n, k, dtype, bias)

@@ -19,9 +19,14 @@ GPTQ_SPECS = [
     "wna16(bits=2,group_size=64,zero_point=true)",
     "wna16(bits=3,group_size=32,zero_point=true)",
     "wna16(bits=8,group_size=0)",
+    "wna16(group_size=128,zero_point=true)",  # a group that is the whole row
     "wna16(group_size=32,act_order=true)",
 ]
-AWQ_SPECS = ["wna16(group_size=32,zero_point=true)", "wna16(group_size=0,zero_point=true)"]
+AWQ_SPECS = [
+    "wna16(group_size=32,zero_point=true)",
+    "wna16(group_size=0,zero_point=true)",
+    "wna16(group_size=128,zero_point=true)",
+]
 CASES = [("gptq", spec) for spec in GPTQ_SPECS] + [("awq", spec) for spec in AWQ_SPECS]
 
 

@@ -80,7 +80,7 @@ class Awq:
                 return None
             tensors.need("qweight", "scales", "qzeros")
             k, words = tensors.specs["qweight"].shape
-            config = {"format": "wna16", "group_size": 0 if size in (-1, k) else size, "zero_point": True}
+            config = {"format": "wna16", "group_size": 0 if size == -1 else size, "zero_point": True}
             try:
                 fmt = from_config(config, tensors.place)
             except FormatError as error:

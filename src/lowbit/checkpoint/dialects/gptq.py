@@ -81,7 +81,7 @@ class Gptq:
             tensors.need("qweight", "scales", "qzeros")
             facts = _facts_of(tensors, said)
             words, n = tensors.specs["qweight"].shape
-            fmt = _format(tensors, facts, words * WORD // int(facts["bits"]))
+            fmt = _format(tensors, facts)
             return StoredLayer(
                 layer=tensors.layer,
                 format=fmt,
@@ -248,12 +248,12 @@ def _facts_of(tensors: LayerTensors, said: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _format(tensors: LayerTensors, facts: Mapping[str, Any], k: int) -> Format:
+def _format(tensors: LayerTensors, facts: Mapping[str, Any]) -> Format:
     size = facts["group_size"]
     config = {
         "format": "wna16",
         "bits": facts["bits"],
-        "group_size": 0 if size in (-1, k, None) else size,
+        "group_size": 0 if size in (-1, None) else size,
         "zero_point": not facts["sym"],
         "act_order": bool(facts["desc_act"]) and size not in (-1, None),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lowbit.checkpoint.conversion_report import ConversionReport
@@ -27,9 +27,11 @@ def convert_file(
     preset: str = "auto",
     keep: Sequence[str] = (),
     progress: Progress | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> ConversionReport:
     """Quantize a checkpoint into a new ComfyUI file. `progress(done bytes, total bytes, layer)` after each piece.
 
+    `tell` is called with each of the plan's notes, such as how the solver was chosen, before the work begins.
     format, solver, preset, keep: as in `lowbit.checkpoint.plan.make_plan`.
 
     Raises `WriteError` for a target that exists: nothing is written over. Otherwise as `make_plan` and `convert`.
@@ -40,6 +42,9 @@ def convert_file(
     check_file_target(target)
     with open_source(source) as opened:
         plan = make_plan(opened, format, solver=solver, preset=preset, keep=keep, dialect="comfy")
+        if tell is not None:
+            for note in plan.notes:
+                tell(note)
         return convert(opened, target, plan, progress=progress)
 
 
