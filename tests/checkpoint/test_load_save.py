@@ -286,6 +286,19 @@ def test_a_new_bias_follows_its_layer(tmp_path):
     assert fresh[0].bias.dtype == torch.bfloat16
 
 
+def test_a_new_bias_of_a_tied_head_comes_back(tmp_path):
+    """A head gets the bias for a shift of its activations; its weight is in the file under the name of the table."""
+    source = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64, bias=False))
+    source[1].weight = source[0].weight
+    fresh = copy.deepcopy(source)
+    lowbit.quantize_(source, "svdquant_w4a4(rank=4,act_unsigned=true)")
+
+    lowbit.load(fresh, lowbit.save(source, tmp_path / "model.safetensors"))
+
+    assert fresh[1].weight is fresh[0].weight
+    assert torch.equal(fresh[1].bias, source[1].bias)
+
+
 def test_options_of_a_checkpoint_end_with_its_format(tmp_path):
     """A layer that was loaded in one format and quantized anew in another is saved as if it had not been loaded."""
     source, other = nn.Linear(64, 64), nn.Linear(64, 64)

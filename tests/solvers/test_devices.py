@@ -18,7 +18,7 @@ from lowbit.formats import formats, parse_spec
 from lowbit.solvers import Member, Statistics, refinements, solve, solve_shared, solvers
 from lowbit.solvers.error_lora import error_lora
 from tests.support.layers import Layer
-from tests.support.other_device import Elsewhere, MixedDevicesError, elsewhere, other_device
+from tests.support.other_device import Elsewhere, MixedDevicesError, elsewhere, needs_stand_in, other_device
 
 SHORT = "(iterations=3)"
 STARTS = {
@@ -57,6 +57,7 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
 
 
+@needs_stand_in
 def test_the_stand_in_refuses_what_a_gpu_does():
     """Two devices in one operation, numpy and pointers are errors; copies, scalars and indices are not."""
     there, here = elsewhere(torch.arange(6.0).view(2, 3)), torch.ones(2, 3)
@@ -64,9 +65,21 @@ def test_the_stand_in_refuses_what_a_gpu_does():
         for mixed in (lambda: there + here, lambda: there @ here.t(), lambda: torch.cat([there, here])):
             with pytest.raises(MixedDevicesError):
                 mixed()
-        for raw in (there.numpy, there.data_ptr):
+        index = elsewhere(torch.tensor([1]))
+        for raw in (there.numpy, lambda: here.add_(there), lambda: torch.tensor(1.0).add_(there.sum())):
             with pytest.raises(MixedDevicesError):
                 raw()
+        for indexed in (lambda: torch.arange(3)[index], lambda: there[0].index_select(0, torch.tensor([1]))):
+            with pytest.raises(MixedDevicesError):
+                indexed()
+        for lacking in (
+            lambda: there.int() @ there.int().t(),
+            lambda: torch._int_mm(elsewhere(torch.ones(16, 8).char()), elsewhere(torch.ones(8, 8).char())),
+            lambda: torch.rand(3, device=there.device, generator=torch.Generator()),
+        ):
+            with pytest.raises(MixedDevicesError):
+                lacking()
+        assert there.data_ptr() > 1 << 62
         assert isinstance(there + torch.tensor(1.0), Elsewhere)
         assert isinstance(there[torch.tensor([1])], Elsewhere)
         assert isinstance(torch.zeros(3, device=there.device) + there[0], Elsewhere)
@@ -76,6 +89,7 @@ def test_the_stand_in_refuses_what_a_gpu_does():
         assert float(there.add_(1).sum()) == 21.0
 
 
+@needs_stand_in
 @pytest.mark.parametrize(("name", "spec"), pipelines())
 def test_every_solver_stays_on_the_device_of_the_weight(name, spec):
     """With statistics of the CPU and of the device, its parts and its bias are there and those of the CPU."""
@@ -93,6 +107,7 @@ def test_every_solver_stays_on_the_device_of_the_weight(name, spec):
             assert found.bias is None or isinstance(found.bias, Elsewhere)
 
 
+@needs_stand_in
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_format_stays_on_the_device_of_the_weight(spec):
     """What auto takes, without statistics and with them."""
@@ -104,6 +119,7 @@ def test_every_format_stays_on_the_device_of_the_weight(spec):
         assert all(isinstance(part, Elsewhere) for part in found.parts.values())
 
 
+@needs_stand_in
 def test_what_layers_share_stays_on_their_device():
     """Factors that several layers share, and the LoRA for what was lost."""
     layer, fmt = Layer.make(64, 128, 1.0), parse_spec("svdquant_w4a4(rank=8)")
@@ -118,6 +134,7 @@ def test_what_layers_share_stays_on_their_device():
     assert isinstance(up, Elsewhere)
 
 
+@needs_stand_in
 @pytest.mark.parametrize("gradients", [False, True])
 def test_calibration_runs_where_the_model_is(gradients, tmp_path):
     """Its sums are on the device, what comes back is on the CPU, and no different from that of the CPU."""

@@ -113,7 +113,8 @@ class _Loader:
                 others.append(join_key(key, "weight"))
             else:
                 layers[name.removesuffix(".")] = layer
-        new_biases = {join_key(name, "bias") for name, stored in layers.items() if stored.format.folds_bias}
+        folding = [name for name, stored in layers.items() if stored.format.folds_bias]
+        new_biases = {join_key(other, "bias") for name in folding for other in self._sharing(name)}
         for key in self.content.found.plain:
             name = _strip(key, self.prefix)
             if name in self_made:
@@ -123,6 +124,11 @@ class _Loader:
             else:
                 plain[name] = key
         return layers, plain, others
+
+    def _sharing(self, name: str) -> list[str]:
+        """The names of the layers that have this layer's weight, its own included."""
+        weight = self.state.get(join_key(name, "weight"))
+        return [name, *(key.rpartition(".")[0] for key, value in self.state.items() if value is weight)]
 
     def check(self, *, strict: bool) -> None:
         """Raise `CheckpointError` for the first thing that does not fit; change nothing."""

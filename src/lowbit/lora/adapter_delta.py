@@ -260,16 +260,17 @@ class RowsDelta(Delta):
         return out
 
     def low_rank(self) -> LoraDelta | None:
-        """The ranks of the parts add up."""
+        """The ranks of the parts add up; the factors are where the first part's are."""
         thin = [(start, low) for start, delta in self.parts if (low := delta.low_rank()) is not None]
         if len(thin) < len(self.parts):
             return None
-        ups = []
+        place, ups = thin[0][1].down.device, []
         for start, delta in thin:
-            up = torch.zeros((self.rows, delta.rank), dtype=torch.float32, device=delta.up.device)
-            up[start : start + delta.shape[0]] = delta.up.float() * delta.scale
+            up = torch.zeros((self.rows, delta.rank), dtype=torch.float32, device=place)
+            up[start : start + delta.shape[0]] = delta.up.to(place, torch.float32) * delta.scale
             ups.append(up)
-        return LoraDelta(torch.cat([delta.down.float() for _, delta in thin]), torch.cat(ups, dim=1), self.scale)
+        down = torch.cat([delta.down.to(place, torch.float32) for _, delta in thin])
+        return LoraDelta(down, torch.cat(ups, dim=1), self.scale)
 
 
 def _is_thin(rank: int, shape: Sequence[int]) -> bool:

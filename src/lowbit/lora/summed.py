@@ -92,7 +92,8 @@ def summed(changes: Sequence[tuple[Delta, float]], where: str) -> Delta:
 
 
 def _side_by_side(loras: Sequence[tuple[LoraDelta, float]], shape: tuple[int, ...]) -> LoraDelta:
-    """The sum of LoRAs as one, float32."""
-    down = torch.cat([delta.down.float().flatten(1) for delta, _ in loras])
-    up = torch.cat([delta.up.float() * (strength * delta.scale) for delta, strength in loras], dim=1)
+    """The sum of LoRAs as one, float32, where the first one is."""
+    place = loras[0][0].down.device
+    down = torch.cat([delta.down.to(place, torch.float32).flatten(1) for delta, _ in loras])
+    up = torch.cat([delta.up.to(place, torch.float32) * (strength * delta.scale) for delta, strength in loras], dim=1)
     return LoraDelta(down.view(-1, *shape[1:]), up)

@@ -20,6 +20,7 @@ from lowbit.errors import CheckpointError, PartsError
 from lowbit.formats import parse_spec
 from tests.checkpoint.dialects.comfy_files import assert_same_bits
 from tests.support import gaussian
+from tests.support.other_device import back, needs_stand_in, other_device, there
 
 DIALECT = get_dialect("torchao")
 LAYER = "layers.0.q"
@@ -182,6 +183,20 @@ def test_files_of_torchao_are_read_and_written_again(name, n, ao):
     assert {f"{LAYER}.bias", *again} == set(tensors)
     for key, tensor in again.items():
         assert_same_bits(tensor, tensors[key])
+
+
+@needs_stand_in
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_are_where_the_tensors_of_the_file_are(name, ao):
+    """Those that a file leaves out, too, when a model is loaded on a device."""
+    weight, _ = torchao_weights(ao, gaussian(N, K, dtype=torch.bfloat16) + 0.3)[name]
+    tensors, metadata = ao["flatten_tensor_state_dict"]({f"{LAYER}.weight": weight})
+    layer = find(tensors, metadata)
+    expected = DIALECT.load_parts(layer, tensors.__getitem__)
+    with other_device():
+        parts = DIALECT.load_parts(layer, there(tensors).__getitem__)
+    for part, tensor in expected.items():
+        assert_same_bits(back(parts[part]), tensor)
 
 
 def test_a_name_list_of_another_shard_is_passed_over():

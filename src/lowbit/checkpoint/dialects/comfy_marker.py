@@ -145,7 +145,7 @@ def read_marker(spec: TensorSpec, read: Read, key: str, where: str) -> dict[str,
             "reshaped it (a marker must never follow the model's dtype). Get the original file, or convert again"
         )
     try:
-        return parse_object(read(key).numpy().tobytes())
+        return parse_object(read(key).cpu().numpy().tobytes())
     except ValueError as error:
         raise CheckpointError(f"{place}: the marker {key!r} cannot be read: {error}; convert the file again") from None
 

@@ -226,8 +226,9 @@ class Bytes(Packed):
 
 def _last_zero(parts: Mapping[str, Tensor], n: int, bits: int) -> Tensor:
     """The code [N, 1] that stands for 0 in the last group of each row."""
-    zeros = parts.get("zero_point")
-    return torch.full((n, 1), 1 << (bits - 1), dtype=torch.uint8) if zeros is None else zeros[:, -1:]
+    if "zero_point" in parts:
+        return parts["zero_point"][:, -1:]
+    return torch.full((n, 1), 1 << (bits - 1), dtype=torch.uint8, device=parts["qdata"].device)
 
 
 def _filled(packed: Tensor, bits: int, k: int, code: Tensor | None) -> Tensor:

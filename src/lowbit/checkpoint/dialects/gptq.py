@@ -124,7 +124,7 @@ class Gptq:
         order = stored.get("g_idx")
         if config["act_order"]:
             parts["g_idx"] = stored["g_idx"]
-        elif order is not None and not torch.equal(order, _in_order(k, config["group_size"])):
+        elif order is not None and not torch.equal(order, _in_order(k, config["group_size"]).to(order.device)):
             raise PartsError(
                 f"{layer.place}: its g_idx reorders columns, and the configuration says desc_act false; correct it"
             )

@@ -204,7 +204,8 @@ class Nv(Blocks):
 
     def read(self, stored: StoredLayer, data: Mapping[str, Tensor]) -> Parts:
         parts = {"qdata": data["qdata"], "scale": self.natural(stored, data["scale"])}
-        parts["global_scale"] = data.get("global_scale", torch.ones((), dtype=torch.float32))
+        one = torch.ones((), dtype=torch.float32, device=data["qdata"].device)
+        parts["global_scale"] = data.get("global_scale", one)
         return {**parts, **{name: data[name] for name in ("input_scale",) if name in data}}
 
     def write(self, stored: StoredLayer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

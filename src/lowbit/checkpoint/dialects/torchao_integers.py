@@ -207,7 +207,7 @@ def _unsigned_parts(stored: StoredLayer, data: Mapping[str, Tensor]) -> Parts:
     bits, half, (n, k) = config["bits"], 1 << (config["bits"] - 1), stored.shape
     codes = integers(stored, data["qdata"], -half, half - 1).to(torch.int16).add_(half).to(torch.uint8)
     parts = {"scale": data["scale"]}
-    last = torch.full((n, 1), half, dtype=torch.uint8)
+    last = torch.full((n, 1), half, dtype=torch.uint8, device=codes.device)
     if config["zero_point"]:
         zeros = integers(stored, data["zero_point"], -half, half - 1).to(torch.int16).add_(half)
         parts["zero_point"] = zeros.to(torch.uint8)
