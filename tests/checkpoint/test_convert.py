@@ -325,3 +325,22 @@ def test_the_arrangement_in_the_file_can_be_chosen(tmp_path, rule, unsigned):
     assert (stored.layout, plain.layout, stored.format) == ("kitchen_tile_packed_w4a4", "", plain.format)
     assert all(torch.equal(parts[name], expected[name]) for name in expected)
     assert report.layers[0].format == parse_spec(fields).spec + "@kitchen_tile_packed_w4a4"
+
+
+def test_a_group_of_the_whole_row_may_be_read_back_as_a_row(tmp_path):
+    """torchao's files do not tell them apart: 128 columns in a group of 128 are converted, and load."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "torch_dtype": "float32"}')
+    weights = {f"model.layers.0.mlp.{name}.weight": torch.randn(64, k) for name, k in (("up_proj", 128), ("x", 256))}
+    save_file(weights, folder / "model.safetensors")
+    with open_source(folder) as source:
+        plan = make_plan(source, "wna16(group_size=128)", preset="none", dialect="torchao")
+        report = convert(source, tmp_path / "out", plan)
+    assert [layer.format for layer in report.layers] == ["wna16"] * 2
+    with open_source(tmp_path / "out") as converted:
+        held = look_for_layers(converted, converted.components[0])
+        found = {name: held.dequantized(stored, torch.float32)[0] for name, stored in held.layers.items()}
+    for name, decoded in found.items():
+        assert (decoded - weights[f"{name}.weight"]).square().mean() < 0.02
+    assert len(found) == 2

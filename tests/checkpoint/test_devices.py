@@ -24,7 +24,7 @@ from lowbit.dispatch import use_backend
 from lowbit.errors import PlanError, SolverError
 from tests.support import outlier_weight
 from tests.support.layers import Layer
-from tests.support.other_device import DEVICE, Elsewhere, other_device
+from tests.support.other_device import DEVICE, Elsewhere, needs_stand_in, other_device
 
 K = 128
 QKV = tuple(f"blocks.0.attn.to_{name}" for name in "qkv")
@@ -41,6 +41,9 @@ def known() -> InMemory:
     """What is known of their inputs, and of the gradient at one's output."""
     seen = Layer.make(1, K, 1.0, 3, mean=0.4).statistics(512, kept=64)
     return InMemory(dict.fromkeys(QKV, seen) | {"up": Layer.make(1, K, 1.0, 4, mean=0.5).statistics(512)})
+
+
+pytestmark = needs_stand_in
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from lowbit.errors import CheckpointError, PlanError, StatisticsError
 from lowbit.integrations import text_batches as text_batches_module, text_models
 from lowbit.integrations.text_batches import builtin_text, read_text, text_batches
 from lowbit.integrations.text_models import calibration_dtype, load_text_model
-from tests.support.other_device import DEVICE, other_device
+from tests.support.other_device import DEVICE, needs_stand_in, other_device
 
 pytest.importorskip("transformers")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "one", "two", "three", "four", "five"]
@@ -93,6 +93,7 @@ def test_windows_are_the_samples_of_a_causal_model(causal):
     assert rows == sorted([[2, 4, 5, 6, 7], [2, 8, 8, 8, 8], [2, 4, 4]])
 
 
+@needs_stand_in
 @pytest.mark.parametrize(
     ("isa", "fast", "expected"),
     [("avx512", True, torch.bfloat16), ("avx512", False, torch.float32), ("amx", False, torch.bfloat16)],

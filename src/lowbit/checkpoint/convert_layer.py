@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowbit.devices import enough_memory
 from lowbit.errors import CheckpointError, PlanError
+from lowbit.formats.base import Format
 from lowbit.ops.encode import row_errors
 from lowbit.solvers import DRAFT_ELEMENTS, Solution, Statistics, solve
 
@@ -153,7 +154,8 @@ class LayerWork:
         found = "nothing"
         if stored is not None:
             told = shape_options(stored.options) == shape_options(self.stored.options)
-            if told and (stored.format, stored.shape, stored.layout) == (self.fmt, self.shape, self.layout):
+            same = _with_whole_rows(stored.format, self.shape[1]) == _with_whole_rows(self.fmt, self.shape[1])
+            if told and same and (stored.shape, stored.layout) == (self.shape, self.layout):
                 return stored
             found = f"{stored.format} {list(weight_shape(stored).shape)} {stored.layout}".rstrip()
         raise CheckpointError(
@@ -168,6 +170,12 @@ class LayerWork:
             raise CheckpointError(
                 f"{self.place}: what was written decodes to NaN; report this with the format {self.fmt}"
             )
+
+
+def _with_whole_rows(fmt: Format, k: int) -> dict[str, Any]:
+    """The options of a format for K columns: not all conventions tell a group of K columns from a whole row (0)."""
+    options = fmt.config()
+    return {**options, "group_size": 0} if options.get("group_size") == k else options
 
 
 def record_of(solution: Solution, seconds: float) -> dict[str, Any]:
