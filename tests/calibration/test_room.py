@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit.calibration import room
+from lowbit import devices
 from lowbit.calibration.options import MEMORY
-from lowbit.calibration.room import free_bytes, room_on
+from lowbit.calibration.room import room_on
 
 GIB = 2**30
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -28,10 +28,10 @@ def machine(monkeypatch, tmp_path):
             Process=lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=rss)),
         )
         monkeypatch.setitem(sys.modules, "psutil", fake)
-        monkeypatch.setattr(room.util, "find_spec", lambda _: fake)
+        monkeypatch.setattr(devices.util, "find_spec", lambda _: fake)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gpu, 2 * gpu))
         (tmp_path / "limit").write_text(f"{limit}\n")
-        monkeypatch.setattr(room, "_LIMITS", (str(tmp_path / "limit"), str(tmp_path / "none")))
+        monkeypatch.setattr(devices, "_LIMITS", (str(tmp_path / "limit"), str(tmp_path / "none")))
 
     return told
 
@@ -46,9 +46,11 @@ def test_half_of_what_is_free(machine):
 
 
 def test_a_container_allows_less_than_the_machine_has(machine):
-    """Its limit, without what the process holds already, is what is free."""
+    """Its limit, without what the process holds already, is what is free; there is always some room."""
     machine(64 * GIB, rss=2 * GIB, limit=str(8 * GIB))
     assert room_on([CPU], gradients=False) == 3 * GIB
+    machine(64 * GIB, rss=9 * GIB, limit=str(8 * GIB))
+    assert room_on([CPU], gradients=False) == GIB // 2
 
 
 def test_the_fullest_device_decides(machine):
@@ -62,14 +64,14 @@ def test_where_nobody_tells(machine, monkeypatch):
     """On other devices, and without psutil."""
     machine(64 * GIB)
     assert room_on([torch.device("xpu")], gradients=False) == MEMORY
-    monkeypatch.setattr(room.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(devices.util, "find_spec", lambda _: None)
     assert room_on([CPU], gradients=False) == MEMORY
 
 
 def test_this_machine_has_something_free():
     """What psutil says, and no more than all there is."""
     psutil = pytest.importorskip("psutil")
-    assert 0 < free_bytes(CPU) <= psutil.virtual_memory().total
+    assert 0 < devices.free_bytes(CPU) <= psutil.virtual_memory().total
 
 
 def test_an_interrupted_run_keeps_its_memory(machine, tmp_path):

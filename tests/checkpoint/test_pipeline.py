@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from lowbit.checkpoint import pipeline
 from lowbit.checkpoint.pipeline import Unit, run_units
 from lowbit.errors import CheckpointError, PlanError
 
@@ -44,6 +45,18 @@ def test_what_is_set_around_a_run_holds_in_its_threads():
     run_units([Unit(str(i), 1, 1, lambda: seen.append(asked.get())) for i in range(4)], jobs=2)
     asked.reset(token)
     assert seen == ["eager"] * 4
+
+
+@pytest.mark.parametrize(
+    ("jobs", "free", "expected"),
+    [(2, 64, 2), (1, 64, 2), (16, 64, 16), (16, 20, 10), (16, 3, 2), (16, None, 2)],
+)
+def test_more_workers_have_more_memory(monkeypatch, jobs, free, expected):
+    """Half of what two have each, in half of what is free; a GPU works on one unit after the other. In GiB."""
+    gib = 2**30
+    monkeypatch.setattr(pipeline, "free_bytes", lambda _: None if free is None else free * gib)
+    assert pipeline.budget_for(2 * gib, jobs, torch.device("cpu")) == expected * gib
+    assert pipeline.budget_for(2 * gib, jobs, torch.device("cuda")) == 2 * gib
 
 
 def test_memory_stays_in_the_budget():

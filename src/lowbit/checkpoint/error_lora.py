@@ -34,7 +34,7 @@ from lowbit.solvers.error_lora import error_lora
 from .dialects import StoredLayer
 from .dialects.base import join_key, name_place
 from .layer_statistics import LayerStatistics
-from .pipeline import Progress, Unit, run_units
+from .pipeline import MEMORY_BUDGET, Progress, Unit, budget_for, run_units
 from .presets import GENERIC, detect_preset
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
@@ -114,7 +114,7 @@ def write_error_lora(
 
     try:
         units = [Unit(layer.name, layer.size, layer.memory, partial(run, layer)) for layer in layers]
-        run_units(units, jobs=jobs, progress=progress)
+        run_units(units, jobs=jobs, budget=budget_for(MEMORY_BUDGET, jobs, device), progress=progress)
         writer.finish()
     except BaseException:
         writer.abort(keep=False)

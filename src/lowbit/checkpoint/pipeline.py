@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from lowbit import memory
+from lowbit.devices import free_bytes
 from lowbit.errors import PlanError
 
 Progress = Callable[[int, int, str], None]
@@ -24,6 +25,20 @@ Progress = Callable[[int, int, str], None]
 
 # Bytes in work at a time; one unit larger than this runs alone. Three quarters of it may be held to be used again.
 MEMORY_BUDGET = 512 << 20
+
+
+def budget_for(base: int, jobs: int | None, device: torch.device) -> int:
+    """Bytes in work at a time for units that mostly compute: `base` for two workers, half of it for each of more.
+
+    No more than half of what is free in main memory, or `base`, which is also what a device other than the CPU gets:
+    it works on one unit after the other, however many workers there are.
+    """
+    free = free_bytes(torch.device("cpu")) if device.type == "cpu" else None
+    return base if free is None else max(base, min(base * _workers(jobs) // 2, free // 2))
+
+
+def _workers(jobs: int | None) -> int:
+    return os.cpu_count() or 1 if jobs is None else jobs
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ def run_units(
     The first exception stops the run: units that have begun are waited for, no other begins, and it is raised here. So
     is an interrupt from the keyboard.
     """
-    workers = os.cpu_count() or 1 if jobs is None else jobs
+    workers = _workers(jobs)
     if workers < 1:
         raise PlanError(f"jobs is {workers}; give 1 or more, or leave it out for one a core")
     _Run(units, budget, progress, done, recycle).work(min(workers, len(units)))

@@ -35,7 +35,7 @@ from lowbit.text_files import write_text
 
 from .dialects.base import name_place
 from .layer_statistics import LayerStatistics
-from .pipeline import Progress, Unit, run_units
+from .pipeline import MEMORY_BUDGET, Progress, Unit, budget_for, run_units
 from .plan_data import TensorPlan
 from .source import Component, Source
 from .strict_json import parse_object
@@ -170,7 +170,7 @@ def measure(
         if missing:
             found.layers.setdefault(candidate.name, {})  # in the order of the candidates, whoever is measured first
             units.append(_Layer(source, candidate, missing, reader, rows, found, device).unit)
-    run_units(units, jobs=jobs, progress=progress)
+    run_units(units, jobs=jobs, budget=budget_for(MEMORY_BUDGET, jobs, device), progress=progress)
     return found
 
 
