@@ -85,6 +85,11 @@ def test_what_works_on_checkpoints_is_imported_when_asked_for():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_dir_lists_names_for_users():
+    """All of them, those that are imported later too, and none of the module's own."""
+    assert {name for name in dir(lowbit) if not name.startswith("_")} == {*lowbit.__all__} - {"__version__"}
+
+
 def test_import_is_quick_and_light():
     """`import lowbit` takes at most 0.3 s above `import torch`, and brings in nothing that only the command needs."""
     runs = []

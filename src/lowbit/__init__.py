@@ -67,13 +67,15 @@ _CHECKPOINTS = {  # what works on files, by its module: imported when it is firs
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _CHECKPOINTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"lowbit.checkpoint.{_CHECKPOINTS[name]}"), name)
-    globals()[name] = found
-    return found
+if not TYPE_CHECKING:  # a checker would take it for a module that has any name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _CHECKPOINTS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(import_module(f"lowbit.checkpoint.{_CHECKPOINTS[name]}"), name)
+        globals()[name] = found
+        return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -11,18 +11,24 @@ import torch
 
 from lowbit.errors import PlanError, SolverError
 
+_FULL = ("out of memory", "ALLOC_FAILED")
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container, v2 and v1
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device of that name. Raises `PlanError` for one that is not here, and for "meta", which has no values."""
+    """The device of that name, with its index. Raises `PlanError` for one that cannot be used.
+
+    That is one which is not here, has no values ("meta"), or no float64, which solvers judge in.
+    """
     try:
-        found = torch.device(device)
-        torch.ones(1, device=found).item()
-    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
-        said = str(error).strip().splitlines()[0]
+        probe = torch.ones((1, 1), dtype=torch.float64, device=device)
+        if probe.is_cuda:  # loads a library, which PyTorch does not let two threads do at once
+            torch.linalg.inv(probe)
+        probe.item()
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PlanError(f"device {str(device)!r}: cannot be used: {said}; name another, such as cpu or cuda") from error
-    return found
+    return probe.device
 
 
 @contextmanager
@@ -30,7 +36,9 @@ def enough_memory(device: torch.device, where: str) -> Iterator[None]:
     """Say of a layer that the device's memory did not suffice for, and what helps. Raises `SolverError`."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what cuBLAS and cuSOLVER lack
+        if not isinstance(error, torch.OutOfMemoryError) and not any(word in str(error) for word in _FULL):
+            raise
         raise SolverError(
             f"{where}: the memory of {device} does not suffice to solve it beside others; let one layer be worked on "
             "at a time (--jobs 1), free memory there, or solve on the cpu"

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_SCRIPTS = ("lowbit", "lowbit.exe", "lowbit-script.py")  # not somebody's lowbit.py
 _INTERRUPTED = 130  # the exit code, as `lowbit.cli.output.Exit` has it
 
 
@@ -34,7 +35,7 @@ def _is_command() -> bool:
     what = started[-len(sys.argv)] if 0 < len(sys.argv) <= len(started) else ""
     if sys.argv[:1] == ["-m"]:  # until the module is found
         return what in ("lowbit", "-mlowbit")
-    return sys.argv[:1] == [what] and Path(what).stem == "lowbit"
+    return sys.argv[:1] == [what] and Path(what).name in _SCRIPTS
 
 
 def _end(*_: Any) -> None:

@@ -1,53 +1,79 @@
-"""Attention that runs backward: of few tokens by matrix products, of many by the kernel, the same either way."""
+"""Attention that runs backward: by matrix products for short texts on a CPU, by PyTorch's kernel elsewhere."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from lowbit.calibration.attention import ShortAttention
+import lowbit
 
 
 class Operators(TorchDispatchMode):
-    """The names of all operators that run in its with block."""
+    """Counts the operators of attention that run in its with block."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.fused = self.softmaxes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.add(function.overloadpacket.__name__)
+        name = function.overloadpacket.__name__
+        self.fused += "flash" in name and "backward" not in name
+        self.softmaxes += "softmax" in name and "backward" not in name
         return function(*args, **(kwargs or {}))
 
 
-def run(tokens: int, *, asks: bool, by_name: bool = False) -> tuple[bool, torch.Tensor]:
-    """Whether PyTorch's kernel ran, and the result."""
-    g = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(2, 3, tokens, 32, generator=g).requires_grad_(asks) for _ in range(3))
-    with Operators() as seen, ShortAttention():
-        if by_name:
-            out = F.scaled_dot_product_attention(query=q, key=k, value=v, is_causal=True)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return any("flash" in name for name in seen.names), out
+class Attention(nn.Module):
+    """One layer of attention, computed again in the way back where `again`."""
+
+    def __init__(self, *, again: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.out, self.again = nn.Linear(32, 96), nn.Linear(32, 32), again
+
+    def _inner(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def forward(self, x, attention_mask=None):
+        """The mask tells how many tokens there are, and hides none."""
+        return checkpoint(self._inner, x, use_reentrant=False) if self.again else self._inner(x)
 
 
-@pytest.mark.parametrize("by_name", [False, True])
-@pytest.mark.parametrize(("tokens", "asks", "fused"), [(128, True, False), (129, True, True), (128, False, True)])
-def test_few_tokens_that_ask_for_a_gradient_are_multiplied(tokens, asks, fused, by_name):
-    """However the operands are given."""
-    assert run(tokens, asks=asks, by_name=by_name)[0] == fused
+def batches(tokens: int, *, masked: bool = True) -> list[dict[str, torch.Tensor]]:
+    """Four of them, of which the first two run backward."""
+    made = [{"x": torch.randn(2, tokens, 32)} for _ in range(4)]
+    return [{**one, "attention_mask": torch.ones(2, tokens, dtype=torch.long)} for one in made] if masked else made
 
 
-def test_the_result_is_that_of_the_kernel():
+@pytest.mark.parametrize(
+    ("tokens", "masked", "gradients", "multiplied"),
+    [(128, True, True, 2), (129, True, True, 0), (64, False, True, 0), (64, True, False, 0)],
+)
+def test_short_texts_that_run_backward_are_multiplied(tokens, masked, gradients, multiplied):
+    """Two of four batches; the others, longer ones, and models of other things keep the kernel."""
+    with Operators() as seen:
+        lowbit.calibrate(Attention(), batches(tokens, masked=masked), gradients=gradients)
+    assert (seen.softmaxes, seen.fused) == (multiplied, 4 - multiplied)
+
+
+def test_the_moments_are_those_of_the_kernel(monkeypatch):
     """Up to the rounding of float32."""
-    (_, plain), (_, multiplied) = run(100, asks=False), run(100, asks=True)
-    assert torch.allclose(multiplied, plain, rtol=1e-5, atol=1e-6)
+    torch.manual_seed(0)
+    model, data = Attention(), batches(40)
+    found = lowbit.calibrate(model, data, gradients=True)
+    monkeypatch.setattr("lowbit.calibration.attention._FEW", 0)
+    expected = lowbit.calibrate(model, data, gradients=True)
+    for name in ("qkv", "out"):
+        torch.testing.assert_close(found[name].hessian, expected[name].hessian)
+        torch.testing.assert_close(found[name].output_hessian, expected[name].output_hessian, rtol=1e-4, atol=1e-6)
 
 
-def test_without_gradients_nothing_changes():
-    """In a pass that only reads."""
-    with torch.no_grad():
-        assert run(64, asks=True)[0]
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler's look at what a hook returns
+def test_what_is_computed_again_is_computed_alike():
+    """Models that keep no activations, and compiled ones, can be calibrated with gradients."""
+    for model in (Attention(again=True), torch.compile(Attention(), backend="eager")):
+        found = lowbit.calibrate(model, batches(16), gradients=True)
+        assert all(known.output_hessian is not None for known in found.values())

@@ -46,11 +46,34 @@ def test_half_of_what_is_free(machine):
 
 
 def test_a_container_allows_less_than_the_machine_has(machine):
-    """Its limit, without what the process holds already, is what is free; there is always some room."""
+    """Its limit, without what the process holds already, is what is free."""
     machine(64 * GIB, rss=2 * GIB, limit=str(8 * GIB))
     assert room_on([CPU], gradients=False) == 3 * GIB
     machine(64 * GIB, rss=9 * GIB, limit=str(8 * GIB))
-    assert room_on([CPU], gradients=False) == GIB // 2
+    assert room_on([CPU], gradients=False) == 0
+
+
+def test_there_is_room_for_the_widest_input(machine):
+    """Whatever is free: nothing is left with a diagonal that nobody asked for."""
+    machine(0)
+    found = lowbit.calibrate(nn.Linear(64, 32), [torch.randn(4, 64) for _ in range(4)])
+    assert next(iter(found.values())).hessian.shape == (64, 64)
+
+
+def test_the_memory_of_another_run_is_not_taken_over(machine, tmp_path):
+    """It may be one that a user gave for another model."""
+    path, batches = tmp_path / "s.safetensors", [torch.randn(4, 64) for _ in range(4)]
+
+    def dying():
+        yield from batches[:3]
+        raise KeyboardInterrupt
+
+    machine(8 * GIB)
+    with pytest.raises(KeyboardInterrupt):
+        lowbit.calibrate(nn.Linear(64, 32), dying(), path=path, memory="30kB", snapshot_every=0.0)
+    assert path.with_name("s.safetensors.progress").exists()
+    with lowbit.calibrate(nn.Linear(64, 16), batches, path=path) as found:
+        assert found.contents.options["memory"] == 4 * GIB
 
 
 def test_the_fullest_device_decides(machine):

@@ -19,7 +19,7 @@ from lowbit.checkpoint.layer_statistics import InMemory
 from lowbit.checkpoint.mixed_precision import find_choices
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
-from lowbit.devices import usable_device
+from lowbit.devices import enough_memory, usable_device
 from lowbit.dispatch import use_backend
 from lowbit.errors import PlanError, SolverError
 from tests.support import outlier_weight
@@ -54,6 +54,20 @@ def source(tmp_path):
         yield opened
 
 
+@pytest.fixture(autouse=True)
+def eager_everywhere(monkeypatch):
+    """In worker threads, too: the kernels of the CPU give other bits, and do not run on the stand-in."""
+    work_off = pipeline._Run._work_off
+
+    def work_off_eagerly(self):
+        with use_backend("eager"):
+            work_off(self)
+
+    monkeypatch.setattr(pipeline._Run, "_work_off", work_off_eagerly)
+    with use_backend("eager"):
+        yield
+
+
 @contextmanager
 def elsewhere(monkeypatch, *modules):
     """The stand-in is a device, in worker threads too; yields the weights that `solve` of these modules gets."""
@@ -71,7 +85,7 @@ def elsewhere(monkeypatch, *modules):
         with other_device():
             work_off(self)
 
-    with monkeypatch.context() as patched, other_device(), use_backend("eager"):
+    with monkeypatch.context() as patched, other_device():
         patched.setattr(pipeline._Run, "_work_off", work_off_there)
         for module in modules:
             name = "solve_shared" if hasattr(module, "solve_shared") else "solve"
@@ -90,8 +104,7 @@ def test_the_file_is_that_of_the_cpu(source, tmp_path, monkeypatch, spec, option
     """Bit for bit, each weight having been solved on the device; so is the report."""
     statistics = known() if with_statistics else None
     plan = make_plan(source, spec, preset="none", statistics=statistics, **options)
-    with use_backend("eager"):
-        here = convert(source, tmp_path / "here.safetensors", plan, statistics=statistics)
+    here = convert(source, tmp_path / "here.safetensors", plan, statistics=statistics)
     with elsewhere(monkeypatch, convert_layer, convert_group) as seen:
         there = convert(source, tmp_path / "there.safetensors", plan, statistics=statistics, device=DEVICE)
 
@@ -115,8 +128,7 @@ def test_sensitivities_are_those_of_the_cpu(source, monkeypatch, with_statistics
     """Measured on the device, of every layer in every format."""
     statistics = known() if with_statistics else None
     found = find_choices(source, ("int8", "nvfp4"), preset="none", statistics=statistics)
-    with use_backend("eager"):
-        here = sensitivity.measure(source, found.candidates, statistics)
+    here = sensitivity.measure(source, found.candidates, statistics)
     with elsewhere(monkeypatch, sensitivity) as seen:
         there = sensitivity.measure(source, found.candidates, statistics, device=DEVICE)
     assert seen
@@ -131,8 +143,7 @@ def test_the_correcting_lora_is_that_of_the_cpu(source, tmp_path, monkeypatch):
     convert(source, tmp_path / "x.safetensors", plan, statistics=statistics)
     options = {"statistics": statistics, "bias_corrected": ["up"]}
     with open_source(tmp_path / "x.safetensors") as converted:
-        with use_backend("eager"):
-            here = write_error_lora(source, converted, tmp_path / "a.safetensors", 4, **options)
+        here = write_error_lora(source, converted, tmp_path / "a.safetensors", 4, **options)
         with elsewhere(monkeypatch):
             there = write_error_lora(source, converted, tmp_path / "b.safetensors", 4, **options, device=DEVICE)
     assert here == there
@@ -153,11 +164,20 @@ def test_too_little_memory_there(source, tmp_path, monkeypatch, share):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:99", ""])
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:99", "hpu", ""])
 def test_a_device_that_is_not_there(name):
     """Is one error that names it."""
     with pytest.raises(PlanError, match=f"device '{name}': cannot be used: .*name another"):
         usable_device(name)
+
+
+def test_other_failures_there_are_not_taken_for_it():
+    """What is no lack of memory is raised as it is; what cuBLAS says of one is."""
+    device = torch.device("cuda", 0)
+    with pytest.raises(RuntimeError, match="illegal"), enough_memory(device, "layer 'a'"):
+        raise RuntimeError("an illegal memory access was encountered")
+    with pytest.raises(SolverError, match=r"layer 'a'.*cuda:0"), enough_memory(device, "layer 'a'"):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
 
 
 @pytest.mark.gpu

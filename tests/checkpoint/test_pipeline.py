@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import os
 import signal
 import threading
@@ -35,16 +34,6 @@ class Gauge:
                 self.now -= memory
 
         return Unit(name, 1, memory, run)
-
-
-def test_what_is_set_around_a_run_holds_in_its_threads():
-    """A context variable, such as the backend that `use_backend` asks for."""
-    asked = contextvars.ContextVar("asked", default="nothing")
-    seen = []
-    token = asked.set("eager")
-    run_units([Unit(str(i), 1, 1, lambda: seen.append(asked.get())) for i in range(4)], jobs=2)
-    asked.reset(token)
-    assert seen == ["eager"] * 4
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,12 @@ def test_auto_rotates_what_is_asked_for_by_name_alone(tmp_path):
 
 def test_what_was_int8_stays_in_its_basis(tmp_path):
     """Its codes would be rounded a second time in another one; what was in another format is rotated."""
-    specs = {"int8(rotation=0)": "int8", "int8(rotation=64)": "int8", "fp8_e4m3": "int8(rotation=256)"}
+    specs = {
+        "int8(rotation=0)": "int8",
+        "int8(rotation=64)": "int8(rotation=64)",
+        "int8": "int8(rotation=256)",
+        "fp8_e4m3": "int8(rotation=256)",
+    }
     for number, (before, after) in enumerate(specs.items()):
         with opened(tmp_path / "a.safetensors", {"layers.a.weight": torch.randn(64, 512)}) as source:
             convert(source, tmp_path / f"{number}.safetensors", make_plan(source, before, preset="none"))

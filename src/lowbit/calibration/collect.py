@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowbit.errors import LowbitError, StatisticsError
 from lowbit.numerics.weight_marks import mark_of
 
+from .accumulate import state_bytes
 from .batches import Batch, Split, TokenMask, as_batch
 from .collected import Collected
 from .collection import Contents, InputFacts, LayerInput, StatisticsCollection, some
@@ -90,10 +91,10 @@ def calibrate(
     )
     what = description or type(model).__name__
 
-    earlier = memory_of(Path(path)) if path is not None and resume else None
+    target = Path(path) if path is not None and resume else None
 
     def run() -> Run:
-        return Run(model, batches, options, what, dict(names or {}), progress, earlier)
+        return Run(model, batches, options, what, dict(names or {}), progress, target)
 
     if path is None:
         return run().in_memory()
@@ -121,7 +122,7 @@ class Run:
         description: str,
         names: dict[str, str | None],
         progress: Progress | None,
-        earlier: int | None,
+        interrupted: Path | None,
     ) -> None:
         self.model, self.batches, self.options, self.description = model, batches, options, description
         chosen = select_linears(model, options.layers)
@@ -137,7 +138,9 @@ class Run:
         self.samples = 0  # so far in this pass
         self.seen = hashlib.sha256()  # the batches so far in this pass
         self.outputs: dict[str, str] = {}  # the key in the file of each linear's gradient
-        self.memory = self._room(earlier)
+        facts = {**options.facts(), "description": description, "names": self.aliases}
+        self.asked = fingerprint(self.linears, facts)
+        self.memory = self._room(interrupted)
         self.observer = Observer(
             self.linears,
             memory=self.memory,
@@ -147,13 +150,19 @@ class Run:
         )
         self.gradients = self._shared_gradients()
 
-    def _room(self, earlier: int | None) -> int | None:
-        """The bytes for second moments; of an interrupted run those that it had, whatever is free now."""
+    def _room(self, interrupted: Path | None) -> int | None:
+        """The bytes for second moments; where this run was interrupted those that it had, whatever is free now.
+
+        No less than what the widest input needs for its own.
+        """
         asked = self.options.memory
         if not isinstance(asked, str):
             return asked
+        if interrupted is not None and (earlier := memory_of(interrupted, self.asked)):
+            return earlier
+        widest = max(linear.in_features for linear in self.linears.values())
         devices = (linear.weight.device for linear in self.linears.values())
-        return earlier or room_on(devices, gradients=self.options.objective is not None)
+        return max(room_on(devices, gradients=self.options.objective is not None), state_bytes(widest, full=True))
 
     def _shared_gradients(self) -> Gradients | None:
         """Those that are taken in the first pass; None where there are none, or no room for those of all linears."""
@@ -179,11 +188,11 @@ class Run:
     def to_file(self, path: str | Path, *, resume: bool) -> StatisticsFile:
         """Take as many inputs in a pass as memory has room for, write them, and go on with the rest."""
         target = TargetFile(path)
-        facts = {**self.options.facts(), "description": self.description, "names": self.aliases}
+        key = self.asked
         if self.gradients is not None:
-            facts["passes"] = "gradients in the first"  # whose snapshots hold more
-        key = fingerprint(self.linears, facts)
-        snapshots = ProgressFile(target.path, self.observer, self.gradients, key, self.options.snapshot_every)
+            key += ", gradients in the first pass"  # whose snapshots hold more
+        how = self.observer, self.gradients, self.asked, key, self.options.snapshot_every
+        snapshots = ProgressFile(target.path, *how)
         record = snapshots.restore(self._devices()) if resume else None
         if record is not None:
             self.number, self.batch_count, self.sample_count = record["pass"], record["batches"], record["samples"]
@@ -243,6 +252,9 @@ class Run:
         """A pass of their own, for the linears that were called and have room."""
         called = {name: self.linears[name] for name, seen in self.observer.watched.items() if seen.group}
         chosen = fitting(called, self.memory)
+        if not chosen:
+            _log.warning("no room for the gradients of any linear; give more memory")
+            return {}
         if out := [name for name in called if name not in chosen]:
             _log.warning("no room for the gradients of %d linears (%s); give more memory", len(out), some(out))
 

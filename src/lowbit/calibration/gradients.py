@@ -23,7 +23,7 @@ from lowbit.errors import StatisticsError
 from lowbit.numerics.floats import all_finite
 
 from .accumulate import FLUSH, Gathered, Moment
-from .attention import ShortAttention
+from .attention import quick_attention
 from .batches import Batch, Split, tensors_in
 
 _TAKEN, _OF = 2, 4  # batches in turn: all of them were 3 to 4 % better on MiniLM
@@ -119,9 +119,8 @@ class Gradients:
         """
         self._split, self._index = split, index
         try:
-            with torch.enable_grad():
-                with ShortAttention():
-                    output = forward()
+            with torch.enable_grad(), quick_attention(split.batch):
+                output = forward()
                 with _explained(index):
                     target = self._objective(output, split.batch)
                     z = torch.randn(target.shape, generator=self._random).to(target.device, target.dtype)

@@ -46,11 +46,11 @@ class Options:
 
 def as_bytes(memory: int | str | None) -> int | str | None:
     """A number of bytes from "4GiB", "500 MB" or a number; "auto" and None stay. Raises `PlanError`."""
-    if memory is None or memory == AUTO:
-        return memory
+    if memory is None or str(memory).strip().lower() == AUTO:
+        return memory if memory is None else AUTO
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(memory).lower())
     if not found or found[2] not in _UNITS or not float(found[1]):
-        raise PlanError(f"memory {memory!r}: give a number of bytes, or text such as '8GiB' or '500MB'")
+        raise PlanError(f"memory {memory!r}: give a number of bytes, text such as '8GiB' or '500MB', or 'auto'")
     return int(float(found[1]) * _UNITS[found[2]])
 
 

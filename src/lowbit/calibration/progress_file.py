@@ -44,15 +44,16 @@ def fingerprint(linears: Mapping[str, nn.Linear], facts: Mapping[str, Any]) -> s
     return found.hexdigest()
 
 
-def memory_of(target: Path) -> int | None:
-    """The memory that the interrupted run to a target was given, which decides on passes; None where there is none."""
+def memory_of(target: Path, run: str) -> int | None:
+    """The memory that the interrupted run to a target took, which decides on passes; None of another `run`."""
     path = _path_of(target)
     try:
         with SafetensorsFile(path) as file:
-            found = json.loads(file.metadata[KEY]).get("memory")
+            data = json.loads(file.metadata[KEY])
     except (CheckpointError, KeyError, ValueError):
         return None
-    return found if isinstance(found, int) else None
+    found = data.get("memory")
+    return found if isinstance(found, int) and data.get("run") == run else None
 
 
 def _path_of(target: Path) -> Path:
@@ -62,10 +63,14 @@ def _path_of(target: Path) -> Path:
 class ProgressFile:
     """Snapshots of an observer, each with a record (JSON data) of where the run is.
 
-    `gradients`: those that are taken in the observer's first pass; None where they have a pass of their own.
+    `gradients`: those that are taken in the observer's first pass; None where they have a pass of their own. `run`: the
+    fingerprint of all that the caller gave, `key`: with what came of it.
     """
 
-    def __init__(self, target: Path, observer: Observer, gradients: Gradients | None, key: str, every: float) -> None:
+    def __init__(
+        self, target: Path, observer: Observer, gradients: Gradients | None, run: str, key: str, every: float
+    ) -> None:
+        self.run = run
         self.path = _path_of(target)
         self.observer, self.gradients, self.key, self._every = observer, gradients, key, every
         self._saved_at, self._took = time.monotonic(), 0.0
@@ -84,6 +89,7 @@ class ProgressFile:
             "record": dict(record),
             "observer": self.observer.state(),
             "memory": self.observer.memory,
+            "run": self.run,
         }
         writer = CheckpointWriter(self.path, entries, {KEY: json.dumps(data)}, fingerprint=self.key, resume=False)
         try:

@@ -114,7 +114,8 @@ class _Loader:
             else:
                 layers[name.removesuffix(".")] = layer
         folding = [name for name, stored in layers.items() if stored.format.folds_bias]
-        new_biases = {join_key(other, "bias") for name in folding for other in self._sharing(name)}
+        shared = self._sharing() if folding else {}
+        new_biases = {join_key(other, "bias") for name in folding for other in shared.get(name, [name])}
         for key in self.content.found.plain:
             name = _strip(key, self.prefix)
             if name in self_made:
@@ -125,10 +126,14 @@ class _Loader:
                 plain[name] = key
         return layers, plain, others
 
-    def _sharing(self, name: str) -> list[str]:
-        """The names of the layers that have this layer's weight, its own included."""
-        weight = self.state.get(join_key(name, "weight"))
-        return [name, *(key.rpartition(".")[0] for key, value in self.state.items() if value is weight)]
+    def _sharing(self) -> dict[str, list[str]]:
+        """For each layer with a weight the names of all layers that have the same, its own included."""
+        names: dict[int, list[str]] = {}
+        for key, value in self.state.items():
+            layer, _, attribute = key.rpartition(".")
+            if attribute == "weight":
+                names.setdefault(id(value), []).append(layer)
+        return {name: group for group in names.values() for name in group}
 
     def check(self, *, strict: bool) -> None:
         """Raise `CheckpointError` for the first thing that does not fit; change nothing."""

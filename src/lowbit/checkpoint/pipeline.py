@@ -7,7 +7,6 @@ others has all cores to itself.
 
 from __future__ import annotations
 
-import contextvars
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -91,12 +90,7 @@ class _Run:
 
     def work(self, workers: int) -> None:
         self._workers = max(1, workers)
-        threads = [
-            threading.Thread(
-                target=contextvars.copy_context().run, args=(self._worker,), name=f"lowbit-{i}", daemon=True
-            )
-            for i in range(workers)
-        ]
+        threads = [threading.Thread(target=self._worker, name=f"lowbit-{i}", daemon=True) for i in range(workers)]
         with _own_thread_count():
             try:
                 for thread in threads:

@@ -61,6 +61,11 @@ class Pattern:
         return found
 
 
+def _in_basis_of(was: Format, fmt: Format) -> Format:
+    """A format of the same name with the other's rotation."""
+    return replace(fmt, rotation=was.config()["rotation"])  # type: ignore[call-arg]  # those that can rotate have it
+
+
 @dataclass
 class Rules:
     """What the user asked for.
@@ -124,13 +129,16 @@ class Rules:
     def rotated(self, layer: StoredLayer, weight: WeightShape, was: StoredLayer | None) -> tuple[Format, str]:
         """The rotated variant that `auto` takes where the dialect's runtimes run it, and the reason to add.
 
-        `was`: as the source holds the layer quantized. In the format that it had it stays as it is: in another basis
-        the codes would be rounded once more.
+        `was`: as the source holds the layer quantized. In the format that it had it stays in the basis that it has: in
+        another one the codes would be rounded once more.
         """
         same, found = layer.format, layer.format.rotated_for(weight.matrix[1])
         if self.solver != AUTO or found is None or weight.is_bank or weight.axes == KERNEL_AXES:
             return same, ""
-        if (was is not None and was.format.name == same.name) or refusal(self.dialect, replace(layer, format=found)):
+        if was is not None and was.format.name == same.name:
+            found, why = _in_basis_of(was.format, same), "; in the basis that it has"
+            return (same, "") if found == same or refusal(self.dialect, replace(layer, format=found)) else (found, why)
+        if refusal(self.dialect, replace(layer, format=found)):
             return same, ""
         if (note := rotation_note(same.name)) not in self.doubts:
             self.doubts.append(note)

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -101,6 +102,7 @@ class TunedKernel:
     key: tuple[str, ...]
     prune: Callable[[Sequence[Config], Arguments], Sequence[Config]] | None = None
     _chosen: dict[tuple[Any, ...], Config] = field(default_factory=dict)
+    _choosing: threading.Lock = field(default_factory=threading.Lock)  # threads would time each other
 
     @property
     def name(self) -> str:
@@ -131,17 +133,17 @@ class TunedKernel:
         if found is not None:
             return found
         configs = self._sensible(arguments)
-        if len(configs) > 1 and not device.INTERPRETED:
-            if where.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                return configs[0]
-            found = self._recall(where, key, configs)
+        if len(configs) == 1 or device.INTERPRETED:
+            return self._chosen.setdefault(key, configs[0])
+        if where.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return configs[0]
+        with self._choosing:
+            found = self._chosen.get(key) or self._recall(where, key, configs)
             if found is None:
                 found, timed = self._measure(grid, arguments, configs)
                 if timed:
                     self._remember(where, key, found)
-        else:
-            found = configs[0]
-        self._chosen[key] = found
+            self._chosen[key] = found
         return found
 
     def _measure(self, grid: Grid, arguments: Arguments, configs: Sequence[Config]) -> tuple[Config, bool]:
