@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import QuantizedTensor
 from lowbit.dispatch import use_backend
 from lowbit.formats import parse_spec
-from lowbit.formats.parts import raw_bytes
 from lowbit.integrations.compare_blocks import Pair
 from lowbit.report.end_to_end import EmbeddingMeter, LanguageMeter, PredictionMeter, psnr
 from lowbit.report.metrics import compare_embeddings
 from lowbit.smoothing import fold_scales_, modules, smooth_
 from tests.support import gaussian
+from tests.support.module_state import assert_same_there, state
 from tests.support.other_device import back, elsewhere, moved, needs_stand_in, other_device
 from tests.support.specs import SMALL_SPECS
 
@@ -57,24 +56,6 @@ def block() -> Block:
     return Block().eval().requires_grad_(False)
 
 
-def state(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of a module, those of quantized weights by part."""
-    found: dict[str, Tensor] = {}
-    for name, value in module.state_dict().items():
-        if isinstance(value, QuantizedTensor):
-            found |= {f"{name}.{part}": tensor for part, tensor in value.parts.items()}
-        else:
-            found[name] = value
-    return found
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Assert that all of them are on the stand-in, with these bits."""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(raw_bytes(back(found[name])), raw_bytes(tensor)), name
-
-
 @pytest.mark.parametrize("spec", SPECS)
 def test_modules_are_quantized_where_they_are(spec):
     """And then they run there, and repacking leaves them there."""
@@ -84,10 +65,10 @@ def test_modules_are_quantized_where_they_are(spec):
         expected = here(TOKENS)
         with other_device():
             assert lowbit.quantize_(there, spec) == changes
-            same(state(there), state(here))
+            assert_same_there(state(there), state(here))
             assert torch.equal(back(there(elsewhere(TOKENS))), expected)
             lowbit.repack_(there)
-            same(state(there), state(here))
+            assert_same_there(state(there), state(here))
 
 
 @pytest.mark.parametrize("spec", CALIBRATED)
@@ -99,7 +80,7 @@ def test_statistics_may_be_of_the_cpu(spec):
         changes = lowbit.quantize_(here, rules, statistics=known)
         with other_device():
             assert lowbit.quantize_(there, rules, statistics=known) == changes
-    same(state(there), state(here))
+    assert_same_there(state(there), state(here))
 
 
 def test_a_layer_on_the_device_gets_its_bias_there():
@@ -111,7 +92,7 @@ def test_a_layer_on_the_device_gets_its_bias_there():
         lowbit.quantize_(layer, spec)
         with other_device():
             lowbit.quantize_(there, spec)
-    same(state(there), state(layer))
+    assert_same_there(state(there), state(layer))
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -131,11 +112,11 @@ def test_scales_are_folded_where_the_module_is(on_device, monkeypatch):
         with other_device():
             found = smooth_(there, statistics, "awq_w4a16(group_size=32)", [("norm", ["up"])])
             fold_scales_(there["norm"], [there["up"]], elsewhere(scale) if on_device else scale)
-            same(state(there), state(model))
+            assert_same_there(state(there), state(model))
             assert torch.equal(back(found.scales["norm"]), expected.scales["norm"])
             lowbit.quantize_(there, "awq_w4a16(group_size=32)", statistics=found.statistics)
         lowbit.quantize_(model, "awq_w4a16(group_size=32)", statistics=expected.statistics)
-    same(state(there), state(model))
+    assert_same_there(state(there), state(model))
 
 
 def test_outputs_are_compared_where_they_are():

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import QuantizedTensor
 from lowbit.dispatch import use_backend
-from lowbit.experts import QuantizedBank, quantize_bank
+from lowbit.experts import quantize_bank
 from lowbit.formats import parse_spec
-from lowbit.formats.parts import raw_bytes
 from tests.support import gaussian
+from tests.support.module_state import assert_same_there, state
 from tests.support.other_device import back, elsewhere, moved, needs_stand_in, other_device
 from tests.support.specs import SMALL_SPECS
 
@@ -60,24 +59,6 @@ def quantized(spec: str) -> Model:
     return made
 
 
-def state(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of a module, those of quantized weights by part."""
-    found: dict[str, Tensor] = {}
-    for name, value in module.state_dict().items():
-        if isinstance(value, QuantizedTensor | QuantizedBank):
-            found |= {f"{name}.{part}": tensor for part, tensor in value.parts.items()}
-        else:
-            found[name] = value
-    return found
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Assert that all of them are on the stand-in, with these bits."""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(raw_bytes(back(found[name])), raw_bytes(tensor)), name
-
-
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_file_is_loaded_and_saved_where_the_module_is(spec, tmp_path):
     """Every tensor arrives, the module runs, and the file written from it has the same bytes."""
@@ -87,7 +68,7 @@ def test_a_file_is_loaded_and_saved_where_the_module_is(spec, tmp_path):
         there, x = moved(model(1)), torch.tensor([3, 1, 19])
         with other_device():
             lowbit.load(there, path)
-            same(state(there), state(here))
+            assert_same_there(state(there), state(here))
             assert torch.equal(back(there(elsewhere(x))), here(x))
             again = lowbit.save(there, tmp_path / "there.safetensors")
         assert again.read_bytes() == path.read_bytes()
@@ -99,7 +80,7 @@ def test_a_plain_file_is_loaded_where_the_module_is(tmp_path):
     path = lowbit.save(here, tmp_path / "here.safetensors")
     with other_device():
         lowbit.load(there, path)
-        same(state(there), state(here))
+        assert_same_there(state(there), state(here))
         assert lowbit.save(there, tmp_path / "there.safetensors").read_bytes() == path.read_bytes()
 
 
@@ -111,4 +92,4 @@ def test_a_missing_bias_is_made_where_the_weight_is(tmp_path):
     path = lowbit.save(here, tmp_path / "here.safetensors")
     with other_device():
         lowbit.load(there, path)
-    same(state(there), state(here))
+    assert_same_there(state(there), state(here))

@@ -221,7 +221,7 @@ class MixedPlan:
         )
         quantized = [choice.plan for _, choice in self.picked if choice.plan.action == "quantize"]
         solvers = sorted({f"{plan.format}: solver {plan.solver}" for plan in quantized})
-        turned = sorted({rotation_note(plan.fmt.name) for plan in quantized if plan.why.endswith(ROTATED)})
+        turned = sorted({rotation_note(plan.fmt.name) for plan in quantized if ROTATED in plan.why})
         made = dataclasses.replace(base, components=components, notes=(*notes, *solvers, *turned))
         made.validate()
         return made
@@ -281,7 +281,7 @@ def decibels_of(error: float) -> float:
 
 def _why(layer: LayerChoices, chosen: Choice) -> str:
     """What the choice loses and what another would, and that it is rotated where `auto` did that."""
-    return _compared(layer, chosen) + (ROTATED if chosen.plan.why.endswith(ROTATED) else "")
+    return _compared(layer, chosen) + (ROTATED if ROTATED in chosen.plan.why else "")
 
 
 def _compared(layer: LayerChoices, chosen: Choice) -> str:

@@ -66,7 +66,6 @@ EPILOG = epilog(
 _OF_TEXT = ("samples", "vary", "max_tokens", "batch_size", "device", "dtype")
 _OF_SAMPLES = ("broad", "gradients", "layers", "memory", "full_up_to")
 _DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-_AUTO = "auto"
 _SHOWN = 12  # inputs in the table, those with the fewest tokens a channel
 _WHAT = "--text FILE, --builtin-text, --module PACKAGE:FACTORY, --timesteps, --merge or --imatrix FILE"
 
@@ -183,10 +182,10 @@ def calibrate(
         str,
         typer.Option(
             metavar="DTYPE",
-            help=f"What the model folder runs in: {', '.join(_DTYPES)}, or {_AUTO}: on a CPU bfloat16 where that is "
+            help=f"What the model folder runs in: {', '.join(_DTYPES)}, or {AUTO}: on a CPU bfloat16 where that is "
             "fast, else float32; elsewhere what it is stored in.",
         ),
-    ] = _AUTO,
+    ] = AUTO,
     layers: Annotated[
         list[str] | None,
         typer.Option("--layers", metavar="REGEX", help="Only these linears; may be repeated.", show_default=False),
@@ -224,7 +223,7 @@ def calibrate(
         )
         given = _paths(paths or [], chosen)
         _refuse_idle(context, chosen)
-        runs_in = None if dtype == _AUTO else parse_dtype(dtype, _DTYPES, _AUTO)
+        runs_in = None if dtype == AUTO else parse_dtype(dtype, _DTYPES, AUTO)
     _refuse_input(output, [*given, *(text or []), *([imatrix] if imatrix is not None else [])])
     target = Path(output)
     wishes = _Wishes(target, samples, max_tokens, batch_size, vary, gradients, device, runs_in, how)
