@@ -42,6 +42,18 @@ def batches(count=6, size=4, tokens=5, width=24, seed=0):
     return [torch.randn(size, tokens, width, generator=random) for _ in range(count)]
 
 
+def assert_moments(found, data, within=1.0):
+    """Found [K, K] is E[x xᵀ] of rows of data [..., K]: the diagonal to 1e-5, correlations to half a step of 1/32767.
+
+    `within`: how many times that; the sum of what packed moments are merged from has more of it.
+    """
+    rows = data.reshape(-1, data.shape[-1]).double()
+    true = rows.mT @ rows / len(rows)
+    torch.testing.assert_close(found.diagonal().double(), true.diagonal(), rtol=1e-5, atol=0)
+    size = true.diagonal().sqrt()
+    assert float(((found.double() - true).abs() / (size[:, None] * size)).max()) < within * 0.5 / 32767 + 2e-6
+
+
 def same(one, other):
     """Whether two collections hold the same layers with the same tensors, to the bit."""
     if set(one) != set(other):

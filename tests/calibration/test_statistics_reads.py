@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import lowbit
 from lowbit.calibration import StatisticsFile, calibrate
 from lowbit.calibration.collection import CHANNELS, INPUT_MOMENTS
-from lowbit.calibration.statistics_file import OUTPUT_FIELDS
+from lowbit.calibration.stored import OUTPUT_FIELDS
 from lowbit.checkpoint import convert_layer
 from lowbit.checkpoint.compare import compare
 from lowbit.checkpoint.convert import convert
@@ -20,7 +20,6 @@ from lowbit.checkpoint.fold_plan import plan_folds
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.checkpoint.source import open_source
-from lowbit.errors import CheckpointError
 from lowbit.solvers import awq
 from tests.calibration.models import Chain, batches
 from tests.support.tiny_decoders import decoder, tokens, written
@@ -45,14 +44,13 @@ def path(taken, tmp_path):
 def fields_read(monkeypatch):
     """The fields of statistics that are read from files from now on, in order."""
     names = []
-    for method in ("read", "read_diagonal"):
-        own = getattr(SafetensorsFile, method)
+    own = SafetensorsFile.read
 
-        def noted(self, name, own=own):
-            names.append(name.rpartition(".")[2])
-            return own(self, name)
+    def noted(self, name):
+        names.append(name.partition(".")[2])
+        return own(self, name)
 
-        monkeypatch.setattr(SafetensorsFile, method, noted)
+    monkeypatch.setattr(SafetensorsFile, "read", noted)
     return names
 
 
@@ -93,6 +91,8 @@ def test_comparing_reads_one_moment_of_each_layer(taken, path, tmp_path, fields_
         whole = compare(source, [out], statistics=dict(taken), rtn=False, histograms=0, jobs=1)
 
     assert of_statistics == ["held_out"] * 2
+    assert "held_out.correlations" in fields_read
+    assert "hessian.correlations" not in fields_read
     errors = [[layer.output_sqnr for layer in each.candidates[0].layers] for each in (found, whole)]
     assert errors[0] == errors[1]
     assert len(errors[0]) == 2
@@ -116,17 +116,6 @@ def test_choosing_scales_to_fold_reads_no_gradients(tmp_path, monkeypatch, field
     assert not set(fields_read) & set(OUTPUT_FIELDS)
 
 
-def test_a_diagonal_is_that_of_the_matrix(tmp_path):
-    """Of a square matrix, in any dtype; of anything else it is an error that names the tensor."""
-    square, oblong = torch.randn(7, 7), torch.randn(3, 5)
-    save_file({"a": square, "h": square.half(), "b": oblong}, tmp_path / "m.safetensors")
-    with SafetensorsFile(tmp_path / "m.safetensors") as file:
-        assert torch.equal(file.read_diagonal("a"), square.diagonal())
-        assert torch.equal(file.read_diagonal("h"), square.half().diagonal())
-        with pytest.raises(CheckpointError, match=r"'b' of shape \[3, 5\] is no square matrix"):
-            file.read_diagonal("b")
-
-
 # ---- the fingerprint ------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +123,8 @@ def test_memory_and_file_have_one_fingerprint(taken, path, fields_read):
     """Saving does not change it, and of the file's matrices only the diagonals are read."""
     with StatisticsFile(path) as file:
         assert file.fingerprint() == taken.fingerprint()
-    assert "samples" not in fields_read
+    assert "hessian" in fields_read
+    assert not any("correlations" in name or name == "samples" for name in fields_read)
 
 
 @pytest.mark.parametrize("field", [*INPUT_MOMENTS, *CHANNELS, *OUTPUT_FIELDS])

@@ -12,6 +12,7 @@ from lowbit.calibration.time_embedding import modulation_statistics, timestep_wa
 from lowbit.checkpoint.source import open_source
 from lowbit.errors import StatisticsError
 from lowbit.integrations.digits_dit import Config, DigitsDiT
+from tests.calibration.models import assert_moments
 
 WIDTH = 32
 QWEN = {
@@ -74,7 +75,7 @@ def test_qwen_image_is_exact(tmp_path):
 
     x = F.silu(by_hand(tensors, *list(QWEN)[:2]))
     for half, moment in ((x[0::2], found["norm_out.linear"].hessian), (x[1::2], found["norm_out.linear"].held_out)):
-        torch.testing.assert_close(moment.double(), half.mT @ half / len(half), rtol=1e-4, atol=1e-5)
+        assert_moments(moment, half)
     assert set(found) == set(QWEN) - {"transformer_blocks.0.attn.to_q"}
     keys = {found.contents.layers[name].input for name in (*list(QWEN)[2:4], "norm_out.linear")}
     assert len(keys) == 1

@@ -9,12 +9,16 @@ from torch import Tensor
 
 from lowbit.solvers.base import Statistics
 
-from .collection import Contents, Field, StatisticsCollection
-from .statistics_file import save_statistics, stored_fields
+from .collection import Contents, Field
+from .statistics_file import save_statistics
+from .stored import StoredStatistics, fields_of, packed_fields
 
 
-class Collected(StatisticsCollection):
-    """Statistics of layers by name, in memory."""
+class Collected(StoredStatistics):
+    """Statistics of layers by name, in memory, packed as a file holds them.
+
+    Raises `StatisticsError` for second moments that are none.
+    """
 
     def __init__(
         self,
@@ -22,21 +26,22 @@ class Collected(StatisticsCollection):
         inputs: Mapping[str, Statistics],
         outputs: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
+        super().__init__()
         self.contents = contents
-        self._inputs = dict(inputs)
-        self._outputs = {key: dict(fields) for key, fields in (outputs or {}).items()}
+        self._tensors: dict[str, Tensor] = {}
+        for key, statistics in inputs.items():
+            self._tensors |= packed_fields(key, fields_of(statistics), contents.first_with(key))
+        for key, fields in (outputs or {}).items():
+            self._tensors |= packed_fields(key, fields, contents.first_with(key))
 
-    def load_input(self, key: str) -> Statistics:
-        """The statistics of an input."""
-        return self._inputs[key]
+    def stored(self, name: str) -> Tensor:
+        """The tensor of a name."""
+        return self._tensors[name]
 
-    def load_output(self, key: str) -> dict[str, Tensor]:
-        """The moments of the gradient at an output, by the field of `Statistics`."""
-        return self._outputs[key]
-
-    def fields(self, key: str) -> dict[str, Field]:
-        """The tensors of an input: dtype and shape by field."""
-        return {name: (t.dtype, tuple(t.shape)) for name, t in stored_fields(self._inputs[key]).items()}
+    def stored_field(self, name: str) -> Field | None:
+        """The dtype and shape of the tensor of a name; None where there is none."""
+        tensor = self._tensors.get(name)
+        return None if tensor is None else (tensor.dtype, tuple(tensor.shape))
 
     def save(self, path: str | Path) -> Path:
         """Write them as a statistics file. Raises `WriteError`."""

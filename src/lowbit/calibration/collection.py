@@ -90,6 +90,10 @@ class Contents:
         """The layers that have this input."""
         return tuple(name for name, layer in self.layers.items() if layer.input == key)
 
+    def first_with(self, key: str) -> str:
+        """The first layer that has this input or output, for messages."""
+        return next((name for name, layer in self.layers.items() if key in (layer.input, layer.output)), key)
+
 
 class StatisticsCollection(Mapping[str, Statistics]):
     """Statistics by the layer's name: `collection.get(name)` is None for a layer without."""

@@ -13,7 +13,8 @@ from lowbit.errors import StatisticsError
 from lowbit.solvers.base import Statistics
 
 from .collection import Contents
-from .statistics_file import entries_of, header, output_entries, stored_fields
+from .statistics_file import entries_of, header
+from .stored import fields_of, output_entries, packed_fields
 
 STATISTICS = "stats.safetensors"  # a name for such a file
 
@@ -54,7 +55,7 @@ class TargetFile:
                 f"pass and {statistics.tokens} + {statistics.held_out_tokens} in this one; the iterable must give the "
                 "same batches every time, and the model must treat them alike"
             )
-        self._add(key, stored_fields(statistics))
+        self._add(key, fields_of(statistics))
 
     def write_outputs(self, outputs: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Add the moments of the gradients at outputs by their keys; those that are there already stay."""
@@ -63,9 +64,11 @@ class TargetFile:
 
     def _add(self, key: str, fields: Mapping[str, Tensor]) -> None:
         assert self._writer is not None
-        for name, tensor in fields.items():
-            self._writer.write(f"{key}.{name}", tensor)
-        self._writer.commit(key, {"tensors": [f"{key}.{name}" for name in fields]})
+        assert self._contents is not None
+        tensors = packed_fields(key, fields, self._contents.first_with(key))
+        for name, tensor in tensors.items():
+            self._writer.write(name, tensor)
+        self._writer.commit(key, {"tensors": list(tensors)})
 
     def finish(self) -> None:
         """Put the complete file in its place."""

@@ -112,14 +112,6 @@ class WeightFile(ABC):
         row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
         return self._read_tensor(info, info.start + start * row_bytes, shape)
 
-    def read_diagonal(self, name: str) -> torch.Tensor:
-        """Return the diagonal [N] of a matrix [N, N] and read nothing else of it. Errors as `read`."""
-        info = self._info(name)
-        if len(info.shape) != 2 or info.shape[0] != info.shape[1]:
-            raise CheckpointError(f"{self.path}: tensor {name!r} of shape {list(info.shape)} is no square matrix")
-        n = info.shape[0]
-        return self.read_elements(name, range(0, n * n, n + 1))
-
     def read_elements(self, name: str, places: Sequence[int]) -> torch.Tensor:
         """Return the elements of a tensor at these indices of its data, [len(places)], and read nothing else of it.
 
