@@ -38,14 +38,16 @@ class Gauge:
 
 @pytest.mark.parametrize(
     ("jobs", "free", "expected"),
-    [(2, 64, 2), (1, 64, 2), (16, 64, 16), (16, 20, 10), (16, 3, 2), (16, None, 2)],
+    [(2, 64, 6), (1, 64, 3), (16, 64, 32), (16, 96, 48), (16, 20, 10), (16, 3, 2), (16, None, 2)],
 )
-def test_more_workers_have_more_memory(monkeypatch, jobs, free, expected):
-    """Half of what two have each, in half of what is free; a GPU works on one unit after the other. In GiB."""
+def test_every_worker_has_room_for_the_largest_unit(monkeypatch, jobs, free, expected):
+    """In half of what is free; a GPU works on one unit after the other. In GiB, of which the largest unit takes 3."""
     gib = 2**30
     monkeypatch.setattr(pipeline, "free_bytes", lambda _: None if free is None else free * gib)
-    assert pipeline.budget_for(2 * gib, jobs, torch.device("cpu")) == expected * gib
-    assert pipeline.budget_for(2 * gib, jobs, torch.device("cuda")) == 2 * gib
+    needs = [gib, 3 * gib, 2 * gib]
+    assert pipeline.budget_for(needs, 2 * gib, jobs, torch.device("cpu")) == expected * gib
+    assert pipeline.budget_for(needs, 2 * gib, jobs, torch.device("cuda")) == 2 * gib
+    assert pipeline.budget_for([], 2 * gib, jobs, torch.device("cpu")) == 2 * gib
 
 
 def test_memory_stays_in_the_budget():
@@ -117,6 +119,20 @@ def test_workers_compute_on_one_thread_and_the_callers_count_is_restored():
     finally:
         torch.set_num_threads(before)
     assert seen == [1, 1, 1, 1, 3]
+
+
+@pytest.mark.parametrize(("memory", "jobs", "threads"), [(25, 4, 1), (25, 1, 1), (26, 4, 2), (50, 4, 4), (101, 4, 8)])
+def test_units_without_room_for_others_share_the_cores_out(memory, jobs, threads):
+    """As many threads as leave none of 8 cores idle. With room for all, the number of workers changes nothing."""
+    seen = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        units = [Unit(str(i), 1, memory, lambda: seen.append(torch.get_num_threads())) for i in range(4)]
+        run_units(units, jobs=jobs, budget=100)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [threads] * 4
 
 
 def test_nothing_to_do():

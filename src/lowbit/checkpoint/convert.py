@@ -37,7 +37,7 @@ from .shared_low_rank import check_inputs, groups_of
 from .source import Source
 from .target import check_target
 
-_CALIBRATED_MEMORY = 2 << 30  # bytes for two workers with second moments: two layers of 3072 x 3072 take 0.8 GiB
+_CALIBRATED_MEMORY = 2 << 30  # bytes for layers with second moments: two of 3072 x 3072 take 0.8 GiB
 _WORKSPACE = 24 << 20  # bytes of temporaries of a worker
 
 
@@ -83,7 +83,8 @@ def convert(
     for component in plan.components:
         work.add(component)
     fingerprint = _fingerprint(source, plan, seed, statistics, device, verify=verify)
-    memory = budget_for(MEMORY_BUDGET if statistics is None else _CALIBRATED_MEMORY, jobs, device)
+    least = MEMORY_BUDGET if statistics is None else _CALIBRATED_MEMORY
+    memory = budget_for((piece.memory for piece in work.pieces), least, jobs, device)
     settings = Settings(jobs, resume, verify, progress, memory)
     staging.replaced = work.configs.texts()
     done = rewrite(source, staging, work.pieces, work.metadata, fingerprint=fingerprint, settings=settings)

@@ -114,7 +114,12 @@ def write_error_lora(
 
     try:
         units = [Unit(layer.name, layer.size, layer.memory, partial(run, layer)) for layer in layers]
-        run_units(units, jobs=jobs, budget=budget_for(MEMORY_BUDGET, jobs, device), progress=progress)
+        run_units(
+            units,
+            jobs=jobs,
+            budget=budget_for((unit.memory for unit in units), MEMORY_BUDGET, jobs, device),
+            progress=progress,
+        )
         writer.finish()
     except BaseException:
         writer.abort(keep=False)

@@ -1,15 +1,15 @@
 """Working through many units with few threads: bounded memory, one error, progress.
 
 Each worker computes with one thread of its own: tensors are many and large, so working on several at once uses the
-cores better than sharing each one among them, and no core waits for another. Only a unit too large to run beside
-others has all cores to itself.
+cores better than sharing each one among them, and no core waits for another. Only where the memory has room for fewer
+units than there are cores do these share them out.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,14 +26,14 @@ Progress = Callable[[int, int, str], None]
 MEMORY_BUDGET = 512 << 20
 
 
-def budget_for(base: int, jobs: int | None, device: torch.device) -> int:
-    """Bytes in work at a time for units that mostly compute: `base` for two workers, half of it for each of more.
+def budget_for(needs: Iterable[int], base: int, jobs: int | None, device: torch.device) -> int:
+    """Bytes in work at a time for units that mostly compute: the largest of their `needs` for each worker.
 
-    No more than half of what is free in main memory, or `base`, which is also what a device other than the CPU gets:
-    it works on one unit after the other, however many workers there are.
+    No more than half of what is free in main memory, and no less than `base`, which is also what a device other than
+    the CPU gets: it works on one unit after the other, however many workers there are.
     """
     free = free_bytes(torch.device("cpu")) if device.type == "cpu" else None
-    return base if free is None else max(base, min(base * _workers(jobs) // 2, free // 2))
+    return base if free is None else max(base, min(max(needs, default=0) * _workers(jobs), free // 2))
 
 
 def _workers(jobs: int | None) -> int:
@@ -126,11 +126,17 @@ class _Run:
         try:
             with memory.recycling(self._budget * 3 // (4 * self._workers) if self._recycle else 0):
                 while (unit := self._take()) is not None:
-                    torch.set_num_threads(self._cores if unit.memory > self._budget else 1)
+                    torch.set_num_threads(self._threads_for(unit))
                     unit.run()
                     self._finish(unit)
         except BaseException as error:  # noqa: BLE001  (raised again in the calling thread)
             self._stop(error)
+
+    def _threads_for(self, unit: Unit) -> int:
+        """One, whatever the number of workers, unless there is no room for as many such units as there are workers."""
+        if unit.memory * self._workers <= self._budget:
+            return 1
+        return max(1, self._cores // max(1, self._budget // unit.memory))
 
     def _take(self) -> Unit | None:
         """The next unit, when memory allows it; None when there is no more to do."""

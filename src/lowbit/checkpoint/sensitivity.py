@@ -170,7 +170,8 @@ def measure(
         if missing:
             found.layers.setdefault(candidate.name, {})  # in the order of the candidates, whoever is measured first
             units.append(_Layer(source, candidate, missing, reader, rows, found, device).unit)
-    run_units(units, jobs=jobs, budget=budget_for(MEMORY_BUDGET, jobs, device), progress=progress)
+    budget = budget_for((unit.memory for unit in units), MEMORY_BUDGET, jobs, device)
+    run_units(units, jobs=jobs, budget=budget, progress=progress)
     return found
 
 

@@ -14,7 +14,6 @@ L_ij|^2. Rounding from the last column to the first, each one corrected by the e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,6 +24,8 @@ from lowbit.formats.parts import Parts
 from lowbit.numerics.cholesky import cholesky
 from lowbit.numerics.groups import row_chunks
 from lowbit.ops.encode import decode_rows
+
+from .lazy import lazy
 
 _SHRUNK, _MOST_SHRUNK = 0.4, 0.3
 _LEAST_SHRUNK, _LEAST_SHRUNK_BROAD = 0.2, 0.05
@@ -81,7 +82,7 @@ class Curvature:
         self.hessian = hessian
         self._where = where
 
-    @cached_property
+    @lazy
     def factor(self) -> tuple[Tensor, Tensor]:
         """(order, lower): columns by rising H_kk, and the unit lower triangular L of H in that order, float32 [K, K].
 

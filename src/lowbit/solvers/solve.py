@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from .attempt import Attempt, Lost, ratio
 from .base import Statistics, solver
 from .curvature import NotPositiveDefiniteError, energy, no_second_moment, output_loss, output_signal, shrinkage
 from .input_scale import input_scale, transformed
+from .lazy import lazy
 from .pipeline import AUTO, SCALE_SEARCH, SVDQUANT, Pipeline, parse_pipeline, pick_solver, what_is_known
 from .refinement import Unrefined, refine
 from .row_coupling import GradientsError, refine_coupled
@@ -229,7 +229,7 @@ class Problem:
                 notes.append(f"rows were solved one by one: {error}")
         yield Attempt(self.pipeline.name, self._refined(self.w, start, hessian, trial.amount), trial)
 
-    @cached_property
+    @lazy
     def for_start(self) -> Statistics:
         """The statistics with a floor under each channel: one that was never seen is not to be clipped freely."""
         hessian = self.statistics.hessian
@@ -307,7 +307,7 @@ class Problem:
         bias = self._bias(w, parts) if self.pipeline.bias else None
         return 0.0 if bias is None else energy(bias.unsqueeze(0), None)
 
-    @cached_property
+    @lazy
     def _signal(self) -> float:
         return output_signal(self.w, self._judge, self._output_judge)
 
