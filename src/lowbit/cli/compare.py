@@ -87,9 +87,8 @@ def compare(
     ] = True,
     worst: Annotated[int, typer.Option(min=0, metavar="N", help="Show this many layers, the worst first.")] = 10,
     html: Annotated[
-        Path | None,
-        typer.Option(
-            readable=False, metavar="FILE", help="Also write all of it as a page to look at.", show_default=False),
+        str | None,
+        typer.Option(metavar="FILE", help="Also write all of it as a page to look at.", show_default=False),
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict/--no-strict", help="End with 1 when only one of two files has a layer or tensor.")
@@ -115,7 +114,7 @@ def compare(
             refuse_idle(context, "is of --text, and there is none", "samples", "device")
         usable_device(device)
         run = _runner(model, text, samples, module, device)
-    check_beside(html, read=(ref, *candidates, stats, model, text))
+    page = check_beside(html, read=(ref, *candidates, stats, model, text))
     with contextlib.ExitStack() as stack:
         reference = stack.enter_context(open_source(ref))
         sources = [stack.enter_context(open_source(path)) for path in candidates]
@@ -135,8 +134,8 @@ def compare(
     problems = [problem for candidate in found.candidates for problem in _problems(candidate)]
     if strict:
         problems += [text for candidate in found.candidates for text in absences(candidate.name, candidate.absent)]
-    if html is not None:
-        write_compare(html, compare_page(found, runs, problems, " ".join(["lowbit", *map(shlex.quote, sys.argv[1:])])))
+    if page is not None:
+        write_compare(page, compare_page(found, runs, problems, " ".join(["lowbit", *map(shlex.quote, sys.argv[1:])])))
     if as_json:
         print_json({**_json(found, runs, problems), "warnings": warnings})
     else:
