@@ -31,6 +31,7 @@ from lowbit.checkpoint.dialects.described import (
     LayerTensors,
     collect,
     logical_dtype,
+    one_integer_format,
     plain_layers,
     quantization_config,
     tensors_by_layer,
@@ -157,9 +158,9 @@ class Awq:
         self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]
     ) -> dict[str, dict[str, Any]]:
         """`quantization_config`. One group size holds for all layers."""
-        sizes = {layer.format.config()["group_size"] or -1 for layer in layers}
-        if len(sizes) > 1:
-            raise PartsError(f"AutoAWQ has one group size for all layers, and these have {sorted(sizes)}")
+        fmt = one_integer_format(layers, "AutoAWQ")
+        if fmt is None:
+            return {}
         facts = {
             "quant_method": "awq",
             "bits": _BITS,
@@ -167,7 +168,7 @@ class Awq:
             "version": "gemm",
             "modules_to_not_convert": plain_layers(plain),
         }
-        return {"config.json": {FIELD: {**facts, "group_size": sizes.pop()}}} if sizes else {}
+        return {"config.json": {FIELD: {**facts, "group_size": fmt.group_size or -1}}}
 
     def _check(self, stored: StoredLayer) -> None:
         if why := self.refuses(stored):

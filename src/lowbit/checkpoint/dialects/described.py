@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from lowbit.errors import CheckpointError, LowbitError
+from lowbit.errors import CheckpointError, LowbitError, PartsError
+from lowbit.formats.wna16 import WNA16
 
 from .base import Container, FoundLayers, Problem, StoredLayer, TensorSpec, join_key, name_place
 
@@ -111,6 +112,31 @@ def matches(name: str, pattern: str) -> bool:
 def plain_layers(plain: Mapping[str, TensorSpec]) -> list[str]:
     """The layers whose weight [N, K] is not quantized: what lists of exceptions have to name."""
     return sorted(key.removesuffix(".weight") for key, spec in plain.items() if _is_matrix(key, spec))
+
+
+def one_integer_format(layers: Iterable[StoredLayer], program: str) -> WNA16 | None:
+    """The format of all layers, for a program with one description for them; None where there is no layer.
+
+    A group of all K columns of a layer is the same as its whole row (0). Raises `PartsError` for layers that differ.
+    """
+    found = [(layer, layer.format) for layer in layers if isinstance(layer.format, WNA16)]
+    common = set.intersection(*(_sizes(layer, fmt) for layer, fmt in found)) if found else set()
+    size = next((fmt.group_size for _, fmt in found if fmt.group_size in common), min(common, default=None))
+    made = [fmt if size is None else replace(fmt, group_size=size) for _, fmt in found]
+    for (layer, fmt), one in zip(found, made, strict=True):
+        if one != made[0]:
+            raise PartsError(
+                f"{layer.place}: is {fmt}, and layer {found[0][0].layer!r} is {found[0][1]}, but {program} has one "
+                "description for all layers; convert the 16-bit model with one format for all, or choose a dialect "
+                "that describes each layer, such as compressed_tensors"
+            )
+    return made[0] if made else None
+
+
+def _sizes(layer: StoredLayer, fmt: WNA16) -> set[int]:
+    """The group sizes that say the same of a layer."""
+    whole = {0, layer.shape[1]}
+    return whole if fmt.group_size in whole and not fmt.act_order else {fmt.group_size}
 
 
 def _is_matrix(key: str, spec: TensorSpec) -> bool:

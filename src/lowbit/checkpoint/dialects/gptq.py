@@ -36,6 +36,7 @@ from lowbit.checkpoint.dialects.described import (
     LayerTensors,
     collect,
     logical_dtype,
+    one_integer_format,
     plain_layers,
     quantization_config,
     tensors_by_layer,
@@ -186,13 +187,10 @@ class Gptq:
         self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]
     ) -> dict[str, dict[str, Any]]:
         """Both files. One description holds for all layers but those that `dynamic` takes out."""
-        described = {(layer.format, _version(layer)) for layer in layers}
-        if not described:
+        layers = list(layers)
+        fmt = one_integer_format(layers, "GPTQ")
+        if fmt is None:
             return {}
-        if len(described) > 1:
-            names = ", ".join(sorted({str(fmt) for fmt, _ in described}))
-            raise PartsError(f"GPTQ describes all layers at once, and these differ ({names}); give all the same format")
-        fmt, version = described.pop()
         config = fmt.config()
         out = [name for name in plain_layers(plain) if not name.endswith(("lm_head", "embed_tokens"))]
         facts: dict[str, Any] = {
@@ -201,7 +199,7 @@ class Gptq:
             "desc_act": config["act_order"],
             "sym": not config["zero_point"],
             "lm_head": False,
-            "checkpoint_format": "gptq_v2" if version == 2 else "gptq",
+            "checkpoint_format": "gptq_v2" if _version(layers[0]) == 2 else "gptq",
         }
         if out:
             facts["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in out}
