@@ -24,7 +24,7 @@ def no_work(monkeypatch):
         raise AssertionError(STOPPED)
 
     work = ("convert.run", "convert.plan_for", "plan.plan_for", "budgeting.find_choices", "compare.compare_layers")
-    for place in (*work, "calibrate.run", "calibrate.load_text_model", "demo.run_demo"):
+    for place in (*work, "calibrating.run", "calibrating.load_text_model", "demo.run_demo"):
         monkeypatch.setattr(f"lowbit.cli.{place}", begun)
 
 
