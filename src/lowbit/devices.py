@@ -42,8 +42,8 @@ def enough_memory(device: torch.device, where: str) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and not any(word in str(error) for word in _FULL):
             raise
         raise SolverError(
-            f"{where}: the memory of {device} does not suffice to solve it beside others; let one layer be worked on "
-            "at a time (--jobs 1), free memory there, or solve on the cpu"
+            f"{where}: the memory of {device} does not suffice for it beside others; let one layer be worked on at a "
+            "time (--jobs 1), free memory there, or take the cpu"
         ) from error
 
 

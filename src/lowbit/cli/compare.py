@@ -73,7 +73,11 @@ def compare(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Lines or windows of the text.")] = SAMPLES,
     device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="Where --model runs: cpu, or a GPU such as cuda or cuda:1.")
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="Where --model runs and products with --stats are taken: cpu, or a GPU such as cuda or cuda:1.",
+        ),
     ] = "cpu",
     module: Annotated[
         str | None,
@@ -111,7 +115,9 @@ def compare(
     """
     with asking():
         if text is None:
-            refuse_idle(context, "is of --text, and there is none", "samples", "device")
+            refuse_idle(context, "is of --text, and there is none", "samples")
+            if stats is None:
+                refuse_idle(context, "is of --text or --stats, and there is neither", "device")
         usable_device(device)
         run = _runner(model, text, samples, module, device)
     page = check_beside(html, read=(ref, *candidates, stats, model, text))
@@ -129,6 +135,7 @@ def compare(
                 rtn=rtn,
                 jobs=jobs,
                 progress=update,
+                device=device,
             )
     runs = _run(run, ref, candidates)
     problems = [problem for candidate in found.candidates for problem in _problems(candidate)]
