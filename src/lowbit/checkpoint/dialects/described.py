@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowbit.errors import CheckpointError, LowbitError, PartsError
 from lowbit.formats.wna16 import WNA16
 
-from .base import Container, FoundLayers, Problem, StoredLayer, TensorSpec, join_key, name_place
+from .base import Container, FoundLayers, Problem, Read, StoredLayer, TensorSpec, join_key, name_place
 
 FIELD = "quantization_config"  # of config.json, as Hugging Face names it
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -97,6 +98,18 @@ def collect(
     owned = {key for stored in found.layers.values() for key in stored.keys.values()}
     found.plain = [key for key in held.tensors if key not in owned]
     return found
+
+
+def stored_tensors(layer: StoredLayer, specs: Mapping[str, TensorSpec], read: Read) -> dict[str, Tensor]:
+    """The tensors of a layer by role. Raises `PartsError` for one that is not what its format needs."""
+    stored = {role: read(key) for role, key in layer.keys.items()}
+    for role, tensor in stored.items():
+        if TensorSpec.of(tensor) != specs[role]:
+            raise PartsError(
+                f"{layer.place}: {layer.keys[role]!r} is {TensorSpec.of(tensor)}, expected {specs[role]} for "
+                f"{layer.format} {list(layer.shape)}; download the model again"
+            )
+    return stored
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -39,6 +39,7 @@ from lowbit.checkpoint.dialects.described import (
     one_integer_format,
     plain_layers,
     quantization_config,
+    stored_tensors,
     tensors_by_layer,
 )
 from lowbit.errors import CheckpointError, FormatError, PartsError
@@ -99,14 +100,7 @@ class Gptq:
     def load_parts(self, layer: StoredLayer, read: Read) -> Parts:
         """See `Dialect.load_parts`."""
         config, (n, k) = layer.format.config(), layer.shape
-        bits, specs = config["bits"], _specs(layer)
-        stored = {role: read(key) for role, key in layer.keys.items()}
-        for role, tensor in stored.items():
-            if TensorSpec.of(tensor) != specs[role]:
-                raise PartsError(
-                    f"{layer.place}: {layer.keys[role]!r} is {TensorSpec.of(tensor)}, expected {specs[role]} for "
-                    f"{layer.format} {list(layer.shape)}; download the model again"
-                )
+        bits, stored = config["bits"], stored_tensors(layer, _specs(layer), read)
         parts = {
             "qdata": _bytes(stored["qdata"].t()),
             "scale": stored["scale"].t().contiguous(),
