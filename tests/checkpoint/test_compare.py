@@ -7,8 +7,7 @@ import math
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lowbit.checkpoint.compare import compare
 from lowbit.checkpoint.compare_layer import error_histogram, scale_health
@@ -21,7 +20,7 @@ from lowbit.formats import parse_spec
 from lowbit.formats.gguf_block import GgufBlock
 from lowbit.numerics.gguf_encode import SEARCHED
 from lowbit.solvers import Statistics, solver
-from tests.support.checkpoints import model_tensors, save_model
+from tests.support.checkpoints import model_tensors, rewrite, save_model
 from tests.support.specs import ALL_SPECS, weight_shape
 
 
@@ -44,15 +43,6 @@ def compared(before, *after, **options) -> Comparison:
         finally:
             for source in sources:
                 source.close()
-
-
-def rewrite(path, change):
-    """Write a file again with its tensors changed by `change(tensors)`."""
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    change(tensors)
-    save_file(tensors, path, metadata)
 
 
 def second_moments(k, seed=0, rows=512):

@@ -14,7 +14,7 @@ from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.verify import verify
 from lowbit.errors import CheckpointError, FormatError, LowbitError, PlanError, SolverError
 from lowbit.formats import get_format
-from tests.support.checkpoints import model_tensors, save_model, save_shards
+from tests.support.checkpoints import model_tensors, save_shards
 
 TABLE = "embeddings.word_embeddings"
 WHY_KEPT = {
@@ -26,13 +26,6 @@ WHY_KEPT = {
     "steps": "int64 values",
     "scale": "a single value",
 }
-
-
-@pytest.fixture
-def source(tmp_path):
-    """An open small model in one file."""
-    with open_source(save_model(tmp_path / "in.safetensors")) as opened:
-        yield opened
 
 
 def by_key(plan: Plan) -> dict:

@@ -10,17 +10,9 @@ from safetensors.torch import load_file
 
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.plan import Plan, make_plan
-from lowbit.checkpoint.source import open_source
 from lowbit.errors import PlanError
 from tests.checkpoint.test_plan import opened
-from tests.support.checkpoints import model_tensors, save_model
-
-
-@pytest.fixture
-def source(tmp_path):
-    """An open small model in one file."""
-    with open_source(save_model(tmp_path / "in.safetensors")) as found:
-        yield found
+from tests.support.checkpoints import model_tensors
 
 
 def test_json_round_trip(source, tmp_path):
