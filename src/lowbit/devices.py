@@ -12,7 +12,9 @@ import torch
 from lowbit.errors import PlanError, SolverError
 
 _FULL = ("out of memory", "ALLOC_FAILED")
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container, v2 and v1
+# The limit of the outermost control group that is seen, version 2 and 1; each group below has a folder with its own.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_OWN_GROUPS = "/proc/self/cgroup"
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -40,8 +42,8 @@ def enough_memory(device: torch.device, where: str) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and not any(word in str(error) for word in _FULL):
             raise
         raise SolverError(
-            f"{where}: the memory of {device} does not suffice to solve it beside others; let one layer be worked on "
-            "at a time (--jobs 1), free memory there, or solve on the cpu"
+            f"{where}: the memory of {device} does not suffice for it beside others; let one layer be worked on at a "
+            "time (--jobs 1), free memory there, or take the cpu"
         ) from error
 
 
@@ -59,13 +61,35 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _limits() -> list[int]:
-    """What the container allows, which the machine's own numbers do not show."""
+    """What the process's control group (a container, a service, a batch job) and those above it allow.
+
+    The machine's own numbers do not show it.
+    """
     found = []
-    for name in _LIMITS:
-        try:
-            text = Path(name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdecimal():  # "max" is none
-            found.append(int(text))
+    for limit, own in zip(map(Path, _LIMITS), _own_groups(), strict=True):
+        for group in (own, *own.parents):
+            text = _text(limit.parent / group / limit.name).strip()
+            if text.isdecimal():  # "max" is none
+                found.append(int(text))
     return found
+
+
+def _own_groups() -> tuple[Path, Path]:
+    """The groups of the process in version 2 and in version 1's controller of memory, below the outermost one.
+
+    A container may see folders of its own groups alone and the names of the machine's: those are not there.
+    """
+    found = [Path(), Path()]
+    for line in _text(_OWN_GROUPS).splitlines():
+        _, controllers, name = line.split(":", 2)
+        if not controllers or "memory" in controllers.split(","):
+            found[bool(controllers)] = Path(name.lstrip("/"))
+    return found[0], found[1]
+
+
+def _text(path: str | Path) -> str:
+    """What a file of the system says; "" where it is not there."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

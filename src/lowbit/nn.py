@@ -32,7 +32,6 @@ __all__ = [
     "Policy",
     "fold_bias_",
     "quantize_",
-    "quantize_layer_",
     "repack_",
     "repack_weights",
 ]
@@ -126,22 +125,6 @@ def repack_weights(module: nn.Module, layout: str, only: Container[int] | None =
         if made is not weight:
             weight.data = made
         yield LayoutChange(name, weight.kernel_layout, refusal or why)
-
-
-def quantize_layer_(
-    layer: Layer,
-    fmt: Format,
-    solver_name: str = AUTO,
-    statistics: Statistics | None = None,
-    *,
-    where: str = "weight",
-    shared: Shared | None = None,
-) -> None:
-    """Replace one layer's weight by its quantized form, and fold what the format moves into the bias.
-
-    `shared` remembers weights by identity so that tied layers get the same parameter.
-    """
-    _put(layer, *_quantized(layer, fmt, solver_name, statistics, where, {} if shared is None else shared))
 
 
 def _solve_all(

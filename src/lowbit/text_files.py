@@ -9,14 +9,23 @@ from pathlib import Path
 
 from .errors import WriteError
 
+_SEPARATORS = ("/", os.sep)
+_A_FOLDER = "it is a folder; name a file to write"
+
+
+def names_folder(path: str | Path) -> bool:
+    """Whether this is the name of a folder, there or not, by the separator at its end. A `Path` has lost its own."""
+    return str(path).endswith(_SEPARATORS)
+
 
 def check_text_target(path: str | Path, made: Path | None = None) -> None:
     """Raise `WriteError` unless `write_text` can put a file at `path`; nothing is created by asking.
 
-    `made`: a folder that will be there by then. A device or a pipe, such as /dev/stdout, can be written to.
+    `made`: a folder that will be there by then. A device or a pipe, such as /dev/stdout, can be written to. Text that
+    ends in a separator names a folder.
     """
     try:
-        why = _why_not(Path(path), made)
+        why = _A_FOLDER if names_folder(path) else _why_not(Path(path), made)
     except OSError as error:  # a name that is too long, a folder that cannot be entered
         why = f"{error.strerror}; choose another place"
     if why:
@@ -27,7 +36,7 @@ def _why_not(path: Path, made: Path | None) -> str:
     """Why no file can be put at `path`, and what to do, or ""."""
     folder = path.parent
     if path.is_dir():
-        return "it is a folder; name a file to write"
+        return _A_FOLDER
     if path.exists():
         return "" if os.access(path, os.W_OK) else "the file there is read-only; check its permissions"
     if made is not None and folder == made:
@@ -41,8 +50,10 @@ def write_text(path: str | Path, text: str, what: str) -> None:
     """Put a file in its place as a whole: what was there stays until then, and after a failure.
 
     Links are followed. Where no file can be made beside it, and on devices, it is written in place. Raises
-    `WriteError`, which calls the file `what`.
+    `WriteError`, which calls the file `what`; text that ends in a separator names no file.
     """
+    if names_folder(path):
+        raise WriteError(f"{path}: {what} cannot be written: {_A_FOLDER}")
     place = Path(os.path.realpath(path))
     in_place = (place.exists() and not place.is_file()) or not os.access(place.parent, os.W_OK)
     beside = place if in_place else place.with_name(f"{place.name}.{os.getpid()}.new")

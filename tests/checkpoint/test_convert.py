@@ -23,13 +23,6 @@ from tests.support.checkpoints import files_below, model_tensors, save_model, sa
 from tests.support.specs import ALL_SPECS
 
 
-@pytest.fixture
-def source(tmp_path):
-    """An open small model in one file."""
-    with open_source(save_model(tmp_path / "in.safetensors")) as opened:
-        yield opened
-
-
 def planned(source, spec="fp8_e4m3", **options) -> Plan:
     """A plan without exceptions by name."""
     return make_plan(source, spec, **{"preset": "none", "solver": "rtn", **options})

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowbit.checkpoint import convert_group, convert_layer, pipeline, sensitivity
+from lowbit.checkpoint import compare_layer, convert_group, convert_layer, pipeline, sensitivity
+from lowbit.checkpoint.compare import compare
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.error_lora import write_error_lora
 from lowbit.checkpoint.layer_statistics import InMemory
@@ -148,6 +149,37 @@ def test_the_correcting_lora_is_that_of_the_cpu(source, tmp_path, monkeypatch):
             there = write_error_lora(source, converted, tmp_path / "b.safetensors", 4, **options, device=DEVICE)
     assert here == there
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_a_comparison_is_that_of_the_cpu(source, tmp_path, monkeypatch):
+    """Products with second moments are taken on the device; of layers without, and all else, nothing is there."""
+    convert(source, tmp_path / "x.safetensors", make_plan(source, "int8", preset="none"))
+    seen, real = [], compare_layer.LayerReference.energy
+
+    def energy(self, rows):
+        seen.append(isinstance(self.hessian, Elsewhere))
+        return real(self, rows)
+
+    with open_source(tmp_path / "x.safetensors") as converted:
+        here = compare(source, [converted], statistics=known())
+        monkeypatch.setattr(compare_layer.LayerReference, "energy", energy)
+        with elsewhere(monkeypatch):
+            there = compare(source, [converted], statistics=known(), device=DEVICE)
+    assert here == there
+    assert seen
+    assert all(seen)
+
+
+def test_too_little_memory_for_a_comparison(monkeypatch):
+    """One error that names the layer and what helps."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", full)
+    reference = compare_layer.LayerReference(torch.ones(2, 2), torch.eye(2), "in.safetensors: layer 'up'")
+    with pytest.raises(SolverError, match=r"in\.safetensors: layer 'up'.*cpu.*--jobs 1"):
+        reference.energy(reference.w)
 
 
 @pytest.mark.parametrize("share", [False, True])

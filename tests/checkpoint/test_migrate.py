@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.migrate import migrate
 from lowbit.checkpoint.plan import make_plan
+from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
 from lowbit.errors import CheckpointError
 from tests.support.checkpoints import model_tensors, save_model, save_shards
@@ -206,3 +207,25 @@ def test_what_holds_no_rotation_says_what_it_holds(tmp_path, spec, to, held):
         with open_source(tmp_path / "in") as source:
             convert(source, tmp_path / "plain", make_plan(source, held, preset="none"))
         migrated(tmp_path / "plain", tmp_path / "other", to)
+
+
+@pytest.mark.parametrize("to", ["gptq", "awq"])
+def test_a_row_that_is_one_group_goes_with_groups(tmp_path, to):
+    """torchao's files do not tell a group of all 128 columns from a row; other layers have groups of 128."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text('{"torch_dtype": "float16"}')
+    weights = {f"{name}.weight": torch.randn(64, k).half() for name, k in (("down", 256), ("up", 128))}
+    save_file(weights, tmp_path / "in" / "model.safetensors")
+    spec = "wna16(group_size=128,zero_point=true)"
+    with open_source(tmp_path / "in") as source:
+        convert(source, tmp_path / "torchao", make_plan(source, spec, preset="none", dialect="torchao"))
+    migrated(tmp_path / "torchao", tmp_path / "out", to)
+
+    decoded = []
+    for name in ("torchao", "out"):
+        with open_source(tmp_path / name) as source:
+            held = look_for_layers(source, source.components[0])
+            decoded.append({layer: held.dequantized(held.layers[layer], torch.float32)[0] for layer in ("down", "up")})
+            formats = {stored.format.spec for stored in held.layers.values()}
+    assert formats == {"wna16(zero_point=True)"}
+    assert all(torch.equal(decoded[0][layer], decoded[1][layer]) for layer in ("down", "up"))

@@ -12,18 +12,9 @@ from lowbit.checkpoint.layer_statistics import InMemory
 from lowbit.checkpoint.mixed_precision import FORMATS, find_choices, for_size, for_sqnr
 from lowbit.checkpoint.plan import Plan
 from lowbit.checkpoint.sensitivity import measure
-from lowbit.checkpoint.source import open_source
 from lowbit.errors import PlanError
 from lowbit.formats import get_format
-from tests.support.checkpoints import save_model
 from tests.support.sensitivities import SPECS, measured, with_gradients
-
-
-@pytest.fixture
-def source(tmp_path):
-    """An open small model in one file."""
-    with open_source(save_model(tmp_path / "in.safetensors")) as opened:
-        yield opened
 
 
 @pytest.fixture

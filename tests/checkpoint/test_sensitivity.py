@@ -19,17 +19,9 @@ from lowbit.errors import PlanError, SolverError, WeightError
 from lowbit.formats import get_format, parse_spec
 from lowbit.solvers import solve
 from lowbit.solvers.curvature import output_error
-from tests.support.checkpoints import save_model
 from tests.support.sensitivities import SPECS, errors_of, measured, statistics_of, with_gradients
 
 HEAD = '{"lowbit_sensitivities": 1, "source": "", "statistics": "", "rows": 1'
-
-
-@pytest.fixture
-def source(tmp_path):
-    """An open small model in one file."""
-    with open_source(save_model(tmp_path / "in.safetensors")) as opened:
-        yield opened
 
 
 @pytest.fixture

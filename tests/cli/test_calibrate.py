@@ -230,7 +230,7 @@ def test_a_dtype_has_a_short_name(lowbit, tmp_path, monkeypatch, given, dtype):
         asked.append(dtype)
         raise PlanError("enough")
 
-    monkeypatch.setattr("lowbit.cli.calibrate.load_text_model", load)
+    monkeypatch.setattr("lowbit.cli.calibrating.load_text_model", load)
 
     assert "enough" in lowbit("calibrate", tmp_path, "--dtype", given, "-o", tmp_path / "s.safetensors").err
     assert asked == [dtype]

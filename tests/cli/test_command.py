@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import subprocess
@@ -321,3 +322,11 @@ def test_progress_is_silent_when_stderr_is_no_terminal(monkeypatch):
 def test_a_layer_rule_is_split_before_its_format(text, rule):
     """The expression may hold "=" and parentheses, and so may the format."""
     assert output.split_rule(text) == rule
+
+
+def test_warnings_are_called_so_where_another_library_renames_the_level(capsys, monkeypatch):
+    """`logging` has one table of names for all of a process."""
+    monkeypatch.setitem(logging._levelToName, logging.WARNING, "MINIMAL")
+    record = logging.getLogger("lowbit").makeRecord("lowbit", logging.WARNING, "f", 1, "few tokens", (), None)
+    output._Warnings(logging.WARNING).emit(record)
+    assert capsys.readouterr().err == "warning: few tokens\n"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lowbit.calibration.collect import calibrate
 from lowbit.calibration.statistics_file import save_statistics
+from tests.support.checkpoints import rewrite
 
 
 @pytest.fixture
@@ -17,15 +17,6 @@ def four(lowbit, model, tmp_path):
     path = tmp_path / "four.safetensors"
     assert lowbit("convert", model, "-o", path, "--format", "nvfp4").code == 0
     return path
-
-
-def rewrite(path, change):
-    """Write a file again with its tensors changed by `change(tensors)`."""
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    change(tensors)
-    save_file(tensors, path, metadata)
 
 
 def test_candidates_stand_side_by_side(lowbit, model, quantized, four):
@@ -199,8 +190,9 @@ def test_statistics_add_the_error_of_outputs(lowbit, net):
         (("--text", "text.txt"), "--model and --text belong together"),
         (("--module", "a:b", "--model", "."), "leave --model and --text out"),
         (("--samples", "8"), "--samples is of --text, and there is none"),
-        (("--device", "cuda"), "--device is of --text, and there is none"),
+        (("--device", "cuda"), "--device is of --text or --stats, and there is neither"),
         (("--model", ".", "--text", "a.txt", "--device", "cuda:99"), "device 'cuda:99': cannot be used"),
+        (("--stats", "a.stats", "--device", "cuda:99"), "device 'cuda:99': cannot be used"),
         (("--module", "nothing"), "write it as PACKAGE.MODULE:FUNCTION"),
         (("--module", "no_such_package:make"), "cannot be imported"),
     ],

@@ -24,7 +24,7 @@ def no_work(monkeypatch):
         raise AssertionError(STOPPED)
 
     work = ("convert.run", "convert.plan_for", "plan.plan_for", "budgeting.find_choices", "compare.compare_layers")
-    for place in (*work, "calibrate.run", "calibrate.load_text_model", "demo.run_demo"):
+    for place in (*work, "calibrating.run", "calibrating.load_text_model", "demo.run_demo"):
         monkeypatch.setattr(f"lowbit.cli.{place}", begun)
 
 
@@ -81,6 +81,15 @@ def test_a_folder_in_its_place_is_told_first(lowbit, model, tmp_path, name):
     path.mkdir()
 
     assert_refused(lowbit(*commands(model, tmp_path)[name], path), path, "is a folder")
+
+
+@each
+def test_a_separator_at_the_end_of_its_name_is_told_first(lowbit, model, tmp_path, name):
+    """The name of a folder is no name of a file, also where no such folder is."""
+    path = tmp_path / "x.safetensors"
+
+    assert_refused(lowbit(*commands(model, tmp_path)[name], f"{path}/"), path, "is a folder; name a file to write")
+    assert [found.name for found in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 @each
@@ -213,6 +222,13 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
 
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_text_is_not_written_to_the_name_of_a_folder(tmp_path):
+    """From Python, too."""
+    with pytest.raises(WriteError, match="the plan cannot be written: it is a folder"):
+        plan_data.Plan(()).save(f"{tmp_path}/plan.json/")
+    assert not list(tmp_path.iterdir())
 
 
 def test_links_modes_and_devices_stay(tmp_path):

@@ -273,6 +273,19 @@ def test_weight_only_linear_is_bit_equal_to_dequantize_and_matmul(fmt):
         assert torch.equal(fmt.linear(x, parts, bias), expected)
 
 
+@pytest.mark.parametrize("spec", ["mxfp4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize(("n", "k"), [(1, 16), (1, 32), (17, 40), (1, 1), (32, 100)])
+def test_weight_only_linear_of_any_shape(spec, n, k):
+    """It takes x of 1 to 4 dimensions, M = 0, any N and K, and equals dequantize and matmul."""
+    fmt, bias = parse_spec(spec), torch.randn(n)
+    parts = fmt.quantize(gaussian(n, k))
+    stored, dense = [parts[name] for name in fmt.part_names], fmt.dequantize(parts, (n, k), torch.float32)
+    for shape in [(k,), (3, k), (0, k), (2, 3, k), (2, 1, 3, k)]:
+        x = torch.randn(shape)
+        assert torch.equal(lowbit.ops.linear(x, stored, bias, spec), F.linear(x, dense, bias))
+        assert torch.equal(lowbit.ops.linear(x, stored, None, spec), F.linear(x, dense))
+
+
 @pytest.mark.parametrize("spec", READ_ONLY_SPECS)
 def test_a_format_for_reading_only_keeps_the_promises_of_reading(spec):
     """Spec, JSON, checks, rows one by one, embedding and linear are as with any format; quantize says what to take."""

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import lowbit
 from lowbit.errors import FormatError
 from lowbit.formats import parse_spec
 from lowbit.formats.global_scale import MIN_GLOBAL_SCALE
@@ -241,19 +240,6 @@ def test_the_search_gains_what_is_known():
     found = 10 * torch.log10(w.double().square().sum() / best.sum())
 
     assert abs(found - 21.80) <= 0.05
-
-
-@pytest.mark.parametrize(("n", "k"), [(1, 16), (17, 40), (1, 1), (32, 100)])
-def test_linear_of_any_shape(n, k):
-    """The weight-only linear takes x of 1 to 4 dimensions, M = 0, any N and K, and equals dequantize and matmul."""
-    w, bias = gaussian(n, k), torch.randn(n)
-    parts = FMT.quantize(w)
-    stored = [parts[name] for name in FMT.part_names]
-    dense = _decode(parts, (n, k))
-    for shape in [(k,), (3, k), (0, k), (2, 3, k), (2, 1, 3, k)]:
-        x = torch.randn(shape)
-        assert torch.equal(lowbit.ops.linear(x, stored, bias, "nvfp4"), F.linear(x, dense, bias))
-        assert torch.equal(lowbit.ops.linear(x, stored, None, "nvfp4"), F.linear(x, dense))
 
 
 def test_there_is_no_group_size():

@@ -12,11 +12,11 @@ pytest.importorskip("transformers", "5.21", reason="needs transformers 5.21")
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from lowbit.formats import formats
-from lowbit.formats.parts import raw_bytes
 from lowbit.integrations.hf_layers import stored_bytes
 from lowbit.integrations.transformers import LowbitConfig
 from lowbit.layer_kinds import quantized_layers
 from lowbit.tensor import QuantizedTensor
+from tests.support.same_weights import assert_same_weights
 from tests.support.tiny_transformers import MAKERS, TOKENS, answer, bert, gpt2, llama, saved
 
 FORMATS = [name for name, kind in formats().items() if kind().encodable]
@@ -36,19 +36,6 @@ def llama_folder(tmp_path_factory):
     """The folder of a plain language model."""
     torch.manual_seed(0)
     return saved(llama(), tmp_path_factory.mktemp("llama"))
-
-
-def assert_same_weights(one, other):
-    """Every quantized weight of two models is the same, part for part and bit for bit."""
-    first, second = dict(quantized_layers(one)), dict(quantized_layers(other))
-    assert first.keys() == second.keys()
-    assert first
-    for name, layer in first.items():
-        assert layer.weight.format == second[name].weight.format
-        for part, tensor in layer.weight.parts.items():
-            there = second[name].weight.parts[part]
-            assert tensor.dtype == there.dtype, (name, part)
-            assert torch.equal(raw_bytes(tensor), raw_bytes(there)), (name, part)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -12,32 +12,17 @@ from torch import nn
 import lowbit
 from lowbit import QuantizedTensor
 from lowbit.errors import PartsError
-from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
 from lowbit.layouts import svdquant_fragments as fragments
 from lowbit.layouts.base import get_layout, misfit, read_tag
+from tests.layouts.svdquant_parts import FMT, random_parts
 from tests.support import gaussian
-
-FMT = SvdquantW4A4(rank=5)
-
-
-def _parts(n=100, k=192, dtype=torch.bfloat16):
-    def floats(*shape):
-        return torch.randn(shape).to(dtype)
-
-    return {
-        "qdata": torch.randint(-128, 128, (n, k // 2), dtype=torch.int8),
-        "scale": floats(k // 64, n),
-        "smooth_factor": floats(k),
-        "proj_down": floats(k, 5),
-        "proj_up": floats(n, 5),
-    }
 
 
 @pytest.mark.parametrize(("n", "k"), [(0, 64), (1, 64), (64, 128), (65, 192), (100, 64), (256, 192)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_unpack_is_the_exact_inverse(n, k, dtype):
     """Packed parts tell N, keep all but the codes as they were, and come back bit for bit, strided parts included."""
-    plain = _parts(n, k, dtype)
+    plain = random_parts(n, k, dtype)
     strided = {name: part.t().contiguous().t() if part.dim() == 2 else part for name, part in plain.items()}
     for source in (plain, strided):
         packed = fragments.pack(FMT, source)
@@ -53,8 +38,8 @@ def test_unpack_is_the_exact_inverse(n, k, dtype):
 
 def test_what_every_lane_holds():
     """Lane 4 o + p of each 16 rows has bytes 4 p .. + 3 of rows o and o + 8, then bytes 16 + 4 p .. + 3 of the same."""
-    plain = _parts(100, 192)["qdata"]
-    packed = fragments.pack(FMT, {**_parts(100, 192), "qdata": plain})["qdata"]
+    plain = random_parts(100, 192)["qdata"]
+    packed = fragments.pack(FMT, {**random_parts(100, 192), "qdata": plain})["qdata"]
     whole = torch.cat([plain.view(torch.uint8), torch.zeros(28, 96, dtype=torch.uint8)])
     for block, group, tile, lane in torch.cartesian_prod(*map(torch.arange, (2, 3, 4, 32))).tolist():
         row, byte = 64 * block + 16 * tile + lane // 4, 32 * group + 4 * (lane % 4)
@@ -64,7 +49,7 @@ def test_what_every_lane_holds():
 
 def test_many_rows_are_packed_in_pieces(monkeypatch):
     """Rows packed a block at a time, as those of large weights are, give the same bytes, there and back."""
-    plain = _parts(200, 128)
+    plain = random_parts(200, 128)
     whole = fragments.pack(FMT, plain)["qdata"]
     monkeypatch.setattr(fragments, "row_chunks", lambda *_: [(at, min(at + 64, 200)) for at in range(0, 200, 64)])
     packed = fragments.pack(FMT, plain)
@@ -81,7 +66,7 @@ def test_shapes_without_values():
 
 def test_other_arrangements_are_refused():
     """Parts of another arrangement are neither packed nor unpacked, and the error says what was expected."""
-    plain = _parts(70, 128)
+    plain = random_parts(70, 128)
     packed = fragments.pack(FMT, plain)
     with pytest.raises(PartsError, match=r"expected \[N, K / 2\]: the plain parts"):
         fragments.pack(FMT, packed)

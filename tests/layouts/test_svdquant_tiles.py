@@ -8,30 +8,15 @@ from torch.nn import functional as F
 
 import lowbit
 from lowbit.errors import FormatError, PartsError
-from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
 from lowbit.layouts import svdquant_tiles
 from lowbit.layouts.base import get_layout, layouts
+from tests.layouts.svdquant_parts import FMT, random_parts
 from tests.support import gaussian
-
-FMT = SvdquantW4A4(rank=5)
-
-
-def _parts(n=256, k=192, dtype=torch.bfloat16):
-    def floats(*shape):
-        return torch.randn(shape).to(dtype)
-
-    return {
-        "qdata": torch.randint(-128, 128, (n, k // 2), dtype=torch.int8),
-        "scale": floats(k // 64, n),
-        "smooth_factor": floats(k),
-        "proj_down": floats(k, 5),
-        "proj_up": floats(n, 5),
-    }
 
 
 def test_every_entry_lies_where_the_contract_says():
     """Row n = 128 t + 4 q + l has byte b of group g at [t, g, q, 32 l + b], scales and factors at [t, ., n mod 128]."""
-    plain = _parts()
+    plain = random_parts(256)
     tiles = svdquant_tiles.pack(FMT, plain)
     n, column = torch.meshgrid(torch.arange(256), torch.arange(96), indexing="ij")
     t, q, l = n // 128, n % 128 // 4, n % 4
@@ -49,7 +34,7 @@ def test_every_entry_lies_where_the_contract_says():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_unpack_is_the_exact_inverse(n, k, dtype):
     """Bit for bit, strided parts included."""
-    plain = _parts(n, k, dtype)
+    plain = random_parts(n, k, dtype)
     strided = {name: part.t().contiguous().t() if part.dim() == 2 else part for name, part in plain.items()}
 
     for source in (plain, strided):
@@ -61,7 +46,7 @@ def test_unpack_is_the_exact_inverse(n, k, dtype):
 def test_agrees_with_comfy_kitchen():
     """Its eager code turns our tiles into our plain parts."""
     kitchen = pytest.importorskip("comfy_kitchen.backends.eager.svdquant")
-    plain = _parts()
+    plain = random_parts(256)
     tiles = svdquant_tiles.pack(FMT, plain)
 
     assert torch.equal(kitchen._tile_packed_weight_to_row_major(tiles["qdata"]), plain["qdata"])
@@ -84,13 +69,13 @@ def test_rows_that_make_no_whole_tile_are_refused():
     assert svdquant_tiles.refuses(FMT, 256, 64) is None
     assert "200 rows" in str(svdquant_tiles.refuses(FMT, 200, 64))
     with pytest.raises(PartsError, match="200 rows, not a multiple of 128"):
-        svdquant_tiles.pack(FMT, _parts(200))
+        svdquant_tiles.pack(FMT, random_parts(200))
 
 
 @pytest.mark.parametrize("name", ["qdata", "scale", "proj_up"])
 def test_the_wrong_arrangement_is_refused(name):
     """Plain parts are never taken for tiles, nor tiles for plain parts, whichever tensor is wrong."""
-    plain = _parts()
+    plain = random_parts(256)
     tiles = svdquant_tiles.pack(FMT, plain)
 
     with pytest.raises(PartsError, match=f"{name} has shape .* for kitchen_tile_packed_w4a4"):

@@ -14,17 +14,6 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (7,), (0,), (3, 5), (2, 0, 4), (2, 3, 4, 5)]
 
 
-@pytest.fixture
-def _compare_float8(monkeypatch):
-    """opcheck compares tensors by allclose, which float8 lacks: compare those by their bytes."""
-    real = torch.allclose
-
-    def allclose(a, b, **options):
-        return torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.dtype.itemsize == 1 else real(a, b, **options)
-
-    monkeypatch.setattr(torch, "allclose", allclose)
-
-
 def bits(t: torch.Tensor) -> torch.Tensor:
     """The codes as bytes, which torch.equal can compare."""
     return t.view(torch.uint8)

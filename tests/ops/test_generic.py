@@ -10,16 +10,7 @@ from lowbit.ops import generic
 from tests.support import gaussian
 from tests.support.specs import ALL_SPECS, weight_shape
 
-
-@pytest.fixture(autouse=True)
-def _compare_float8(monkeypatch):
-    """opcheck compares tensors by allclose, which float8 lacks: compare those by their bytes."""
-    real = torch.allclose
-
-    def allclose(a, b, **options):
-        return torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.dtype.itemsize == 1 else real(a, b, **options)
-
-    monkeypatch.setattr(torch, "allclose", allclose)
+pytestmark = pytest.mark.usefixtures("_compare_float8")
 
 
 @pytest.fixture(params=ALL_SPECS)

@@ -175,17 +175,6 @@ def test_unfit_arguments_are_named():
         scaled_mm_nvfp4(*operands, alpha=torch.ones(2))
 
 
-@pytest.fixture
-def _compare_float8(monkeypatch):
-    """opcheck compares tensors by allclose, which float8 lacks: compare those by their bytes."""
-    real = torch.allclose
-
-    def allclose(a, b, **options):
-        return torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.dtype.itemsize == 1 else real(a, b, **options)
-
-    monkeypatch.setattr(torch, "allclose", allclose)
-
-
 @pytest.mark.real_empty
 @pytest.mark.usefixtures("_compare_float8")
 def test_opcheck():

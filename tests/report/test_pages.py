@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from html.parser import HTMLParser
-
 import pytest
 
 from lowbit.errors import WriteError
@@ -20,40 +17,7 @@ from lowbit.report import (
 )
 from lowbit.report.comparison import comparison_html
 from lowbit.report.conversion import conversion_html
-
-VOID = {"meta", "wbr", "line", "circle", "br"}
-
-
-class Balance(HTMLParser):
-    """Notices a tag that is closed by another."""
-
-    def __init__(self):
-        super().__init__()
-        self.open = []
-
-    def handle_starttag(self, tag, attrs):
-        """Open a tag."""
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        """A tag that closes itself."""
-
-    def handle_endtag(self, tag):
-        """Close the tag opened last."""
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-
-def assert_sound(text):
-    """The page is well-formed, needs nothing from outside, and has a style for light and for dark."""
-    parser = Balance()
-    parser.feed(text)
-    assert parser.open == []
-    assert not re.search(r"(src|href)=|https?:|@import|url\(|<script", text)
-    assert "prefers-color-scheme: dark" in text
-    assert "nan%" not in text
-    assert "inf%" not in text
+from tests.support.pages import assert_sound
 
 
 def layer(name, sqnr=21.5, spec="nvfp4"):

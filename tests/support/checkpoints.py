@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.tensors import outlier_weight
@@ -63,3 +65,12 @@ def save_shards(folder: Path, stem: str = "model", seed: int = 0) -> Path:
 def files_below(folder: Path) -> dict[str, bytes]:
     """Every file in a folder by its path below it."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Write a file again with its tensors changed by `change(tensors)`."""
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    change(tensors)
+    save_file(tensors, path, metadata)

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lowbit.devices import usable_device
 from lowbit.errors import CheckpointError
 from lowbit.numerics.groups import row_chunks
 
@@ -41,6 +42,7 @@ def compare(
     histograms: int = HISTOGRAMS,
     jobs: int | None = None,
     progress: Progress | None = None,
+    device: str | torch.device = "cpu",
 ) -> Comparison:
     """Compare the layers of some checkpoints with the same ones of a reference; one layer in memory a thread.
 
@@ -48,16 +50,19 @@ def compare(
     Scales that were folded into a candidate are folded into what it is compared with, too. `names`: of the candidates,
     by default their paths. `statistics`: of the layers' inputs, for output SQNRs; judged on the held-out half where
     there is one. `rtn`: also round the reference plainly in the format of each layer, to say what was gained and which
-    weights differ. `histograms`: for how many of each candidate's worst layers the errors are counted.
+    weights differ. `histograms`: for how many of each candidate's worst layers the errors are counted. `device`: where
+    the products with second moments [K, K] are computed, which take most of the time.
 
     Raises:
         CheckpointError: a file cannot be read; a layer has another shape, or none is in both; the statistics are those
             of another model.
         PartsError, WeightError: a layer cannot be decoded, a weight of the reference is not finite.
+        PlanError: the device cannot be used. SolverError: its memory does not suffice.
     """
     candidates = [under_names_of(reference, source) for source in candidates]
     labels = [str(source.place) for source in candidates] if names is None else list(names)
-    compared = partial(_compare, rtn=rtn, histograms=histograms, jobs=jobs, progress=progress)
+    there = usable_device(device)
+    compared = partial(_compare, rtn=rtn, histograms=histograms, jobs=jobs, progress=progress, device=there)
     if not any(map(is_folded, candidates)):
         return compared(reference, statistics, candidates, labels)
     found = [
@@ -82,6 +87,7 @@ def _compare(
     histograms: int,
     jobs: int | None,
     progress: Progress | None,
+    device: torch.device,
 ) -> Comparison:
     """Compare candidates with one reference."""
     held = contents_of(reference)
@@ -92,7 +98,7 @@ def _compare(
         for label, source, content in zip(labels, candidates, contents, strict=True)
     ]
     known = Moments(statistics)
-    work = _Work(held, made, known, axes, rtn=rtn)
+    work = _Work(held, made, known, axes, rtn=rtn, device=device)
     run_units(work.units, jobs=jobs, progress=progress)
     if statistics is not None and work.layers_quantized and not known.found:
         raise CheckpointError(
@@ -129,8 +135,9 @@ class _Work:
         axes: dict[str, dict[str, str]],
         *,
         rtn: bool,
+        device: torch.device,
     ) -> None:
-        self._made, self._known, self._rtn = made, known, rtn
+        self._made, self._known, self._rtn, self._device = made, known, rtn, device
         self._layers: dict[str, Layer] = {}
         self.units: list[Unit] = []
         for component, content in held.items():
@@ -168,7 +175,8 @@ class _Work:
         hessian = None
         if any(found is not None for found in stored):
             hessian = self._known.hessian(layer.layer, layer.name)
-        reference = LayerReference(layer.weight(), hessian, f"{layer.held.where}: layer {layer.layer!r}")
+        where = f"{layer.held.where}: layer {layer.layer!r}"
+        reference = LayerReference(layer.weight(), hessian, where, self._device)
         for candidate, found in zip(having, stored, strict=True):
             if found is None:
                 row = self._plain(layer, candidate, reference)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.devices import enough_memory
 from lowbit.errors import CheckpointError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, narrow_rows, raw_bytes
@@ -23,6 +24,7 @@ _PIECE = 1 << 21  # elements of a piece of rows: large enough for a product with
 _BEYOND = 1e30  # a weight that every scale clips; still finite when divided by the smallest scale
 BIN = 0.1  # of a step: the width of a bin of the histogram
 BINS = 41  # from -2.05 to 2.05 steps
+CPU = torch.device("cpu")
 _E4M3_TOP, _E8M0_TOP, _E8M0_NAN = 0x7E, 254, 255
 
 
@@ -83,6 +85,8 @@ class LayerReference:
     w: Tensor
     hessian: Tensor | None
     where: str
+    device: torch.device = CPU
+    """Where the products with second moments [K, K] are computed; codes and weights are compared in main memory."""
     _signal: float | None = None
     _rounded: dict[str, tuple[Parts, Accuracy, float | None]] = field(default_factory=dict)
 
@@ -96,13 +100,18 @@ class LayerReference:
             )
         if h is not None and not bool(h.isfinite().all()):
             raise CheckpointError(f"{self.where}: the statistics hold NaN or infinity; calibrate again")
+        if h is not None and h.dim() == 2:
+            with enough_memory(self.device, self.where):
+                h = h.to(self.device)
         self.hessian = None if h is None else h.float()
 
     def energy(self, rows: Tensor) -> float:
         """tr(R H R^T) of some rows."""
         assert self.hessian is not None
-        weighted = rows * self.hessian if self.hessian.dim() == 1 else rows @ self.hessian
-        return float(weighted.mul_(rows).sum(dtype=torch.float64))
+        with enough_memory(self.hessian.device, self.where):
+            rows = rows.to(self.hessian.device)
+            weighted = rows * self.hessian if self.hessian.dim() == 1 else rows @ self.hessian
+            return float(weighted.mul_(rows).sum(dtype=torch.float64))
 
     def output_sqnr(self, noise: float | None) -> float | None:
         """The signal of the layer's output over `noise`, in dB."""

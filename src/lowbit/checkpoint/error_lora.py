@@ -60,7 +60,7 @@ def check_error_lora(source: Source, target: str | Path, rank: int) -> None:
         raise PlanError(f"the rank of a correction is {rank}; give 1 or more, such as 32")
     if path.suffix != ".safetensors":
         raise WriteError(f"{path}: a LoRA is a safetensors file; give it a name that ends in .safetensors")
-    check_file_target(path)
+    check_file_target(target, "error-lora.safetensors")
     for file in source.files.values():
         if path.exists() and path.samefile(file.path):
             raise WriteError(f"{path}: is the input {file.path} itself; choose another file for the LoRA")

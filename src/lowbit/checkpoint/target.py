@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lowbit.errors import WriteError
+from lowbit.text_files import names_folder
 
 from .index import PICKLE_SUFFIXES
 from .source import Source
 
 _LONGEST_END = ".partial.journal.new"
-_SEPARATORS = ("/", os.sep)
 
 
 def check_target(source: Source, target: str | Path) -> None:
@@ -57,10 +57,9 @@ def check_file_target(target: str | Path, example: str = "model.safetensors") ->
     A folder, device or pipe is there, or no folder for it, or one that nothing may be written in. Text that ends in a
     separator names a folder, whether it is there or not.
     """
-    names_folder = str(target).endswith(_SEPARATORS)
-    target = Path(target)
+    written_as, target = target, Path(target)
     _check_reachable(target)
-    if target.is_dir() or names_folder:
+    if target.is_dir() or names_folder(written_as):
         raise WriteError(f"{target}: is a folder; name a file to write, such as {target / example}")
     if target.exists() and not target.is_file():  # a finished file is renamed onto it, which would remove a device
         raise WriteError(f"{target}: is a device or a pipe, and a file would take its place; name a file to write")

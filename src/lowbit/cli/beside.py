@@ -14,24 +14,31 @@ _PAGE = ".html"  # an old report in a model folder is no part of the model
 
 
 def check_beside(
-    path: Path | None, *, read: Iterable[Path | None], others: Iterable[Path | None] = (), made: Path | None = None
-) -> None:
-    """Raise `WriteError` unless a text file can be put at `path`; None is always well.
+    path: str | None,
+    *,
+    read: Iterable[str | Path | None],
+    others: Iterable[str | Path | None] = (),
+    made: Path | None = None,
+) -> Path | None:
+    """The path of a text file as it was written on the command line, None where none was.
+
+    Raises `WriteError` unless a file can be put there.
 
     `read`: files and folders that the command reads, `others`: what else it writes; it may be none of them. `made`: a
     folder that the command will have made by then.
     """
     if path is None:
-        return
-    check_text_target(path, made)
-    refuse_inputs([path], files_of(read))
+        return None
+    check_text_target(path, made)  # as it was written: a Path has lost the separator at its end
+    refuse_inputs([Path(path)], files_of(read))
     for other in others:
         if other is not None and os.path.realpath(other) == os.path.realpath(path):
             raise WriteError(f"{path}: two things would be written there, each in the other's place; name another file")
+    return Path(path)
 
 
-def files_of(paths: Iterable[Path | None]) -> list[Path]:
+def files_of(paths: Iterable[str | Path | None]) -> list[Path]:
     """The files among the paths and below them, but for pages."""
-    given = [path for path in paths if path is not None]
+    given = [Path(path) for path in paths if path is not None]
     below = [file for path in given if path.is_dir() for file in path.rglob("*") if file.suffix != _PAGE]
     return [*(path for path in given if not path.is_dir()), *below]

@@ -44,7 +44,7 @@ class Target:
     weights: Sequence[str]
     measure_with: str | None
     rows: int
-    sensitivities: Path | None
+    sensitivities: str | None  # the file, as it was written on the command line
     jobs: int | None
     device: str
 
@@ -107,7 +107,7 @@ class Target:
         how = self.how(selection.candidates, statistics)
         if statistics is not None:
             _warn_of_missing_gradients(selection.candidates, statistics)
-        file = self.sensitivities
+        file = None if self.sensitivities is None else Path(self.sensitivities)
         known = Sensitivities.load(file) if file is not None and file.exists() else None
         with progress("measuring") as update:
             found = measure(

@@ -2,58 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lowbit.calibration import StatisticsCollection, StatisticsFile, calibrate as run, save_statistics
-from lowbit.calibration.imatrix import import_imatrix
-from lowbit.calibration.merge import Merged, refuse_same_samples
-from lowbit.calibration.names import checkpoint_names, layer_shapes
+from lowbit.calibration import StatisticsCollection
 from lowbit.calibration.options import AUTO, as_bytes
-from lowbit.calibration.source_weights import source_marks
 from lowbit.calibration.target_file import STATISTICS
-from lowbit.calibration.time_embedding import GUIDANCE, modulation_statistics
+from lowbit.calibration.time_embedding import GUIDANCE
 from lowbit.checkpoint.eligibility import dtype_name
-from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.target import check_file_target, refuse_inputs
 from lowbit.cli import options
 from lowbit.cli.beside import files_of
+from lowbit.cli.calibrating import Wishes, from_factory, from_text, imported, merged, modulation
 from lowbit.cli.given import refuse_idle
-from lowbit.cli.output import (
-    asking,
-    command,
-    epilog,
-    hearing,
-    parse_dtype,
-    print_json,
-    say,
-    show,
-    size,
-    stderr,
-    table,
-    warn,
-)
+from lowbit.cli.output import asking, command, epilog, hearing, parse_dtype, print_json, say, show, size, table, warn
 from lowbit.errors import PlanError
-from lowbit.integrations.factories import call_factory
-from lowbit.integrations.text_batches import (
-    BATCH_SIZE,
-    MAX_TOKENS,
-    SAMPLES,
-    VARIED,
-    builtin_text,
-    read_text,
-    text_batches,
-)
-from lowbit.integrations.text_models import calibration_dtype, load_text_model
-from lowbit.integrations.text_objectives import objective_of
+from lowbit.integrations.text_batches import BATCH_SIZE, MAX_TOKENS, SAMPLES, VARIED
 
 EPILOG = epilog(
     "lowbit calibrate llama/ -o stats.safetensors",
@@ -68,21 +36,6 @@ _OF_SAMPLES = ("broad", "gradients", "layers", "memory", "full_up_to")
 _DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 _SHOWN = 12  # inputs in the table, those with the fewest tokens a channel
 _WHAT = "--text FILE, --builtin-text, --module PACKAGE:FACTORY, --timesteps, --merge or --imatrix FILE"
-
-
-@dataclass(frozen=True)
-class _Wishes:
-    """What was asked for, apart from what to do it on."""
-
-    output: Path
-    samples: int | None
-    max_tokens: int
-    batch_size: int
-    vary: float | None
-    gradients: bool | None
-    device: str
-    dtype: torch.dtype | None  # None: what suits the device
-    options: dict[str, Any]  # of lowbit.calibrate
 
 
 @command
@@ -226,20 +179,18 @@ def calibrate(
         runs_in = None if dtype == AUTO else parse_dtype(dtype, _DTYPES, AUTO)
     _refuse_input(output, [*given, *(text or []), *([imatrix] if imatrix is not None else [])])
     target = Path(output)
-    wishes = _Wishes(target, samples, max_tokens, batch_size, vary, gradients, device, runs_in, how)
+    wishes = Wishes(target, samples, max_tokens, batch_size, vary, gradients, device, runs_in, how)
     with hearing() as warnings:
         if chosen == "text":
-            found: StatisticsCollection = _from_text(
-                given[0], text or [], wishes, with_builtin=with_builtin or not text
-            )
+            found: StatisticsCollection = from_text(given[0], text or [], wishes, with_builtin=with_builtin or not text)
         elif module:
-            found = _from_factory(given[0] if given else None, module, wishes)
+            found = from_factory(given[0] if given else None, module, wishes)
         elif timesteps:
-            found = _modulation(given[0], target, guidance)
+            found = modulation(given[0], target, guidance)
         elif imatrix is not None:
-            found = _imported(given[0], imatrix, target)
+            found = imported(given[0], imatrix, target)
         else:
-            found = _merged(given, target)
+            found = merged(given, target)
     _tell(found, target, warnings, as_json=as_json)
 
 
@@ -279,106 +230,6 @@ def _refuse_input(output: str, read: list[Path]) -> None:
     """Refuse to write statistics over what they are taken from: a weight file, a text. Raises `WriteError`."""
     check_file_target(output, STATISTICS)
     refuse_inputs([Path(output)], files_of(read))
-
-
-def _from_text(folder: Path, files: list[Path], wishes: _Wishes, *, with_builtin: bool) -> StatisticsFile:
-    texts = [read_text(file) for file in files]
-    if with_builtin:
-        texts.append(builtin_text())
-        if not files:
-            stderr().print("note: no --text, so the built-in one; text like what the model will see is better still")
-    model = load_text_model(folder, device=wishes.device, dtype=wishes.dtype or calibration_dtype(wishes.device))
-    usual = 0.0 if with_builtin or model.causal else VARIED
-    vary = usual if wishes.vary is None else wishes.vary
-    batches = text_batches(
-        model,
-        texts,
-        samples=wishes.samples or (2 * SAMPLES if with_builtin else SAMPLES),
-        max_tokens=wishes.max_tokens,
-        batch_size=wishes.batch_size,
-        vary=vary,
-    )
-    names = [file.name for file in files] + ["the built-in text"] * with_builtin
-    backward = wishes.gradients if wishes.gradients is not None else not model.causal
-    with _counting() as update:
-        found = run(
-            model.model,
-            batches,
-            path=wishes.output,
-            names=model.names(),
-            description=f"{folder.resolve().name} on {', '.join(names)}" + (f", varied {vary:g}" if vary else ""),
-            progress=update,
-            gradients=objective_of(model) if backward else False,
-            **{**wishes.options, "broad": wishes.options["broad"] or with_builtin},
-        )
-    assert isinstance(found, StatisticsFile)
-    return found
-
-
-def _from_factory(checkpoint: Path | None, spec: str, wishes: _Wishes) -> StatisticsFile:
-    model, batches = call_factory(spec)
-    names: dict[str, str | None] = {}
-    if checkpoint is not None:
-        with open_source(checkpoint) as source:
-            names = checkpoint_names(model, layer_shapes(source))
-    with _counting() as update:
-        found = run(
-            model,
-            batches,
-            path=wishes.output,
-            names=names,
-            description=spec,
-            progress=update,
-            gradients=bool(wishes.gradients),
-            **wishes.options,
-        )
-    assert isinstance(found, StatisticsFile)
-    return found
-
-
-def _imported(checkpoint: Path, imatrix: Path, output: Path) -> StatisticsFile:
-    with open_source(checkpoint) as source:
-        shapes = layer_shapes(source)
-        found = import_imatrix(imatrix, shapes, f"{checkpoint.name} by {imatrix.name}")
-        found.contents = found.contents.marked(source_marks(source, {name: shapes[name] for name in found.layers}))
-    return StatisticsFile(save_statistics(found, output))
-
-
-def _modulation(checkpoint: Path, output: Path, guidance: float) -> StatisticsFile:
-    with open_source(checkpoint) as source:
-        return StatisticsFile(save_statistics(modulation_statistics(source, guidance=guidance), output))
-
-
-def _merged(paths: list[Path], output: Path) -> StatisticsFile:
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(StatisticsFile(path)) for path in paths]
-        refuse_same_samples(files)
-        return StatisticsFile(save_statistics(Merged(files), output))
-
-
-@contextlib.contextmanager
-def _counting() -> Iterator[Callable[[int, int | None, str], None] | None]:
-    """A line with the batches done and the time left on stderr, gone at the end; none where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    columns = (
-        TextColumn("calibrating, {task.description}"),
-        BarColumn(None),
-        MofNCompleteColumn(),
-        TextColumn("batches"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr(), transient=True, expand=True) as line:
-        task = line.add_task("pass 1", total=None)
-
-        def update(done: int, total: int | None, what: str) -> None:
-            if done == 1:  # of another pass: the clock and the estimate begin anew
-                line.reset(task)
-            line.update(task, completed=done, total=total, description=what)
-
-        yield update
 
 
 def _tell(found: StatisticsCollection, output: Path, told: list[str], *, as_json: bool) -> None:

@@ -73,7 +73,11 @@ def compare(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Lines or windows of the text.")] = SAMPLES,
     device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="Where --model runs: cpu, or a GPU such as cuda or cuda:1.")
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="Where --model runs and products with --stats are taken: cpu, or a GPU such as cuda or cuda:1.",
+        ),
     ] = "cpu",
     module: Annotated[
         str | None,
@@ -87,9 +91,8 @@ def compare(
     ] = True,
     worst: Annotated[int, typer.Option(min=0, metavar="N", help="Show this many layers, the worst first.")] = 10,
     html: Annotated[
-        Path | None,
-        typer.Option(
-            readable=False, metavar="FILE", help="Also write all of it as a page to look at.", show_default=False),
+        str | None,
+        typer.Option(metavar="FILE", help="Also write all of it as a page to look at.", show_default=False),
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict/--no-strict", help="End with 1 when only one of two files has a layer or tensor.")
@@ -112,10 +115,12 @@ def compare(
     """
     with asking():
         if text is None:
-            refuse_idle(context, "is of --text, and there is none", "samples", "device")
+            refuse_idle(context, "is of --text, and there is none", "samples")
+            if stats is None:
+                refuse_idle(context, "is of --text or --stats, and there is neither", "device")
         usable_device(device)
         run = _runner(model, text, samples, module, device)
-    check_beside(html, read=(ref, *candidates, stats, model, text))
+    page = check_beside(html, read=(ref, *candidates, stats, model, text))
     with contextlib.ExitStack() as stack:
         reference = stack.enter_context(open_source(ref))
         sources = [stack.enter_context(open_source(path)) for path in candidates]
@@ -130,13 +135,14 @@ def compare(
                 rtn=rtn,
                 jobs=jobs,
                 progress=update,
+                device=device,
             )
     runs = _run(run, ref, candidates)
     problems = [problem for candidate in found.candidates for problem in _problems(candidate)]
     if strict:
         problems += [text for candidate in found.candidates for text in absences(candidate.name, candidate.absent)]
-    if html is not None:
-        write_compare(html, compare_page(found, runs, problems, " ".join(["lowbit", *map(shlex.quote, sys.argv[1:])])))
+    if page is not None:
+        write_compare(page, compare_page(found, runs, problems, " ".join(["lowbit", *map(shlex.quote, sys.argv[1:])])))
     if as_json:
         print_json({**_json(found, runs, problems), "warnings": warnings})
     else:

@@ -83,10 +83,8 @@ def convert(
         ),
     ] = None,
     report: Annotated[
-        Path | None,
-        typer.Option(
-            readable=False, metavar="FILE.html", help="Write what happened as a page with pictures.", show_default=False
-        ),
+        str | None,
+        typer.Option(metavar="FILE.html", help="Write what happened as a page with pictures.", show_default=False),
     ] = None,
     error_lora: options.ErrorLora = None,
     lora_rank: options.LoraRank = 32,
@@ -124,10 +122,11 @@ def convert(
     with open_whole(src, source_dialect) as source, statistics_of(source, stats) as known:
         check_target(source, output)
         target = Path(output)
-        check_beside(report, read=read, others=(target, error_lora), made=None if is_single(source, target) else target)
+        made_folder = None if is_single(source, target) else target
+        page = check_beside(report, read=read, others=(target, error_lora), made=made_folder)
         if error_lora is not None:
             check_error_lora(source, error_lora, lora_rank)
-            check_beside(error_lora, read=read, others=(target,))
+        lora = check_beside(error_lora, read=read, others=(target,))
         warnings = tell_other_weights(source, known)
         made = plan_for(source, wishes, plan, known, jobs)
         if not as_json:
@@ -148,19 +147,17 @@ def convert(
             )
         corrected: list[LoraLayer] = []
         left_out: list[str] = []
-        if error_lora is not None:
-            corrected, left_out = _correct(
-                *folded(source, made, known), done, error_lora, lora_rank, lora_prefix, device
-            )
-    if report is not None:
-        write_conversion(report, _page(str(src), made, done))
+        if lora is not None:
+            corrected, left_out = _correct(*folded(source, made, known), done, lora, lora_rank, lora_prefix, device)
+    if page is not None:
+        write_conversion(page, _page(str(src), made, done))
     if as_json:
-        more = {"plan": plan_totals(made), "report": None if report is None else str(report)}
+        more = {"plan": plan_totals(made), "report": None if page is None else str(page)}
         loras = {"error_lora": [vars(layer) for layer in corrected], "error_lora_left_out": left_out}
         print_json({**done.to_json(), **more, **loras, "warnings": warnings})
     else:
-        _show(done, report)
-        _show_lora(corrected, left_out, error_lora)
+        _show(done, page)
+        _show_lora(corrected, left_out, lora)
 
 
 def _correct(

@@ -42,7 +42,7 @@ def demo(
         wanted = list(dict.fromkeys(parse_spec(spec).spec for spec in specs or variants()))
         model_folder()
     report = folder / _REPORT
-    check_beside(report, read=(), made=folder)
+    check_beside(str(report), read=(), made=folder)
     with Status("loading the model", console=stderr()) as status:
         if not sys.stderr.isatty():
             status.stop()

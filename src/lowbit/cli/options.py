@@ -171,9 +171,8 @@ FullPrecision = Annotated[
     ),
 ]
 ErrorLora = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        readable=False,
         metavar="FILE.safetensors",
         help="Write a LoRA beside the checkpoint that makes up for what was lost, best with --stats.",
         show_default=False,

@@ -312,7 +312,7 @@ class _Warnings(logging.Handler):
     """Writes warnings of the library as single lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        warn(record.getMessage(), record.levelname.lower())
+        warn(record.getMessage(), "error" if record.levelno >= logging.ERROR else "warning")  # others rename levels
 
 
 @contextmanager

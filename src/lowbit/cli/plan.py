@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,7 +32,7 @@ def plan(
     src: options.SourcePath,
     format: options.FormatSpec = "",
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "-o", "--output", metavar="FILE.json", help="Write the plan here, to be edited.", show_default=False
         ),
@@ -76,9 +75,8 @@ def plan(
         int, typer.Option(min=0, metavar="N", help="Measure so many rows of each weight, spread evenly; 0 for all.")
     ] = ROWS,
     sensitivities: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            readable=False,
             metavar="FILE.json",
             help="Keep what is measured here; what it holds is not measured again.",
             show_default=False,
@@ -122,7 +120,7 @@ def plan(
         usable_device(device)
         wishes.check_rules()
     read = (src, stats)
-    check_beside(output, read=(*read, sensitivities))
+    written = check_beside(output, read=(*read, sensitivities))
     check_beside(sensitivities, read=read)
     with open_whole(src, source_dialect) as source, statistics_of(source, stats) as known:
         warnings = tell_other_weights(source, known)
@@ -131,8 +129,8 @@ def plan(
         else:
             mixed = target.reach(source, wishes, known)
             made = with_folds(source, wishes.shared(mixed.plan(target.note(mixed)), known), wishes, known, jobs)
-    if output is not None:
-        made.save(output)
+    if written is not None:
+        made.save(written)
     if as_json:
         more = {} if mixed is None else {"mixed": mixed_data(mixed, target.note(mixed))}
         print_json({**made.to_json(), "totals": plan_totals(made), **more, "warnings": warnings})
@@ -142,10 +140,10 @@ def plan(
     else:
         show_mixed(mixed, made, target.note(mixed))
         show_folds(made)
-    if output is not None:
-        following = {"--plan": output, "--stats": stats, "--source-dialect": source_dialect}
+    if written is not None:
+        following = {"--plan": written, "--stats": stats, "--source-dialect": source_dialect}
         again = " ".join(f"{name} {shlex.quote(str(value))}" for name, value in following.items() if value is not None)
-        say(f"written to {output}; edit it, then: lowbit convert {shlex.quote(str(src))} -o OUT {again}")
+        say(f"written to {written}; edit it, then: lowbit convert {shlex.quote(str(src))} -o OUT {again}")
 
 
 def _refuse_targets_options(target: Target) -> None:

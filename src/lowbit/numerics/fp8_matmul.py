@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit.numerics.block_products import linear_blocks
 from lowbit.numerics.floats import E4M3_MAX, from_fp8, to_fp8
-from lowbit.numerics.groups import ceil_div, row_chunks
+from lowbit.numerics.groups import row_chunks
 from lowbit.numerics.int8_matmul import MIN_ACTIVATION_SCALE
 
 _PIECE = 1 << 20  # elements of a weight piece as float32: 4 MiB
@@ -63,20 +64,5 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, ou
 def fp8_linear_blocks(
     x: Tensor, weight: Tensor, scale: Tensor, tile: tuple[int, int], bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """`fp8_linear` for a weight with a scale per tile of (rows, columns): scale [ceil(N / rows), ceil(K / columns)].
-
-    Every row of x is quantized on its own in each block of `columns` (1 x columns groups), and the blocks' scaled
-    products are summed in float32 from left to right.
-    """
-    k, n = x.shape[-1], weight.shape[0]
-    rows = x.reshape(-1, k)
-    out = torch.empty((rows.shape[0], n), dtype=out_dtype, device=x.device)
-    for start, stop in row_chunks(rows.shape[0], max(n, k), elements=_ROWS):
-        total = torch.zeros((stop - start, n), dtype=torch.float32, device=x.device)
-        for block in range(ceil_div(k, tile[1])):
-            left, right = block * tile[1], min((block + 1) * tile[1], k)
-            codes, row_scale = quantize_rows_fp8(rows[start:stop, left:right])
-            columns = scale[:, block].repeat_interleave(tile[0])[:n]
-            total += fp8_mm(codes, weight[:, left:right]).mul_(row_scale * columns)
-        out[start:stop] = total if bias is None else total.add_(bias.float())
-    return out.reshape(*x.shape[:-1], n)
+    """`fp8_linear` for a weight with a scale per tile of (rows, columns), as in `linear_blocks`."""
+    return linear_blocks(x, weight, scale, tile, bias, out_dtype, quantize_rows_fp8, fp8_mm)

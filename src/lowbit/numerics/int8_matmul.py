@@ -14,7 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lowbit.numerics.groups import ceil_div, pad_to, round_up, row_chunks
+from lowbit.numerics.block_products import linear_blocks
+from lowbit.numerics.groups import pad_to, round_up, row_chunks
 from lowbit.numerics.rotations import rotate_groups
 
 INT8_MAX = 127
@@ -119,23 +120,11 @@ def coded_linear(
 def int8_linear_blocks(
     x: Tensor, weight: Tensor, scale: Tensor, tile: tuple[int, int], bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """`int8_linear` for a weight with a scale per tile of (rows, columns): scale [ceil(N / rows), ceil(K / columns)].
+    """`int8_linear` for a weight with a scale per tile of (rows, columns), as in `linear_blocks`.
 
-    Every row of x is quantized on its own in each block of `columns` (1 x columns groups); the integer product of a
-    block is exact, and the blocks' scaled products are summed in float32 from left to right.
+    The integer product of a block is exact.
     """
-    k, n = x.shape[-1], weight.shape[0]
-    rows = x.reshape(-1, k)
-    out = torch.empty((rows.shape[0], n), dtype=out_dtype, device=x.device)
-    for start, stop in row_chunks(rows.shape[0], max(n, k), elements=_ROWS):
-        total = torch.zeros((stop - start, n), dtype=torch.float32, device=x.device)
-        for block in range(ceil_div(k, tile[1])):
-            left, right = block * tile[1], min((block + 1) * tile[1], k)
-            codes, row_scale = quantize_rows(rows[start:stop, left:right])
-            columns = scale[:, block].repeat_interleave(tile[0])[:n]
-            total += int8_mm(codes, weight[:, left:right]).float().mul_(row_scale * columns)
-        out[start:stop] = total if bias is None else total.add_(bias.float())
-    return out.reshape(*x.shape[:-1], n)
+    return linear_blocks(x, weight, scale, tile, bias, out_dtype, quantize_rows, int8_mm)
 
 
 def int8_linear_input_gradient(grad: Tensor, weight: Tensor, scale: Tensor, rotation: int = 0) -> Tensor:

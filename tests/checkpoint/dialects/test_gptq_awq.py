@@ -196,3 +196,34 @@ def test_layers_that_stay_plain_are_named():
     assert awq["modules_to_not_convert"] == ["model.router"]
     gptq = get_dialect("gptq").config_fields([stored], plain)["quantize_config.json"]
     assert list(gptq["dynamic"]) == [r"-:^model\.router$"]
+
+
+@pytest.mark.parametrize("dialect", ["gptq", "awq"])
+@pytest.mark.parametrize(
+    ("layers", "size"),
+    [
+        ([(128, 256), (0, 128)], 128),  # as torchao's files are read
+        ([(0, 256), (128, 128)], -1),
+        ([(0, 256), (0, 128)], -1),
+        ([(256, 256), (128, 128)], -1),
+        ([(0, 128), (0, 128)], -1),
+    ],
+)
+def test_a_group_of_all_columns_is_described_as_a_row(dialect, layers, size):
+    """One size for all layers, of which each is a group size or a whole row [group_size, K]."""
+    found = [
+        StoredLayer(f"{LAYER}.{i}", parse_spec(f"wna16(group_size={group},zero_point=true)"), (N, k), torch.float16)
+        for i, (group, k) in enumerate(layers)
+    ]
+    configs = get_dialect(dialect).config_fields(found, {})
+    assert configs["config.json"]["quantization_config"]["group_size"] == size
+
+
+@pytest.mark.parametrize("dialect", ["gptq", "awq"])
+def test_layers_that_one_description_does_not_fit_are_named(dialect):
+    """Both of them, and what to do."""
+    specs = {"a": "wna16(group_size=32,zero_point=true)", "b": "wna16(group_size=0,zero_point=true)"}
+    found = [StoredLayer(name, parse_spec(spec), (N, K), torch.float16, where="f") for name, spec in specs.items()]
+    with pytest.raises(PartsError, match=r"f: layer 'b': is .*, and layer 'a' is .*one format for all, or choose a "):
+        get_dialect(dialect).config_fields(found, {})
+    assert get_dialect(dialect).config_fields([], {}) == {}

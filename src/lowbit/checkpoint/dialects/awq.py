@@ -31,8 +31,10 @@ from lowbit.checkpoint.dialects.described import (
     LayerTensors,
     collect,
     logical_dtype,
+    one_integer_format,
     plain_layers,
     quantization_config,
+    stored_tensors,
     tensors_by_layer,
 )
 from lowbit.errors import CheckpointError, FormatError, PartsError
@@ -99,14 +101,7 @@ class Awq:
 
     def load_parts(self, layer: StoredLayer, read: Read) -> Parts:
         """See `Dialect.load_parts`."""
-        specs = _specs(layer)
-        stored = {role: read(key) for role, key in layer.keys.items()}
-        for role, tensor in stored.items():
-            if TensorSpec.of(tensor) != specs[role]:
-                raise PartsError(
-                    f"{layer.place}: {layer.keys[role]!r} is {TensorSpec.of(tensor)}, expected {specs[role]} for "
-                    f"{layer.format} {list(layer.shape)}; download the model again"
-                )
+        stored = stored_tensors(layer, _specs(layer), read)
         parts = {
             "qdata": pack_nibbles(_columns(stored["qdata"]).t().contiguous()),
             "scale": stored["scale"].t().contiguous(),
@@ -157,9 +152,9 @@ class Awq:
         self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]
     ) -> dict[str, dict[str, Any]]:
         """`quantization_config`. One group size holds for all layers."""
-        sizes = {layer.format.config()["group_size"] or -1 for layer in layers}
-        if len(sizes) > 1:
-            raise PartsError(f"AutoAWQ has one group size for all layers, and these have {sorted(sizes)}")
+        fmt = one_integer_format(layers, "AutoAWQ")
+        if fmt is None:
+            return {}
         facts = {
             "quant_method": "awq",
             "bits": _BITS,
@@ -167,7 +162,7 @@ class Awq:
             "version": "gemm",
             "modules_to_not_convert": plain_layers(plain),
         }
-        return {"config.json": {FIELD: {**facts, "group_size": sizes.pop()}}} if sizes else {}
+        return {"config.json": {FIELD: {**facts, "group_size": fmt.group_size or -1}}}
 
     def _check(self, stored: StoredLayer) -> None:
         if why := self.refuses(stored):

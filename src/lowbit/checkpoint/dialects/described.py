@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lowbit.errors import CheckpointError, LowbitError
+from lowbit.errors import CheckpointError, LowbitError, PartsError
+from lowbit.formats.wna16 import WNA16
 
-from .base import Container, FoundLayers, Problem, StoredLayer, TensorSpec, join_key, name_place
+from .base import Container, FoundLayers, Problem, Read, StoredLayer, TensorSpec, join_key, name_place
 
 FIELD = "quantization_config"  # of config.json, as Hugging Face names it
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -98,6 +100,18 @@ def collect(
     return found
 
 
+def stored_tensors(layer: StoredLayer, specs: Mapping[str, TensorSpec], read: Read) -> dict[str, Tensor]:
+    """The tensors of a layer by role. Raises `PartsError` for one that is not what its format needs."""
+    stored = {role: read(key) for role, key in layer.keys.items()}
+    for role, tensor in stored.items():
+        if TensorSpec.of(tensor) != specs[role]:
+            raise PartsError(
+                f"{layer.place}: {layer.keys[role]!r} is {TensorSpec.of(tensor)}, expected {specs[role]} for "
+                f"{layer.format} {list(layer.shape)}; download the model again"
+            )
+    return stored
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether a layer's name is meant by an entry of a list: the name itself, or "re:" and an expression for it."""
     if pattern.startswith("re:"):
@@ -111,6 +125,31 @@ def matches(name: str, pattern: str) -> bool:
 def plain_layers(plain: Mapping[str, TensorSpec]) -> list[str]:
     """The layers whose weight [N, K] is not quantized: what lists of exceptions have to name."""
     return sorted(key.removesuffix(".weight") for key, spec in plain.items() if _is_matrix(key, spec))
+
+
+def one_integer_format(layers: Iterable[StoredLayer], program: str) -> WNA16 | None:
+    """The format of all layers, for a program with one description for them; None where there is no layer.
+
+    A group of all K columns of a layer is the same as its whole row (0). Raises `PartsError` for layers that differ.
+    """
+    found = [(layer, layer.format) for layer in layers if isinstance(layer.format, WNA16)]
+    common = set.intersection(*(_sizes(layer, fmt) for layer, fmt in found)) if found else set()
+    size = next((fmt.group_size for _, fmt in found if fmt.group_size in common), min(common, default=None))
+    made = [fmt if size is None else replace(fmt, group_size=size) for _, fmt in found]
+    for (layer, fmt), one in zip(found, made, strict=True):
+        if one != made[0]:
+            raise PartsError(
+                f"{layer.place}: is {fmt}, and layer {found[0][0].layer!r} is {found[0][1]}, but {program} has one "
+                "description for all layers; convert the 16-bit model with one format for all, or choose a dialect "
+                "that describes each layer, such as compressed_tensors"
+            )
+    return made[0] if made else None
+
+
+def _sizes(layer: StoredLayer, fmt: WNA16) -> set[int]:
+    """The group sizes that say the same of a layer."""
+    whole = {0, layer.shape[1]}
+    return whole if fmt.group_size in whole and not fmt.act_order else {fmt.group_size}
 
 
 def _is_matrix(key: str, spec: TensorSpec) -> bool:

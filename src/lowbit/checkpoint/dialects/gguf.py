@@ -8,11 +8,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from lowbit.checkpoint.dialects.base import (
     Container,
@@ -20,31 +17,27 @@ from lowbit.checkpoint.dialects.base import (
     Problem,
     Read,
     StoredLayer,
-    TensorSpec,
     join_key,
     layer_of,
     name_place,
     register_dialect,
 )
+from lowbit.checkpoint.dialects.read_only import ReadOnly
 from lowbit.checkpoint.gguf_file import TYPES
 from lowbit.checkpoint.gguf_header import PLAIN_TYPES
-from lowbit.errors import CheckpointError, LowbitError, PartsError
+from lowbit.errors import CheckpointError, LowbitError
 from lowbit.formats import Format, Parts, from_config
 from lowbit.numerics.gguf_blocks import READABLE, block_type
 
 _WRITER = "GGUF files are written whole, by lowbit.checkpoint.export_gguf; choose another dialect"
 
 
-class Gguf:
+class Gguf(ReadOnly):
     """Reads the convention of this module's docstring; see `Dialect` for the contracts."""
 
     name = "gguf"
     summary = "GGUF files of llama.cpp and ComfyUI-GGUF: blocks with their scales inside, a type a tensor"
-    writes = False
-    needs_folder = False
     owned_metadata: tuple[str, ...] = (TYPES, "gguf.version")
-    owned_configs: Mapping[str, tuple[str, ...]] = {}
-    methods: tuple[str, ...] = ()
 
     def detect(self, held: Container) -> bool:
         """Whether the header was that of a GGUF file."""
@@ -82,24 +75,6 @@ class Gguf:
     def refuses(self, stored: StoredLayer) -> str | None:
         """Nothing is written here."""
         return _WRITER
-
-    def stored_specs(self, stored: StoredLayer) -> dict[str, TensorSpec]:
-        """Raises `PartsError`."""
-        raise PartsError(f"{stored.place}: {_WRITER}")
-
-    def store_parts(self, stored: StoredLayer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Raises `PartsError`."""
-        raise PartsError(f"{stored.place}: {_WRITER}")
-
-    def header_metadata(self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]) -> dict[str, str]:
-        """Nothing."""
-        return {}
-
-    def config_fields(
-        self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]
-    ) -> dict[str, dict[str, Any]]:
-        """Nothing."""
-        return {}
 
 
 GGUF = Gguf()

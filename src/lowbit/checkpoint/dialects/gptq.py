@@ -36,8 +36,10 @@ from lowbit.checkpoint.dialects.described import (
     LayerTensors,
     collect,
     logical_dtype,
+    one_integer_format,
     plain_layers,
     quantization_config,
+    stored_tensors,
     tensors_by_layer,
 )
 from lowbit.errors import CheckpointError, FormatError, PartsError
@@ -98,14 +100,7 @@ class Gptq:
     def load_parts(self, layer: StoredLayer, read: Read) -> Parts:
         """See `Dialect.load_parts`."""
         config, (n, k) = layer.format.config(), layer.shape
-        bits, specs = config["bits"], _specs(layer)
-        stored = {role: read(key) for role, key in layer.keys.items()}
-        for role, tensor in stored.items():
-            if TensorSpec.of(tensor) != specs[role]:
-                raise PartsError(
-                    f"{layer.place}: {layer.keys[role]!r} is {TensorSpec.of(tensor)}, expected {specs[role]} for "
-                    f"{layer.format} {list(layer.shape)}; download the model again"
-                )
+        bits, stored = config["bits"], stored_tensors(layer, _specs(layer), read)
         parts = {
             "qdata": _bytes(stored["qdata"].t()),
             "scale": stored["scale"].t().contiguous(),
@@ -186,13 +181,10 @@ class Gptq:
         self, layers: Iterable[StoredLayer], plain: Mapping[str, TensorSpec]
     ) -> dict[str, dict[str, Any]]:
         """Both files. One description holds for all layers but those that `dynamic` takes out."""
-        described = {(layer.format, _version(layer)) for layer in layers}
-        if not described:
+        layers = list(layers)
+        fmt = one_integer_format(layers, "GPTQ")
+        if fmt is None:
             return {}
-        if len(described) > 1:
-            names = ", ".join(sorted({str(fmt) for fmt, _ in described}))
-            raise PartsError(f"GPTQ describes all layers at once, and these differ ({names}); give all the same format")
-        fmt, version = described.pop()
         config = fmt.config()
         out = [name for name in plain_layers(plain) if not name.endswith(("lm_head", "embed_tokens"))]
         facts: dict[str, Any] = {
@@ -201,7 +193,7 @@ class Gptq:
             "desc_act": config["act_order"],
             "sym": not config["zero_point"],
             "lm_head": False,
-            "checkpoint_format": "gptq_v2" if version == 2 else "gptq",
+            "checkpoint_format": "gptq_v2" if _version(layers[0]) == 2 else "gptq",
         }
         if out:
             facts["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in out}
