@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import weakref
+
 import pytest
 import torch
 
-from lowbit.calibration import Collected, StatisticsFile
+import lowbit
+from lowbit.calibration import Collected, StatisticsFile, stored
 from lowbit.calibration.collection import Contents, InputFacts, LayerInput
 from lowbit.calibration.packed_moment import pack_moment, packed_size, unpack_moment
 from lowbit.errors import StatisticsError
 from lowbit.solvers import Statistics
+from tests.calibration.models import Chain, batches
 from tests.support.other_device import DEVICE, needs_stand_in
 
 HALF_A_STEP = 0.5 / 32767
@@ -125,6 +131,37 @@ def test_memory_and_file_give_the_same_bits(tmp_path):
         for name in ("hessian", "held_out"):
             assert torch.equal(getattr(file["a"], name), getattr(collected["a"], name))
     assert (tmp_path / "s.safetensors").stat().st_size < 0.5 * 2 * 4 * 96**2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda found: pickle.loads(pickle.dumps(found))])
+def test_statistics_in_memory_can_be_copied_and_pickled(copied):
+    """Also once a layer was asked for; what is asked for next is the same."""
+    contents = Contents("m", {"a": LayerInput("0", (4, 2))}, {"0": FACTS})
+    collected = Collected(contents, {"0": Statistics(hessian=moment_of(2), tokens=5)})
+    before = collected["a"].hessian
+
+    found = copied(collected)
+
+    assert found.contents == contents
+    assert torch.equal(found["a"].hessian, before)
+
+
+def test_taken_moments_are_packed_one_after_the_other(monkeypatch):
+    """Whole and packed ones of all layers at once would take a quarter more than what calibration needs."""
+    alive, own = [], stored.pack_moment
+    most = 0
+
+    def counted(moment, where):
+        nonlocal most
+        alive.append(weakref.ref(moment))
+        most = max(most, sum(one() is not None for one in alive))
+        return own(moment, where)
+
+    monkeypatch.setattr(stored, "pack_moment", counted)
+    lowbit.calibrate(Chain((24, 16, 20, 12, 8)), batches(), gradients=True)
+
+    assert len(alive) == 16
+    assert most <= 4  # both halves of an input or output, and of the one before
 
 
 @needs_stand_in
