@@ -118,6 +118,25 @@ def test_the_layer_is_named():
         Collected(contents, {"0": Statistics(hessian=torch.tensor([[1.0, 9.0], [9.0, 1.0]]), tokens=5)})
 
 
+def test_layers_are_gone_through_once_to_name_them():
+    """A model with many experts has as many inputs: to look among all layers for each took seconds."""
+
+    class Layers(dict):
+        times = 0
+
+        def items(self):
+            self.times += 1
+            return super().items()
+
+    layers = Layers({name: LayerInput(str(i // 2), (3, 2), f"g{i}") for i, name in enumerate("abcd")})
+    contents = Contents("m", layers, {"0": FACTS, "1": FACTS})
+
+    found = [contents.first_with(key) for key in ("0", "1", "g1", "g3", "other")]
+
+    assert found == ["a", "c", "b", "d", "other"]
+    assert layers.times == 1
+
+
 FACTS = InputFacts(2, 5, 0, "full")
 
 
