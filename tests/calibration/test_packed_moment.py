@@ -98,6 +98,7 @@ def test_what_is_not_finite_stays_so(bad, place):
     assert not bool(found.isfinite().all())
     kept = [channel for channel in range(100) if channel not in place]
     assert bool(found[kept][:, kept].isfinite().all())
+    torch.testing.assert_close(again(found), found, rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_is_no_second_moment_is_refused():
