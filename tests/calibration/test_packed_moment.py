@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import weakref
+
 import pytest
 import torch
 
-from lowbit.calibration import Collected, StatisticsFile
+import lowbit
+from lowbit.calibration import Collected, StatisticsFile, stored
 from lowbit.calibration.collection import Contents, InputFacts, LayerInput
 from lowbit.calibration.packed_moment import pack_moment, packed_size, unpack_moment
 from lowbit.errors import StatisticsError
 from lowbit.solvers import Statistics
+from tests.calibration.models import Chain, batches
 from tests.support.other_device import DEVICE, needs_stand_in
 
 HALF_A_STEP = 0.5 / 32767
@@ -92,6 +98,7 @@ def test_what_is_not_finite_stays_so(bad, place):
     assert not bool(found.isfinite().all())
     kept = [channel for channel in range(100) if channel not in place]
     assert bool(found[kept][:, kept].isfinite().all())
+    torch.testing.assert_close(again(found), found, rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_is_no_second_moment_is_refused():
@@ -112,6 +119,25 @@ def test_the_layer_is_named():
         Collected(contents, {"0": Statistics(hessian=torch.tensor([[1.0, 9.0], [9.0, 1.0]]), tokens=5)})
 
 
+def test_layers_are_gone_through_once_to_name_them():
+    """A model with many experts has as many inputs: to look among all layers for each took seconds."""
+
+    class Layers(dict):
+        times = 0
+
+        def items(self):
+            self.times += 1
+            return super().items()
+
+    layers = Layers({name: LayerInput(str(i // 2), (3, 2), f"g{i}") for i, name in enumerate("abcd")})
+    contents = Contents("m", layers, {"0": FACTS, "1": FACTS})
+
+    found = [contents.first_with(key) for key in ("0", "1", "g1", "g3", "other")]
+
+    assert found == ["a", "c", "b", "d", "other"]
+    assert layers.times == 1
+
+
 FACTS = InputFacts(2, 5, 0, "full")
 
 
@@ -125,6 +151,37 @@ def test_memory_and_file_give_the_same_bits(tmp_path):
         for name in ("hessian", "held_out"):
             assert torch.equal(getattr(file["a"], name), getattr(collected["a"], name))
     assert (tmp_path / "s.safetensors").stat().st_size < 0.5 * 2 * 4 * 96**2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda found: pickle.loads(pickle.dumps(found))])
+def test_statistics_in_memory_can_be_copied_and_pickled(copied):
+    """Also once a layer was asked for; what is asked for next is the same."""
+    contents = Contents("m", {"a": LayerInput("0", (4, 2))}, {"0": FACTS})
+    collected = Collected(contents, {"0": Statistics(hessian=moment_of(2), tokens=5)})
+    before = collected["a"].hessian
+
+    found = copied(collected)
+
+    assert found.contents == contents
+    assert torch.equal(found["a"].hessian, before)
+
+
+def test_taken_moments_are_packed_one_after_the_other(monkeypatch):
+    """Whole and packed ones of all layers at once would take a quarter more than what calibration needs."""
+    alive, own = [], stored.pack_moment
+    most = 0
+
+    def counted(moment, where):
+        nonlocal most
+        alive.append(weakref.ref(moment))
+        most = max(most, sum(one() is not None for one in alive))
+        return own(moment, where)
+
+    monkeypatch.setattr(stored, "pack_moment", counted)
+    lowbit.calibrate(Chain((24, 16, 20, 12, 8)), batches(), gradients=True)
+
+    assert len(alive) == 16
+    assert most <= 4  # both halves of an input or output, and of the one before
 
 
 @needs_stand_in

@@ -106,6 +106,27 @@ def test_other_files_are_refused(tmp_path):
         StatisticsFile(tmp_path / "no.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        (["hessian.correlations"], r"0\.hessian\.correlations is absent, expected int16 \[576\]"),
+        (["hessian"], r"0\.hessian is absent, expected float32 \[24\]"),
+        (["held_out", "held_out.correlations"], r"0\.held_out is absent, expected float32 \[24\]"),
+    ],
+)
+def test_a_file_without_a_moment_that_its_directory_tells_of_is_refused(path, tmp_path, gone, said):
+    """Such layers would pass for ones with full second moments, and have none."""
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
+    for field in gone:
+        del tensors[f"0.{field}"]
+    save_file(tensors, tmp_path / "broken.safetensors", facts)
+
+    with pytest.raises(StatisticsError, match=rf"broken\.safetensors: {said}; calibrate again"):
+        StatisticsFile(tmp_path / "broken.safetensors")
+
+
 # ---- merging --------------------------------------------------------------------------------------------------------
 
 

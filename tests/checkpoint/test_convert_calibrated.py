@@ -102,15 +102,21 @@ def test_the_report_says_what_was_run_and_gained(source, tmp_path):
     assert {"solver", "note", "error", "rtn_error", "unseen_error"} <= entry.keys()
 
 
-def test_gradients_have_room(source, tmp_path, monkeypatch):
-    """A layer whose gradients are known counts as what they take more, so that no more are solved at a time."""
-    counted = []
+@pytest.fixture
+def counted(monkeypatch):
+    """Of every conversion from now on, which ends before it begins: the memory of its pieces by their names."""
+    found = []
 
     def look(_, __, pieces, *more, **options):
-        counted.append({piece.name: piece.memory for piece in pieces})
+        found.append({piece.name: piece.memory for piece in pieces})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules[convert.__module__], "rewrite", look)
+    return found
+
+
+def test_gradients_have_room(source, tmp_path, counted):
+    """A layer whose gradients are known counts as what they take more, so that no more are solved at a time."""
     for outputs in (None, torch.eye(96)):
         statistics = InMemory({**known(), "up": replace(known()["up"], output_hessian=outputs)})
         with pytest.raises(KeyboardInterrupt):
@@ -119,6 +125,20 @@ def test_gradients_have_room(source, tmp_path, monkeypatch):
     without, given = counted
     assert given["up.weight"] - without["up.weight"] == 4 * (6 * 96 * 96 + 4 * 96 * 64)
     assert given["down.weight"] == without["down.weight"]
+
+
+def test_second_moments_have_room_whatever_the_solver(source, tmp_path, counted):
+    """Those that nothing is refined with are read too: results are judged on them. Vectors are nothing to count."""
+    diagonal = {name: one.of_channels for name, one in known().items()}
+    for by_layer in (known(), diagonal):
+        statistics = InMemory(by_layer)
+        plan = planned(source, "int8", statistics, solver="scale_search")
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "out.safetensors", plan, statistics=statistics)
+
+    full, vectors = counted
+    assert full["down.weight"] - vectors["down.weight"] >= 4 * 6 * 96 * 96
+    assert full["unknown.weight"] == vectors["unknown.weight"]
 
 
 def test_a_layer_that_lost_says_so(source, tmp_path):

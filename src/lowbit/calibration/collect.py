@@ -26,6 +26,7 @@ from .options import AUTO, Options, as_bytes
 from .progress_file import ProgressFile, fingerprint, memory_of
 from .room import room_on
 from .statistics_file import StatisticsFile
+from .stored import fields_of
 from .target_file import TargetFile
 
 _log = logging.getLogger("lowbit")
@@ -182,8 +183,12 @@ class Run:
             )
         outputs = self.take_gradients()
         keys = self.keys()
-        inputs = {keys[name]: made.finish() for name, made in self.observer.finished()}
-        return Collected(self.contents(), inputs, outputs)
+        found = Collected(self.contents(), {})
+        for name, made in self.observer.finished():  # one by one: each leaves its memory
+            found.add(keys[name], fields_of(made.finish()))
+        while outputs:
+            found.add(*outputs.popitem())
+        return found
 
     def to_file(self, path: str | Path, *, resume: bool) -> StatisticsFile:
         """Take as many inputs in a pass as memory has room for, write them, and go on with the rest."""

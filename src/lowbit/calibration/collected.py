@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -30,9 +31,20 @@ class Collected(StoredStatistics):
         self.contents = contents
         self._tensors: dict[str, Tensor] = {}
         for key, statistics in inputs.items():
-            self._tensors |= packed_fields(key, fields_of(statistics), contents.first_with(key))
+            self.add(key, fields_of(statistics))
         for key, fields in (outputs or {}).items():
-            self._tensors |= packed_fields(key, fields, contents.first_with(key))
+            self.add(key, fields)
+
+    def add(self, key: str, fields: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of an input or output by field: one after the other takes no memory beside what is there."""
+        self._tensors |= packed_fields(key, fields, self.contents.first_with(key))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"contents": self.contents, "_tensors": self._tensors}  # no lock, which cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__init__()
+        self.__dict__ |= state
 
     def stored(self, name: str) -> Tensor:
         """The tensor of a name."""

@@ -7,6 +7,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -92,7 +93,16 @@ class Contents:
 
     def first_with(self, key: str) -> str:
         """The first layer that has this input or output, for messages."""
-        return next((name for name, layer in self.layers.items() if key in (layer.input, layer.output)), key)
+        return self._first.get(key, key)
+
+    @cached_property
+    def _first(self) -> dict[str, str]:
+        """The first layer by input and output: models with many experts have tens of thousands of them."""
+        found: dict[str, str] = {}
+        for name, layer in self.layers.items():
+            found.setdefault(layer.input, name)
+            found.setdefault(layer.output, name)
+        return found
 
 
 class StatisticsCollection(Mapping[str, Statistics]):

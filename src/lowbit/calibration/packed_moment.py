@@ -34,6 +34,8 @@ def pack_moment(moment: Tensor, where: str) -> tuple[Tensor, Tensor]:
     `StatisticsError`, naming `where`, for a matrix that cannot be one of second moments.
     """
     diagonal = moment.diagonal().clone()
+    lost = ~diagonal.isfinite()  # channels that say so already: what others have of them says nothing of the others
+    diagonal.masked_fill_(lost, torch.nan)
     inverse = torch.where(diagonal >= _LEAST, diagonal.rsqrt(), 0.0)
     columns = inverse * _TOP
     packed = torch.empty(packed_size(len(moment)), dtype=torch.int16, device=moment.device)
@@ -44,7 +46,7 @@ def pack_moment(moment: Tensor, where: str) -> tuple[Tensor, Tensor]:
         least, most = x.aminmax()
         largest = torch.maximum(most, -least)
         if not largest <= _TOP:  # NaN too
-            finite = moment[start:stop, start:].isfinite().all(1)
+            finite = (moment[start:stop, start:].isfinite() | lost[start:]).all(1)
             diagonal[start:stop].masked_fill_(~finite, torch.nan)
             x.nan_to_num_(0.0).clamp_(-_TOP, _TOP)
             if bool(finite.all()) and float(largest) > _SLACK * _TOP:

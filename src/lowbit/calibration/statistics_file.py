@@ -21,7 +21,7 @@ from lowbit.errors import StatisticsError
 from lowbit.numerics.weight_marks import check_mark
 
 from .accumulate import ROWS_KEPT
-from .collection import Contents, Field, InputFacts, LayerInput, StatisticsCollection
+from .collection import INPUT_MOMENTS, Contents, Field, InputFacts, LayerInput, StatisticsCollection
 from .stored import (
     CORRELATIONS,
     Entry,
@@ -139,14 +139,16 @@ def _parse(file: SafetensorsFile) -> Contents:
 
 
 def _check_input(file: SafetensorsFile, key: str, facts: InputFacts) -> None:
-    """Raise `StatisticsError` unless each field of an input that is there is stored as it should be."""
+    """Raise `StatisticsError` unless the moments of tokens are there, and each field that is there as it should be."""
+    needed = expected_fields(facts).keys() & set(INPUT_MOMENTS)
     for field, (dtype, shape) in expected_fields(replace(facts, tokens=ROWS_KEPT, held_out_tokens=1)).items():
-        first = file.tensors.get(f"{key}.{field}")
-        if first is None:
+        first = f"{key}.{field}"
+        there = file.tensors.get(first)
+        if there is None and field not in needed:
             continue
-        size = (*first.shape[:1], facts.k) if field == "samples" else shape
+        size = (*there.shape[:1], facts.k) if there is not None and field == "samples" else shape
         wanted = {name: (dtype, shape) for name, dtype, shape in packed_entries(key, {field: (dtype, size)})}
-        for name in (first.name, f"{first.name}{CORRELATIONS}"):
+        for name in (first, f"{first}{CORRELATIONS}"):
             info = file.tensors.get(name)
             found = None if info is None else (info.dtype, info.shape)
             if found != wanted.get(name):

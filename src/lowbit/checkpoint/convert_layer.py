@@ -20,7 +20,7 @@ from lowbit.solvers import DRAFT_ELEMENTS, Solution, Statistics, solve
 from .accuracy import AccuracyMeter
 from .dialects import Dialect, StoredLayer, TensorSpec
 from .dialects.base import Read, join_key, name_place
-from .layer_statistics import LayerStatistics
+from .layer_statistics import LayerStatistics, knowledge
 from .quantized_source import QuantizedComponent
 from .respell import described
 from .rewrite import Made
@@ -71,7 +71,8 @@ class LayerWork:
         self.bytes_after = sum(spec.nbytes for spec in self.specs.values())
         self.own_memory = (plan.spec.nbytes + 3 * self.bytes_after) // plan.weight.count
         self.solving_memory = _WORKSPACE
-        if plan.pipeline.steps:  # H of both halves and of one basis, its factor; the pieces of a draft
+        if plan.pipeline.steps or knowledge(statistics, self.known_as) == "full":
+            # H of both halves and of one basis, its factor, which some starts and all steps make; the pieces of a draft
             self.solving_memory += 4 * (6 * self.shape[1] ** 2 + 5 * min(self.shape[0] * self.shape[1], DRAFT_ELEMENTS))
         if statistics is not None and statistics.has_gradients(self.known_as):
             n, k = self.shape  # G of both halves and together, shrunk, in order, its factor; errors, and judging them

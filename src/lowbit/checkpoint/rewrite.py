@@ -77,7 +77,10 @@ class Copy:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run is done; nothing here changes a byte of the result."""
+    """How a run is done; nothing here changes a byte of the result.
+
+    But `memory`, where it has room for fewer pieces than there are workers: sums in several threads may end otherwise.
+    """
 
     jobs: int | None = None
     resume: bool = True
