@@ -31,6 +31,7 @@ from lowbit.checkpoint.dialects.described import (
     collect,
     logical_dtype,
     matches,
+    means_zeros,
     plain_layers,
     quantization_config,
     tensors_by_layer,
@@ -85,7 +86,7 @@ class CompressedTensors:
             if strange := sorted(tensors.keys.keys() - storage.roles.keys() - {static, "weight"}):
                 raise tensors.error(f"has {strange[0]}, which {scheme.name} does not know")
             if "global_scale" in keys:
-                _check_divisor(tensors, float(read(keys["global_scale"]).reshape(-1)[0]))
+                _check_divisor(tensors, keys, read)
             shape = storage.shape_of(tensors, scheme, read)
             return StoredLayer(
                 layer=tensors.layer,
@@ -250,11 +251,12 @@ def _scheme_for(tensors: LayerTensors, groups: Sequence[tuple[list[str], Scheme]
     )
 
 
-def _check_divisor(tensors: LayerTensors, value: float) -> None:
+def _check_divisor(tensors: LayerTensors, keys: Mapping[str, str], read: Read) -> None:
     """Raise `CheckpointError` for a global scale that cannot be what this convention stores: 2688 / amax."""
+    value = float(read(keys["global_scale"]).reshape(-1)[0])
     if not math.isfinite(value) or value <= 0:
         raise tensors.error(f"its weight_global_scale is {value}; it was never set. Download the model again")
-    if value <= 1:
+    if value <= 1 and not means_zeros(keys, read):
         raise tensors.error(
             f"its weight_global_scale is {value}: as a divisor, weights would reach {2688 / value:.3g}; as a factor "
             f"(what ModelOpt and ComfyUI store) {2688 * value:.3g}. It mixes two conventions: convert the original"
