@@ -319,7 +319,7 @@ def test_what_cannot_be_done_is_said(path, tmp_path, monkeypatch):
         export(path, tmp_path / "out.gguf", "IQ4_XS")
     with pytest.raises(WriteError, match="is a folder"):
         export(path, tmp_path)
-    with pytest.raises(WriteError, match="is the input itself"):
+    with pytest.raises(WriteError, match=r"is the input .* itself"):
         export(path, path)
     with pytest.raises(CheckpointError, match="metadata 'x' is None"):
         export(path, tmp_path / "out.gguf", metadata={"x": None})

@@ -8,7 +8,6 @@ warning says what is missing.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.errors import CheckpointError, DependencyError, PlanError, WriteError
+from lowbit.errors import CheckpointError, DependencyError, PlanError
 from lowbit.formats import Format, Parts, parse_spec
 from lowbit.formats.gguf_block import GgufBlock
 from lowbit.formats.gguf_recast import block_format, put_together
@@ -39,7 +38,7 @@ from .plan_data import Plan, TensorPlan
 from .presets import BoundPreset
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
-from .target import check_file_target
+from .target import check_file_target, refuse_inputs
 from .weight_shape import weight_shape
 
 KEEP = "keep"
@@ -104,7 +103,7 @@ def export_gguf(
         raise DependencyError("writing GGUF files needs the package gguf: pip install gguf")
     check_file_target(target, "model.gguf")
     target = Path(target)
-    _refuse_input(source, target)
+    refuse_inputs([target], [*(file.path for file in source.files.values()), *source.extra_files])
     if isinstance(types, str) and types not in TYPES:
         raise CheckpointError(f"{types!r} is no GGUF type that is made here; those are {', '.join(TYPES)}")
     chosen = _only_component(source, component)
@@ -365,8 +364,3 @@ def _only_component(source: Source, name: str | None) -> str:
         names = ", ".join(repr(component.name) for component in source.components)
         raise CheckpointError(f"{source.place}: holds several models, a GGUF file holds one; name one of {names}")
     return source.components[0].name
-
-
-def _refuse_input(source: Source, target: Path) -> None:
-    if any(os.path.realpath(target) == os.path.realpath(file.path) for file in source.files.values()):
-        raise WriteError(f"{target}: is the input itself; choose another output, so that the input stays as it is")
