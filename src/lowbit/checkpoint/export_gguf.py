@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.errors import CheckpointError, DependencyError, PlanError
+from lowbit.errors import CheckpointError, DependencyError, PlanError, WriteError
 from lowbit.formats import Format, Parts, parse_spec
 from lowbit.formats.gguf_block import GgufBlock
 from lowbit.formats.gguf_recast import block_format, put_together
@@ -104,6 +104,11 @@ def export_gguf(
     check_file_target(target, "model.gguf")
     target = Path(target)
     refuse_inputs([target], [*(file.path for file in source.files.values()), *source.extra_files])
+    if target.suffix.lower() != ".gguf":
+        raise WriteError(
+            f"{target}: would be GGUF under another name, by which it could not be read again; name it "
+            f"{target.stem}.gguf"
+        )
     if isinstance(types, str) and types not in TYPES:
         raise CheckpointError(f"{types!r} is no GGUF type that is made here; those are {', '.join(TYPES)}")
     chosen = _only_component(source, component)
