@@ -219,6 +219,13 @@ def _groups(config: Mapping[str, Any], where: str) -> list[tuple[list[str], Sche
                 f"{where}: {name} of config_groups{preset} does not say how weights are stored; load the model with "
                 "llm-compressor and save it again"
             )
+        for size, least in (("num_bits", 1), ("group_size", -1)):
+            given = group["weights"].get(size)
+            if given is not None and not (type(given) is int and given >= least):
+                raise CheckpointError(
+                    f"{where}: {name} of config_groups says {size} {given!r}, expected a whole number; correct "
+                    "config.json"
+                )
         own = group.get("format") or overall
         if own == "mixed-precision":
             raise CheckpointError(
@@ -253,7 +260,7 @@ def _scheme_for(tensors: LayerTensors, groups: Sequence[tuple[list[str], Scheme]
 
 def _check_divisor(tensors: LayerTensors, keys: Mapping[str, str], read: Read) -> None:
     """Raise `CheckpointError` for a global scale that cannot be what this convention stores: 2688 / amax."""
-    value = float(read(keys["global_scale"]).reshape(-1)[0])
+    value = float(next(iter(read(keys["global_scale"]).flatten()), math.nan))
     if not math.isfinite(value) or value <= 0:
         raise tensors.error(f"its weight_global_scale is {value}; it was never set. Download the model again")
     if value <= 1 and not means_zeros(keys, read):

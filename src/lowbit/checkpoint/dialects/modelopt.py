@@ -165,8 +165,7 @@ def format_of(tensors: LayerTensors) -> Format:
     tensors.need("weight", "weight_scale")
     weight = tensors.specs["weight"]
     extra: dict[str, Any] = {name: True for name in ("input_scale", "pre_quant_scale") if name in tensors.keys}
-    if len(weight.shape) != 2:
-        raise tensors.error(f"its weight is {weight}, expected a matrix; only linear layers are read")
+    tensors.matrix("weight")
     if weight.dtype == torch.uint8:
         tensors.need("weight_scale_2")
         return from_config({"format": "nvfp4", **extra}, tensors.place)
@@ -194,7 +193,7 @@ def stored_layer(tensors: LayerTensors, fmt: Format, dtype: torch.dtype, read: R
 
 def _check_multiplier(tensors: LayerTensors, keys: Mapping[str, str], read: Read) -> None:
     """Raise `CheckpointError` for a global scale that cannot be what this convention stores: amax / 2688."""
-    value = float(read(keys["global_scale"]).reshape(-1)[0])
+    value = float(next(iter(read(keys["global_scale"]).flatten()), math.nan))
     if not math.isfinite(value) or value <= 0:
         raise tensors.error(f"its weight_scale_2 is {value}; it was never set. Download the model again")
     if value >= 1 and not means_zeros(keys, read):
