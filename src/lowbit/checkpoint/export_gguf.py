@@ -214,7 +214,8 @@ class _Export:
             kind = "F32" if spec.dtype.is_floating_point else PLAIN[spec.dtype]
             return Entry(self._naming.of(key), kind, spec.shape, partial(self._bytes_of, key, kind))
         kind = PLAIN[spec.dtype]
-        if isinstance(self._types, str) and spec.dtype.is_floating_point and layer_of(key) is not None:
+        weight = spec.dtype.is_floating_point and layer_of(key) is not None and spec.shape[-1] > 0
+        if isinstance(self._types, str) and weight:
             kind = kind if self._is_kept(key) else self._chosen(key, spec.shape, kind)
         if kind in WRITABLE:
             return self._solved(key, spec.shape, _format(kind), AUTO, read)
@@ -299,7 +300,7 @@ class _Export:
         layer = layer_of(key) or key
 
         def make() -> Tensor:
-            w = read().reshape(-1, shape[-1])
+            w = read().reshape(math.prod(shape[:-1]), shape[-1])  # -1 has no meaning where there are no columns
             where = f"{self._held.where}: layer {layer!r}"
             known = None if self._statistics is None else self._statistics.get(self._held.full_name(layer))
             qdata = solve(w, fmt, solver or "rtn", known, where=where).parts["qdata"]
