@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from lowbit.checkpoint.accuracy import Accuracy, AccuracyMeter
+from lowbit.formats import parse_spec
+from lowbit.ops.encode import row_errors
 from tests.support import gaussian, sqnr
 
 
@@ -50,6 +52,33 @@ def test_edges(rows, approx, expected):
     result = measured(torch.tensor(rows), torch.tensor(approx))
 
     assert (result.sqnr, result.cosine, result.max_row_error) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-21, 1e21, 1e30])
+def test_squares_that_float32_cannot_hold_are_counted(size):
+    """Weights so small or large that their squares are 0 or infinite in float32 are measured as all others are."""
+    w = gaussian(9, 70) * size
+    a = w + 0.01 * w.roll(1, dims=1)
+    w[5] = a[5] = 0
+    result = measured(w, a)
+
+    assert result.sqnr == pytest.approx(sqnr(w.double(), a.double()), abs=1e-3)
+    assert result.max_row_error == pytest.approx(
+        float(((w - a).double().norm(dim=1) / w.double().norm(dim=1)).nan_to_num(0).max()), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("spec", ["fp8_e4m3", "int8(granularity=block)", "mxfp8", "nvfp4", "svdquant_w4a4", "wna16"])
+@pytest.mark.parametrize("size", [1e-40, 1e30])
+def test_what_became_of_a_tiny_or_huge_weight(spec, size):
+    """A layer of which nothing is left is not called perfect, nor one that came out well a ruin."""
+    w, fmt = gaussian(130, 256) * size, parse_spec(spec)
+    parts = fmt.quantize(w)
+    meter = AccuracyMeter()
+    meter.add_sums(row_errors(fmt, parts, w))
+    left = fmt.dequantize(parts, w.shape, torch.float32)
+
+    assert meter.result().sqnr == pytest.approx(sqnr(w.double(), left.double()), abs=0.01)
 
 
 def test_nan_is_not_hidden():

@@ -55,6 +55,7 @@ def test_an_edited_plan_is_what_runs(source, tmp_path):
         ("blocks.0.up.weight", {"solver": "luck"}, "unknown solver 'luck'"),
         ("blocks.0.up.weight", {"formt": "int8"}, "has no field 'formt'"),
         ("blocks.0.up.weight", {"shape": "192x128"}, "shape is '192x128'"),
+        ("blocks.0.up.weight", {"shape": [2**40, 2**40]}, "shape is .*, expected a list of sizes"),
         ("blocks.0.up.weight", {"dtype": "bf16"}, "dtype 'bf16' is unknown"),
         ("blocks.0.up.weight", {"why": 3}, "why is 3, expected text"),
         ("blocks.0.up.weight", {"format": "int8(pre_quant_scale=true)"}, "start with awq, as in awq"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowbit import calibrate
 from lowbit.checkpoint import writer
 
 
@@ -318,3 +319,61 @@ def test_a_file_that_may_not_be_read_ends_with_3(lowbit, model, tmp_path, monkey
 
     assert_one_line(done, 2 if option == ["plan"] else 3, "locked.safetensors", "Permission denied")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["locked.safetensors", "model.safetensors"]
+
+
+def other_inputs(lowbit, model, tmp_path):
+    """By name: a file that is read beside a checkpoint, and the command that reads it up to the output's name."""
+    plan, sums, style = (tmp_path / name for name in ("plan.txt", "sums.safetensors", "style.safetensors"))
+    for fmt, path in (("int8", plan), ("gguf(type=Q8_0)", tmp_path / "gguf.json")):
+        assert lowbit("plan", model, "--format", fmt, "-o", path).code == 0
+    save_file({"blocks.0.attn.q.lora_A.weight": torch.ones(2, 64), "blocks.0.attn.q.lora_B.weight": torch.ones(64, 2)},
+              style)  # fmt: skip
+    layer = torch.nn.Linear(64, 64)
+    batch = torch.randn(64, 64)
+    calibrate(layer, [batch], path=sums, names={"": "blocks.0.attn.q"}).close()
+    return {
+        "plan": (plan, "convert", model, "--plan", plan),
+        "statistics": (sums, "convert", model, "--format", "int8", "--stats", sums),
+        "plan of an export": (tmp_path / "gguf.json", "export", model, "--plan", tmp_path / "gguf.json"),
+        "statistics of an export": (sums, "export", model, "--stats", sums),
+        "adapter": (style, "lora", "bake", model, style),
+    }
+
+
+@pytest.mark.parametrize("name", ["plan", "statistics", "plan of an export", "statistics of an export", "adapter"])
+def test_an_output_that_is_another_input_ends_with_4(lowbit, model, tmp_path, name):
+    """Statistics that took hours, a plan edited by hand and an adapter are not replaced by what is made with them."""
+    path, *command = other_inputs(lowbit, model, tmp_path)[name]
+    before = path.read_bytes()
+
+    assert_one_line(lowbit(*command, "-o", path), 4, f"{path}: is the input {path} itself")
+    assert path.read_bytes() == before
+
+
+def test_an_export_leaves_the_files_beside_the_weights(lowbit, model, tmp_path):
+    """The config of the folder that is read is an input too."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    model.rename(folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+
+    assert_one_line(lowbit("export", folder, "-o", folder / "config.json"), 4, "config.json: is the input")
+    assert (folder / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "x.GGUF", "x.json", "x.safetensors.index.json", "x.pt"])
+def test_safetensors_are_not_written_under_names_that_read_as_something_else(lowbit, model, tmp_path, name):
+    """The suffix decides how a file is opened: what was written could not be read again."""
+    done = lowbit("convert", model, "-o", tmp_path / name, "--format", "int8")
+
+    assert_one_line(done, 4, f"{name}: would be safetensors under the name of")
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.json", "x"])
+def test_gguf_is_not_written_under_other_names(lowbit, model, tmp_path, name):
+    """The same of `export`."""
+    done = lowbit("export", model, "-o", tmp_path / name)
+
+    assert_one_line(done, 4, f"{name}: would be GGUF under another name", "name it x.gguf")
+    assert not (tmp_path / name).exists()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.numerics.row_energies import beyond_float32, exact_row_energies, row_energies
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -35,7 +37,10 @@ class Accuracy:
 
 
 class AccuracyMeter:
-    """Adds up rows of a weight and of what became of it. Sums within a row are float32, over rows float64."""
+    """Adds up rows of a weight and of what became of it.
+
+    Sums within a row are float32, or float64 where its values need that; over rows they are float64.
+    """
 
     def __init__(self) -> None:
         self._signal = self._noise = self._approx = 0.0
@@ -43,12 +48,14 @@ class AccuracyMeter:
 
     def add(self, rows: Tensor, approx: Tensor) -> None:
         """Add some rows: the true ones and the approximate ones, both float32 [n, K]. `approx` is overwritten."""
-        approx_energy = _energy(approx)
-        noise = _energy(approx.sub_(rows))
-        self.add_sums(torch.stack([_energy(rows), noise, approx_energy]))
+        sums = row_energies(rows, approx)
+        if bool((lost := beyond_float32(sums, rows)).any()):
+            sums = sums.double()
+            sums[:, lost] = exact_row_energies(rows[lost], approx[lost] + rows[lost])  # approx is the difference now
+        self.add_sums(sums)
 
     def add_sums(self, sums: Tensor) -> None:
-        """Add rows by their sums of squares, float32 [3, n]: of the true ones, of the difference, of the others."""
+        """Add rows by their sums of squares [3, n]: of the true ones, of the difference, of the others."""
         signal, noise, _ = sums
         totals: list[float] = sums.sum(dim=1, dtype=torch.float64).tolist()
         self._signal += totals[0]
@@ -73,8 +80,3 @@ class AccuracyMeter:
         same = 1.0 if self._noise == 0 else 0.0  # where one of the two is zero
         cosine = max(-1.0, min(1.0, dot / lengths)) if lengths else same
         return Accuracy(sqnr, cosine, math.sqrt(self._worst))
-
-
-def _energy(rows: Tensor) -> Tensor:
-    """The sum of squares of each row [n]; the norm is the quickest way there."""
-    return torch.linalg.vector_norm(rows, dim=1).square_()

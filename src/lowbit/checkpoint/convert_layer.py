@@ -54,7 +54,8 @@ class LayerWork:
         self.layer, self.fmt, self.layout = plan.layer, plan.fmt, plan.stored.layout
         self.shape, self.dtype = plan.weight.matrix, value_dtype(plan.spec.dtype)
         self.name = held.full_name(plan.key)
-        self.place = name_place(str(held.component.tensors[plan.key].path), self.layer)
+        self.where = str(held.component.tensors[plan.key].path)
+        self.place = name_place(self.where, self.layer)
         self.seed = None if seed is None else seed + zlib.crc32(self.name.encode())
         self.was = self._stored_before()
         self.specs = dict(outputs)
@@ -150,7 +151,7 @@ class LayerWork:
     def found(self, read: Read) -> StoredLayer:
         """The layer as a loader finds it in what is in the file. Raises `CheckpointError` where that is another one."""
         specs = {key: spec for key, spec in self.specs.items() if key != self.bias_key}
-        alone = described(self.dialect, replace(self.stored, where=self.place), specs)
+        alone = described(self.dialect, replace(self.stored, where=self.where), specs)
         stored = self.dialect.find_layers(alone, read).layers.get(self.layer)
         found = "nothing"
         if stored is not None:

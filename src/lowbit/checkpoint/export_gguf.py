@@ -8,7 +8,6 @@ warning says what is missing.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,7 +38,7 @@ from .plan_data import Plan, TensorPlan
 from .presets import BoundPreset
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
-from .target import check_file_target
+from .target import check_file_target, refuse_inputs
 from .weight_shape import weight_shape
 
 KEEP = "keep"
@@ -104,7 +103,12 @@ def export_gguf(
         raise DependencyError("writing GGUF files needs the package gguf: pip install gguf")
     check_file_target(target, "model.gguf")
     target = Path(target)
-    _refuse_input(source, target)
+    refuse_inputs([target], [*(file.path for file in source.files.values()), *source.extra_files])
+    if target.suffix.lower() != ".gguf":
+        raise WriteError(
+            f"{target}: would be GGUF under another name, by which it could not be read again; name it "
+            f"{target.stem}.gguf"
+        )
     if isinstance(types, str) and types not in TYPES:
         raise CheckpointError(f"{types!r} is no GGUF type that is made here; those are {', '.join(TYPES)}")
     chosen = _only_component(source, component)
@@ -210,7 +214,8 @@ class _Export:
             kind = "F32" if spec.dtype.is_floating_point else PLAIN[spec.dtype]
             return Entry(self._naming.of(key), kind, spec.shape, partial(self._bytes_of, key, kind))
         kind = PLAIN[spec.dtype]
-        if isinstance(self._types, str) and spec.dtype.is_floating_point and layer_of(key) is not None:
+        weight = spec.dtype.is_floating_point and layer_of(key) is not None and spec.shape[-1] > 0
+        if isinstance(self._types, str) and weight:
             kind = kind if self._is_kept(key) else self._chosen(key, spec.shape, kind)
         if kind in WRITABLE:
             return self._solved(key, spec.shape, _format(kind), AUTO, read)
@@ -295,7 +300,7 @@ class _Export:
         layer = layer_of(key) or key
 
         def make() -> Tensor:
-            w = read().reshape(-1, shape[-1])
+            w = read().reshape(math.prod(shape[:-1]), shape[-1])  # -1 has no meaning where there are no columns
             where = f"{self._held.where}: layer {layer!r}"
             known = None if self._statistics is None else self._statistics.get(self._held.full_name(layer))
             qdata = solve(w, fmt, solver or "rtn", known, where=where).parts["qdata"]
@@ -365,8 +370,3 @@ def _only_component(source: Source, name: str | None) -> str:
         names = ", ".join(repr(component.name) for component in source.components)
         raise CheckpointError(f"{source.place}: holds several models, a GGUF file holds one; name one of {names}")
     return source.components[0].name
-
-
-def _refuse_input(source: Source, target: Path) -> None:
-    if any(os.path.realpath(target) == os.path.realpath(file.path) for file in source.files.values()):
-        raise WriteError(f"{target}: is the input itself; choose another output, so that the input stays as it is")

@@ -122,7 +122,11 @@ def _copy_fields(writer: Any, path: Path, without: set[str]) -> None:
         if name in own | without or name.startswith(("GGUF.", "split.")):
             continue
         kind, inner = field.types[0], field.types[1] if len(field.types) > 1 else None
-        writer.add_key_value(name, field.contents(), kind, inner)
+        try:
+            contents = field.contents()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path}: the text of field {name!r} is not UTF-8; download it again") from error
+        writer.add_key_value(name, contents, kind, inner)
 
 
 def _add_field(writer: Any, name: str, value: object) -> None:

@@ -189,6 +189,6 @@ class _OtherSpelling:
         return Made(self.step.make(self.held.read), check=check)
 
     def _check(self, layer: StoredLayer, read: Read) -> dict[str, Any]:
-        again = COMFY.find_layers(Container(self.step.specs, where=layer.place), read).layers[layer.layer]
+        again = COMFY.find_layers(Container(self.step.specs, where=layer.where), read).layers[layer.layer]
         refuse_changed(layer, self.held.load(layer), COMFY.load_parts(again, read))
         return {}

@@ -138,4 +138,4 @@ def refuse_changed(layer: StoredLayer, parts: Parts, back: Parts) -> None:
 def described(dialect: Dialect, stored: StoredLayer, specs: Mapping[str, TensorSpec]) -> Container:
     """One layer as if it were all of a file or folder: how a loader of that dialect sees it."""
     metadata, configs = dialect.header_metadata([stored], {}), dialect.config_fields([stored], {})
-    return Container(specs, metadata, configs, stored.place)
+    return Container(specs, metadata, configs, stored.where)

@@ -19,7 +19,7 @@ def check_target(source: Source, target: str | Path) -> None:
     """Raise `WriteError` if writing to `target` would touch the source, also through links, or cannot succeed."""
     written_as, target = target, Path(target)
     _check_reachable(target)
-    if target.suffix == ".gguf":
+    if target.suffix.lower() == ".gguf":
         raise WriteError(f"{target}: would be safetensors under the name of GGUF; write that with lowbit export")
     inputs = [*(file.path for file in source.files.values()), *source.extra_files]
     below = [target / path.relative_to(source.root) for path in inputs] if target.is_dir() else []
@@ -34,6 +34,11 @@ def check_target(source: Source, target: str | Path) -> None:
             raise WriteError(
                 f"{target}: would be safetensors under the name of a pickle, which programs, this one too, refuse or "
                 f"misread; name it {target.stem}.safetensors"
+            )
+        if target.suffix.lower() == ".json":
+            raise WriteError(
+                f"{target}: would be safetensors under the name of an index, and could not be read again; name it "
+                f"{target.stem}.safetensors"
             )
         check_file_target(written_as)
         return

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from .stored_format import StoredFormat
 from .weight_shape import WeightShape, refusal, value_dtype
 
 ACTIONS = ("quantize", "keep", "drop")
+_MAX_NUMEL = 2**63 - 1  # what torch counts
 _DTYPE_OF = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 
 
@@ -161,7 +163,8 @@ class TensorPlan:
         known = {item.name for item in dataclasses.fields(cls)} - {"key"}
         known_fields(entry, known | {"bytes"}, place)
         shape = entry.get("shape")
-        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        are_sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        if not isinstance(shape, list) or not are_sizes or math.prod(size or 1 for size in shape) > _MAX_NUMEL:
             raise PlanError(f"{place}: shape is {shape!r}, expected a list of sizes as `lowbit plan` wrote it")
         texts = {name: entry.get(name, "") for name in known - {"shape"}}
         if wrong := next((name for name, value in texts.items() if not isinstance(value, str)), None):

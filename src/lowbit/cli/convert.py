@@ -17,9 +17,9 @@ from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.layer_statistics import LayerStatistics
 from lowbit.checkpoint.plan import Plan
 from lowbit.checkpoint.source import Source, open_source
-from lowbit.checkpoint.target import check_target, is_single
+from lowbit.checkpoint.target import check_target, is_single, refuse_inputs
 from lowbit.cli import options
-from lowbit.cli.beside import check_beside
+from lowbit.cli.beside import check_beside, files_of
 from lowbit.cli.given import refuse_idle
 from lowbit.cli.known import statistics_of, tell_other_weights
 from lowbit.cli.output import command, decibels, epilog, print_json, progress, say, show, size, table
@@ -122,6 +122,7 @@ def convert(
     with open_whole(src, source_dialect) as source, statistics_of(source, stats) as known:
         check_target(source, output)
         target = Path(output)
+        refuse_inputs([target], files_of((plan, stats)))
         made_folder = None if is_single(source, target) else target
         page = check_beside(report, read=read, others=(target, error_lora), made=made_folder)
         if error_lora is not None:

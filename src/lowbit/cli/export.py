@@ -14,7 +14,9 @@ from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.plan_data import Plan
 from lowbit.checkpoint.presets import get_preset
 from lowbit.checkpoint.source import open_source
+from lowbit.checkpoint.target import refuse_inputs
 from lowbit.cli import options
+from lowbit.cli.beside import files_of
 from lowbit.cli.given import refuse_idle
 from lowbit.cli.known import statistics_of, tell_other_weights
 from lowbit.cli.output import asking, command, epilog, print_json, say, show, show_notes, size, table, warn
@@ -70,6 +72,7 @@ def export(
     """
     with asking():
         _check(context, kind, plan, preset)
+    refuse_inputs([Path(output)], files_of((plan, stats)))
     chosen = kind if plan is None else Plan.load(plan)
     with open_source(src, source_dialect) as source, statistics_of(source, stats) as known:
         warnings = tell_other_weights(source, known)

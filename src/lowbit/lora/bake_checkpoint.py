@@ -30,6 +30,7 @@ from lowbit.checkpoint.quantized_source import QuantizedComponent, look_for_laye
 from lowbit.checkpoint.respell import Respelled
 from lowbit.checkpoint.rewrite import Copy, Made, Piece, Settings, batch_copies, rewrite
 from lowbit.checkpoint.source import Source, open_source
+from lowbit.checkpoint.target import refuse_inputs
 from lowbit.checkpoint.weight_shape import KERNEL
 from lowbit.formats.parts import FLOATS
 from lowbit.lora.adapter import Adapter
@@ -85,6 +86,7 @@ def bake_checkpoint(
     with ExitStack() as stack:
         opened = source if isinstance(source, Source) else stack.enter_context(open_source(source))
         read = as_adapter(adapter)
+        refuse_inputs([Path(target)], [Path(read.where)])
         work = _Work(Staging(opened, target), _Setting(float(strength), rounding, seed))
         for component in opened.components:
             work.add(look_for_layers(opened, component), read)

@@ -13,6 +13,8 @@ from torch import Tensor
 from lowbit.dispatch import select
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, narrow_rows
+from lowbit.numerics.groups import row_chunks
+from lowbit.numerics.row_energies import beyond_float32, exact_row_energies
 
 
 def encode(w: Tensor, fmt: Format, *, where: str = "weight", seed: int | None = None) -> Parts:
@@ -41,6 +43,22 @@ def multiply(fmt: Format, x: Tensor, parts: Mapping[str, Tensor], bias: Tensor |
 
 
 def row_errors(fmt: Format, parts: Mapping[str, Tensor], w: Tensor) -> Tensor:
-    """float32 [3, N]: sums over each row of w [N, K] squared, of what the parts mean minus w, and of the former."""
+    """[3, N]: sums over each row of w [N, K] squared, of what the parts mean minus w, and of the former.
+
+    They are float32, or float64 where the squares of a row need that.
+    """
     args = (fmt, dict(parts), w)
-    return select("row_errors", fmt.name, "", w.device.type, args).run(*args)
+    sums = select("row_errors", fmt.name, "", w.device.type, args).run(*args)
+    lost = beyond_float32(sums, w)
+    return _measured_again(fmt, parts, w, sums.double(), lost) if bool(lost.any()) else sums
+
+
+def _measured_again(fmt: Format, parts: Mapping[str, Tensor], w: Tensor, sums: Tensor, lost: Tensor) -> Tensor:
+    """The sums with those of the rows `lost` taken in float64."""
+    n, k = w.shape
+    for start, stop in row_chunks(n, k, fmt.row_multiple):
+        which = lost[start:stop]
+        if bool(which.any()):
+            approx = decode_rows(fmt, parts, k, start, stop)
+            sums[:, start:stop][:, which] = exact_row_energies(w[start:stop][which], approx[which])
+    return sums

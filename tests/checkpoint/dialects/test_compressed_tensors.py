@@ -250,6 +250,9 @@ BROKEN = {
     "has weight_zero_point|has weight_global_scale": lambda f: f.tensors.update(
         {f"{LAYER}.weight_global_scale": torch.ones(1)}
     ),
+    r"num_bits \[4\], expected a whole": lambda f: f.config["config_groups"]["group_0"]["weights"].update(num_bits=[4]),
+    "num_bits 0, expected a whole": lambda f: f.config["config_groups"]["group_0"]["weights"].update(num_bits=0),
+    "group_size '64', expected": lambda f: f.config["config_groups"]["group_0"]["weights"].update(group_size="64"),
     "strategy token": lambda f: f.config["config_groups"]["group_0"]["weights"].update(strategy="token"),
 }
 
@@ -283,11 +286,11 @@ def test_static_activation_scales_travel():
     assert DIALECT.refuses(replace(layer, options={})) is None
 
 
-@pytest.mark.parametrize("value", [1 / 2688, 0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [[1 / 2688], [0.0], [float("nan")], [float("inf")], []])
 def test_a_factor_in_place_of_a_divisor_is_caught(value):
     """A global scale that no weight can have is an error that names both readings, or says that it was never set."""
     tensors, _, config = compressed("nvfp4a16", torch.bfloat16)
-    tensors[f"{LAYER}.weight_global_scale"] = torch.tensor([value])
+    tensors[f"{LAYER}.weight_global_scale"] = torch.tensor(value)
     with pytest.raises(CheckpointError, match=r"ModelOpt and ComfyUI store|never set"):
         DIALECT.find_layers(container(tensors, config), tensors.__getitem__)
 
@@ -304,3 +307,15 @@ def test_a_method_that_nobody_reads_is_refused_by_name(method, key, shape):
         detect_dialect(held)
     plain = Container({"a.weight": TensorSpec(torch.bfloat16, (32, 32))}, configs=config)
     assert detect_dialect(plain) is None
+
+
+@pytest.mark.parametrize("case", ["nvfp4a16", "fp8 tensor"])
+@pytest.mark.parametrize("axes", [1, 3])
+def test_codes_that_are_no_matrix_are_named(case, axes):
+    """A bank of experts, or codes that a program flattened, is one error about the layer."""
+    tensors, _, config = compressed(case, torch.bfloat16)
+    key = next(f"{LAYER}.{name}" for name in ("weight_packed", "weight") if f"{LAYER}.{name}" in tensors)
+    tensors[key] = tensors[key].flatten() if axes == 1 else tensors[key].unsqueeze(0)
+
+    with pytest.raises(CheckpointError, match=rf"layer '{LAYER}': its \w+ is .* expected a matrix"):
+        DIALECT.find_layers(container(tensors, config), tensors.__getitem__)

@@ -18,12 +18,15 @@ SHAPE = (128, 1024)  # whole groups, tiles and words of every format
 WRITTEN = [name for name, dialect in dialects().items() if dialect.writes]
 
 
-def layer_and_parts(spec: str) -> tuple[StoredLayer, dict[str, torch.Tensor]] | None:
-    """A Gaussian weight in a format, its optional parts included; None for a format that is only decoded."""
+WEIGHTS = {"Gaussian": gaussian(*SHAPE, dtype=torch.bfloat16), "zeros": torch.zeros(SHAPE, dtype=torch.bfloat16)}
+
+
+def layer_and_parts(spec: str, weight: str = "Gaussian") -> tuple[StoredLayer, dict[str, torch.Tensor]] | None:
+    """A weight in a format, its optional parts included; None for a format that is only decoded."""
     fmt = parse_spec(spec)
     if not fmt.encodable:
         return None
-    parts = fmt.plain.quantize(gaussian(*SHAPE, dtype=torch.bfloat16))
+    parts = fmt.plain.quantize(WEIGHTS[weight])
     if fmt.pre_quant_scale:
         parts["pre_quant_scale"] = torch.linspace(0.5, 2, SHAPE[1]).bfloat16()
     if fmt.input_scale:
@@ -31,11 +34,12 @@ def layer_and_parts(spec: str) -> tuple[StoredLayer, dict[str, torch.Tensor]] | 
     return StoredLayer("blocks.0.proj", fmt, SHAPE), parts
 
 
+@pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("spec", every_spec())
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_pair_comes_back_or_is_refused(name, spec):
+def test_a_pair_comes_back_or_is_refused(name, spec, weight):
     """What a dialect takes it gives back bit for bit, described by itself alone; all else it refuses before writing."""
-    dialect, made = dialects()[name], layer_and_parts(spec)
+    dialect, made = dialects()[name], layer_and_parts(spec, weight)
     if made is None:
         pytest.skip("a format that is only read")
     stored, parts = made

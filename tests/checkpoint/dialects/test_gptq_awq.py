@@ -227,3 +227,24 @@ def test_layers_that_one_description_does_not_fit_are_named(dialect):
     with pytest.raises(PartsError, match=r"f: layer 'b': is .*, and layer 'a' is .*one format for all, or choose a "):
         get_dialect(dialect).config_fields(found, {})
     assert get_dialect(dialect).config_fields([], {}) == {}
+
+
+@pytest.mark.parametrize(("dialect", "spec"), [("gptq", GPTQ_SPECS[0]), ("awq", AWQ_SPECS[0])])
+@pytest.mark.parametrize("shape", [(-1,), (1, K // 8, -1)])
+def test_codes_that_are_no_matrix_are_named(dialect, spec, shape):
+    """A bank of experts, or codes that a program flattened, is one error about the layer."""
+    _, _, tensors, configs = written(dialect, spec)
+    key = f"{LAYER}.qweight"
+    held = container({**tensors, key: tensors[key].reshape(shape)}, configs)
+
+    with pytest.raises(CheckpointError, match=rf"folder: layer '{LAYER}': its qweight is .* expected a matrix"):
+        get_dialect(dialect).find_layers(held, tensors.__getitem__)
+
+
+def test_an_order_of_columns_without_the_order_is_an_error():
+    """With desc_act the codes mean nothing without g_idx."""
+    _, _, tensors, configs = written("gptq", "wna16(group_size=32,act_order=true)")
+    del tensors[f"{LAYER}.g_idx"]
+
+    with pytest.raises(CheckpointError, match=rf"folder: layer '{LAYER}': lacks {LAYER}.g_idx"):
+        get_dialect("gptq").find_layers(container(tensors, configs), tensors.__getitem__)

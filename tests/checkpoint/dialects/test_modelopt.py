@@ -113,7 +113,7 @@ def test_contradictions_are_errors():
         find(tensors, {"hf_quant_config.json": {"quantization": own | {"quant_algo": "FP8"}}})
 
 
-@pytest.mark.parametrize("value", [2688.0, 0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [2688.0, 0.0, float("nan"), float("inf"), []])
 def test_a_divisor_in_place_of_a_factor_is_caught(value):
     """A global scale that no weight can have is an error that names both readings, or says that it was never set."""
     tensors, configs = written("nvfp4")

@@ -9,6 +9,7 @@ from lowbit.dispatch import kernel
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
 from lowbit.numerics.groups import row_chunks
+from lowbit.numerics.row_energies import row_energies
 from lowbit.ops.encode import decode_rows
 
 
@@ -19,13 +20,5 @@ def row_errors(fmt: Format, parts: Parts, w: Tensor) -> Tensor:
     sums = torch.empty((3, n), dtype=torch.float32, device=w.device)
     for start, stop in row_chunks(n, k, fmt.row_multiple):
         approx = decode_rows(fmt, parts, k, start, stop)
-        rows = w[start:stop].float()
-        sums[2, start:stop] = _energy(approx)
-        sums[1, start:stop] = _energy(approx.sub_(rows))
-        sums[0, start:stop] = _energy(rows)
+        sums[:, start:stop] = row_energies(w[start:stop].float(), approx)
     return sums
-
-
-def _energy(rows: Tensor) -> Tensor:
-    """The sum of squares of each row [n]; the norm is the quickest way there."""
-    return torch.linalg.vector_norm(rows, dim=1).square_()

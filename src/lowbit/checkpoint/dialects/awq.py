@@ -81,7 +81,7 @@ class Awq:
             if "qweight" not in tensors.keys:
                 return None
             tensors.need("qweight", "scales", "qzeros")
-            k, words = tensors.specs["qweight"].shape
+            k, words = tensors.matrix("qweight")
             config = {"format": "wna16", "group_size": 0 if size == -1 else size, "zero_point": True}
             try:
                 fmt = from_config(config, tensors.place)

@@ -31,6 +31,7 @@ from lowbit.checkpoint.dialects.described import (
     collect,
     logical_dtype,
     matches,
+    means_zeros,
     plain_layers,
     quantization_config,
     tensors_by_layer,
@@ -85,7 +86,7 @@ class CompressedTensors:
             if strange := sorted(tensors.keys.keys() - storage.roles.keys() - {static, "weight"}):
                 raise tensors.error(f"has {strange[0]}, which {scheme.name} does not know")
             if "global_scale" in keys:
-                _check_divisor(tensors, float(read(keys["global_scale"]).reshape(-1)[0]))
+                _check_divisor(tensors, keys, read)
             shape = storage.shape_of(tensors, scheme, read)
             return StoredLayer(
                 layer=tensors.layer,
@@ -218,6 +219,13 @@ def _groups(config: Mapping[str, Any], where: str) -> list[tuple[list[str], Sche
                 f"{where}: {name} of config_groups{preset} does not say how weights are stored; load the model with "
                 "llm-compressor and save it again"
             )
+        for size, least in (("num_bits", 1), ("group_size", -1)):
+            given = group["weights"].get(size)
+            if given is not None and not (type(given) is int and given >= least):
+                raise CheckpointError(
+                    f"{where}: {name} of config_groups says {size} {given!r}, expected a whole number; correct "
+                    "config.json"
+                )
         own = group.get("format") or overall
         if own == "mixed-precision":
             raise CheckpointError(
@@ -250,11 +258,12 @@ def _scheme_for(tensors: LayerTensors, groups: Sequence[tuple[list[str], Scheme]
     )
 
 
-def _check_divisor(tensors: LayerTensors, value: float) -> None:
+def _check_divisor(tensors: LayerTensors, keys: Mapping[str, str], read: Read) -> None:
     """Raise `CheckpointError` for a global scale that cannot be what this convention stores: 2688 / amax."""
+    value = float(next(iter(read(keys["global_scale"]).flatten()), math.nan))
     if not math.isfinite(value) or value <= 0:
         raise tensors.error(f"its weight_global_scale is {value}; it was never set. Download the model again")
-    if value <= 1:
+    if value <= 1 and not means_zeros(keys, read):
         raise tensors.error(
             f"its weight_global_scale is {value}: as a divisor, weights would reach {2688 / value:.3g}; as a factor "
             f"(what ModelOpt and ComfyUI store) {2688 * value:.3g}. It mixes two conventions: convert the original"

@@ -42,8 +42,7 @@ class Storage:
 
     def shape_of(self, tensors: LayerTensors, scheme: Scheme, read: Read) -> Shape:
         """The logical shape [N, K]."""
-        n, k = tensors.specs[self.codes].shape
-        return n, k
+        return tensors.matrix(self.codes)
 
     def refuses(self, stored: StoredLayer) -> str | None:
         """Why a layer of this shape has no place, or None."""
@@ -108,7 +107,7 @@ class Nibbles(Groups):
         return ("weight_global_scale",) if scheme.strategy == "tensor_group" else ()
 
     def shape_of(self, tensors: LayerTensors, scheme: Scheme, read: Read) -> Shape:
-        n, width = tensors.specs[self.codes].shape
+        n, width = tensors.matrix(self.codes)
         return n, 2 * width
 
 
@@ -198,8 +197,7 @@ class Bytes(Packed):
         return () if scheme.get("symmetric", True) else ("weight_zero_point",)
 
     def shape_of(self, tensors: LayerTensors, scheme: Scheme, read: Read) -> Shape:
-        n, k = tensors.specs[self.codes].shape
-        return n, k
+        return tensors.matrix(self.codes)
 
     def write(self, stored: StoredLayer, parts: Mapping[str, Tensor]) -> Parts:
         bits, (n, k) = stored.format.config()["bits"], stored.shape

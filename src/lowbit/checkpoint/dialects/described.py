@@ -16,9 +16,10 @@ from torch import Tensor
 from lowbit.errors import CheckpointError, LowbitError, PartsError
 from lowbit.formats.wna16 import WNA16
 
-from .base import Container, FoundLayers, Problem, Read, StoredLayer, TensorSpec, join_key, name_place
+from .base import Container, FoundLayers, Problem, Read, Shape, StoredLayer, TensorSpec, join_key, name_place
 
 FIELD = "quantization_config"  # of config.json, as Hugging Face names it
+_E2M1_MAGNITUDES = 0x77  # of two packed codes, all but the signs
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -63,6 +64,18 @@ class LayerTensors:
                 f"lacks {', '.join(join_key(self.layer, suffix) for suffix in missing)}, without which its codes mean "
                 "nothing; download the file again"
             )
+
+    def matrix(self, suffix: str) -> Shape:
+        """The shape of one of them. Raises `CheckpointError` for anything but a matrix."""
+        spec = self.specs[suffix]
+        if len(spec.shape) != 2:
+            raise self.error(f"its {suffix} is {spec}, expected a matrix; only linear layers are read")
+        return spec.shape[0], spec.shape[1]
+
+
+def means_zeros(keys: Mapping[str, str], read: Read) -> bool:
+    """Whether an nvfp4 layer is all zeros whatever its global scale is, which therefore shows no convention."""
+    return not (read(keys["scale"]).float().any() and (read(keys["qdata"]) & _E2M1_MAGNITUDES).any())
 
 
 def tensors_by_layer(held: Container, suffixes: Collection[str]) -> dict[str, LayerTensors]:

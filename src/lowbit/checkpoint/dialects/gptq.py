@@ -82,8 +82,10 @@ class Gptq:
                 return None
             tensors.need("qweight", "scales", "qzeros")
             facts = _facts_of(tensors, said)
-            words, n = tensors.specs["qweight"].shape
+            words, n = tensors.matrix("qweight")
             fmt = _format(tensors, facts)
+            if fmt.config()["act_order"]:
+                tensors.need("g_idx")
             return StoredLayer(
                 layer=tensors.layer,
                 format=fmt,

@@ -32,6 +32,7 @@ from lowbit.checkpoint.dialects.described import (
     LayerTensors,
     collect,
     logical_dtype,
+    means_zeros,
     plain_layers,
     quantization_config,
     tensors_by_layer,
@@ -164,8 +165,7 @@ def format_of(tensors: LayerTensors) -> Format:
     tensors.need("weight", "weight_scale")
     weight = tensors.specs["weight"]
     extra: dict[str, Any] = {name: True for name in ("input_scale", "pre_quant_scale") if name in tensors.keys}
-    if len(weight.shape) != 2:
-        raise tensors.error(f"its weight is {weight}, expected a matrix; only linear layers are read")
+    tensors.matrix("weight")
     if weight.dtype == torch.uint8:
         tensors.need("weight_scale_2")
         return from_config({"format": "nvfp4", **extra}, tensors.place)
@@ -186,17 +186,17 @@ def stored_layer(tensors: LayerTensors, fmt: Format, dtype: torch.dtype, read: R
     n, width = tensors.specs["weight"].shape
     keys = {ROLES[name]: key for name, key in tensors.keys.items()}
     if fmt.name == "nvfp4":
-        value = float(read(keys["global_scale"]).reshape(-1)[0])
-        check_multiplier(tensors, value)
+        _check_multiplier(tensors, keys, read)
     shape = (n, 2 * width) if fmt.name == "nvfp4" else (n, width)
     return StoredLayer(tensors.layer, fmt, shape, dtype, keys=keys, where=tensors.where)
 
 
-def check_multiplier(tensors: LayerTensors, value: float) -> None:
-    """Raise `CheckpointError` for a global scale that cannot be what this convention stores."""
+def _check_multiplier(tensors: LayerTensors, keys: Mapping[str, str], read: Read) -> None:
+    """Raise `CheckpointError` for a global scale that cannot be what this convention stores: amax / 2688."""
+    value = float(next(iter(read(keys["global_scale"]).flatten()), math.nan))
     if not math.isfinite(value) or value <= 0:
         raise tensors.error(f"its weight_scale_2 is {value}; it was never set. Download the model again")
-    if value >= 1:
+    if value >= 1 and not means_zeros(keys, read):
         raise tensors.error(
             f"its weight_scale_2 is {value}: as a factor, weights would reach {2688 * value:.0f}; as a divisor (what "
             f"compressed-tensors stores) {2688 / value:.3g}. The file mixes two conventions: convert the original"
