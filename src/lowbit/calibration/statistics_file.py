@@ -125,7 +125,13 @@ def _parse(file: SafetensorsFile) -> Contents:
             f"{file.path}: is no statistics file ({KEY!r} is missing); write one by `lowbit calibrate`"
         )
     try:
-        contents = parse_contents(json.loads(text))
+        data = json.loads(text)
+        if data["version"] in range(VERSION):
+            raise StatisticsError(
+                f"{file.path}: was written by an earlier lowbit (its statistics are of version {data['version']}, this "
+                f"one reads {VERSION}); calibrate again"
+            )
+        contents = parse_contents(data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StatisticsError(f"{file.path}: its header cannot be read ({error!r}); calibrate again") from error
     for key, facts in contents.inputs.items():
