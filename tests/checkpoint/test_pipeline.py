@@ -128,11 +128,28 @@ def test_units_without_room_for_others_share_the_cores_out(memory, jobs, threads
     before = torch.get_num_threads()
     torch.set_num_threads(8)
     try:
-        units = [Unit(str(i), 1, memory, lambda: seen.append(torch.get_num_threads())) for i in range(4)]
+        units = [Unit(str(i), 1, memory, lambda: seen.append(torch.get_num_threads())) for i in range(8)]
         run_units(units, jobs=jobs, budget=100)
     finally:
         torch.set_num_threads(before)
-    assert seen == [threads] * 4
+    assert seen == [threads] * 8
+
+
+@pytest.mark.parametrize(
+    ("units", "total", "threads"), [(8, None, 1), (3, None, 2), (1, None, 8), (1, 3, 2), (1, 9, 1)]
+)
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_few_units_have_several_cores_each(units, total, threads, jobs):
+    """Of 8 cores, by how many units the whole work has: the last ones of a run that goes on have no more."""
+    seen = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        work = [Unit(str(i), 1, 1, lambda: seen.append(torch.get_num_threads())) for i in range(units)]
+        run_units(work, jobs=jobs, budget=100, total=total)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [threads] * units
 
 
 def test_nothing_to_do():

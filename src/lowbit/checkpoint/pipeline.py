@@ -1,8 +1,8 @@
 """Working through many units with few threads: bounded memory, one error, progress.
 
 Each worker computes with one thread of its own: tensors are many and large, so working on several at once uses the
-cores better than sharing each one among them, and no core waits for another. Only where the memory has room for fewer
-units than there are cores do these share them out.
+cores better than sharing each one among them, and no core waits for another. Only where there are fewer units than
+cores, or the memory has room for fewer, do these share them out.
 """
 
 from __future__ import annotations
@@ -57,10 +57,13 @@ def run_units(
     budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
     done: int = 0,
+    total: int | None = None,
     recycle: bool = True,
 ) -> None:
     """Run all units on `jobs` threads (by default one a core), begun in order. `done`: bytes finished beforehand.
 
+    total: how many units the whole work has. On that depends how many cores each gets, which may change bits, and not
+    on how many are left.
     recycle: whether a unit's large tensors use memory again that earlier ones have left; not where tensors are kept.
 
     The first exception stops the run: units that have begun are waited for, no other begins, and it is raised here. So
@@ -69,15 +72,18 @@ def run_units(
     workers = _workers(jobs)
     if workers < 1:
         raise PlanError(f"jobs is {workers}; give 1 or more, or leave it out for one a core")
-    _Run(units, budget, progress, done, recycle).work(min(workers, len(units)))
+    _Run(units, budget, progress, done, total or len(units), recycle).work(min(workers, len(units)))
 
 
 class _Run:
-    def __init__(self, units: Sequence[Unit], budget: int, progress: Progress | None, done: int, recycle: bool) -> None:
+    def __init__(
+        self, units: Sequence[Unit], budget: int, progress: Progress | None, done: int, total: int, recycle: bool
+    ) -> None:
         self._waiting: Iterator[Unit] = iter(units)
         self._budget = budget
         self._recycle = recycle
         self._cores = torch.get_num_threads()
+        self._threads = max(1, self._cores // max(1, total))  # of a unit that has room beside others
         self._progress = progress
         self._done = done
         self._total = done + sum(unit.size for unit in units)
@@ -133,10 +139,10 @@ class _Run:
             self._stop(error)
 
     def _threads_for(self, unit: Unit) -> int:
-        """One, whatever the number of workers, unless there is no room for as many such units as there are workers."""
+        """One, whatever the number of workers, unless there are fewer units than cores, or room for fewer."""
         if unit.memory * self._workers <= self._budget:
-            return 1
-        return max(1, self._cores // max(1, self._budget // unit.memory))
+            return self._threads
+        return max(self._threads, self._cores // max(1, self._budget // unit.memory))
 
     def _take(self) -> Unit | None:
         """The next unit, when memory allows it; None when there is no more to do."""

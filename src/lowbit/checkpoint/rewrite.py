@@ -145,7 +145,10 @@ def rewrite(
                 work = _Work(source, piece, writer, result.records, settings.verify, places)
                 waiting.append(Unit(piece.name, piece.size, piece.memory, work))
         result.resumed = len(pieces) - len(waiting)
-        run_units(waiting, jobs=settings.jobs, budget=settings.memory, progress=settings.progress, done=done)
+        total = sum(isinstance(piece, Piece) for piece in pieces)
+        run_units(
+            waiting, jobs=settings.jobs, budget=settings.memory, progress=settings.progress, done=done, total=total
+        )
     return result
 
 
