@@ -74,7 +74,10 @@ def test_statistics_of_another_model_are_listed(taken):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda facts: facts.update(version=1), "by an earlier lowbit .*version 1, this one reads 2"),
+        (
+            lambda facts: facts.update(version=1),
+            r"^\S+: was written by an earlier lowbit .*version 1, this",
+        ),
         (lambda facts: facts.update(version=3), "version 3, this lowbit reads 2"),
         (lambda facts: facts.pop("inputs"), "inputs"),
         (lambda facts: facts["layers"]["q"].update(shape=[24, 25]), "K = 25"),

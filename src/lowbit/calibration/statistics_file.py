@@ -126,14 +126,14 @@ def _parse(file: SafetensorsFile) -> Contents:
         )
     try:
         data = json.loads(text)
-        if data["version"] in range(VERSION):
-            raise StatisticsError(
-                f"{file.path}: was written by an earlier lowbit (its statistics are of version {data['version']}, this "
-                f"one reads {VERSION}); calibrate again"
-            )
-        contents = parse_contents(data)
+        contents = None if data["version"] in range(VERSION) else parse_contents(data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StatisticsError(f"{file.path}: its header cannot be read ({error!r}); calibrate again") from error
+    if contents is None:
+        raise StatisticsError(
+            f"{file.path}: was written by an earlier lowbit (its statistics are of version {data['version']}, this "
+            f"one reads {VERSION}); calibrate again"
+        )
     for key, facts in contents.inputs.items():
         _check_input(file, key, facts)
     for key, n in contents.outputs.items():
