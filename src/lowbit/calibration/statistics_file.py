@@ -8,7 +8,7 @@ Version 2 packs second moments; files of version 1, which held them whole in flo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,19 +98,24 @@ def save_statistics(collection: StatisticsCollection, path: str | Path) -> Path:
     entries += [entry for key, n in contents.outputs.items() for entry in output_entries(key, n)]
     writer = CheckpointWriter(path, entries, header(contents), fingerprint="statistics", resume=False)
     try:
-        for key in contents.inputs:
-            _write(writer, key, fields_of(collection.load_input(key)), contents)
-        for key in contents.outputs:
-            _write(writer, key, collection.load_output(key), contents)
+        for name, tensor in _tensors(collection, entries):
+            writer.write(name, tensor)
         return writer.finish()
     except BaseException:
         writer.abort(keep=False)
         raise
 
 
-def _write(writer: CheckpointWriter, key: str, fields: Mapping[str, Tensor], contents: Contents) -> None:
-    for name, tensor in packed_fields(key, fields, contents.first_with(key)).items():
-        writer.write(name, tensor)
+def _tensors(collection: StatisticsCollection, entries: Sequence[Entry]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors to store, by name."""
+    if isinstance(collection, StoredStatistics):  # packed already
+        yield from ((name, collection.stored(name)) for name, *_ in entries)
+        return
+    contents = collection.contents
+    for key in contents.inputs:
+        yield from packed_fields(key, fields_of(collection.load_input(key)), contents.first_with(key)).items()
+    for key in contents.outputs:
+        yield from packed_fields(key, collection.load_output(key), contents.first_with(key)).items()
 
 
 def header(contents: Contents) -> dict[str, str]:
