@@ -43,17 +43,17 @@ class Attention(nn.Module):
 
 
 def batches(tokens: int, *, masked: bool = True) -> list[dict[str, torch.Tensor]]:
-    """Four of them, of which the first two run backward."""
+    """Four of them."""
     made = [{"x": torch.randn(2, tokens, 32)} for _ in range(4)]
     return [{**one, "attention_mask": torch.ones(2, tokens, dtype=torch.long)} for one in made] if masked else made
 
 
 @pytest.mark.parametrize(
     ("tokens", "masked", "gradients", "multiplied"),
-    [(128, True, True, 2), (129, True, True, 0), (64, False, True, 0), (64, True, False, 0)],
+    [(128, True, True, 4), (129, True, True, 0), (64, False, True, 0), (64, True, False, 0)],
 )
 def test_short_texts_that_run_backward_are_multiplied(tokens, masked, gradients, multiplied):
-    """Two of four batches; the others, longer ones, and models of other things keep the kernel."""
+    """Longer ones, models of other things, and passes without gradients keep the kernel."""
     with Operators() as seen:
         lowbit.calibrate(Attention(), batches(tokens, masked=masked), gradients=gradients)
     assert (seen.softmaxes, seen.fused) == (multiplied, 4 - multiplied)

@@ -53,7 +53,7 @@ def test_they_are_the_second_moments_of_the_jacobian(inplace):
     w = model.second.weight.detach()
     for name, expected in (("second", torch.eye(24)), ("first", w.mT @ w)):
         for moment in (found[name].output_hessian, found[name].output_held_out):
-            assert float((moment - expected).norm() / expected.norm()) < 0.15
+            assert float((moment - expected).norm() / expected.norm()) < 0.1
         assert not torch.equal(found[name].output_hessian, found[name].output_held_out)
 
 
@@ -254,7 +254,7 @@ def test_an_interrupted_first_pass_goes_on_with_its_gradients(tmp_path, after):
 def test_one_pass_gives_what_two_do(tmp_path, filed):
     """With room for every linear's gradients they are taken in the first pass, and differ by rounding at most."""
     found, calls = [], []
-    for wide, passes in ((3, 6), (8192, 12 - 2)):
+    for wide, passes in ((3, 6), (8192, 12)):
         torch.manual_seed(1)
         model = Attention()
         model.unused = nn.Linear(24, wide)  # too large for the memory, but never called

@@ -19,7 +19,7 @@ from .accumulate import state_bytes
 from .batches import Batch, Split, TokenMask, as_batch
 from .collected import Collected
 from .collection import Contents, InputFacts, LayerInput, StatisticsCollection, some
-from .gradients import Gradients, Objective, fitting, takes, whole_output
+from .gradients import Gradients, Objective, fitting, whole_output
 from .linears import aliases, running, select_linears
 from .observe import Observer
 from .options import AUTO, Options, as_bytes
@@ -67,11 +67,10 @@ def calibrate(
     Without `path` all is kept in memory.
     An input whose full H alone exceeds `memory`, or with more than `full_up_to` channels, keeps only its diagonal.
 
-    `gradients`: for half of the batches, run the model backward too and keep the second moments of the gradient at the
-    output of every linear, which tell solvers what of an error reaches the model's output. It takes room for the
-    activations of a batch and `memory` once more; where not all layers' fit into that, those that do take another pass
-    over the batches. True: the first floating-point tensor that the model returns is what counts; or a function of what
-    it returns and the `Batch`.
+    `gradients`: run the model backward too and keep the second moments of the gradient at the output of every linear,
+    which tell solvers what of an error reaches the model's output. It takes room for the activations of a batch and
+    `memory` once more; where not all layers' fit into that, those that do take another pass over the batches. True: the
+    first floating-point tensor that the model returns is what counts; or a function of what it returns and the `Batch`.
     `broad`: the batches are of as many kinds as what the model will meet, so solvers may trust H further.
     `layers`: regular expressions, of which one must match a linear's name. `share`: linears with the same input share
     an entry. `names`: other names for linears, by their names, None to leave one out.
@@ -195,7 +194,7 @@ class Run:
         target = TargetFile(path)
         key = self.asked
         if self.gradients is not None:
-            key += ", gradients in the first pass"  # whose snapshots hold more
+            key += ", gradients of every batch in the first pass"  # whose snapshots hold more
         how = self.observer, self.gradients, self.asked, key, self.options.snapshot_every
         snapshots = ProgressFile(target.path, *how)
         record = snapshots.restore(self._devices()) if resume else None
@@ -340,7 +339,7 @@ class Run:
     def _take(self, batch: Batch, index: int, gradients: Gradients | None) -> None:
         split = Split(batch, self.samples)
         self.observer.begin(split, index)
-        if gradients is not None and takes(index):
+        if gradients is not None:
             gradients.take(split, index, lambda: self._forward(batch, index, ", or calibrate without gradients"))
         else:
             self._forward(batch, index)

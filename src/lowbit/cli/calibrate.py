@@ -125,7 +125,7 @@ def calibrate(
         bool | None,
         typer.Option(
             "--gradients/--no-gradients",
-            help="Run the model backward on half of the batches too: solvers then lower the error of the model's "
+            help="Run the model backward too: solvers then lower the error of the model's "
             r"output, not of each layer's. \[default: for text encoders]",
             show_default=False,
         ),
