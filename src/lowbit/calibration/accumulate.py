@@ -103,7 +103,7 @@ class Reservoir:
         self._random = torch.Generator().manual_seed(seed)
 
     def add(self, x: Tensor) -> None:
-        """Offer float32 rows [R, K]."""
+        """Offer rows [R, K] of float32 or bfloat16."""
         keys = torch.rand(x.shape[0], dtype=torch.float64, generator=self._random)
         offered = torch.arange(x.shape[0])
         if len(self.keys) == ROWS_KEPT:
@@ -115,7 +115,7 @@ class Reservoir:
         if len(joined) > ROWS_KEPT:
             best = joined.topk(ROWS_KEPT, largest=False).indices.sort().values
         stay, come = best[best < old].to(x.device), offered[best[best >= old] - old].to(x.device)
-        self.rows, self.keys = torch.cat((self.rows[stay], x[come])), joined[best]
+        self.rows, self.keys = torch.cat((self.rows[stay], x[come].float())), joined[best]
 
     def state(self) -> dict[str, Tensor]:
         """All that `restore` needs."""
@@ -160,7 +160,6 @@ class Accumulator:
 
     def _work(self, x: Tensor, half: int) -> None:
         self.halves[half].add(x)
-        x = x.float()
         step = max(1, -(-x.numel() // _COUNTED))
         add_column_ranges(x, self.sum, self.minimum, self.maximum, self.magnitudes, step)
         if half == 0:

@@ -14,7 +14,7 @@ def add_column_ranges(
 ) -> None:
     """Take in finite rows, in place. A function and not an operator: never traced.
 
-    x            float32 [R, K]   at least one row
+    x            float32 [R, K]   or bfloat16, at least one row
     total        float64 [K]      the sum of each column
     minimum      float32 [K]      the least of each column
     maximum      float32 [K]      the largest

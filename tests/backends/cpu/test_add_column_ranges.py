@@ -37,6 +37,16 @@ def test_all_is_that_of_the_reference(rows, k, step):
     assert float(((total - exact).abs() / size).max()) < 1e-6
 
 
+@pytest.mark.parametrize(("rows", "k"), SIZES)
+def test_bfloat16_is_as_if_it_were_float32(rows, k):
+    """To the bit, rows with a step between them too."""
+    x = (gaussian(rows, k) * torch.logspace(-8, 6, k)).bfloat16()
+    found, wanted = taken(x, "cpu", 2), taken(x.float(), "cpu", 2)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    eager = taken(x, "eager", 2)
+    assert all(torch.equal(one, other) for one, other in zip(found[1:], eager[1:], strict=True))
+
+
 def test_extremes_are_counted_and_kept():
     """Zeros of both signs, the smallest and the largest numbers; every one of them is in some bin."""
     smallest, largest = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
@@ -62,6 +72,7 @@ def test_nothing_depends_on_threads():
     ("change", "why"),
     [
         ({0: torch.zeros(2, 8, dtype=torch.float64)}, "x is float64"),
+        ({0: torch.zeros(2, 8, dtype=torch.float16)}, "x is float16"),
         ({0: torch.zeros(8, 2).t()}, "without gaps"),
         ({0: torch.zeros(0, 8)}, "at least one row"),
         ({0: torch.zeros(8)}, "at least one row"),

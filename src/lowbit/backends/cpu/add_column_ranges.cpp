@@ -21,15 +21,17 @@ struct Ranges {
   float *minimum, *maximum;
 };
 
-// Up to kWide columns from the one that x points to, of all rows.
-void add_columns(const float* x, int64_t rows, int64_t k, int64_t columns, Ranges to) {
+// Up to kWide columns from the one at `at`, of all rows.
+template <int kDtype>
+void add_columns(const void* x, int64_t at, int64_t rows, int64_t k, int64_t columns, Ranges to) {
   using namespace simd;
   F32 low[kVectors], high[kVectors];
   double total[kWide] = {};
   const auto row_at = [&](int64_t row, int v) {
     const int64_t left = columns - v * kLanes;
-    if (left >= kLanes) return load_f32(x + row * k + v * kLanes);
-    return left > 0 ? load_first(x, row * k + v * kLanes, static_cast<int>(left), kFloat32) : zero_f32();
+    const int64_t first = at + row * k + v * kLanes;
+    if (left >= kLanes) return load_as_f32(x, first, kDtype);
+    return left > 0 ? load_first(x, first, static_cast<int>(left), kDtype) : zero_f32();
   };
   for (int v = 0; v < kVectors; ++v) low[v] = high[v] = row_at(0, v);
   for (int64_t begin = 0; begin < rows; begin += kRun) {
@@ -58,13 +60,15 @@ void add_columns(const float* x, int64_t rows, int64_t k, int64_t columns, Range
   }
 }
 
-void count_magnitudes(const float* x, int64_t rows, int64_t k, int64_t step, int64_t* magnitudes) {
+template <class Bits>  // of a float32, or its upper half
+void count_magnitudes(const Bits* x, int64_t rows, int64_t k, int64_t step, int64_t* magnitudes) {
   std::vector<uint32_t> room(2 * kBins, 0);  // two, as neighbours often fall into one bin
   uint32_t* counts[2] = {room.data(), room.data() + kBins};
   for (int64_t row = 0; row < rows; row += step)
     for (int64_t c = 0; c < k; ++c) {
-      uint32_t bits;
-      std::memcpy(&bits, x + row * k + c, sizeof bits);
+      Bits found;
+      std::memcpy(&found, x + row * k + c, sizeof found);
+      const uint32_t bits = uint32_t{found} << (32 - 8 * sizeof found);
       ++counts[c & 1][(bits & 0x7fffffff) >> kShift];
     }
   for (int64_t bin = 0; bin < kBins; ++bin) magnitudes[bin] += int64_t{counts[0][bin]} + counts[1][bin];
@@ -72,21 +76,25 @@ void count_magnitudes(const float* x, int64_t rows, int64_t k, int64_t step, int
 
 }  // namespace
 
-// x: [rows, k] without gaps, at least one row, finite. Each task has columns of its own, and one the magnitudes.
-void add_column_ranges(Ptr<const float> x, int64_t rows, int64_t k, Ptr<double> total, Ptr<float> minimum,
+// x: [rows, k] of float32 or bfloat16 without gaps, at least one row, finite. Each task has columns of its own, and one
+// the magnitudes.
+void add_column_ranges(Ptr<const void> x, int dtype, int64_t rows, int64_t k, Ptr<double> total, Ptr<float> minimum,
                        Ptr<float> maximum, Ptr<int64_t> magnitudes, int64_t step, int threads) {
   const int64_t blocks = (k + kWide - 1) / kWide;
+  const void* rows_at = x;
   parallel_for(blocks + 1, threads, [&](int64_t task) {
-    if (task == blocks) return count_magnitudes(x, rows, k, step, magnitudes);
     const int64_t c = task * kWide;
-    add_columns(x + c, rows, k, std::min(kWide, k - c), {total + c, minimum + c, maximum + c});
+    const auto add = dtype == kBfloat16 ? add_columns<kBfloat16> : add_columns<kFloat32>;
+    if (task < blocks) return add(rows_at, c, rows, k, std::min(kWide, k - c), {total + c, minimum + c, maximum + c});
+    if (dtype == kBfloat16) return count_magnitudes(static_cast<const uint16_t*>(rows_at), rows, k, step, magnitudes);
+    count_magnitudes(static_cast<const uint32_t*>(rows_at), rows, k, step, magnitudes);
   });
 }
 
 void bind_add_column_ranges(nb::module_& m) {
   m.def("add_column_ranges", &add_column_ranges, nb::call_guard<nb::gil_scoped_release>(), nb::arg("x"),
-        nb::arg("rows"), nb::arg("k"), nb::arg("total"), nb::arg("minimum"), nb::arg("maximum"), nb::arg("magnitudes"),
-        nb::arg("step"), nb::arg("threads"));
+        nb::arg("dtype"), nb::arg("rows"), nb::arg("k"), nb::arg("total"), nb::arg("minimum"), nb::arg("maximum"),
+        nb::arg("magnitudes"), nb::arg("step"), nb::arg("threads"));
 }
 
 }  // namespace lowbit
