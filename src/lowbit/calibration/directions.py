@@ -2,7 +2,7 @@
 
 What is learned of J^T J grows with the number of directions, one for each sample, not with that of the tokens below. So
 they are rows of random orthogonal matrices, one row after the other from one batch to the next: no two of d successive
-ones repeat each other, and each has the same length sqrt(d). Beyond `_WIDEST` random rows are nearly that by themselves.
+ones repeat each other, and each has the length sqrt(d). Beyond `_WIDEST` random rows are nearly that by themselves.
 """
 
 from __future__ import annotations

@@ -33,6 +33,6 @@ def add_column_ranges(
 ) -> None:
     """See `lowbit.ops.column_ranges`."""
     native.module().add_column_ranges(
-        x.data_ptr(), DTYPES[x.dtype], *x.shape, total.data_ptr(), minimum.data_ptr(), maximum.data_ptr(), magnitudes.data_ptr(), step,
-        native.threads(),
+        x.data_ptr(), DTYPES[x.dtype], *x.shape, total.data_ptr(), minimum.data_ptr(), maximum.data_ptr(),
+        magnitudes.data_ptr(), step, native.threads(),
     )  # fmt: skip
