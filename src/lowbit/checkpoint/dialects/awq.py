@@ -24,6 +24,7 @@ from lowbit.checkpoint.dialects.base import (
     StoredLayer,
     TensorSpec,
     join_key,
+    refuse_unwritable,
     register_dialect,
 )
 from lowbit.checkpoint.dialects.described import (
@@ -125,13 +126,13 @@ class Awq:
 
     def stored_specs(self, stored: StoredLayer) -> dict[str, TensorSpec]:
         """See `Dialect.stored_specs`."""
-        self._check(stored)
+        refuse_unwritable(self, stored)
         specs = _specs(stored)
         return {join_key(stored.layer, name): specs[role] for name, role in _ROLES.items()}
 
     def store_parts(self, stored: StoredLayer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Dialect.store_parts`."""
-        self._check(stored)
+        refuse_unwritable(self, stored)
         stored.format.check(parts, stored.shape, stored.place)
         if int(parts["zero_point"].max()) >= 1 << _BITS:
             raise PartsError(
@@ -163,10 +164,6 @@ class Awq:
             "modules_to_not_convert": plain_layers(plain),
         }
         return {"config.json": {FIELD: {**facts, "group_size": fmt.group_size or -1}}}
-
-    def _check(self, stored: StoredLayer) -> None:
-        if why := self.refuses(stored):
-            raise PartsError(f"{stored.place}: is {stored.format}: {why}")
 
 
 AWQ = Awq()

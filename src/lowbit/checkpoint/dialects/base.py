@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lowbit.errors import CheckpointError, LowbitError
+from lowbit.errors import CheckpointError, LowbitError, PartsError
 from lowbit.formats import Format, Parts
 
 Read = Callable[[str], Tensor]
@@ -210,6 +210,12 @@ class NeedsDtype(Protocol):
     def model_dtype(self, formats: Iterable[Format]) -> torch.dtype | None:
         """The dtype that config.json must give a model with layers in these formats; None: any."""
         ...
+
+
+def refuse_unwritable(dialect: Dialect, stored: StoredLayer) -> None:
+    """Raise `PartsError` for a layer that a dialect cannot write (`Dialect.refuses`)."""
+    if why := dialect.refuses(stored):
+        raise PartsError(f"{stored.place}: is {stored.format}: {why}")
 
 
 def needed_dtype(dialect: Dialect, formats: Iterable[Format]) -> torch.dtype | None:

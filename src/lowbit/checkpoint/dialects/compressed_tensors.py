@@ -21,6 +21,7 @@ from lowbit.checkpoint.dialects.base import (
     TensorSpec,
     join_key,
     name_place,
+    refuse_unwritable,
     register_dialect,
 )
 from lowbit.checkpoint.dialects.compressed_tensors_schemes import Scheme, meaning_of, scheme_of
@@ -131,17 +132,17 @@ class CompressedTensors:
 
     def stored_specs(self, stored: StoredLayer) -> dict[str, TensorSpec]:
         """See `Dialect.stored_specs`."""
-        self._check(stored)
+        refuse_unwritable(self, stored)
         storage = _storage(stored)
-        names = {part: name for name, part in storage.roles.items()} | {"input_scale": storage.activations}
+        names = _names(storage)
         return {join_key(stored.layer, names[part]): spec for part, spec in storage.specs(stored).items()}
 
     def store_parts(self, stored: StoredLayer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Dialect.store_parts`."""
-        self._check(stored)
+        refuse_unwritable(self, stored)
         stored.format.check(parts, stored.shape, stored.place)
         storage = _storage(stored)
-        names = {part: name for name, part in storage.roles.items()} | {"input_scale": storage.activations}
+        names = _names(storage)
         tensors = storage.write(stored, parts)
         return {join_key(stored.layer, names[part]): tensor.contiguous() for part, tensor in tensors.items()}
 
@@ -185,10 +186,6 @@ class CompressedTensors:
             "config_groups": groups,
         }
         return {"config.json": {FIELD: config}} if by_scheme else {}
-
-    def _check(self, stored: StoredLayer) -> None:
-        if why := self.refuses(stored):
-            raise PartsError(f"{name_place(stored.where, stored.layer)}: is {stored.format}: {why}")
 
 
 COMPRESSED_TENSORS = CompressedTensors()
@@ -300,3 +297,8 @@ def _known_scheme(stored: StoredLayer) -> Scheme:
 
 def _storage(stored: StoredLayer) -> Storage:
     return storage_of(_known_scheme(stored), stored.place)
+
+
+def _names(storage: Storage) -> dict[str, str]:
+    """Part -> the name that it is stored under."""
+    return {part: name for name, part in storage.roles.items()} | {"input_scale": storage.activations}

@@ -29,6 +29,7 @@ from lowbit.checkpoint.dialects.base import (
     StoredLayer,
     TensorSpec,
     join_key,
+    refuse_unwritable,
     register_dialect,
 )
 from lowbit.checkpoint.dialects.described import (
@@ -146,13 +147,13 @@ class Gptq:
 
     def stored_specs(self, stored: StoredLayer) -> dict[str, TensorSpec]:
         """See `Dialect.stored_specs`."""
-        self._check(stored)
+        refuse_unwritable(self, stored)
         specs = _specs(stored)
         return {join_key(stored.layer, name): specs[role] for name, role in _ROLES.items()}
 
     def store_parts(self, stored: StoredLayer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Dialect.store_parts`."""
-        self._check(stored)
+        refuse_unwritable(self, stored)
         stored.format.check(parts, stored.shape, stored.place)
         config, (n, k) = stored.format.config(), stored.shape
         bits = config["bits"]
@@ -200,10 +201,6 @@ class Gptq:
         if out:
             facts["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in out}
         return {"config.json": {FIELD: {"quant_method": "gptq", **facts}}, OWN_FILE: {"quant_method": "gptq", **facts}}
-
-    def _check(self, stored: StoredLayer) -> None:
-        if why := self.refuses(stored):
-            raise PartsError(f"{stored.place}: is {stored.format}: {why}")
 
 
 GPTQ = Gptq()

@@ -25,6 +25,7 @@ from lowbit.checkpoint.dialects.base import (
     StoredLayer,
     TensorSpec,
     join_key,
+    refuse_unwritable,
     register_dialect,
 )
 from lowbit.checkpoint.dialects.described import (
@@ -37,7 +38,7 @@ from lowbit.checkpoint.dialects.described import (
     quantization_config,
     tensors_by_layer,
 )
-from lowbit.errors import CheckpointError, PartsError
+from lowbit.errors import CheckpointError
 from lowbit.formats import Format, Parts, from_config
 
 OWN_FILE = "hf_quant_config.json"
@@ -115,13 +116,13 @@ class ModelOpt:
 
     def stored_specs(self, stored: StoredLayer) -> dict[str, TensorSpec]:
         """See `Dialect.stored_specs`."""
-        self._check(stored)
+        refuse_unwritable(self, stored)
         blank = stored.format.empty_parts(stored.shape, torch.device("meta"), stored.dtype)
         return {join_key(stored.layer, _NAMES[part]): TensorSpec.of(tensor) for part, tensor in blank.items()}
 
     def store_parts(self, stored: StoredLayer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Dialect.store_parts`: the parts as they are."""
-        self._check(stored)
+        refuse_unwritable(self, stored)
         stored.format.check(parts, stored.shape, stored.place)
         return {join_key(stored.layer, _NAMES[part]): parts[part].contiguous() for part in stored.format.part_names}
 
@@ -150,10 +151,6 @@ class ModelOpt:
         own = {"producer": {"name": "lowbit"}, "quantization": {**facts, "exclude_modules": exclude}}
         config = {"quant_method": "modelopt", **facts, "ignore": exclude}
         return {"config.json": {FIELD: config}, OWN_FILE: own}
-
-    def _check(self, stored: StoredLayer) -> None:
-        if why := self.refuses(stored):
-            raise PartsError(f"{stored.place}: is {stored.format}: {why}")
 
 
 MODELOPT = ModelOpt()

@@ -38,6 +38,7 @@ from lowbit.checkpoint.dialects.base import (
     TensorSpec,
     bias_orders,
     join_key,
+    refuse_unwritable,
     register_dialect,
 )
 from lowbit.checkpoint.dialects.described import (
@@ -161,7 +162,7 @@ class Nunchaku:
 
     def stored_specs(self, stored: StoredLayer) -> dict[str, TensorSpec]:
         """See `Dialect.stored_specs`."""
-        self._check(stored)
+        refuse_unwritable(self, stored)
         (n, k), fmt, half = stored.shape, stored.format, half_of(stored)
         if isinstance(fmt, SvdquantW4A4):
             specs = {
@@ -176,7 +177,7 @@ class Nunchaku:
 
     def store_parts(self, stored: StoredLayer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Dialect.store_parts`."""
-        self._check(stored)
+        refuse_unwritable(self, stored)
         fmt = stored.format
         fmt.check(parts, stored.shape, stored.place)
         made = svdquant_tensors(parts) if isinstance(fmt, SvdquantW4A4) else awq_tensors(stored, parts)
@@ -204,10 +205,6 @@ class Nunchaku:
                 section["rank"] = one_value("rank", {layer.layer: layer.format.config()["rank"] for layer in found})
             said[_SECTIONS[fmt]] = {**section, "targets": [layer.layer for layer in found]}
         return {"config.json": {FIELD: said}}
-
-    def _check(self, stored: StoredLayer) -> None:
-        if why := self.refuses(stored):
-            raise PartsError(f"{stored.place}: is {stored.format}: {why}")
 
 
 NUNCHAKU = Nunchaku()

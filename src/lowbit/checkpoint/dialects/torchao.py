@@ -22,6 +22,7 @@ from lowbit.checkpoint.dialects.base import (
     join_key,
     layer_of,
     name_place,
+    refuse_unwritable,
     register_dialect,
 )
 from lowbit.checkpoint.dialects.described import FIELD, plain_layers
@@ -109,13 +110,13 @@ class TorchAO:
 
     def stored_specs(self, stored: StoredLayer) -> dict[str, TensorSpec]:
         """See `Dialect.stored_specs`."""
-        self._check(stored)
+        refuse_unwritable(self, stored)
         specs = self._class(stored).specs(stored)
         return {data_key(join_key(stored.layer, "weight"), name): spec for name, spec in specs.items()}
 
     def store_parts(self, stored: StoredLayer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Dialect.store_parts`."""
-        self._check(stored)
+        refuse_unwritable(self, stored)
         stored.format.check(parts, stored.shape, stored.place)
         data = self._class(stored).write(stored, parts)
         return {data_key(join_key(stored.layer, "weight"), name): one.contiguous() for name, one in data.items()}
@@ -128,7 +129,7 @@ class TorchAO:
         """
         described: dict[str, str] = {}
         for stored in layers:
-            self._check(stored)
+            refuse_unwritable(self, stored)
             found = self._class(stored)
             entry = {**tagged(found.kind, found.attributes(stored)), "_tensor_data_names": found.names(stored)}
             described[join_key(stored.layer, "weight")] = json.dumps(entry)
@@ -189,10 +190,6 @@ class TorchAO:
         if found is None:
             raise PartsError(f"{stored.place}: is {stored.format}: {self.refuses(stored)}")
         return found
-
-    def _check(self, stored: StoredLayer) -> None:
-        if why := self.refuses(stored):
-            raise PartsError(f"{stored.place}: is {stored.format}: {why}")
 
 
 class ExecuTorch(ReadOnly, TorchAO):
