@@ -14,7 +14,7 @@ from lowbit.integrations.kitchen.int4 import (
     quantize_convrot_w4a4_weight,
 )
 from lowbit.integrations.kitchen.tensor.base import BaseLayoutParams
-from lowbit.integrations.kitchen.tensor.products import Multiplied, register
+from lowbit.integrations.kitchen.tensor.products import Scaled, register
 from lowbit.integrations.kitchen.tensor.quantized import QuantizedTensor
 
 __all__ = [
@@ -30,7 +30,7 @@ def _check_linear_dtype(linear_dtype: str) -> None:
         raise FormatError(f"ConvRot W4A4 linear_dtype must be 'int4' or 'int8', got {linear_dtype!r}")
 
 
-class TensorCoreConvRotW4A4Layout(Multiplied):
+class TensorCoreConvRotW4A4Layout(Scaled):
     """4-bit weights times an input whose rotated rows are rounded to 4 or 8 bits on the fly."""
 
     MIN_SM_VERSION = (7, 5)
@@ -76,16 +76,6 @@ class TensorCoreConvRotW4A4Layout(Multiplied):
         """See `dequantize_convrot_w4a4_weight`."""
         sizes = params.convrot_groupsize, params.quant_group_size
         return dequantize_convrot_w4a4_weight(qdata, params.scale, *sizes, params.orig_dtype)
-
-    @classmethod
-    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales."""
-        return qtensor.qdata, qtensor.params.scale
-
-    @classmethod
-    def state_dict_tensors(cls, qdata: Tensor, params: Params) -> dict[str, Tensor]:
-        """Codes and scales by suffix."""
-        return {"": qdata, "_scale": params.scale}
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lowbit import ops
 from lowbit.backends.eager.block_scaled import product
 from lowbit.integrations.kitchen.tensor import stochastic
 from lowbit.integrations.kitchen.tensor.base import BaseLayoutParams, register_layout_op
-from lowbit.integrations.kitchen.tensor.products import Multiplied, aten, register
+from lowbit.integrations.kitchen.tensor.products import Scaled, aten, register
 from lowbit.integrations.kitchen.tensor.quantized import QuantizedTensor
 from lowbit.integrations.kitchen.tensor.scales import given_or_fitted
 from lowbit.numerics.floats import fp8_max, from_fp8
@@ -23,7 +23,7 @@ from lowbit.numerics.floats import fp8_max, from_fp8
 _FORMATS = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
 
 
-class TensorCoreFP8Layout(Multiplied):
+class TensorCoreFP8Layout(Scaled):
     """float8 codes times one scale. A product with a float input decodes the weight; two float8 operands multiply."""
 
     MIN_SM_VERSION = (8, 9)
@@ -56,16 +56,6 @@ class TensorCoreFP8Layout(Multiplied):
     def dequantize(cls, qdata: Tensor, params: Params) -> Tensor:
         """Codes times the scale, in float32, cast once."""
         return ops.dequantize_per_tensor_fp8(qdata, params.scale, params.orig_dtype)
-
-    @classmethod
-    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
-        """Codes and scale."""
-        return qtensor.qdata, qtensor.params.scale
-
-    @classmethod
-    def state_dict_tensors(cls, qdata: Tensor, params: Params) -> dict[str, Tensor]:
-        """Codes and scale by suffix."""
-        return {"": qdata, "_scale": params.scale}
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:

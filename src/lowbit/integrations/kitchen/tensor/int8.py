@@ -12,12 +12,12 @@ from lowbit import ops
 from lowbit.errors import FormatError
 from lowbit.integrations.kitchen.int8 import int8_linear, int8_linear_rms_modulated
 from lowbit.integrations.kitchen.tensor.base import BaseLayoutParams
-from lowbit.integrations.kitchen.tensor.products import Multiplied, register
+from lowbit.integrations.kitchen.tensor.products import Scaled, register
 from lowbit.integrations.kitchen.tensor.quantized import QuantizedTensor
 from lowbit.numerics.rotations import rotate_groups
 
 
-class TensorWiseINT8Layout(Multiplied):
+class TensorWiseINT8Layout(Scaled):
     """int8 weights; each row of an input is quantized on the fly, and integers multiply."""
 
     MIN_SM_VERSION = (7, 5)
@@ -80,16 +80,6 @@ class TensorWiseINT8Layout(Multiplied):
         rows = ops.dequantize_int8(qdata[indices.reshape(-1)], scale, torch.float32)
         rows = rotate_groups(rows, params.convrot_groupsize) if params.convrot else rows
         return rows.to(params.orig_dtype).reshape(*indices.shape, qdata.shape[1])
-
-    @classmethod
-    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales."""
-        return qtensor.qdata, qtensor.params.scale
-
-    @classmethod
-    def state_dict_tensors(cls, qdata: Tensor, params: Params) -> dict[str, Tensor]:
-        """Codes and scales by suffix."""
-        return {"": qdata, "_scale": params.scale}
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:

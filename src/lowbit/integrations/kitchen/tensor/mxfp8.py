@@ -12,14 +12,14 @@ from lowbit import ops
 from lowbit.errors import WeightError
 from lowbit.integrations.kitchen.tensor import stochastic
 from lowbit.integrations.kitchen.tensor.base import BaseLayoutParams
-from lowbit.integrations.kitchen.tensor.products import Multiplied, register
+from lowbit.integrations.kitchen.tensor.products import Scaled, register
 from lowbit.integrations.kitchen.tensor.quantized import QuantizedTensor
 from lowbit.numerics.groups import round_up
 
 _GROUP = 32
 
 
-class TensorCoreMXFP8Layout(Multiplied):
+class TensorCoreMXFP8Layout(Scaled):
     """mxfp8, padded to multiples of 32. Two such operands multiply; with a float input the weight is decoded."""
 
     MIN_SM_VERSION = (10, 0)
@@ -53,16 +53,6 @@ class TensorCoreMXFP8Layout(Multiplied):
     def dequantize(cls, qdata: Tensor, params: Params) -> Tensor:
         """The padded matrix, in float32, cast once."""
         return ops.dequantize_mxfp8(qdata, params.scale, params.orig_dtype)
-
-    @classmethod
-    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales."""
-        return qtensor.qdata, qtensor.params.scale
-
-    @classmethod
-    def state_dict_tensors(cls, qdata: Tensor, params: Params) -> dict[str, Tensor]:
-        """Codes and scales by suffix."""
-        return {"": qdata, "_scale": params.scale}
 
     @classmethod
     def get_padded_shape(cls, orig_shape: tuple[int, ...]) -> tuple[int, int]:

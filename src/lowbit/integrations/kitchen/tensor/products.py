@@ -44,6 +44,20 @@ class Multiplied(QuantizedLayout):
         return not tensor.params.transposed
 
 
+class Scaled(Multiplied):
+    """One whose weights are codes and one tensor of scales."""
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales."""
+        return qtensor.qdata, qtensor.params.scale
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
+        """Codes and scales by suffix."""
+        return {"": qdata, "_scale": params.scale}
+
+
 def register(name: str, layout: type[Multiplied]) -> None:
     """Make a layout known, with its handlers."""
     register_layout_class(name, layout)
