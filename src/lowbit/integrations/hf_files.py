@@ -55,6 +55,14 @@ class DescribedFiles:
                 "does not undo; write the model anew first (lowbit migrate --to comfy, or lowbit dequantize)"
             )
 
+    def need_layers(self) -> None:
+        """Raise `CheckpointError` unless there are quantized layers, as config.json says."""
+        if not self.found.layers:
+            raise CheckpointError(
+                f"{self.where}: config.json says that the model is quantized by lowbit, but no layer in the weight "
+                "files is; remove quantization_config from config.json, or convert the folder again"
+            )
+
     def owners(self) -> dict[str, tuple[StoredLayer, str]]:
         """Key -> the layer it belongs to and its role there (a part's name, or "marker")."""
         return {key: (stored, role) for stored in self.found.layers.values() for role, key in stored.keys.items()}

@@ -95,6 +95,16 @@ def choose_formats(
     return _with_ties(chosen, ties or {})
 
 
+def need_chosen(module: nn.Module, choices: Mapping[str, LayerChoice]) -> None:
+    """Raise `PlanError` unless a layer of a module is to be quantized."""
+    if not any(choice.format for choice in choices.values()):
+        first = next(iter(choices.values()))
+        raise PlanError(
+            f"{type(module).__name__}: no layer of the model is to be quantized ({first.name}: {first.why}); choose "
+            "another format, or load it without a quantization config"
+        )
+
+
 def _layers(module: nn.Module) -> Iterator[tuple[str, Matrix]]:
     """The linears and embeddings that have a weight of their own, by name."""
     for name, layer in module.named_modules():

@@ -24,6 +24,7 @@ from lowbit.integrations.hf_layers import (
     choose_formats,
     dequantize_module_,
     flat_state,
+    need_chosen,
     quantized_parameter,
     repack_loaded_,
 )
@@ -75,15 +76,12 @@ class LowbitQuantizer(DiffusersQuantizer):
             return loaded_keys
         files = describe_files(checkpoint_files)
         self._where = files.where
-        if not files.found.layers:
-            if self.pre_quantized:
-                raise CheckpointError(
-                    f"{files.where}: config.json says that the model is quantized by lowbit, but no layer in the "
-                    "weight files is; remove quantization_config from config.json, or convert the folder again"
-                )
-            return loaded_keys
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            files.need_layers()
+        elif files.found.layers:
             self._refuse_format()
+        else:
+            return loaded_keys
         self._stored = StoredLayers(files)
         return self._stored.keys(loaded_keys)
 
@@ -123,12 +121,7 @@ class LowbitQuantizer(DiffusersQuantizer):
     def _choose(self, model: nn.Module, keep: list[str]) -> None:
         rules = self.quantization_config.rules()
         self.choices = choose_formats(model, replace(rules, keep=(*rules.keep, *keep)))
-        if not any(choice.format for choice in self.choices.values()):
-            first = next(iter(self.choices.values()))
-            raise PlanError(
-                f"{type(model).__name__}: no layer of the model is to be quantized ({first.name}: {first.why}); choose "
-                "another format, or load it without a quantization config"
-            )
+        need_chosen(model, self.choices)
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """The keys that a folder lacks and the model makes by itself. Raises `CheckpointError` for any other."""

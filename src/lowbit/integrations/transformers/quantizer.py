@@ -20,6 +20,7 @@ from lowbit.integrations.hf_layers import (
     choose_formats,
     dequantize_module_,
     flat_state,
+    need_chosen,
     quantized_parameter,
     repack_loaded_,
     stored_bytes,
@@ -71,12 +72,7 @@ class LowbitHfQuantizer(HfQuantizer):
         head = model.get_output_embeddings()
         heads = {name for name, module in model.named_modules() if module is head} if head is not None else set()
         self.choices = choose_formats(model, self.quantization_config.rules(), ties=ties, heads=heads)
-        if not any(choice.format for choice in self.choices.values()):
-            first = next(iter(self.choices.values()))
-            raise PlanError(
-                f"{type(model).__name__}: no layer of the model is to be quantized ({first.name}: {first.why}); choose "
-                "another format, or load it without a quantization config"
-            )
+        need_chosen(model, self.choices)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """transformers' converters with one for the quantized layers in front.
@@ -221,11 +217,7 @@ def _describe(paths: list[str]) -> DescribedFiles:
     if not paths:
         raise CheckpointError("quantized weights are loaded from files: name a folder, not a state dict")
     files = describe_files(paths)
-    if not files.found.layers:
-        raise CheckpointError(
-            f"{files.where}: config.json says that the model is quantized by lowbit, but no layer in the weight files "
-            "is; remove quantization_config from config.json, or convert the folder again"
-        )
+    files.need_layers()
     return files
 
 
