@@ -2,16 +2,20 @@
 
     value = 2 ** (scale - 127)        code 0 is 2 ** -127, a float32 subnormal; 255 would be NaN
 
-Everything here works on the bits of float32 and is exact: no power of two is divided by or found by a logarithm.
+Every scale is found and applied by the bits of float32, exactly: no power of two is divided by or found by a logarithm.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from lowbit.formats.base import Candidate
+from lowbit.formats.parts import Parts
 from lowbit.numerics.floats import e8m0_values
-from lowbit.numerics.groups import ceil_div, pad_to
+from lowbit.numerics.groups import ceil_div, group_amax, pad_to
 
 GROUP = 32
 
@@ -36,6 +40,21 @@ def scale_up(values: Tensor, scale: Tensor) -> Tensor:
     """Values [n, G, 32] or [n, 32 G] times their powers of two -> [n, 32 G]. Writes over `values`."""
     groups = values.view(*scale.shape, GROUP)
     return groups.mul_(e8m0_values(scale).unsqueeze(-1)).flatten(1)
+
+
+def fitted_and_half(rows: Tensor, params: Parts, exponent: int, largest: float) -> Iterator[Candidate]:
+    """The scale of `codes_for` in each group of rows, unless all have it, and half of it. See `Format.candidates`.
+
+    `largest`: the largest value of a code. Half of the scale clips what is above it.
+    """
+    amax = group_amax(rows, GROUP)
+    first = codes_for(amax, exponent)
+    start = params["scale"].to(torch.int32)
+    if not torch.equal(start, first):
+        yield Candidate({"scale": first.to(torch.uint8)})
+    half = (first - 1).clamp_min_(0).to(torch.uint8)
+    bound = (amax - e8m0_values(half) * largest).clamp_min_(0.0).square_()
+    yield Candidate({"scale": half}, bound.masked_fill_((first == 0) | (start == first - 1), float("inf")))
 
 
 def codes_of_steps(step: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.base import Candidate, Format
-from lowbit.formats.e8m0_scales import GROUP, codes_for, codes_of_steps, scale_down, scale_up
+from lowbit.formats.e8m0_scales import GROUP, codes_for, codes_of_steps, fitted_and_half, scale_down, scale_up
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import register
@@ -40,7 +40,6 @@ from lowbit.numerics.levels import E2M1
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles
 
 _REACH_EXPONENT = 2  # of the largest weight that a scale of 1 is taken for, 7 = 1.75 * 2**2
-_INF = float("inf")
 
 
 @register
@@ -114,14 +113,7 @@ class Mxfp4(Format):
 
         `bound` is what clipping costs the largest weight alone; like the limit below it is meant for unweighted errors.
         """
-        amax = group_amax(rows, GROUP)
-        first = codes_for(amax, _REACH_EXPONENT)
-        start = params["scale"].to(torch.int32)
-        if not torch.equal(start, first):
-            yield Candidate({"scale": first.to(torch.uint8)})
-        half = (first - 1).clamp_min_(0).to(torch.uint8)
-        bound = (amax - e8m0_values(half) * E2M1_MAX).clamp_min_(0.0).square_()
-        yield Candidate({"scale": half}, bound.masked_fill_((first == 0) | (start == first - 1), _INF))
+        return fitted_and_half(rows, params, _REACH_EXPONENT, E2M1_MAX)
 
     def grid(self, rows: Tensor, params: Parts) -> Grid:
         """A refitted scale is the nearest power of two."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.base import Candidate, Format
-from lowbit.formats.e8m0_scales import GROUP, codes_for, codes_of_steps, scale_down, scale_up
+from lowbit.formats.e8m0_scales import GROUP, codes_for, codes_of_steps, fitted_and_half, scale_down, scale_up
 from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import register
@@ -38,7 +38,6 @@ from lowbit.numerics.groups import group_amax, pad_to
 from lowbit.numerics.levels import E4M3
 
 _LARGEST_EXPONENT = 8  # of the largest e4m3 value, 448 = 1.75 * 2**8
-_INF = float("inf")
 
 
 @register
@@ -97,14 +96,7 @@ class Mxfp8(Format):
         `bound` is what clipping costs the largest weight alone; like the limit below s it is meant for unweighted
         errors.
         """
-        amax = group_amax(rows, GROUP)
-        first = codes_for(amax, _LARGEST_EXPONENT)
-        start = params["scale"].to(torch.int32)
-        if not torch.equal(start, first):
-            yield Candidate({"scale": first.to(torch.uint8)})
-        half = (first - 1).clamp_min_(0).to(torch.uint8)
-        bound = (amax - e8m0_values(half) * E4M3_MAX).clamp_min_(0.0).square_()
-        yield Candidate({"scale": half}, bound.masked_fill_((first == 0) | (start == first - 1), _INF))
+        return fitted_and_half(rows, params, _LARGEST_EXPONENT, E4M3_MAX)
 
     def grid(self, rows: Tensor, params: Parts) -> Grid:
         """A refitted scale is the nearest power of two."""
