@@ -165,45 +165,38 @@ inline int64_t decode_panel(const Weight& w, int64_t first_block, int64_t blocks
 template <class Weight>
 void gemm_pairs(const Weight& w, const Activations& x, const Output& out, int threads) {
   const PairTiles packed(x, kTileTokens, threads);
-  const int64_t chunks = (x.m + kPairTokens - 1) / kPairTokens;
-  const int64_t blocks = (w.n + kBlockRows - 1) / kBlockRows, panels = (blocks + kPanelBlocks - 1) / kPanelBlocks;
-  const int64_t run = panels * chunks >= 4 * kTaskPanels * threads ? kTaskPanels : 1;
-  const int64_t runs = (panels + run - 1) / run;
+  const PanelTasks tasks(w.n, packed, kPairTokens, threads);
+  const int64_t blocks = tasks.blocks();
   int64_t scales = 0;  // of a row of a panel, at most
   if constexpr (Weight::kGroupScales) scales = kPairColumns / std::min(w.group, kPairColumns) + 2;
 
-  parallel_for(runs * chunks, threads, [&](int64_t task) {
-    const int64_t chunk = task / runs, first_panel = task % runs * run;
-    const int64_t last_panel = std::min(first_panel + run, panels);
-    const int64_t first_tile = packed.count() * chunk / chunks, last_tile = packed.count() * (chunk + 1) / chunks;
-    const int64_t first_token = packed.begin(first_tile), tokens = packed.begin(last_tile) - first_token;
+  parallel_for(tasks.count(), threads, [&](int64_t index) {
+    const PanelTask task = tasks.task(index);
     const Room panel_room(kPairColumns / 2 * kPanelRows), scales_room(scales * kPanelRows);
-    const Room sums_room((last_panel - first_panel) * tokens * kPanelRows);
+    const PanelSums sums(task);
     auto* panel = reinterpret_cast<uint32_t*>(panel_room.data());
-    float* sums = sums_room.data();
-    std::fill_n(sums, (last_panel - first_panel) * tokens * kPanelRows, 0.0f);
     for (int64_t first = 0; first < w.k; first += kPairColumns) {
       const int64_t last = std::min(first + kPairColumns, w.k);
-      for (int64_t p = first_panel; p < last_panel; ++p) {
+      for (int64_t p = task.first_panel; p < task.last_panel; ++p) {
         const int64_t group = decode_panel(w, p * kPanelBlocks, blocks, first, last, panel, scales_room.data());
         // What comes next: these columns of other rows, other columns, or a thread's next task.
-        const bool same = p + 1 < last_panel, deeper = !same && last < w.k;
-        const int64_t next = (same ? p + 1 : deeper ? first_panel : last_panel) * kPanelBlocks;
+        const bool same = p + 1 < task.last_panel, deeper = !same && last < w.k;
+        const int64_t next = (same ? p + 1 : deeper ? task.first_panel : task.last_panel) * kPanelBlocks;
         const int64_t next_first = same ? first : deeper ? last : 0;
+        const int64_t next_last = std::min(next_first + kPairColumns, w.k), pieces = task.last_tile - task.first_tile;
         Soon soon[kPanelBlocks][2];
         for (int64_t b = 0; b < std::min<int64_t>(kPanelBlocks, blocks - next); ++b)
-          w.soon(next + b, next_first, std::min(next_first + kPairColumns, w.k), last_tile - first_tile, soon[b]);
-        for (int64_t t = first_tile; t < last_tile; ++t) {
+          w.soon(next + b, next_first, next_last, pieces, soon[b]);
+        for (int64_t t = task.first_tile; t < task.last_tile; ++t) {
           for (auto& block : soon)
             for (Soon& source : block) source.ask();
           const int64_t token = packed.begin(t);
           multiply_tile(packed.size(t), panel, packed.of(token) + first / 2 * packed.size(t), first, last, group,
-                        scales_room.data(), sums + ((p - first_panel) * tokens + token - first_token) * kPanelRows);
+                        scales_room.data(), sums.of(p, token));
         }
       }
     }
-    for (int64_t p = first_panel; p < last_panel; ++p)
-      store_panel(w, sums + (p - first_panel) * tokens * kPanelRows, p, first_token, tokens, out);
+    sums.store(w, out);
   });
 }
 #else

@@ -158,57 +158,103 @@ struct LeavesFactor : std::false_type {};
 template <class Weight>
 struct LeavesFactor<Weight, std::void_t<decltype(&Weight::finish)>> : std::true_type {};
 
-// Sums of [tokens, kPanelRows] of a panel, as rows of the output.
-template <class Weight>
-inline void store_panel(const Weight& w, const float* sums, int64_t panel, int64_t first_token, int64_t tokens,
-                        const Output& out) {
-  using namespace simd;
-  for (int64_t t = 0; t < tokens; ++t)
+// Some panels of a weight with some tiles of tokens.
+struct PanelTask {
+  int64_t first_panel, last_panel, first_tile, last_tile, first_token, tokens;
+};
+
+// How the product of the rows of a weight with tiles of tokens is shared out. A task has a few panels where there are
+// enough of them for all threads, and so many tiles that what is made of them stays in the second-level cache.
+class PanelTasks {
+ public:
+  PanelTasks(int64_t rows, const EvenTiles& tiles, int64_t chunk_tokens, int threads)
+      : tiles_(tiles),
+        blocks_((rows + kBlockRows - 1) / kBlockRows),
+        panels_((blocks_ + kPanelBlocks - 1) / kPanelBlocks),
+        chunks_((tiles.m() + chunk_tokens - 1) / chunk_tokens),
+        run_(panels_ * chunks_ >= 4 * kTaskPanels * threads ? kTaskPanels : 1),
+        runs_((panels_ + run_ - 1) / run_) {}
+
+  int64_t blocks() const { return blocks_; }  // of rows
+  int64_t count() const { return runs_ * chunks_; }
+  PanelTask task(int64_t index) const {
+    const int64_t chunk = index / runs_, panel = index % runs_ * run_;
+    const int64_t first = tiles_.count() * chunk / chunks_, last = tiles_.count() * (chunk + 1) / chunks_;
+    const int64_t token = tiles_.begin(first);
+    return {panel, std::min(panel + run_, panels_), first, last, token, tiles_.begin(last) - token};
+  }
+
+ private:
+  const EvenTiles& tiles_;
+  int64_t blocks_, panels_, chunks_, run_, runs_;
+};
+
+// The sums of a task, [panels, tokens, kPanelRows], zeros at first.
+class PanelSums {
+ public:
+  explicit PanelSums(const PanelTask& task)
+      : task_(task), room_((task.last_panel - task.first_panel) * task.tokens * kPanelRows) {
+    std::fill_n(room_.data(), (task.last_panel - task.first_panel) * task.tokens * kPanelRows, 0.0f);
+  }
+
+  float* of(int64_t panel, int64_t token) const {
+    return room_.data() + ((panel - task_.first_panel) * task_.tokens + token - task_.first_token) * kPanelRows;
+  }
+
+  // As rows of the output.
+  template <class Weight>
+  void store(const Weight& w, const Output& out) const {
+    for (int64_t panel = task_.first_panel; panel < task_.last_panel; ++panel)
+      for (int64_t token = task_.first_token; token < task_.first_token + task_.tokens; ++token)
+        store_row(w, of(panel, token), panel, token, out);
+  }
+
+ private:
+  template <class Weight>
+  static void store_row(const Weight& w, const float* sums, int64_t panel, int64_t token, const Output& out) {
+    using namespace simd;
     for (int64_t b = 0; b < kPanelBlocks; ++b) {
       const int64_t block = panel * kPanelBlocks + b;
       if (block * kBlockRows >= w.n) break;
       F32 row[kBlockVectors];
       for (int v = 0; v < kBlockVectors; ++v) {
-        row[v] = load_f32(sums + t * kPanelRows + b * kBlockRows + v * kLanes);
+        row[v] = load_f32(sums + b * kBlockRows + v * kLanes);
         if constexpr (LeavesFactor<Weight>::value) row[v] = w.finish(row[v], block, v);
       }
-      store_block(row, block, w.n, out.bias, out.bias_dtype, out.data, first_token + t, out.dtype);
+      store_block(row, block, w.n, out.bias, out.bias_dtype, out.data, token, out.dtype);
     }
-}
+  }
+
+  const PanelTask task_;
+  const Room room_;
+};
 
 template <class Weight>
 void gemm_many(const Weight& w, const Activations& x, const Output& out, int threads) {
   const TokenTiles packed(x, kTileTokens, threads);
-  const int64_t chunks = (x.m + kChunkTokens - 1) / kChunkTokens;
-  const int64_t blocks = (w.n + kBlockRows - 1) / kBlockRows, panels = (blocks + kPanelBlocks - 1) / kPanelBlocks;
-  const int64_t group = panels * chunks >= 4 * kTaskPanels * threads ? kTaskPanels : 1;
-  const int64_t groups = (panels + group - 1) / group;
+  const PanelTasks tasks(w.n, packed, kChunkTokens, threads);
 
-  parallel_for(groups * chunks, threads, [&](int64_t task) {
-    const int64_t chunk = task / groups, first_panel = task % groups * group;
-    const int64_t last_panel = std::min(first_panel + group, panels);
-    const int64_t first_tile = packed.count() * chunk / chunks, last_tile = packed.count() * (chunk + 1) / chunks;
-    const int64_t first_token = packed.begin(first_tile), tokens = packed.begin(last_tile) - first_token;
-    Room panel_room(kPanelColumns * kPanelRows), sums_room((last_panel - first_panel) * tokens * kPanelRows);
-    float *panel = panel_room.data(), *sums = sums_room.data();
-    std::fill_n(sums, (last_panel - first_panel) * tokens * kPanelRows, 0.0f);
+  parallel_for(tasks.count(), threads, [&](int64_t index) {
+    const PanelTask task = tasks.task(index);
+    const Room panel_room(kPanelColumns * kPanelRows);
+    const PanelSums sums(task);
+    float* panel = panel_room.data();
     for (int64_t first = 0; first < w.k; first += kPanelColumns) {
       const int64_t last = std::min(first + kPanelColumns, w.k);
-      for (int64_t p = first_panel; p < last_panel; ++p) {
+      for (int64_t p = task.first_panel; p < task.last_panel; ++p) {
         for (int64_t b = 0; b < kPanelBlocks; ++b) {
           // A block that is not there leaves numbers of an earlier one, whose products nobody stores.
-          const int64_t block = std::min(p * kPanelBlocks + b, blocks - 1);
+          const int64_t block = std::min(p * kPanelBlocks + b, tasks.blocks() - 1);
           w.decode(block, first, last, panel + b * kBlockRows);
         }
-        for (int64_t t = first_tile; t < last_tile; ++t) {
+        for (int64_t t = task.first_tile; t < task.last_tile; ++t) {
           const int64_t token = packed.begin(t);
           multiply_panel_of<kTileTokens>(packed.size(t), panel, packed.of(token) + first * packed.size(t), last - first,
-                                         sums + ((p - first_panel) * tokens + token - first_token) * kPanelRows);
+                                         sums.of(p, token));
         }
       }
     }
-    for (int64_t p = first_panel; p < last_panel; ++p)
-      store_panel(w, sums + (p - first_panel) * tokens * kPanelRows, p, first_token, tokens, out);
+    sums.store(w, out);
   });
 }
 
