@@ -130,6 +130,11 @@ class FoundLayers:
     """Plain vectors that lie in a kernel's order: key -> where each value lies, int64 [N]. Readers get them in their
     natural order."""
 
+    def rest_is_plain(self, keys: Iterable[str]) -> None:
+        """Take those of all keys for plain that no layer owns and `container` does not name."""
+        owned = {key for stored in self.layers.values() for key in stored.keys.values()} | set(self.container)
+        self.plain = [key for key in keys if key not in owned]
+
 
 class Dialect(Protocol):
     """One on-disk convention."""

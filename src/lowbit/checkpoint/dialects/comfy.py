@@ -88,8 +88,7 @@ class Comfy:
                 found.problems.append(result)
             else:
                 found.layers[layer] = result
-        owned = {key for stored in found.layers.values() for key in stored.keys.values()} | set(found.container)
-        found.plain = [key for key in tensors if key not in owned]
+        found.rest_is_plain(tensors)
         broken = {problem.layer for problem in found.problems}
         found.problems += [
             Problem(layer, _unmarked(key, layer, tensors[key], where))

@@ -108,8 +108,7 @@ def collect(
             continue
         if stored is not None:
             found.layers[stored.layer] = stored
-    owned = {key for stored in found.layers.values() for key in stored.keys.values()}
-    found.plain = [key for key in held.tensors if key not in owned]
+    found.rest_is_plain(held.tensors)
     return found
 
 

@@ -58,8 +58,7 @@ class Gguf(ReadOnly):
                 found.problems.append(Problem(layer_of(key) or key, error))
             else:
                 found.layers[stored.layer] = stored
-        owned = {key for stored in found.layers.values() for key in stored.keys.values()}
-        found.plain = [key for key in held.tensors if key not in owned]
+        found.rest_is_plain(held.tensors)
         if strict and found.problems:
             raise found.problems[0].error
         return found

@@ -88,8 +88,7 @@ class TorchAO:
                 continue
             if stored is not None:
                 found.layers[stored.layer] = stored
-        owned = {key for stored in found.layers.values() for key in stored.keys.values()}
-        found.plain = [key for key in held.tensors if key not in owned]
+        found.rest_is_plain(held.tensors)
         return found
 
     def load_parts(self, layer: StoredLayer, read: Read) -> Parts:
