@@ -22,7 +22,7 @@ from .dialects.base import join_key, layer_of
 from .eligibility import axes_of, better_left, cannot_hold, cannot_store, dtype_name, not_by_default
 from .layer_statistics import LayerStatistics
 from .plan_data import ComponentPlan, Plan, TensorPlan
-from .plan_rules import FULL_PRECISION, TURNED_BANKS, Pattern, Rules, full_name
+from .plan_rules import FULL_PRECISION, TURNED_BANKS, Pattern, Rules, full_name, patterns
 from .presets import GENERIC, BoundPreset, Preset, detect_preset, get_preset
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Component, Source
@@ -78,12 +78,19 @@ def make_plan(
         PlanError: a pattern is wrong or matches nothing, the source is quantized already, the preset is unknown.
         FormatError, SolverError: the format, a rule's format or the solver is wrong.
     """
-    by_layer = [(Pattern("layer", text), StoredFormat.parse(spec)) for text, spec in layer_rules]
-    kept, chosen = [Pattern("keep", text) for text in keep], [Pattern("only", text) for text in only]
-    turned = [Pattern(TURNED_BANKS, text) for text in bank_transposed]
-    stored, into = StoredFormat.parse(format), written_dialect(dialect)
-    full = [Pattern(FULL_PRECISION, text) for text in full_precision]
-    rules = Rules(stored, solver, kept, chosen, by_layer, into, statistics, turned, convolutions, requantize, full)
+    rules = Rules(
+        by_layer=[(Pattern("layer", text), StoredFormat.parse(spec)) for text, spec in layer_rules],
+        keep=patterns("keep", keep),
+        only=patterns("only", only),
+        turned_banks=patterns(TURNED_BANKS, bank_transposed),
+        stored=StoredFormat.parse(format),
+        dialect=written_dialect(dialect),
+        full_precision=patterns(FULL_PRECISION, full_precision),
+        solver=solver,
+        statistics=statistics,
+        convolutions=convolutions,
+        requantize=requantize,
+    )
     rules.check()
     components = []
     for component in source.components:

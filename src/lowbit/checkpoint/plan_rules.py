@@ -61,6 +61,11 @@ class Pattern:
         return found
 
 
+def patterns(option: str, texts: Iterable[str]) -> list[Pattern]:
+    """What an option that may be repeated was given. Raises `PlanError` for what is no regular expression."""
+    return [Pattern(option, text) for text in texts]
+
+
 def _in_basis_of(was: Format, fmt: Format) -> Format:
     """A format of the same name with the other's rotation."""
     return replace(fmt, rotation=was.config()["rotation"])  # type: ignore[call-arg]  # those that can rotate have it
