@@ -37,124 +37,142 @@ _DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16,
 _SHOWN = 12  # inputs in the table, those with the fewest tokens a channel
 _WHAT = "--text FILE, --builtin-text, --module PACKAGE:FACTORY, --timesteps, --merge or --imatrix FILE"
 
+_Paths = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        readable=False,
+        metavar="[MODEL]",
+        help="A model folder (text), the checkpoint that gives the names (--module, --imatrix), files (--merge).",
+        show_default=False,
+    ),
+]
+_Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        readable=False,
+        metavar="FILE",
+        help="Run the model folder on this text; may be repeated.",
+        show_default=False,
+    ),
+]
+_WithBuiltin = Annotated[
+    bool,
+    typer.Option(
+        "--builtin-text",
+        help="Run it on the text of many kinds that comes with lowbit, too; alone where nothing else is asked for.",
+    ),
+]
+_Module = Annotated[
+    str,
+    typer.Option(
+        metavar="PACKAGE:FACTORY",
+        help="Run what this function (or FILE.py:FUNCTION) returns: a module, and an iterable of its inputs.",
+        show_default=False,
+    ),
+]
+_Timesteps = Annotated[
+    bool,
+    typer.Option(
+        "--timesteps",
+        help="Compute the inputs of modulation layers from the checkpoint's own time MLP, without data.",
+    ),
+]
+_Guidance = Annotated[
+    float, typer.Option(metavar="G", help="With --timesteps: the guidance, for models that embed it.")
+]
+_Merge = Annotated[bool, typer.Option("--merge", help="Join statistics files of one model into one.")]
+_Imatrix = Annotated[
+    Path | None,
+    typer.Option(readable=False, metavar="FILE", help="Import an importance matrix of llama.cpp.", show_default=False),
+]
+_Samples = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        metavar="N",
+        help=rf"Lines or windows of the text to run. \[default: {SAMPLES}; twice as many with the built-in text]",
+        show_default=False,
+    ),
+]
+_Vary = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        metavar="SHARE",
+        help="Run each a second time with this share of its tokens replaced at random, for statistics that hold "
+        rf"for other text. \[default: {VARIED:g}; 0 with the built-in text and where the next token is predicted]",
+        show_default=False,
+    ),
+]
+_MaxTokens = Annotated[int, typer.Option(min=1, metavar="L", help="Tokens of one of them.")]
+_BatchSize = Annotated[int, typer.Option(min=1, metavar="B", help="How many at once.")]
+_Broad = Annotated[
+    bool,
+    typer.Option(
+        "--broad",
+        help="The samples are of as many kinds as what the model will meet, as the built-in text is: trust them.",
+    ),
+]
+_Gradients = Annotated[
+    bool | None,
+    typer.Option(
+        "--gradients/--no-gradients",
+        help="Run the model backward too: solvers then lower the error of the model's "
+        r"output, not of each layer's. \[default: for text encoders]",
+        show_default=False,
+    ),
+]
+_Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where the model folder runs.")]
+_Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE",
+        help=f"What the model folder runs in: {', '.join(_DTYPES)}, or {AUTO}: on a CPU bfloat16 where that is "
+        "fast, else float32; elsewhere what it is stored in.",
+    ),
+]
+_Layers = Annotated[
+    list[str] | None,
+    typer.Option("--layers", metavar="REGEX", help="Only these linears; may be repeated.", show_default=False),
+]
+_Memory = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for second moments, such as 8GiB; what does not fit takes more passes. auto: half of what is "
+        "free, with gradients a third for them and a third for the inputs.",
+    ),
+]
+_FullUpTo = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="K", help="Keep only the diagonal of wider inputs.", show_default=False),
+]
+
 
 @command
 def calibrate(
     context: typer.Context,
     output: options.OutputText,
-    paths: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            readable=False,
-            metavar="[MODEL]",
-            help="A model folder (text), the checkpoint that gives the names (--module, --imatrix), files (--merge).",
-            show_default=False,
-        ),
-    ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            readable=False,
-            metavar="FILE",
-            help="Run the model folder on this text; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    with_builtin: Annotated[
-        bool,
-        typer.Option(
-            "--builtin-text",
-            help="Run it on the text of many kinds that comes with lowbit, too; alone where nothing else is asked for.",
-        ),
-    ] = False,
-    module: Annotated[
-        str,
-        typer.Option(
-            metavar="PACKAGE:FACTORY",
-            help="Run what this function (or FILE.py:FUNCTION) returns: a module, and an iterable of its inputs.",
-            show_default=False,
-        ),
-    ] = "",
-    timesteps: Annotated[
-        bool,
-        typer.Option(
-            "--timesteps",
-            help="Compute the inputs of modulation layers from the checkpoint's own time MLP, without data.",
-        ),
-    ] = False,
-    guidance: Annotated[
-        float, typer.Option(metavar="G", help="With --timesteps: the guidance, for models that embed it.")
-    ] = GUIDANCE,
-    merge: Annotated[bool, typer.Option("--merge", help="Join statistics files of one model into one.")] = False,
-    imatrix: Annotated[
-        Path | None,
-        typer.Option(
-            readable=False, metavar="FILE", help="Import an importance matrix of llama.cpp.", show_default=False
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            metavar="N",
-            help=rf"Lines or windows of the text to run. \[default: {SAMPLES}; twice as many with the built-in text]",
-            show_default=False,
-        ),
-    ] = None,
-    vary: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            metavar="SHARE",
-            help="Run each a second time with this share of its tokens replaced at random, for statistics that hold "
-            rf"for other text. \[default: {VARIED:g}; 0 with the built-in text and where the next token is predicted]",
-            show_default=False,
-        ),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, metavar="L", help="Tokens of one of them.")] = MAX_TOKENS,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="How many at once.")] = BATCH_SIZE,
-    broad: Annotated[
-        bool,
-        typer.Option(
-            "--broad",
-            help="The samples are of as many kinds as what the model will meet, as the built-in text is: trust them.",
-        ),
-    ] = False,
-    gradients: Annotated[
-        bool | None,
-        typer.Option(
-            "--gradients/--no-gradients",
-            help="Run the model backward too: solvers then lower the error of the model's "
-            r"output, not of each layer's. \[default: for text encoders]",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where the model folder runs.")] = "cpu",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="DTYPE",
-            help=f"What the model folder runs in: {', '.join(_DTYPES)}, or {AUTO}: on a CPU bfloat16 where that is "
-            "fast, else float32; elsewhere what it is stored in.",
-        ),
-    ] = AUTO,
-    layers: Annotated[
-        list[str] | None,
-        typer.Option("--layers", metavar="REGEX", help="Only these linears; may be repeated.", show_default=False),
-    ] = None,
-    memory: Annotated[
-        str,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory for second moments, such as 8GiB; what does not fit takes more passes. auto: half of what is "
-            "free, with gradients a third for them and a third for the inputs.",
-        ),
-    ] = AUTO,
-    full_up_to: Annotated[
-        int | None,
-        typer.Option(min=0, metavar="K", help="Keep only the diagonal of wider inputs.", show_default=False),
-    ] = None,
+    paths: _Paths = None,
+    text: _Text = None,
+    with_builtin: _WithBuiltin = False,
+    module: _Module = "",
+    timesteps: _Timesteps = False,
+    guidance: _Guidance = GUIDANCE,
+    merge: _Merge = False,
+    imatrix: _Imatrix = None,
+    samples: _Samples = None,
+    vary: _Vary = None,
+    max_tokens: _MaxTokens = MAX_TOKENS,
+    batch_size: _BatchSize = BATCH_SIZE,
+    broad: _Broad = False,
+    gradients: _Gradients = None,
+    device: _Device = "cpu",
+    dtype: _Dtype = AUTO,
+    layers: _Layers = None,
+    memory: _Memory = AUTO,
+    full_up_to: _FullUpTo = None,
     resume: options.Resume = True,
     as_json: options.AsJson = False,
 ) -> None:
@@ -179,7 +197,17 @@ def calibrate(
         runs_in = None if dtype == AUTO else parse_dtype(dtype, _DTYPES, AUTO)
     _refuse_input(output, [*given, *(text or []), *([imatrix] if imatrix is not None else [])])
     target = Path(output)
-    wishes = Wishes(target, samples, max_tokens, batch_size, vary, gradients, device, runs_in, how)
+    wishes = Wishes(
+        output=target,
+        samples=samples,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        vary=vary,
+        gradients=gradients,
+        device=device,
+        dtype=runs_in,
+        options=how,
+    )
     with hearing() as warnings:
         if chosen == "text":
             found: StatisticsCollection = from_text(given[0], text or [], wishes, with_builtin=with_builtin or not text)

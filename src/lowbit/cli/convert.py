@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -98,36 +99,28 @@ def convert(
     The output appears under its name when all of it is written and checked. An interrupted run goes on where it stopped
     when the same command is given again.
     """
-    patterns = (keep or (), only or (), layer or ())
-    banks, full = bank_transposed or (), full_precision_matrix_mult or ()
     wishes = Wishes(
-        format,
-        solver,
-        preset,
-        *patterns,
-        dialect,
-        requantize,
-        convolutions,
-        banks,
-        fold_scales,
-        share_low_rank,
-        drop_unused,
-        full,
+        format=format,
+        solver=solver,
+        preset=preset,
+        keep=keep or (),
+        only=only or (),
+        layer=layer or (),
+        dialect=dialect,
+        requantize=requantize,
+        convolutions=convolutions,
+        bank_transposed=bank_transposed or (),
+        fold_scales=fold_scales,
+        share_low_rank=share_low_rank,
+        drop_unused=drop_unused,
+        full_precision_matrix_mult=full_precision_matrix_mult or (),
     )
     refuse_both(wishes, plan)
     usable_device(device)
     if error_lora is None:
         refuse_idle(context, _NO_LORA, "lora_rank", "lora_prefix")
-    read = (src, plan, stats)
     with open_whole(src, source_dialect) as source, statistics_of(source, stats) as known:
-        check_target(source, output)
-        target = Path(output)
-        refuse_inputs([target], files_of((plan, stats)))
-        made_folder = None if is_single(source, target) else target
-        page = check_beside(report, read=read, others=(target, error_lora), made=made_folder)
-        if error_lora is not None:
-            check_error_lora(source, error_lora, lora_rank)
-        lora = check_beside(error_lora, read=read, others=(target,))
+        to = _targets(source, output, report, error_lora, lora_rank, read=(src, plan, stats))
         warnings = tell_other_weights(source, known)
         made = plan_for(source, wishes, plan, known, jobs)
         if not as_json:
@@ -136,7 +129,7 @@ def convert(
         with progress("converting") as update:
             done = run(
                 source,
-                target,
+                to.checkpoint,
                 made,
                 jobs=jobs,
                 resume=resume,
@@ -146,19 +139,55 @@ def convert(
                 statistics=known,
                 device=device,
             )
-        corrected: list[LoraLayer] = []
-        left_out: list[str] = []
-        if lora is not None:
-            corrected, left_out = _correct(*folded(source, made, known), done, lora, lora_rank, lora_prefix, device)
-    if page is not None:
-        write_conversion(page, _page(str(src), made, done))
+        correction = _Correction()
+        if to.lora is not None:
+            correction = _correct(*folded(source, made, known), done, to.lora, lora_rank, lora_prefix, device)
+    if to.page is not None:
+        write_conversion(to.page, _page(str(src), made, done))
     if as_json:
-        more = {"plan": plan_totals(made), "report": None if page is None else str(page)}
-        loras = {"error_lora": [vars(layer) for layer in corrected], "error_lora_left_out": left_out}
-        print_json({**done.to_json(), **more, **loras, "warnings": warnings})
+        more = {"plan": plan_totals(made), "report": None if to.page is None else str(to.page)}
+        print_json({**done.to_json(), **more, **correction.to_json(), "warnings": warnings})
     else:
-        _show(done, page)
-        _show_lora(corrected, left_out, lora)
+        _show(done, to.page)
+        _show_lora(correction, to.lora)
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Where the checkpoint goes, and the page and the LoRA that were asked for."""
+
+    checkpoint: Path
+    page: Path | None
+    lora: Path | None
+
+
+def _targets(
+    source: Source, output: str, report: str | None, error_lora: str | None, rank: int, *, read: Sequence[Path | None]
+) -> _Targets:
+    """The targets, as they stand on the command line, when each can be written. Raises `WriteError` or `PlanError`.
+
+    `read`: what the command reads, the source first.
+    """
+    check_target(source, output)
+    target = Path(output)
+    refuse_inputs([target], files_of(read[1:]))
+    made_folder = None if is_single(source, target) else target
+    page = check_beside(report, read=read, others=(target, error_lora), made=made_folder)
+    if error_lora is not None:
+        check_error_lora(source, error_lora, rank)
+    return _Targets(target, page, check_beside(error_lora, read=read, others=(target,)))
+
+
+@dataclass(frozen=True)
+class _Correction:
+    """The LoRA that makes up for what was lost: its layers, and the tables that it leaves out."""
+
+    layers: Sequence[LoraLayer] = ()
+    left_out: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {"error_lora": [vars(layer) for layer in self.layers], "error_lora_left_out": list(self.left_out)}
 
 
 def _correct(
@@ -169,8 +198,8 @@ def _correct(
     rank: int,
     prefix: str,
     device: str,
-) -> tuple[list[LoraLayer], list[str]]:
-    """Write the LoRA that makes up for what was lost; its layers, and those left out."""
+) -> _Correction:
+    """Write the LoRA that makes up for what was lost."""
     biased = {layer.name for layer in done.layers if layer.solver.endswith(f"+{BIAS}")}
     with open_source(done.target) as converted, progress("correcting") as update:
         left_out = embedding_tables(source, converted)
@@ -185,15 +214,15 @@ def _correct(
             progress=update,
             device=device,
         )
-    return made, left_out
+    return _Correction(made, left_out)
 
 
-def _show_lora(layers: list[LoraLayer], left_out: list[str], target: Path | None) -> None:
-    if target is not None and layers:
+def _show_lora(correction: _Correction, target: Path | None) -> None:
+    if target is not None and (layers := correction.layers):
         left = sum(layer.error_after for layer in layers) / max(sum(layer.error_before for layer in layers), 1e-30)
         say(f"{target}: corrections of {len(layers)} layers leave {100 * left:.0f} % of their squared error")
-    if left_out:
-        say(f"{target}: none of {', '.join(left_out)}: tables of embeddings, whose LoRA not every loader takes")
+    if left_out := ", ".join(correction.left_out):
+        say(f"{target}: none of {left_out}: tables of embeddings, whose LoRA not every loader takes")
 
 
 def _show(done: ConversionReport, report: Path | None) -> None:

@@ -92,24 +92,32 @@ def plan(
     With --target-size or --target-sqnr, measure what each layer's output loses in each of some formats, and choose for
     every layer so that all of them together lose least in that size, or take least for that quality.
     """
-    patterns = (keep or (), only or (), layer or ())
-    banks, full = bank_transposed or (), full_precision_matrix_mult or ()
     wishes = Wishes(
-        format,
-        solver,
-        preset,
-        *patterns,
-        dialect,
-        requantize,
-        convolutions,
-        banks,
-        fold_scales,
-        share_low_rank,
-        drop_unused,
-        full,
+        format=format,
+        solver=solver,
+        preset=preset,
+        keep=keep or (),
+        only=only or (),
+        layer=layer or (),
+        dialect=dialect,
+        requantize=requantize,
+        convolutions=convolutions,
+        bank_transposed=bank_transposed or (),
+        fold_scales=fold_scales,
+        share_low_rank=share_low_rank,
+        drop_unused=drop_unused,
+        full_precision_matrix_mult=full_precision_matrix_mult or (),
     )
     target = Target(
-        target_size, target_sqnr, formats or (), weight or (), measure_with, rows, sensitivities, jobs, device
+        size=target_size,
+        sqnr=target_sqnr,
+        formats=formats or (),
+        weights=weight or (),
+        measure_with=measure_with,
+        rows=rows,
+        sensitivities=sensitivities,
+        jobs=jobs,
+        device=device,
     )
     mixed = None
     if target_size is None and target_sqnr is None:
