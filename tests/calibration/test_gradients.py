@@ -117,6 +117,20 @@ def test_without_room_the_largest_have_none(caplog):
     assert "no room for the gradients of 1 linears (steps.2)" in caplog.text
 
 
+def test_heads_over_a_vocabulary_have_none(monkeypatch, caplog):
+    """They would take more memory than all others; these are taken in the first pass, without a word of the head."""
+    monkeypatch.setattr("lowbit.calibration.gradients._HEADS", 4096)
+    calls = []
+    model = Chain((24, 24, 4095, 4096))
+    model.register_forward_hook(lambda *_: calls.append(1))
+
+    found = lowbit.calibrate(model, batches(4), gradients=True, memory="1GB")
+
+    assert [found[f"steps.{i}"].output_hessian is None for i in range(3)] == [False, False, True]
+    assert len(calls) == 4
+    assert not caplog.records
+
+
 def test_files_hold_them(tmp_path):
     """Written, read, saved again and merged with themselves they are the same."""
     data = batches()

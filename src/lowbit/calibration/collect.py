@@ -19,7 +19,7 @@ from .accumulate import state_bytes
 from .batches import Batch, Split, TokenMask, as_batch
 from .collected import Collected
 from .collection import Contents, InputFacts, LayerInput, StatisticsCollection, some
-from .gradients import Gradients, Objective, fitting, whole_output
+from .gradients import Gradients, Objective, fitting, whole_output, within
 from .linears import aliases, running, select_linears
 from .observe import Observer
 from .options import AUTO, Options, as_bytes
@@ -69,8 +69,9 @@ def calibrate(
 
     `gradients`: run the model backward too and keep the second moments of the gradient at the output of every linear,
     which tell solvers what of an error reaches the model's output. It takes room for the activations of a batch and
-    `memory` once more; where not all layers' fit into that, those that do take another pass over the batches. True: the
-    first floating-point tensor that the model returns is what counts; or a function of what it returns and the `Batch`.
+    `memory` once more; where not all layers' fit into that, those that do take another pass over the batches. Heads
+    over a vocabulary have none. True: the first floating-point tensor that the model returns is what counts; or a
+    function of what it returns and the `Batch`.
     `broad`: the batches are of as many kinds as what the model will meet, so solvers may trust H further.
     `layers`: regular expressions, of which one must match a linear's name. `share`: linears with the same input share
     an entry. `names`: other names for linears, by their names, None to leave one out.
@@ -166,10 +167,10 @@ class Run:
 
     def _shared_gradients(self) -> Gradients | None:
         """Those that are taken in the first pass; None where there are none, or no room for those of all linears."""
-        chosen = self.options
-        if chosen.objective is None or len(fitting(self.linears, self.memory)) < len(self.linears):
+        chosen, inside = self.options, within(self.linears)
+        if chosen.objective is None or len(fitting(inside, self.memory)) < len(inside):
             return None
-        return Gradients(self.model, self.linears, chosen.objective, chosen.seed)
+        return Gradients(self.model, inside, chosen.objective, chosen.seed)
 
     def in_memory(self) -> Collected:
         """Take everything in one pass and keep it."""
@@ -254,7 +255,7 @@ class Run:
 
     def _gradient_pass(self, objective: Objective) -> dict[str, dict[str, Tensor]]:
         """A pass of their own, for the linears that were called and have room."""
-        called = {name: self.linears[name] for name, seen in self.observer.watched.items() if seen.group}
+        called = within({name: self.linears[name] for name, seen in self.observer.watched.items() if seen.group})
         chosen = fitting(called, self.memory)
         if not chosen:
             _log.warning("no room for the gradients of any linear; give more memory")

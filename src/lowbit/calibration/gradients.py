@@ -27,6 +27,7 @@ from .attention import quick_attention
 from .batches import Batch, Split, tensors_in
 from .directions import Directions
 
+_HEADS = 30_000  # channels that only heads over a vocabulary have: their [N, N] would take more than all others together
 Objective = Callable[[Any, Batch], Tensor]
 """From what the model returned for a batch, the tensor whose squared change is the cost of an error."""
 
@@ -179,6 +180,11 @@ class Gradients:
             self._moments[name] = OutputMoments(rows.shape[1], rows.device)
         for half, index in enumerate(chosen.halves):
             self._moments[name].add(rows, half, index)
+
+
+def within(linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """The linears whose moments are taken: all but heads over a vocabulary, where an error counts as it is."""
+    return {name: linear for name, linear in linears.items() if linear.out_features < _HEADS}
 
 
 def fitting(linears: Mapping[str, nn.Linear], memory: int | None) -> dict[str, nn.Linear]:

@@ -106,7 +106,15 @@ _Vary = Annotated[
     ),
 ]
 _MaxTokens = Annotated[int, typer.Option(min=1, metavar="L", help="Tokens of one of them.")]
-_BatchSize = Annotated[int, typer.Option(min=1, metavar="B", help="How many at once.")]
+_BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="B",
+        help=rf"How many at once. \[default: {BATCH_SIZE}; 1 where the next token is predicted and there are gradients]",
+        show_default=False,
+    ),
+]
 _Broad = Annotated[
     bool,
     typer.Option(
@@ -118,8 +126,8 @@ _Gradients = Annotated[
     bool | None,
     typer.Option(
         "--gradients/--no-gradients",
-        help="Run the model backward too: solvers then lower the error of the model's "
-        r"output, not of each layer's. \[default: for text encoders]",
+        help="Run the model backward too: solvers then lower the error of the model's output, not of each layer's. "
+        r"\[default: for model folders]",
         show_default=False,
     ),
 ]
@@ -165,7 +173,7 @@ def calibrate(
     samples: _Samples = None,
     vary: _Vary = None,
     max_tokens: _MaxTokens = MAX_TOKENS,
-    batch_size: _BatchSize = BATCH_SIZE,
+    batch_size: _BatchSize = None,
     broad: _Broad = False,
     gradients: _Gradients = None,
     device: _Device = "cpu",

@@ -21,7 +21,7 @@ from lowbit.calibration.time_embedding import modulation_statistics
 from lowbit.checkpoint.source import open_source
 from lowbit.cli.output import stderr
 from lowbit.integrations.factories import call_factory
-from lowbit.integrations.text_batches import SAMPLES, VARIED, builtin_text, read_text, text_batches
+from lowbit.integrations.text_batches import BATCH_SIZE, SAMPLES, VARIED, builtin_text, read_text, text_batches
 from lowbit.integrations.text_models import calibration_dtype, load_text_model
 from lowbit.integrations.text_objectives import objective_of
 
@@ -33,7 +33,7 @@ class Wishes:
     output: Path
     samples: int | None
     max_tokens: int
-    batch_size: int
+    batch_size: int | None
     vary: float | None
     gradients: bool | None
     device: str
@@ -51,16 +51,17 @@ def from_text(folder: Path, files: list[Path], wishes: Wishes, *, with_builtin: 
     model = load_text_model(folder, device=wishes.device, dtype=wishes.dtype or calibration_dtype(wishes.device))
     usual = 0.0 if with_builtin or model.causal else VARIED
     vary = usual if wishes.vary is None else wishes.vary
+    backward = wishes.gradients is not False
+    usual_size = 1 if model.causal and backward else BATCH_SIZE  # what runs backward keeps all layers' activations
     batches = text_batches(
         model,
         texts,
         samples=wishes.samples or (2 * SAMPLES if with_builtin else SAMPLES),
         max_tokens=wishes.max_tokens,
-        batch_size=wishes.batch_size,
+        batch_size=wishes.batch_size or usual_size,
         vary=vary,
     )
     names = [file.name for file in files] + ["the built-in text"] * with_builtin
-    backward = wishes.gradients if wishes.gradients is not None else not model.causal
     with _counting() as update:
         found = run(
             model.model,
