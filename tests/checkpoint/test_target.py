@@ -176,9 +176,11 @@ def test_a_folder_is_not_written_under_the_name_of_a_file(folder, tmp_path):
         check_target(source, f"{tmp_path}/out.safetensors/")
 
 
-@pytest.mark.parametrize("name", ["out.pt", "out.ckpt", "out.BIN", "out.gguf"])
+@pytest.mark.parametrize("name", ["out.pt", "out.ckpt", "out.BIN", "out.gguf", "out.json"])
 def test_safetensors_are_not_written_under_the_name_of_something_else(single, tmp_path, name):
     """A program that goes by the ending would read a pickle, or refuse it; ComfyUI's own short ending is fine."""
     with pytest.raises(WriteError, match="would be safetensors under the name of"):
         check_target(single, tmp_path / name)
+    with pytest.raises(WriteError, match="would be safetensors under the name of"):
+        lowbit.save(torch.nn.Linear(2, 2), tmp_path / name)
     check_target(single, tmp_path / "out.sft")

@@ -20,8 +20,7 @@ def check_target(source: Source, target: str | Path) -> None:
     """Raise `WriteError` if writing to `target` would touch the source, also through links, or cannot succeed."""
     written_as, target = target, Path(target)
     _check_reachable(target)
-    if target.suffix.lower() == ".gguf":
-        raise WriteError(f"{target}: would be safetensors under the name of GGUF; write that with lowbit export")
+    _refuse_gguf(target)
     inputs = [*(file.path for file in source.files.values()), *source.extra_files]
     below = [target / path.relative_to(source.root) for path in inputs] if target.is_dir() else []
     partial = target.with_name(target.name + ".partial")
@@ -31,17 +30,7 @@ def check_target(source: Source, target: str | Path) -> None:
     if source.kind == "folder" and Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source.root)):
         raise WriteError(f"{target}: lies in the folder that is read, {source.root}; choose an output outside of it")
     if is_single(source, target):
-        if target.suffix.lower() in PICKLE_SUFFIXES:
-            raise WriteError(
-                f"{target}: would be safetensors under the name of a pickle, which programs, this one too, refuse or "
-                f"misread; name it {target.stem}.safetensors"
-            )
-        if target.suffix.lower() == ".json":
-            raise WriteError(
-                f"{target}: would be safetensors under the name of an index, and could not be read again; name it "
-                f"{target.stem}.safetensors"
-            )
-        check_file_target(written_as)
+        check_weights_target(written_as)
         return
     if target.suffix.lower() in _ENDINGS and not names_folder(written_as):
         names = ", ".join(component.name or "." for component in source.components)
@@ -61,6 +50,31 @@ def check_target(source: Source, target: str | Path) -> None:
 def is_single(source: Source, target: Path) -> bool:
     """Whether `source` is written to `target` as one file, and not as a folder of its layout."""
     return source.kind == "file" or (len(source.components) == 1 and target.suffix.lower() in _ENDINGS)
+
+
+def check_weights_target(target: str | Path) -> None:
+    """Raise `WriteError` if no safetensors file can be put at `target`, or if it could not be read again by that name.
+
+    The ending of a name decides how a file is opened.
+    """
+    path = Path(target)
+    _refuse_gguf(path)
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise WriteError(
+            f"{path}: would be safetensors under the name of a pickle, which programs, this one too, refuse or "
+            f"misread; name it {path.stem}.safetensors"
+        )
+    if path.suffix.lower() == ".json":
+        raise WriteError(
+            f"{path}: would be safetensors under the name of an index, and could not be read again; name it "
+            f"{path.stem}.safetensors"
+        )
+    check_file_target(target)
+
+
+def _refuse_gguf(target: Path) -> None:
+    if target.suffix.lower() == ".gguf":
+        raise WriteError(f"{target}: would be safetensors under the name of GGUF; write that with lowbit export")
 
 
 def check_file_target(target: str | Path, example: str = "model.safetensors") -> None:
