@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from lowbit.errors import UnsupportedError
+from lowbit.errors import DependencyError, UnsupportedError
 from lowbit.formats.base import Format
 from lowbit.layouts.base import fitting_layout
 
@@ -65,6 +65,7 @@ class Kernel:
 class _State:
     kernels: dict[tuple[str, str], list[Kernel]] = field(default_factory=dict)
     loaded: dict[str, str | None] = field(default_factory=dict)  # backend -> None, or why it is not there
+    refused: dict[str, str] = field(default_factory=dict)  # backend -> why what the user asked of it is not there
     candidates: dict[tuple[str | None, ...], tuple[Kernel, ...]] = field(default_factory=dict)
     """What `candidates` and `select` have found, by what they were asked."""
 
@@ -112,6 +113,8 @@ def load(name: str) -> str | None:
             importlib.import_module(f"lowbit.backends.{name}")
             _STATE.loaded[name] = None
         except ImportError as error:
+            if isinstance(error, DependencyError) and error.asked_for:
+                _STATE.refused[name] = str(error)
             missing = isinstance(error, ModuleNotFoundError) and error.name == f"lowbit.backends.{name}"
             _STATE.loaded[name] = "not part of this build" if missing else f"{type(error).__name__}: {error}"
         _STATE.candidates.clear()
@@ -119,13 +122,18 @@ def load(name: str) -> str | None:
 
 
 def candidates(op: str, format: str, device: str) -> tuple[Kernel, ...]:
-    """The kernels that may serve an op on a device, the preferred one first. Loads the backends they live in."""
+    """The kernels that may serve an op on a device, the preferred one first. Loads the backends they live in.
+
+    Raises `DependencyError` where the user has asked for something of one of them that is not there.
+    """
     key = (op, format, device)
     found = _STATE.candidates.get(key)
     if found is None:
         backends = [name for name, devices in BACKENDS.items() if not devices or device in devices]
         for name in backends:
             load(name)
+            if name in _STATE.refused:
+                raise DependencyError(_STATE.refused[name])
         rows = [*_STATE.kernels.get((op, format), ()), *_STATE.kernels.get((op, ANY_FORMAT), ())]
         found = tuple(sorted(rows, key=lambda entry: list(BACKENDS).index(entry.backend)))
         found = tuple(entry for entry in found if entry.backend in backends)

@@ -66,4 +66,11 @@ class StatisticsError(LowbitError, ValueError):
 
 
 class DependencyError(LowbitError, ImportError):
-    """An integration needs another package, or another version of it, than what is installed."""
+    """An integration needs another package, or another version of it, than what is installed.
+
+    `asked_for`: the user named what is missing, so that nothing else may take its place.
+    """
+
+    def __init__(self, message: str, *, asked_for: bool = False) -> None:
+        super().__init__(message)
+        self.asked_for = asked_for

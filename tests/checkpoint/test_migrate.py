@@ -14,7 +14,7 @@ from lowbit.checkpoint.migrate import migrate
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, PlanError
 from tests.support.checkpoints import model_tensors, save_model, save_shards
 
 
@@ -103,6 +103,23 @@ def test_what_legacy_cannot_say_is_refused(tmp_path, spec):
     ):
         migrated(path, tmp_path / "old.safetensors", "legacy")
     assert not (tmp_path / "old.safetensors").exists()
+
+
+def test_legacy_is_a_spelling_of_one_dialect(tmp_path):
+    """From another one the way leads over comfy, and the error says so; it is none about unknown names."""
+    with open_source(save_model(tmp_path / "in.safetensors")) as source:
+        plan = make_plan(source, "fp8_e4m3", preset="none", solver="rtn", dialect="torchao")
+        convert(source, tmp_path / "torchao.safetensors", plan)
+    with pytest.raises(PlanError, match=r"torchao\.safetensors.* in the dialect torchao, .*to comfy first"):
+        migrated(tmp_path / "torchao.safetensors", tmp_path / "old.safetensors", "legacy")
+    migrated(tmp_path / "torchao.safetensors", tmp_path / "comfy.safetensors", "comfy")
+    migrated(tmp_path / "comfy.safetensors", tmp_path / "old.safetensors", "legacy")
+
+
+def test_a_dialect_of_folders_takes_no_file(tmp_path):
+    """The way out is named without an option, which `migrate` and `convert` have under different names."""
+    with pytest.raises(PlanError, match=r"needs a model folder .* or choose another dialect, such as comfy$"):
+        migrated(converted(tmp_path, "int8(rotation=0)"), tmp_path / "gptq.safetensors", "gptq")
 
 
 def test_mixed_float8_dtypes_are_refused_for_legacy(tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import lowbit
 from lowbit.checkpoint.source import open_source
-from lowbit.checkpoint.target import check_target
+from lowbit.checkpoint.target import check_target, is_single
 from lowbit.errors import WriteError
 
 
@@ -143,9 +143,44 @@ def test_what_is_no_regular_file_is_not_replaced(single, tmp_path):
             check_target(single, tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["out.pt", "out.ckpt", "out.BIN", "out.gguf"])
+def test_standard_output_is_not_replaced(single, tmp_path):
+    """What stands for a descriptor is a link, and would be lost where that leads to a regular file."""
+    (tmp_path / "fd").mkdir()
+    (tmp_path / "fd" / "1").write_bytes(b"")
+    (tmp_path / "stdout").symlink_to(tmp_path / "fd" / "1")
+    with pytest.raises(WriteError, match="stdout: is a device or a pipe"):
+        check_target(single, tmp_path / "stdout")
+
+
+def test_an_output_has_a_name(single, folder, monkeypatch, tmp_path):
+    """The folder that one is in cannot be put in place, nor can nothing; the error is not that of a path library."""
+    monkeypatch.chdir(tmp_path)
+    for source in (single, folder):
+        for target in (".", "", "./"):
+            with pytest.raises(WriteError, match=r"'\.': has no name of its own, .*name a file or folder"):
+                check_target(source, target)
+
+
+def test_a_folder_is_not_written_under_the_name_of_a_file(folder, tmp_path):
+    """One model becomes one file under any spelling of the ending; several are a folder, which has none."""
+    for name in ("out.safetensors", "out.SAFETENSORS", "out.sft"):
+        assert is_single(folder, tmp_path / name)
+    root = tmp_path / "pipe"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        save_file({name: torch.ones(2)}, root / name / "model.safetensors")
+    with open_source(root) as source:
+        for name in ("out.safetensors", "out.SFT"):
+            with pytest.raises(WriteError, match=rf"{name}: is the name of a file, and the models in .* \(a, b\)"):
+                check_target(source, tmp_path / name)
+        check_target(source, f"{tmp_path}/out.safetensors/")
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.ckpt", "out.BIN", "out.gguf", "out.json"])
 def test_safetensors_are_not_written_under_the_name_of_something_else(single, tmp_path, name):
     """A program that goes by the ending would read a pickle, or refuse it; ComfyUI's own short ending is fine."""
     with pytest.raises(WriteError, match="would be safetensors under the name of"):
         check_target(single, tmp_path / name)
+    with pytest.raises(WriteError, match="would be safetensors under the name of"):
+        lowbit.save(torch.nn.Linear(2, 2), tmp_path / name)
     check_target(single, tmp_path / "out.sft")

@@ -136,6 +136,14 @@ def test_verify_lists_the_worst_layers_first(lowbit, model, quantized):
     assert "all layers reach 30 dB" in done.out
 
 
+def test_verify_takes_a_number_for_a_threshold(lowbit, model, quantized):
+    """NaN, which no layer reaches, is a wrong option and no bad checkpoint."""
+    done = lowbit("verify", model, quantized, "--min-sqnr", "nan", "--json")
+
+    assert (done.code, done.json["exit_code"]) == (2, 2)
+    assert "write a number of dB" in done.err
+
+
 def test_verify_ends_with_1_below_the_threshold(lowbit, model, quantized):
     """In text and in JSON, which names the failing layers."""
     text = lowbit("verify", model, quantized, "--min-sqnr", "60")

@@ -57,6 +57,9 @@ def test_wrong_adapters_and_options_of_lora_end_with_their_codes(lowbit, tmp_pat
     done = lowbit("lora", "bake", model, adapter, "-o", out, "--rounding", "hope")
     assert (done.code, out.exists()) == (2, False)
     assert "error_feedback" in done.err
+    done = lowbit("lora", "bake", model, adapter, "-o", out, "--strength", "nan")
+    assert (done.code, out.exists()) == (2, False)
+    assert "no finite number" in done.err
     save_file({"other.lora_A.weight": torch.ones(2, 8), "other.lora_B.weight": torch.ones(8, 2)}, adapter)
     done = lowbit("lora", "bake", model, adapter, "-o", out)
     assert (done.code, out.exists()) == (3, False)

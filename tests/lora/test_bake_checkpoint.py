@@ -13,7 +13,7 @@ from lowbit.checkpoint.convert import convert
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.quantized_source import look_for_layers
 from lowbit.checkpoint.source import open_source
-from lowbit.errors import CheckpointError, FormatError, WriteError
+from lowbit.errors import CheckpointError, FormatError, WeightError, WriteError
 from lowbit.formats.parts import raw_bytes
 from lowbit.lora import Adapter, DoraDelta, LoraDelta, bake_checkpoint
 from lowbit.lora.adapter_delta import LohaDelta, RowsDelta
@@ -212,6 +212,23 @@ def test_what_cannot_work_is_refused_and_writes_nothing(tmp_path):
             bake_checkpoint(path, to, what, **options)
 
     assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("layer", ["blocks.0.up", "blocks.1.down"])
+def test_a_change_that_is_not_finite_is_named_with_its_file(tmp_path, layer):
+    """The adapter's file before the layer, quantized or not; changes that come from no file are told apart."""
+    with open_source(save_model(tmp_path / "in.safetensors")) as opened:
+        convert(opened, tmp_path / "q.safetensors", make_plan(opened, "int8", preset="none", only=["blocks.0"]))
+    path, _ = lora(tmp_path / "lora.safetensors", names=[layer])
+    tensors = load_file(path)
+    tensors[f"diffusion_model.{layer}.lora_A.weight"][0, 0] = float("nan")
+    save_file(tensors, path)
+    broken = LoraDelta(*(tensors[f"diffusion_model.{layer}.lora_{part}.weight"] for part in "AB"))
+
+    with pytest.raises(WeightError, match=rf"/lora\.safetensors: {layer}[.a-z]*: the change holds NaN"):
+        bake_checkpoint(tmp_path / "q.safetensors", tmp_path / "baked.safetensors", path)
+    with pytest.raises(WeightError, match=rf"^the adapter: {layer}[.a-z]*: the change holds NaN"):
+        bake_checkpoint(tmp_path / "q.safetensors", tmp_path / "baked.safetensors", {layer: broken})
 
 
 def test_loha_lokr_and_dora_are_baked_into_files(tmp_path):

@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_refused_with_names(tmp_path):
 
     with pytest.raises(CheckpointError, match="none of its 3 layers"):
         adapter.match({"other": (24, 16)})
-    with pytest.raises(CheckpointError, match=r"2 of its 3 layers .*strict=False to use the 1"):
+    with pytest.raises(CheckpointError, match=r"2 of its 3 layers .*strict=False \(--no-strict\) to use the 1"):
         adapter.match({"blocks.0.attn.to_q": (24, 16)})
     assert list(adapter.match({"blocks.0.attn.to_q": (24, 16)}, strict=False).layers) == ["blocks.0.attn.to_q"]
     with pytest.raises(WeightError, match=r"changes a weight \[24, 16\], but 'blocks.0.attn.to_q' is \[24, 8\]"):

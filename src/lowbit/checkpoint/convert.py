@@ -125,7 +125,7 @@ def _refuse_unknown(plan: Plan, statistics: LayerStatistics | None) -> None:
             if tensor.fmt.plain != tensor.fmt and not known:
                 needs, other = f"{tensor.format} needs to know its input", "format"
             elif tensor.pipeline.steps and known != "full":
-                needs = f"{tensor.solver} needs second moments [K, K] of its input"
+                needs = f"{tensor.solver} needs second moments [K, K] of the layer's input"
             if needs:
                 found = "are no statistics of it" if statistics is not None else "are no statistics"
                 raise PlanError(

@@ -143,7 +143,7 @@ def refuse_target(held: QuantizedComponent, dialect: Dialect, *, single: bool) -
     if dialect.needs_folder and (single or _CONFIG not in held.configs):
         raise PlanError(
             f"{held.where}: the dialect {dialect.name} describes its layers in config.json, so it needs a model folder "
-            "with one; name the folder as source and a folder as target, or choose another dialect (--dialect comfy)"
+            "with one; name the folder as source and a folder as target, or choose another dialect, such as comfy"
         )
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, PlanError
 
 from .banks import experts_of
 from .dialects import Container, Dialect, dialects, get_dialect
@@ -62,7 +62,7 @@ def migrate(
     Raises:
         CheckpointError: nothing in the source is quantized, a layer is not sound, the new convention has no place for
             a layer, or reading or writing failed.
-        PlanError: the dialect is only read, or needs a model folder.
+        PlanError: the dialect is only read, needs a model folder, or is not the one of which `to` is a spelling.
     """
     refuse_unknown(to)
     staging = Staging(source, target)
@@ -71,6 +71,11 @@ def migrate(
         held = look_for_layers(source, component)
         if to in CONVENTIONS and (held.dialect is None or held.dialect is COMFY):
             work.respell(component, held)
+        elif to == "legacy" and held.dialect is not None:
+            raise PlanError(
+                f"{held.where}: is in the dialect {held.dialect.name}, and legacy is a spelling of comfy alone; "
+                "migrate it to comfy first, and what that writes to legacy"
+            )
         else:
             work.translate(component, held)
     if not work.layers:

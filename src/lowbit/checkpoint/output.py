@@ -5,6 +5,7 @@ A folder is built beside the target, as `<target>.partial`, and renamed when it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -46,12 +47,16 @@ class Staging:
 
     Raises:
         WriteError: the target touches the source, exists as a folder with contents, or cannot be written.
+        CheckpointError: a file that goes along with the weights may not be read.
     """
 
     def __init__(self, source: Source, target: str | Path) -> None:
         check_target(source, target)
         self.source, self.target = source, Path(target)
         self.single = is_single(source, self.target)
+        for path in () if self.single else source.extra_files:
+            if not os.access(path, os.R_OK):  # it is copied when all else is done
+                raise CheckpointError(f"{path}: may not be read, and goes along with the weights; check permissions")
         self._root = self.target.parent if self.single else self.target.with_name(self.target.name + ".partial")
         self.replaced: dict[str, str | None] = {}
         """Text files of the output folder that are not copied from the source, by path; None: left out."""
@@ -91,26 +96,32 @@ class Staging:
         self._prepare(files, texts)
         with ExitStack() as stack:
             writers: dict[str, CheckpointWriter] = {}
-            stack.callback(self._tidy)
+            stack.callback(self._tidy, texts)
             for file in files:
                 writers[file.relative] = self._writer(file, fingerprint, resume=resume)
                 stack.push(partial(_abort, writers[file.relative], resume))
             yield writers
+            for writer in writers.values():  # what takes long or can fail comes first: finished files are not resumed
+                writer.settle()
+            if not self.single:
+                self._write_others(texts)
             for writer in writers.values():
                 writer.finish()
             if not self.single:
-                self._complete_folder(texts)
+                self._put_in_place()
 
     def _writer(self, file: OutputFile, fingerprint: str, *, resume: bool) -> CheckpointWriter:
         entries = [(key, spec.dtype, spec.shape) for key, spec in file.entries.items()]
         path = self._root / file.relative
+        if not self.single:
+            self._make_folder_of(path)
         return CheckpointWriter(path, entries, file.metadata, fingerprint=fingerprint, resume=resume)
 
     def _prepare(self, files: Sequence[OutputFile], texts: Mapping[str, str]) -> None:
         """Make the folders; refuse leftovers in the staging folder that are not this run's."""
         if self.single:
             return
-        mine = {file.relative for file in files} | set(texts) | {relative for _, relative in self._extras()}
+        mine = {file.relative for file in files} | self._others(texts)
         mine |= {file.relative + suffix for file in files for suffix in _WRITER_SUFFIXES}
         if self._root.exists():
             found = [path.relative_to(self._root).as_posix() for path in self._root.rglob("*") if not path.is_dir()]
@@ -119,22 +130,39 @@ class Staging:
                     f"{self._root}: holds {strange[0]!r}, which this run does not write; remove that folder or choose "
                     "another output"
                 )
+        for relative in mine:
+            self._make_folder_of(self._root / relative)
+
+    def _make_folder_of(self, path: Path) -> None:
+        """Make the folder of an output file, also if a second run, which is refused, has just tidied it away."""
         try:
-            for relative in mine:
-                (self._root / relative).parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise WriteError(f"{self._root}: cannot be created: {error.strerror}; check its permissions") from error
+
+    def _others(self, texts: Mapping[str, str]) -> set[str]:
+        """The output files that hold no weights, relative to the root."""
+        return set(texts) | {relative for _, relative in self._extras()}
 
     def _extras(self) -> list[tuple[Path, str]]:
         extras = [(path, path.relative_to(self.source.root).as_posix()) for path in self.source.extra_files]
         return [(path, relative) for path, relative in extras if relative not in self.replaced]
 
-    def _complete_folder(self, texts: Mapping[str, str]) -> None:
+    def _write_others(self, texts: Mapping[str, str]) -> None:
         try:
             for path, relative in self._extras():
+                self._make_folder_of(self._root / relative)
                 shutil.copyfile(path, self._root / relative)
             for relative, text in texts.items():
+                self._make_folder_of(self._root / relative)
                 (self._root / relative).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise WriteError(
+                f"{self.target}: cannot write the files beside the weights: {error}; check the disk"
+            ) from error
+
+    def _put_in_place(self) -> None:
+        try:
             if self.target.exists():
                 self.target.rmdir()
             self._root.rename(self.target)
@@ -144,12 +172,18 @@ class Staging:
                 f"{self.target}: cannot put the finished folder in place: {error}; check the disk"
             ) from error
 
-    def _tidy(self) -> None:
-        """Remove the staging folder and those in it that are empty: nothing of the run was worth keeping."""
+    def _tidy(self, texts: Mapping[str, str]) -> None:
+        """Remove the staging folder, unless there are weights in it: kept for a later run, or another process's."""
         if self.single or not self._root.is_dir():
             return
+        others = self._others(texts)
+        files = [path for path in self._root.rglob("*") if not path.is_dir()]
+        if any(path.relative_to(self._root).as_posix() not in others for path in files):
+            return
+        for path in files:
+            path.unlink(missing_ok=True)
         for folder, _, _ in os.walk(self._root, topdown=False):
-            if not any(Path(folder).iterdir()):
+            with contextlib.suppress(OSError):  # it is not empty: a run that has just begun
                 Path(folder).rmdir()
 
 

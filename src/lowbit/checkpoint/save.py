@@ -19,7 +19,7 @@ from .banks import check_bank_dialect, store_bank, stored_bank, stored_specs
 from .dialects import Dialect, StoredLayer, TensorSpec, get_dialect
 from .dialects.base import join_key
 from .load import OPTIONS
-from .target import check_file_target
+from .target import check_weights_target
 from .weight_shape import KERNEL, TURNED
 from .writer import CheckpointWriter
 
@@ -50,7 +50,7 @@ def save(
     empty = [name for name, value in module.state_dict(keep_vars=True).items() if _is_meta(value)]
     if empty:
         raise CheckpointError(f"{target}: {empty[0]} is on the meta device, without values to save; load it first")
-    check_file_target(path)
+    check_weights_target(path)
     coded = [*_coded_layers(module, chosen), *_coded_banks(module, chosen)]
     plain = _plain_tensors(module, {one.name for one in coded})
     entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in plain.items()]

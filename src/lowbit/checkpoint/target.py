@@ -13,14 +13,14 @@ from .index import PICKLE_SUFFIXES
 from .source import Source
 
 _LONGEST_END = ".partial.journal.new"
+_ENDINGS = (".safetensors", ".sft")  # of one file, the second in ComfyUI
 
 
 def check_target(source: Source, target: str | Path) -> None:
     """Raise `WriteError` if writing to `target` would touch the source, also through links, or cannot succeed."""
     written_as, target = target, Path(target)
     _check_reachable(target)
-    if target.suffix.lower() == ".gguf":
-        raise WriteError(f"{target}: would be safetensors under the name of GGUF; write that with lowbit export")
+    _refuse_gguf(target)
     inputs = [*(file.path for file in source.files.values()), *source.extra_files]
     below = [target / path.relative_to(source.root) for path in inputs] if target.is_dir() else []
     partial = target.with_name(target.name + ".partial")
@@ -30,18 +30,14 @@ def check_target(source: Source, target: str | Path) -> None:
     if source.kind == "folder" and Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source.root)):
         raise WriteError(f"{target}: lies in the folder that is read, {source.root}; choose an output outside of it")
     if is_single(source, target):
-        if target.suffix.lower() in PICKLE_SUFFIXES:
-            raise WriteError(
-                f"{target}: would be safetensors under the name of a pickle, which programs, this one too, refuse or "
-                f"misread; name it {target.stem}.safetensors"
-            )
-        if target.suffix.lower() == ".json":
-            raise WriteError(
-                f"{target}: would be safetensors under the name of an index, and could not be read again; name it "
-                f"{target.stem}.safetensors"
-            )
-        check_file_target(written_as)
+        check_weights_target(written_as)
         return
+    if target.suffix.lower() in _ENDINGS and not names_folder(written_as):
+        names = ", ".join(component.name or "." for component in source.components)
+        raise WriteError(
+            f"{target}: is the name of a file, and the models in {source.root} ({names}) become a folder; name a "
+            "folder, or convert one of them"
+        )
     if target.is_dir() and any(target.iterdir()):
         raise WriteError(f"{target}: exists already; remove it or choose another output folder")
     if target.exists() and not target.is_dir():
@@ -53,7 +49,32 @@ def check_target(source: Source, target: str | Path) -> None:
 
 def is_single(source: Source, target: Path) -> bool:
     """Whether `source` is written to `target` as one file, and not as a folder of its layout."""
-    return source.kind == "file" or (len(source.components) == 1 and target.suffix == ".safetensors")
+    return source.kind == "file" or (len(source.components) == 1 and target.suffix.lower() in _ENDINGS)
+
+
+def check_weights_target(target: str | Path) -> None:
+    """Raise `WriteError` if no safetensors file can be put at `target`, or if it could not be read again by that name.
+
+    The ending of a name decides how a file is opened.
+    """
+    path = Path(target)
+    _refuse_gguf(path)
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise WriteError(
+            f"{path}: would be safetensors under the name of a pickle, which programs, this one too, refuse or "
+            f"misread; name it {path.stem}.safetensors"
+        )
+    if path.suffix.lower() == ".json":
+        raise WriteError(
+            f"{path}: would be safetensors under the name of an index, and could not be read again; name it "
+            f"{path.stem}.safetensors"
+        )
+    check_file_target(target)
+
+
+def _refuse_gguf(target: Path) -> None:
+    if target.suffix.lower() == ".gguf":
+        raise WriteError(f"{target}: would be safetensors under the name of GGUF; write that with lowbit export")
 
 
 def check_file_target(target: str | Path, example: str = "model.safetensors") -> None:
@@ -66,19 +87,27 @@ def check_file_target(target: str | Path, example: str = "model.safetensors") ->
     _check_reachable(target)
     if target.is_dir() or names_folder(written_as):
         raise WriteError(f"{target}: is a folder; name a file to write, such as {target / example}")
-    if target.exists() and not target.is_file():  # a finished file is renamed onto it, which would remove a device
+    special = target.exists() and not target.is_file()
+    if special or _is_descriptor(target):  # a finished file is renamed onto it, which would remove a device
         raise WriteError(f"{target}: is a device or a pipe, and a file would take its place; name a file to write")
     if not target.parent.is_dir():
         raise _no_folder(target)
     _check_permission(target, target.parent)
 
 
+def _is_descriptor(target: Path) -> bool:
+    """Whether it is /dev/stdout or the like: a link to a descriptor, behind which there may be a regular file."""
+    return target.is_symlink() and target.readlink().parent.name == "fd"
+
+
 def _check_reachable(target: Path) -> None:
     """Raise `WriteError` for a name that is too long, also with the ends that unfinished files have, and the like."""
+    if not target.name:
+        raise WriteError(f"{str(target)!r}: has no name of its own, which the output needs; name a file or folder")
     try:
         for path in (target, target.with_name(target.name + _LONGEST_END)):
             path.exists()
-    except (OSError, ValueError) as error:  # ValueError: no name at all
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         why = getattr(error, "strerror", None) or error
         raise WriteError(f"{target}: cannot be written: {why}; choose another output") from error
 

@@ -77,6 +77,7 @@ class CheckpointWriter:
         self._size = max((stop for _, stop in self._spans.values()), default=len(self._header))
         self._head = JournalHead(fingerprint, hashlib.sha256(self._header).hexdigest(), self._size)
         self._written: set[str] = set()
+        self._units = 0
         self._lock = threading.Lock()  # guards _written and the journal
         self._closed = False
         check_file_target(target)  # as it was given: a Path has lost the separator at its end
@@ -89,6 +90,7 @@ class CheckpointWriter:
         except BaseException:
             self._close_file()
             raise
+        self._units = len(self.done)
         for record in self.done.values():
             self._written.update(record["tensors"])
 
@@ -125,6 +127,8 @@ class CheckpointWriter:
             write_all(self._fd, memoryview(self._header), 0)
             return Journal(self._journal_path, self._head, {}, records_synced=False)
         except BaseException:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, 0)  # gives back at once what was taken, which is not to count as missing
             self._partial.unlink(missing_ok=True)
             raise
 
@@ -259,13 +263,14 @@ class CheckpointWriter:
                 raise CheckpointError(f"{self.target}: unit {unit!r} is not complete: {_some(missing)} not written")
             with self._errors(f"note unit {unit!r} in {self._journal_path.name}"):
                 self._journal.append(unit, dict(record))
+                self._units += 1
                 self._journal.sync(lambda: os.fsync(self._fd))
 
-    def finish(self) -> Path:
-        """Check that every tensor is there, force the file to the disk, and move it onto the target; return the target.
+    def settle(self) -> None:
+        """Check that every tensor is there, and force the file to the disk, so that `finish` takes no time.
 
         Raises:
-            CheckpointError: a tensor is missing, or the target cannot be replaced; the partial file stays.
+            CheckpointError: a tensor is missing, or the disk refuses; the partial file stays.
         """
         self._require_open()
         missing = [name for name in self._entries if name not in self._written]
@@ -273,6 +278,14 @@ class CheckpointWriter:
             raise CheckpointError(f"{self.target}: is not complete: {_some(missing)} not written")
         with self._errors("finish the file"):
             os.fsync(self._fd)
+
+    def finish(self) -> Path:
+        """`settle`, then move the file onto the target; return the target.
+
+        Raises:
+            CheckpointError: as `settle`, or the target cannot be replaced; the partial file stays.
+        """
+        self.settle()
         check_file_target(self.target)
         if sys.platform == "win32":  # which cannot rename an open file; elsewhere the lock is kept until it is renamed
             self._close_file()
@@ -288,13 +301,14 @@ class CheckpointWriter:
     def abort(self, keep: bool) -> None:
         """Stop; the target stays as it was. `keep` leaves the partial file and its journal, for a later run to resume.
 
+        Without a finished unit there is nothing to resume, and the space that was taken is given back.
         Call it when no thread writes any more. Does nothing after `finish` or an earlier `abort`.
         """
         if self._closed:
             return
         self._closed = True
         try:
-            if keep:
+            if keep and self._units:
                 with self._errors("save the unfinished file"):
                     self._journal.sync(lambda: os.fsync(self._fd), now=True)
             else:

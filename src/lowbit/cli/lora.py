@@ -16,6 +16,7 @@ from lowbit.errors import PlanError
 from lowbit.lora import Adapter, BakeReport, bake_checkpoint, read_adapter
 from lowbit.lora.bake_checkpoint import layer_shapes
 from lowbit.lora.bake_layer import METHODS
+from lowbit.lora.layers import check_strength
 
 EPILOG = epilog(
     "lowbit lora inspect style.safetensors --for flux-nvfp4.safetensors",
@@ -94,8 +95,9 @@ def bake(
     A small change would be lost by rounding to nearest: codes move so that it survives on the whole, and the table
     says how much of it did. All other tensors and the header stay as they are.
     """
-    if rounding is not None and rounding not in METHODS:
-        with asking():
+    with asking():
+        check_strength(strength)
+        if rounding is not None and rounding not in METHODS:
             raise PlanError(f"--rounding {rounding!r} is unknown; choose one of {', '.join(METHODS)}")
     with open_whole(src, source_dialect) as source, progress("baking") as update:
         done = bake_checkpoint(

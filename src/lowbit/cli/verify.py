@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from lowbit.checkpoint.source import Source, open_source
 from lowbit.checkpoint.verify import VerifyResult, verify as compare
 from lowbit.cli import options
 from lowbit.cli.output import Exit, command, decibels, epilog, print_json, progress, say, show, table
+from lowbit.errors import PlanError
 
 EPILOG = epilog(
     "lowbit verify flux.safetensors flux-fp8.safetensors",
@@ -44,6 +46,8 @@ def verify(
     compared, when another tensor differs or is missing, and when a layer is below --min-sqnr. What --drop-unused left
     out is named, and no problem.
     """
+    if min_sqnr is not None and math.isnan(min_sqnr):
+        raise PlanError("--min-sqnr nan: write a number of dB, such as 18")
     with open_source(src, source_dialect) as source, open_source(out) as output, progress("verifying") as update:
         result = compare(source, output, jobs=jobs, progress=update)
         nothing = "" if result.layers else _why_nothing(source, output)

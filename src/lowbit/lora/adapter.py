@@ -101,8 +101,8 @@ class Adapter:
         if strict and stray:
             raise CheckpointError(
                 f"{self.where}: {len(stray)} of its {len(self.layers)} layers are none of the model's "
-                f"({_some(stray)}); the model has {there}. Take the LoRA for this model, or pass strict=False to use "
-                f"the {len(used)} that fit"
+                f"({_some(stray)}); the model has {there}. Take the LoRA for this model, or pass strict=False "
+                f"(--no-strict) to use the {len(used)} that fit"
             )
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from lowbit.checkpoint.rewrite import Copy, Made, Piece, Settings, batch_copies,
 from lowbit.checkpoint.source import Source, open_source
 from lowbit.checkpoint.target import refuse_inputs
 from lowbit.checkpoint.weight_shape import KERNEL
+from lowbit.errors import WeightError
 from lowbit.formats.parts import FLOATS
 from lowbit.lora.adapter import Adapter
 from lowbit.lora.adapter_delta import Delta
@@ -87,7 +88,7 @@ def bake_checkpoint(
         opened = source if isinstance(source, Source) else stack.enter_context(open_source(source))
         read = as_adapter(adapter)
         refuse_inputs([Path(target)], [Path(read.where)])
-        work = _Work(Staging(opened, target), _Setting(float(strength), rounding, seed))
+        work = _Work(Staging(opened, target), _Setting(float(strength), rounding, seed, read.where))
         for component in opened.components:
             work.add(look_for_layers(opened, component), read)
         read.check(work.used, work.known, strict=strict)
@@ -123,6 +124,15 @@ class _Setting:
     strength: float
     rounding: str | None
     seed: int
+    adapter: str
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """What is wrong with a change is the adapter's: name its file before the layer."""
+        try:
+            yield
+        except WeightError as error:
+            raise WeightError(f"{self.adapter}: {error}" if self.adapter else str(error)) from error
 
 
 class _Work:
@@ -196,7 +206,7 @@ class _Work:
         key = join_key(name, "weight")
         spec, file = held.specs[key], self.staging.file_of(held.component, key)
         owned.add(key)
-        make = _BakePlain(held, key, delta, self._setting.strength)
+        make = _BakePlain(held, key, delta, self._setting)
         full = held.full_name(name)
         self.pieces.append(Piece(full, file, {key: spec}, spec.nbytes, 8 * spec.nbytes, make))
         self.changed.append(full)
@@ -231,10 +241,11 @@ class _Bake:
         how, dialect = self.setting, self.held.dialect
         assert dialect is not None
         parts = self.held.load(self.old)
-        made = bake_weight(
-            self.old.format, parts, self.old.shape, self.delta, how.strength, how.rounding, seed=how.seed,
-            where=self.old.layer or "weight",
-        )  # fmt: skip
+        with how.naming():
+            made = bake_weight(
+                self.old.format, parts, self.old.shape, self.delta, how.strength, how.rounding, seed=how.seed,
+                where=self.old.layer or "weight",
+            )  # fmt: skip
         tensors = dict(dialect.store_parts(self.new, made.parts))
         bias = join_key(self.old.layer, "bias")
         if bias in self.specs:
@@ -251,10 +262,12 @@ class _BakePlain:
     held: QuantizedComponent
     key: str
     delta: Delta
-    strength: float
+    setting: _Setting
 
     def __call__(self) -> Made:
-        new, account = bake_plain(self.held.read(self.key), self.delta, self.strength, self.key)
+        weight = self.held.read(self.key)
+        with self.setting.naming():
+            new, account = bake_plain(weight, self.delta, self.setting.strength, self.key)
         return Made({self.key: new}, {"bake": asdict(account)})
 
 

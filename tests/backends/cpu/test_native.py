@@ -33,6 +33,17 @@ try:
 except errors.UnsupportedError as error:
     print(error)
 """
+REFUSED = """
+import torch
+import lowbit
+from lowbit import errors
+for _ in range(2):
+    try:
+        weight = lowbit.QuantizedTensor.quantize(torch.ones(32, 64), "fp8_e4m3")
+        print(torch.nn.functional.linear(torch.ones(1, 64), weight)[0, 0].item())
+    except errors.DependencyError as error:
+        print(error)
+"""
 
 
 def start(code, **environment):
@@ -86,6 +97,14 @@ def test_an_unknown_set_is_refused_with_the_known_ones(monkeypatch):
 
     with pytest.raises(DependencyError, match=r"unknown instruction set; the known ones are amx, .*; usable here: "):
         native.isa.__wrapped__()
+
+
+def test_a_set_that_is_not_there_is_never_passed_over():
+    """Where nothing was said of the backend, either: the first product ends in the error, and runs on no other one."""
+    product, refused = start(REFUSED, LOWBIT_CPU_ISA="avx3").communicate(timeout=60)[0].splitlines()
+
+    assert product == refused
+    assert product.startswith("LOWBIT_CPU_ISA=avx3: unknown instruction set")
 
 
 def test_all_sets_agree_and_each_can_be_forced():

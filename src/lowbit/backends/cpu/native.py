@@ -44,7 +44,8 @@ def isa() -> str:
     if not asked:
         return next((name for name in usable if name not in EMULATED), usable[0])
     if asked not in usable:
-        raise DependencyError(f"LOWBIT_CPU_ISA={asked}: {_why_not(asked)}; usable here: {', '.join(usable)}")
+        why = f"LOWBIT_CPU_ISA={asked}: {_why_not(asked)}; usable here: {', '.join(usable)}"
+        raise DependencyError(why, asked_for=True)
     return asked
 
 
