@@ -14,25 +14,9 @@ from lowbit.integrations import text_batches as text_batches_module, text_models
 from lowbit.integrations.text_batches import builtin_text, read_text, text_batches
 from lowbit.integrations.text_models import calibration_dtype, load_text_model
 from tests.support.other_device import DEVICE, needs_stand_in, other_device
+from tests.support.tiny_tokenizer import write_tokenizer
 
 pytest.importorskip("transformers")
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "one", "two", "three", "four", "five"]
-
-
-def write_tokenizer(folder, *, start=None):
-    """A tokenizer of a few words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, "[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    if start is None:
-        made.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
-    PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", bos_token=start
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

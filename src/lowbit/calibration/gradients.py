@@ -27,7 +27,9 @@ from .attention import quick_attention
 from .batches import Batch, Split, tensors_in
 from .directions import Directions
 
-_HEADS = 30_000  # channels that only heads over a vocabulary have: their [N, N] would take more than all others together
+_HEADS = (
+    30_000  # channels that only heads over a vocabulary have: their [N, N] would take more than all others together
+)
 Objective = Callable[[Any, Batch], Tensor]
 """From what the model returned for a batch, the tensor whose squared change is the cost of an error."""
 

@@ -111,7 +111,7 @@ _BatchSize = Annotated[
     typer.Option(
         min=1,
         metavar="B",
-        help=rf"How many at once. \[default: {BATCH_SIZE}; 1 where the next token is predicted and there are gradients]",
+        help=rf"How many at once. \[default: {BATCH_SIZE}; 1 with gradients where the next token is predicted]",
         show_default=False,
     ),
 ]
