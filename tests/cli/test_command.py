@@ -58,7 +58,7 @@ def test_a_narrow_help_says_what_the_wide_one_says(lowbit):
     """Defaults, bounds and what stands in brackets of a text, none of them taken for markup."""
     narrow, wide = (" ".join(lowbit("calibrate", "--help", columns=width).out.split()) for width in (80, 300))
 
-    for said in ("[default: 4.0]", "[default: auto]", "[default: for text", "x>=2", "0.0<=x<=1.0"):
+    for said in ("[default: 4.0]", "[default: auto]", "[default: for model", "x>=2", "0.0<=x<=1.0"):
         assert said in narrow
         assert said in wide
     assert "\\" not in narrow
