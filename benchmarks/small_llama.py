@@ -1,12 +1,14 @@
 """Convert a small language model, with statistics of its inputs alone and with gradients: how far its predictions move.
 
-    python -m benchmarks.small_llama DIR [--formats NAME...] [--json FILE]
+    python -m benchmarks.small_llama DIR [--formats NAME...] [--rows N...] [--json FILE]
 
 DIR: the model that `small_llama_train` trains (it is trained there first if nothing is). Calibrated as `lowbit
 calibrate` does, on modules of Python's library that the training left out, or on the text that comes with lowbit;
 tested on other modules that it left out, and on the Python language reference, which is English beside code. KL: of the
 next token, mean and 99th percentile in nats, against the model in full precision; agreement: the share of tokens with
-the same most likely next one. Its 42 linears are converted; the head and the embedding stay.
+the same most likely next one. Its 42 linears are converted; the head and the embedding stay. With --rows, only this is
+measured: what is left of the gain where gradients are known in blocks along the diagonal of so many rows at most, as in
+a calibration that has no room for more. Rows that a run does not measure stay in the file.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,13 +29,16 @@ from benchmarks.minilm_model import machine, sentences
 from benchmarks.small_llama_train import TOKENS, modules, train_to
 from lowbit.calibration import StatisticsCollection, calibrate
 from lowbit.checkpoint.convert import convert
+from lowbit.checkpoint.layer_statistics import InMemory, LayerStatistics
 from lowbit.checkpoint.load import load
 from lowbit.checkpoint.plan import make_plan
 from lowbit.checkpoint.source import open_source
 from lowbit.integrations.text_batches import builtin_text, text_batches
 from lowbit.integrations.text_models import TextModel, calibration_dtype, load_text_model
 from lowbit.integrations.text_objectives import text_objective
+from lowbit.numerics.block_diagonal import divided
 from lowbit.report.end_to_end import LanguageMeter
+from lowbit.solvers import Statistics
 
 RESULT = Path(__file__).parent / "results" / "small_llama.json"
 FORMATS = ("fp8_e4m3", "int8(activations=none)", "awq_w4a16", "nvfp4", "wna16(bits=3)", "svdquant_w4a4")
@@ -41,11 +46,15 @@ LAYERS = r"^model\.layers\."
 CALIBRATIONS = ("library", "built-in")
 TESTS = ("library", "reference")
 WINDOWS = 64  # to test on, of each text
+KEYS = ("format", "calibrated_on", "statistics")  # of a row that replaces another
 
 
 @dataclass(frozen=True)
 class Row:
-    """One conversion: `statistics` is "none", "inputs" or "gradients"; by test the measures of `LanguageMeter`."""
+    """One conversion: `statistics` is "none", "inputs", "gradients" or these and how many rows a block has at most.
+
+    `measures`: by test those of `LanguageMeter`.
+    """
 
     format: str
     solver: str
@@ -79,7 +88,7 @@ class Bench:
         )  # fmt: skip
         return found, time.perf_counter() - began
 
-    def converted(self, spec: str, solver: str, known: StatisticsCollection | None) -> tuple[torch.nn.Module, str]:
+    def converted(self, spec: str, solver: str, known: LayerStatistics | None) -> tuple[torch.nn.Module, str]:
         """A copy of the model with its blocks converted, and the solver."""
         with tempfile.TemporaryDirectory() as folder, open_source(self.folder / "model.safetensors") as source:
             plan = make_plan(source, spec, solver=solver, preset="none", only=[LAYERS], statistics=known)
@@ -101,6 +110,17 @@ class Bench:
             found[name] = meter.result()[0]
         return found
 
+    def in_blocks(self, formats: list[str], sizes: list[int]) -> Iterator[Row]:
+        """Every format with gradients in blocks of at most so many rows, calibrated on the built-in text."""
+        known, seconds = self.statistics("built-in", gradients=True)
+        for size in sizes:
+            some = InMemory({name: in_blocks(known[name], size) for name in known})
+            for spec in formats:
+                began = time.perf_counter()
+                model, solver = self.converted(spec, "auto", some)
+                took = seconds + time.perf_counter() - began
+                yield Row(spec, solver, "built-in", f"gradients, {size}", took, self.measured(model))
+
     def rows(self, formats: list[str]) -> Iterator[Row]:
         """Plain rounding and every calibration of every format."""
         for spec in formats:
@@ -116,20 +136,34 @@ class Bench:
                     yield Row(spec, solver, name, kind, took, self.measured(model))
 
 
+def in_blocks(known: Statistics, size: int) -> Statistics:
+    """The statistics of a layer with gradients in as many blocks as leave each with at most `size` rows."""
+    whole = known.output_hessian
+    assert whole is not None
+    assert known.output_held_out is not None
+    count = 1
+    while len(whole) // count > size:
+        count *= 2
+    blocks = {name: divided(getattr(known, name), count) for name in ("output_hessian", "output_held_out")}
+    return replace(known, **blocks)
+
+
 def main() -> None:
     """Measure, print and write."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("directory", type=Path)
     arguments.add_argument("--formats", nargs="+", default=list(FORMATS))
+    arguments.add_argument("--rows", nargs="+", type=int, help="gradients in blocks of at most so many rows")
     arguments.add_argument("--json", type=Path, default=RESULT)
     given = arguments.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     if not (given.directory / "training.json").exists():
         train_to(given.directory)
     training = json.loads((given.directory / "training.json").read_text())
-    rows = []
-    for row in Bench(given.directory).rows(given.formats):
-        rows.append(asdict(row))
+    bench, rows = Bench(given.directory), json.loads(given.json.read_text())["rows"] if given.json.exists() else []
+    for row in bench.in_blocks(given.formats, given.rows) if given.rows else bench.rows(given.formats):
+        new = {**asdict(row), "commit": machine()["commit"]}
+        rows = [old for old in rows if any(old[key] != new[key] for key in KEYS)] + [new]
         shown = "  ".join(
             f"{test} {found['mean KL']:.5f} {found['q99 KL']:.4f} {found['top-1 agreement']:.4f}"
             for test, found in row.measures.items()

@@ -8,6 +8,8 @@ import torch
 pytest.importorskip("transformers")
 
 from benchmarks import small_llama, small_llama_train as training
+from lowbit.numerics.block_diagonal import count_of
+from lowbit.solvers import Statistics
 
 
 def test_no_module_is_trained_and_tested_on():
@@ -37,3 +39,14 @@ def test_a_conversion_is_measured(tmp_path, monkeypatch):
     assert 0 < gradients < plain
     assert all(set(row.measures) == {"library", "reference"} for row in rows)
     assert torch.isfinite(torch.tensor([plain, inputs, gradients])).all()
+
+
+@pytest.mark.parametrize(("n", "size", "count"), [(704, 704, 1), (704, 256, 4), (256, 64, 4), (256, 1000, 1)])
+def test_blocks_have_no_more_rows_than_asked_for(n, size, count):
+    """Matrices are halved until they have; of each half of the samples."""
+    moment = torch.eye(n)
+
+    found = small_llama.in_blocks(Statistics(output_hessian=moment, output_held_out=2 * moment), size)
+
+    assert count_of(found.output_hessian) == count_of(found.output_held_out) == count
+    assert found.output_held_out.sum() == 2 * n

@@ -106,7 +106,7 @@ def test_choosing_scales_to_fold_reads_no_gradients(tmp_path, monkeypatch, field
     data = [{"input_ids": batch} for batch in tokens(64).split(8)]
     calibrate(model, data, layers=["_proj$"], path=tmp_path / "s.stats", gradients=lambda out, _: out.logits.sum())
     with open_source(written(model, tmp_path / "model")) as source, StatisticsFile(tmp_path / "s.stats") as file:
-        assert file.has_gradients("model.layers.0.self_attn.q_proj")
+        assert file.gradient_size("model.layers.0.self_attn.q_proj")
         plan = make_plan(source, "int8", preset="none", only=["_proj$"], statistics=file, solver="rtn")
         fields_read.clear()
         made = plan_folds(source, plan, file)

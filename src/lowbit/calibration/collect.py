@@ -69,8 +69,8 @@ def calibrate(
 
     `gradients`: run the model backward too and keep the second moments of the gradient at the output of every linear,
     which tell solvers what of an error reaches the model's output. It takes room for the activations of a batch and
-    `memory` once more; where not all layers' fit into that, those that do take another pass over the batches. Heads
-    over a vocabulary have none. True: the first floating-point tensor that the model returns is what counts; or a
+    `memory` once more; where not all fit into that, those of the widest layers are kept in blocks along the diagonal.
+    Heads over a vocabulary have none. True: the first floating-point tensor that the model returns is what counts; or a
     function of what it returns and the `Batch`.
     `broad`: the batches are of as many kinds as what the model will meet, so solvers may trust H further.
     `layers`: regular expressions, of which one must match a linear's name. `share`: linears with the same input share
@@ -101,15 +101,15 @@ def calibrate(
         return run().in_memory()
     try:
         return run().to_file(path, resume=resume)
-    except OtherBatchesError as error:
+    except CannotGoOnError as error:
         if iter(batches) is batches:
             raise
         _log.warning("%s; starting afresh", error)
         return run().to_file(path, resume=False)
 
 
-class OtherBatchesError(StatisticsError):
-    """The batches are not those of the run that was to go on."""
+class CannotGoOnError(StatisticsError):
+    """An interrupted run cannot be continued: the batches are others, or what it had written is gone."""
 
 
 class Run:
@@ -149,7 +149,7 @@ class Run:
             share=options.share,
             seed=options.seed,
         )
-        self.gradients = self._shared_gradients()
+        self.gradients = self._gradients()
 
     def _room(self, interrupted: Path | None) -> int | None:
         """The bytes for second moments; where this run was interrupted those that it had, whatever is free now.
@@ -165,12 +165,15 @@ class Run:
         devices = (linear.weight.device for linear in self.linears.values())
         return max(room_on(devices, gradients=self.options.objective is not None), state_bytes(widest, full=True))
 
-    def _shared_gradients(self) -> Gradients | None:
-        """Those that are taken in the first pass; None where there are none, or no room for those of all linears."""
+    def _gradients(self) -> Gradients | None:
+        """Those that are taken in the first pass, of the linears that have room; None unless asked for."""
         chosen, inside = self.options, within(self.linears)
-        if chosen.objective is None or len(fitting(inside, self.memory)) < len(inside):
+        if chosen.objective is None:
             return None
-        return Gradients(self.model, inside, chosen.objective, chosen.seed)
+        blocks = fitting(inside, self.memory)
+        if out := [name for name in inside if name not in blocks]:
+            _log.warning("no room for the gradients of %d linears (%s); give more memory", len(out), some(out))
+        return Gradients(self.model, inside, blocks, chosen.objective, chosen.seed)
 
     def in_memory(self) -> Collected:
         """Take everything in one pass and keep it."""
@@ -195,7 +198,7 @@ class Run:
         target = TargetFile(path)
         key = self.asked
         if self.gradients is not None:
-            key += ", gradients of every batch in the first pass"  # whose snapshots hold more
+            key += ", gradients in blocks"  # whose snapshots hold more
         how = self.observer, self.gradients, self.asked, key, self.options.snapshot_every
         snapshots = ProgressFile(target.path, *how)
         record = snapshots.restore(self._devices()) if resume else None
@@ -206,8 +209,7 @@ class Run:
             if self.number:
                 target.begin(self.contents(), key, resume=resume)
                 self.observer.done &= {name for name, number in self.keys().items() if number in target.done}
-                if not target.done.issuperset(self.outputs.values()):  # it is not the file that the run had begun
-                    target.write_outputs(self.take_gradients())
+                self._check_outputs(target)
             while self.observer.surveying or self.observer.waiting():
                 self.one_pass(record, snapshots)
                 record = None
@@ -228,6 +230,11 @@ class Run:
         snapshots.remove()
         return StatisticsFile(path)
 
+    def _check_outputs(self, target: TargetFile) -> None:
+        """Raise `CannotGoOnError` where it is not the file that the run had begun: gradients are of the first pass."""
+        if not target.done.issuperset(self.outputs.values()):
+            raise CannotGoOnError(f"{target.path}: what the interrupted run had written of it is gone")
+
     def _devices(self) -> dict[str, torch.device]:
         return {name: linear.weight.device for name, linear in self.linears.items()}
 
@@ -244,31 +251,9 @@ class Run:
 
     def take_gradients(self) -> dict[str, dict[str, Tensor]]:
         """After the first pass: the moments of the gradients by their keys in the file; none unless asked for."""
-        if self.options.objective is None:
-            return {}
-        if self.gradients is not None and not self.number:
-            found = self.gradients.finish()
-        else:
-            found = self._gradient_pass(self.options.objective)
+        found = {} if self.gradients is None else self.gradients.finish()
         self.outputs = {name: f"g{number}" for number, name in enumerate(found)}
         return {self.outputs[name]: fields for name, fields in found.items()}
-
-    def _gradient_pass(self, objective: Objective) -> dict[str, dict[str, Tensor]]:
-        """A pass of their own, for the linears that were called and have room."""
-        called = within({name: self.linears[name] for name, seen in self.observer.watched.items() if seen.group})
-        chosen = fitting(called, self.memory)
-        if not chosen:
-            _log.warning("no room for the gradients of any linear; give more memory")
-            return {}
-        if out := [name for name in called if name not in chosen]:
-            _log.warning("no room for the gradients of %d linears (%s); give more memory", len(out), some(out))
-
-        def progress(done: int) -> None:
-            if self.progress is not None:
-                self.progress(done, self.total or self.batch_count, "gradients")
-
-        with running(self.model):
-            return Gradients(self.model, chosen, objective, self.options.seed).run(self._items(), progress)
 
     def next_pass(self) -> None:
         """Prepare for another pass over the batches."""
@@ -283,11 +268,6 @@ class Run:
             raise StatisticsError(
                 f"{self.description}: another pass over the batches is needed, for {len(self.observer.waiting())} "
                 "inputs; pass a list or another re-iterable instead of an iterator, or give more memory"
-            )
-        if self.options.objective is not None and self.gradients is None and isinstance(self.batches, Iterator):
-            raise StatisticsError(
-                f"{self.description}: gradients take another pass over the batches; pass a list or another re-iterable "
-                "instead of an iterator, give more memory, or calibrate without gradients"
             )
         skip = record["done"] if record else 0
         count = 0
@@ -312,7 +292,7 @@ class Run:
 
     def _compare(self, record: Mapping[str, Any] | None) -> None:
         if record is not None and self.seen.hexdigest() != record["seen"]:
-            raise OtherBatchesError(
+            raise CannotGoOnError(
                 f"{self.description}: the batches are not those of the interrupted run; give the same ones, or do not "
                 "resume"
             )
@@ -376,6 +356,11 @@ class Run:
         """Keys of the inputs in the file by the group: numbers in the order of the first calls."""
         return {name: str(number) for number, name in enumerate(self.observer.groups)}
 
+    def _output(self, name: str) -> tuple[str, str, int]:
+        """The key of a linear's gradient, the mark of its weight, and the blocks of the gradient."""
+        key = self.outputs.get(name, "")
+        return key, self.marks[name], self.gradients.blocks[name] if key and self.gradients else 1
+
     def contents(self) -> Contents:
         """What the finished file will hold; known after the first pass."""
         keys, watched = self.keys(), self.observer.watched
@@ -385,7 +370,7 @@ class Run:
             kind = "full" if self.observer.is_full(seen.k) else "diagonal"
             inputs[key] = InputFacts(seen.k, seen.tokens[0], seen.tokens[1], kind)
         layers = {
-            alias: LayerInput(keys[seen.group], (seen.n, seen.k), self.outputs.get(name, ""), self.marks[name])
+            alias: LayerInput(keys[seen.group], (seen.n, seen.k), *self._output(name))
             for name, seen in watched.items()
             if seen.group
             for alias in self.aliases[name]

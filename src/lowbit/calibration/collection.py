@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowbit.checkpoint.layer_statistics import judging_moments
 from lowbit.errors import StatisticsError
+from lowbit.numerics.block_diagonal import diagonal, shape_of
 from lowbit.numerics.weight_marks import same_weight
 from lowbit.solvers.base import Statistics
 
@@ -30,14 +31,16 @@ FEW = 1.0  # T/N below which a full second moment is singular and warned about
 class LayerInput:
     """Which input a layer has, by its key, and the shape [N, K] of the layer's weight.
 
-    `output`: the key of the gradient's moments at its output, "" where they are not known. `weight`: the mark of the
-    weight that the statistics were taken with (`lowbit.numerics.weight_marks`), "" where that is not known.
+    `output`: the key of the gradient's moments at its output, "" where they are not known; `blocks`: into how many they
+    are divided (`lowbit.numerics.block_diagonal`). `weight`: the mark of the weight that the statistics were taken with
+    (`lowbit.numerics.weight_marks`), "" where that is not known.
     """
 
     input: str
     shape: tuple[int, int]
     output: str = ""
     weight: str = ""
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,11 @@ class Contents:
     never_called: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def outputs(self) -> dict[str, int]:
-        """The channels N of the outputs with gradients, by key."""
-        return {layer.output: layer.shape[0] for layer in self.layers.values() if layer.output}
+    @cached_property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the moments of outputs with gradients, by key: [N, N] or that of its blocks."""
+        known = (layer for layer in self.layers.values() if layer.output)
+        return {layer.output: shape_of(layer.shape[0], layer.blocks) for layer in known}
 
     def marked(self, marks: Mapping[str, str]) -> Contents:
         """The same with the marks of layers' weights."""
@@ -80,11 +84,13 @@ class Contents:
         return replace(self, layers=layers)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON data; marks that are not known are left out, as older files have none."""
+        """As JSON data; marks that are not known and single blocks are left out, as older files have neither."""
         data = asdict(self)
         for layer in data["layers"].values():
             if not layer["weight"]:
                 del layer["weight"]
+            if layer["blocks"] == 1:
+                del layer["blocks"]
         return data
 
     def sharing(self, key: str) -> tuple[str, ...]:
@@ -176,10 +182,10 @@ class StatisticsCollection(Mapping[str, Statistics]):
             return ""
         return self.contents.inputs[found.input].kind
 
-    def has_gradients(self, layer: str) -> bool:
-        """Whether the gradient at a layer's output is known; reads no tensor."""
+    def gradient_size(self, layer: str) -> int:
+        """How many numbers are known of G at a layer's output, 0 for none; reads no tensor."""
         found = self.contents.layers.get(layer)
-        return found is not None and bool(found.output)
+        return 0 if found is None or not found.output else found.shape[0] ** 2 // found.blocks
 
     def smallest(self, layer: str) -> float | None:
         """The smallest input of a layer; None where that is not known."""
@@ -216,7 +222,7 @@ class StatisticsCollection(Mapping[str, Statistics]):
 
     def output_vectors(self, key: str) -> dict[str, Tensor]:
         """The diagonals [N] of the moments of the gradient at an output, by the field of `Statistics`."""
-        return {name: diagonal_of(tensor) for name, tensor in self.load_output(key).items()}
+        return {name: diagonal(tensor).reshape(-1) for name, tensor in self.load_output(key).items()}
 
     def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise `StatisticsError`, with a list, unless every layer here is among `shapes`, with its shape."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import StatisticsError
+from lowbit.numerics.block_diagonal import count_of, divided
 from lowbit.numerics.weight_marks import same_weight
 from lowbit.solvers.base import Statistics
 
@@ -46,7 +47,7 @@ class Merged(StatisticsCollection):
             key = keys.setdefault(parts, str(len(keys)))
             gradients = tuple(self._output_in(collection, name) for collection in collections)
             output = outputs.setdefault(gradients, f"g{len(outputs)}") if any(gradients) else ""
-            layers[name] = LayerInput(key, self._shape_in_all(name), output, self._mark(name))
+            layers[name] = LayerInput(key, self._shape_in_all(name), output, self._mark(name), self._blocks(name))
         self._sources = {key: parts for parts, key in keys.items()}
         self._outputs = {key: parts for parts, key in outputs.items()}
         first = self._collections[0].contents
@@ -70,6 +71,11 @@ class Merged(StatisticsCollection):
     def _output_in(collection: StatisticsCollection, name: str) -> str | None:
         layer = collection.contents.layers.get(name)
         return None if layer is None else layer.output or None
+
+    def _blocks(self, name: str) -> int:
+        """Into how many blocks the moments at a layer's output are divided: of those that know them, the most."""
+        known = (other.contents.layers[name] for other in self._collections if name in other)
+        return max((layer.blocks for layer in known if layer.output), default=1)
 
     def _mark(self, name: str) -> str:
         """The mark of a layer's weight; that of the first which knows it."""
@@ -117,7 +123,10 @@ class Merged(StatisticsCollection):
         )
 
     def load_output(self, key: str) -> dict[str, Tensor]:
-        """The moments of the gradient at an output: of those that have them, the mean by the tokens of the input."""
+        """The moments of the gradient at an output: of those that have them, the mean by the tokens of the input.
+
+        Only what all of these know of them, where some hold them in blocks.
+        """
         pairs = [
             (collection, other)
             for collection, other in zip(self._collections, self._outputs[key], strict=True)
@@ -127,7 +136,8 @@ class Merged(StatisticsCollection):
         tokens = [_tokens_of(collection, other) for collection, other in pairs]
         shares = torch.tensor(tokens, dtype=torch.float64)
         shares = (shares / shares.sum()).float()
-        return {name: torch.einsum("i,ijk->jk", shares, _stacked_fields(parts, name)) for name in parts[0]}
+        count = max(count_of(moment) for part in parts for moment in part.values())
+        return {name: _mean([divided(part[name], count) for part in parts], shares) for name in parts[0]}
 
     def fields(self, key: str) -> dict[str, Field]:
         """The tensors of an input: dtype and shape by field."""
@@ -240,12 +250,15 @@ def _joined_counts(parts: Sequence[Statistics], name: str, facts: InputFacts) ->
     return _stacked(parts, name).sum(0)
 
 
+def _mean(moments: Sequence[Tensor], shares: Tensor) -> Tensor:
+    found = moments[0] * shares[0]
+    for moment, share in zip(moments[1:], shares[1:], strict=True):
+        found.add_(moment * share)
+    return found
+
+
 def _stacked(parts: Sequence[Statistics], name: str) -> Tensor:
     return torch.stack([getattr(part, name) for part in parts])
-
-
-def _stacked_fields(parts: Sequence[dict[str, Tensor]], name: str) -> Tensor:
-    return torch.stack([part[name] for part in parts])
 
 
 _JOIN: dict[str, Callable[[Sequence[Statistics], str, InputFacts], Tensor]] = {

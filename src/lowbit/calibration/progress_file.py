@@ -63,8 +63,8 @@ def _path_of(target: Path) -> Path:
 class ProgressFile:
     """Snapshots of an observer, each with a record (JSON data) of where the run is.
 
-    `gradients`: those that are taken in the observer's first pass; None where they have a pass of their own. `run`: the
-    fingerprint of all that the caller gave, `key`: with what came of it.
+    `gradients`: those that are taken in the observer's first pass, or None. `run`: the fingerprint of all that the
+    caller gave, `key`: with what came of it.
     """
 
     def __init__(

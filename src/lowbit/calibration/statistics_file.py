@@ -18,6 +18,7 @@ from torch import Tensor
 from lowbit.checkpoint.safetensors_file import SafetensorsFile
 from lowbit.checkpoint.writer import CheckpointWriter
 from lowbit.errors import StatisticsError
+from lowbit.numerics.block_diagonal import shape_of
 from lowbit.numerics.weight_marks import check_mark
 
 from .accumulate import ROWS_KEPT
@@ -95,7 +96,7 @@ def save_statistics(collection: StatisticsCollection, path: str | Path) -> Path:
     """
     contents = collection.contents
     entries = [entry for key in contents.inputs for entry in packed_entries(key, collection.fields(key))]
-    entries += [entry for key, n in contents.outputs.items() for entry in output_entries(key, n)]
+    entries += [entry for key, shape in contents.outputs.items() for entry in output_entries(key, shape)]
     writer = CheckpointWriter(path, entries, header(contents), fingerprint="statistics", resume=False)
     try:
         for name, tensor in _tensors(collection, entries):
@@ -141,8 +142,8 @@ def _parse(file: SafetensorsFile) -> Contents:
         )
     for key, facts in contents.inputs.items():
         _check_input(file, key, facts)
-    for key, n in contents.outputs.items():
-        for name, dtype, shape in output_entries(key, n):
+    for key, moment in contents.outputs.items():
+        for name, dtype, shape in output_entries(key, moment):
             info = file.tensors.get(name)
             if info is None or (info.dtype, info.shape) != (dtype, shape):
                 raise StatisticsError(f"{file.path}: {name} of shape {list(shape)} is not there; calibrate again")
@@ -177,17 +178,19 @@ def parse_contents(data: Mapping[str, Any]) -> Contents:
     if data["version"] != VERSION:
         raise ValueError(f"version {data['version']!r}, this lowbit reads {VERSION}")
     inputs = {str(key): InputFacts(**facts) for key, facts in data["inputs"].items()}
-    layers, outputs = {}, dict[str, int]()
+    layers, outputs = {}, dict[str, tuple[int, ...]]()
     for name, layer in data["layers"].items():
         n, k = layer["shape"]
         if inputs[layer["input"]].k != k:
             raise ValueError(f"{name}: K = {k}, its input has {inputs[layer['input']].k}")
-        layers[name] = LayerInput(layer["input"], (n, k), str(layer.get("output", "")), str(layer.get("weight", "")))
+        more = str(layer.get("output", "")), str(layer.get("weight", "")), int(layer.get("blocks", 1))
+        layers[name] = LayerInput(layer["input"], (n, k), *more)
         if layers[name].weight:
             check_mark(layers[name].weight, n * k)
-        first = outputs.setdefault(layers[name].output, n)
-        if layers[name].output and first != n:
-            raise ValueError(f"{name}: N = {n}, its output has {first}")
+        moment = shape_of(n, layers[name].blocks)
+        first = outputs.setdefault(layers[name].output, moment)
+        if layers[name].output and first != moment:
+            raise ValueError(f"{name}: the moments of its output are {list(moment)}, another layer has {list(first)}")
     return Contents(data["model"], layers, inputs, tuple(data["never_called"]), dict(data["options"]))
 
 

@@ -2,11 +2,12 @@
 
 Tensors are named `<input>.<field>`, and those of gradients `<output>.<field>`, with the fields of `Statistics` and
 their dtypes. A field of second moments holds the diagonal; where the whole matrix is known, `<field>.correlations`
-beside it holds the rest (`packed_moment`).
+beside it holds the rest (`packed_moment`), and where its blocks are known, that of one block after the other.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import abstractmethod
 from collections import OrderedDict
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.layer_statistics import judging_moments
+from lowbit.numerics.block_diagonal import blocks
 from lowbit.ops.column_ranges import BINS
 from lowbit.solvers.base import Statistics
 
@@ -91,7 +93,16 @@ class StoredStatistics(StatisticsCollection):
 
     def load_output(self, key: str) -> dict[str, Tensor]:
         """The moments of the gradient at an output, by the field of `Statistics`."""
-        return {name: self._tensor(key, name) for name in OUTPUT_FIELDS}
+        count = self.contents.outputs[key][0] if len(self.contents.outputs[key]) == 3 else 1
+        return {name: self._blocks(key, name, count) for name in OUTPUT_FIELDS}
+
+    def _blocks(self, key: str, field: str, count: int) -> Tensor:
+        """A moment that is stored in `count` blocks."""
+        if count == 1:
+            return self._tensor(key, field)
+        name = f"{key}.{field}"
+        diagonals, packed = self.stored(name).chunk(count), self.stored(f"{name}{CORRELATIONS}").chunk(count)
+        return torch.stack([unpack_moment(*pair) for pair in zip(diagonals, packed, strict=True)])
 
     def minimum(self, key: str) -> Tensor | None:
         """The smallest value of each channel of an input, [K]; takes nothing else."""
@@ -127,8 +138,9 @@ def packed_fields(key: str, fields: Mapping[str, Tensor], where: str) -> dict[st
     found: dict[str, Tensor] = {}
     for field, tensor in fields.items():
         name = f"{key}.{field}"
-        if field in _MOMENTS and tensor.dim() == 2:
-            found[name], found[f"{name}{CORRELATIONS}"] = pack_moment(tensor, where)
+        if field in _MOMENTS and tensor.dim() > 1:
+            packed = zip(*(pack_moment(block, where) for _, block in blocks(tensor)), strict=True)
+            found[name], found[f"{name}{CORRELATIONS}"] = (torch.cat(some) for some in packed)
         else:
             found[name] = tensor
     return found
@@ -139,8 +151,10 @@ def packed_entries(key: str, fields: Mapping[str, Field]) -> list[Entry]:
     found: list[Entry] = []
     for field, (dtype, shape) in fields.items():
         name = f"{key}.{field}"
-        if field in _MOMENTS and len(shape) == 2:
-            found += [(name, dtype, shape[:1]), (f"{name}{CORRELATIONS}", torch.int16, (packed_size(shape[0]),))]
+        if field in _MOMENTS and len(shape) > 1:
+            count, size = math.prod(shape[:-2]), shape[-1]
+            found += [(name, dtype, (count * size,))]
+            found += [(f"{name}{CORRELATIONS}", torch.int16, (count * packed_size(size),))]
         else:
             found.append((name, dtype, shape))
     return found
@@ -156,6 +170,6 @@ def expected_fields(facts: InputFacts) -> dict[str, Field]:
     return {**found, "magnitudes": (torch.int64, (BINS,))}
 
 
-def output_entries(key: str, n: int) -> list[Entry]:
-    """The tensors of the gradient at an output of N channels."""
-    return packed_entries(key, dict.fromkeys(OUTPUT_FIELDS, (torch.float32, (n, n))))
+def output_entries(key: str, shape: tuple[int, ...]) -> list[Entry]:
+    """The tensors of the gradient at an output with moments of a shape."""
+    return packed_entries(key, dict.fromkeys(OUTPUT_FIELDS, (torch.float32, shape)))

@@ -41,7 +41,7 @@ class TargetFile:
     def begin(self, contents: Contents, fingerprint: str, *, resume: bool) -> None:
         """Take the disk space for these contents."""
         entries = [entry for key, facts in contents.inputs.items() for entry in entries_of(key, facts)]
-        entries += [entry for key, n in contents.outputs.items() for entry in output_entries(key, n)]
+        entries += [entry for key, shape in contents.outputs.items() for entry in output_entries(key, shape)]
         self._contents = contents
         self._writer = CheckpointWriter(self.path, entries, header(contents), fingerprint=fingerprint, resume=resume)
 

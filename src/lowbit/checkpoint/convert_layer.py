@@ -75,9 +75,9 @@ class LayerWork:
         if plan.pipeline.steps or knowledge(statistics, self.known_as) == "full":
             # H of both halves and of one basis, its factor, which some starts and all steps make; the pieces of a draft
             self.solving_memory += 4 * (6 * self.shape[1] ** 2 + 5 * min(self.shape[0] * self.shape[1], DRAFT_ELEMENTS))
-        if statistics is not None and statistics.has_gradients(self.known_as):
+        if statistics is not None and (size := statistics.gradient_size(self.known_as)):
             n, k = self.shape  # G of both halves and together, shrunk, in order, its factor; errors, and judging them
-            self.solving_memory += 4 * (6 * n * n + 4 * n * k)
+            self.solving_memory += 4 * (6 * size + 4 * n * k)
         self.memory = self.own_memory + self.solving_memory
 
     def _stored_before(self) -> StoredLayer | None:

@@ -59,9 +59,9 @@ class RescaledStatistics:
         """See `LayerStatistics`."""
         return self._statistics.kind(layer)
 
-    def has_gradients(self, layer: str, /) -> bool:
+    def gradient_size(self, layer: str, /) -> int:
         """See `LayerStatistics`."""
-        return self._statistics.has_gradients(layer)
+        return self._statistics.gradient_size(layer)
 
     def smallest(self, layer: str, /) -> float | None:
         """See `LayerStatistics`."""

@@ -28,8 +28,8 @@ class LayerStatistics(Protocol):
         """What is known of a layer: "full", "diagonal" or "" for one without second moments; cheap."""
         ...
 
-    def has_gradients(self, layer: str, /) -> bool:
-        """Whether the gradient at a layer's output is known; cheap."""
+    def gradient_size(self, layer: str, /) -> int:
+        """How many numbers are known of G at a layer's output, N^2 or those of its blocks; 0 for none; cheap."""
         ...
 
     def smallest(self, layer: str, /) -> float | None:
@@ -60,10 +60,10 @@ class InMemory:
         """See `LayerStatistics`."""
         return what_is_known(self._by_layer.get(layer))
 
-    def has_gradients(self, layer: str, /) -> bool:
+    def gradient_size(self, layer: str, /) -> int:
         """See `LayerStatistics`."""
         known = self._by_layer.get(layer)
-        return known is not None and known.output_hessian is not None
+        return 0 if known is None or known.output_hessian is None else known.output_hessian.numel()
 
     def smallest(self, layer: str, /) -> float | None:
         """See `LayerStatistics`."""

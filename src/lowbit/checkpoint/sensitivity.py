@@ -205,8 +205,8 @@ class _Reader:
         with self._lock:
             return self._statistics.get(name)
 
-    def has_gradients(self, name: str) -> bool:
-        return self._statistics is not None and self._statistics.has_gradients(name)
+    def gradient_size(self, name: str) -> int:
+        return 0 if self._statistics is None else self._statistics.gradient_size(name)
 
     def full(self, name: str) -> bool:
         return self._statistics is not None and self._statistics.kind(name) == "full"
@@ -236,13 +236,13 @@ class _Layer:
 
     def _memory(self) -> int:
         n, k = self.shape
-        gradients = self.reader.has_gradients(self.candidate.name)
+        gradients = self.reader.gradient_size(self.candidate.name)
         whole = gradients or not self.rows or any(_needs_all_rows(plan.fmt) for plan, _ in self.missing)
         looked_at = n if whole else min(n, self.rows + 2 * _step([plan.fmt for plan, _ in self.missing], self.shape))
         square = 2 * k * k if self.reader.full(self.candidate.name) else 0
         if any(parse_pipeline(solver).steps for _, solver in self.missing):
             square = 6 * k * k + 5 * min(looked_at * k, DRAFT_ELEMENTS)
-        square += 6 * n * n + 4 * n * k if gradients else 0  # as in a conversion
+        square += 6 * gradients + 4 * n * k if gradients else 0  # as in a conversion
         one = self.plan.spec.nbytes // self.plan.weight.count
         return one + 3 * looked_at * k * self.plan.spec.dtype.itemsize + 4 * square + _WORKSPACE
 
@@ -258,7 +258,7 @@ class _Layer:
         component = self.source.component(self.candidate.component)
         w = self._matrix(component)
         statistics = self.reader.get(self.candidate.name)
-        gradients = self.reader.has_gradients(self.candidate.name)
+        gradients = bool(self.reader.gradient_size(self.candidate.name))
         formats = [plan.fmt for plan, _ in self.missing]
         some = sample_rows(w, self.rows, _step(formats, self.shape)) if self.rows and not gradients else w
         where = name_place(str(component.tensors[self.plan.key].path), self.plan.layer)

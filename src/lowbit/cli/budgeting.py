@@ -133,7 +133,7 @@ class Target:
         """What to measure with: gradients tell layers apart well enough to be worth the whole pipeline."""
         if self.measure_with is not None:
             return self.measure_with
-        known = statistics is not None and all(statistics.has_gradients(one.name) for one in candidates)
+        known = statistics is not None and all(statistics.gradient_size(one.name) for one in candidates)
         return PLANNED if known else START
 
     def note(self, mixed: MixedPlan) -> str:
@@ -151,7 +151,7 @@ class Target:
 
 def _warn_of_missing_gradients(candidates: Sequence[Candidate], statistics: LayerStatistics) -> None:
     """Say that gradients, known of some layers, count for nothing where others lack them."""
-    lacking = [one.name for one in candidates if not statistics.has_gradients(one.name)]
+    lacking = [one.name for one in candidates if not statistics.gradient_size(one.name)]
     if 0 < len(lacking) < len(candidates):
         line = (
             f"{len(lacking)} of {len(candidates)} layers with a choice have no gradients ({some(lacking)}), "

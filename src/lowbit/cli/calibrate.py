@@ -292,8 +292,11 @@ def _tell(found: StatisticsCollection, output: Path, told: list[str], *, as_json
     show(rows)
     if len(ranked) > _SHOWN:
         say(f"and {len(ranked) - _SHOWN} inputs more")
-    if with_gradients := sum(bool(layer.output) for layer in contents.layers.values()):
-        say(f"and the gradients at the outputs of {with_gradients} of {len(contents.layers)} layers")
+    if known := [layer for layer in contents.layers.values() if layer.output]:
+        divided = [layer for layer in known if layer.blocks > 1]
+        most = max((layer.shape[0] // layer.blocks for layer in divided), default=0)
+        more = f", of {len(divided)} in blocks of up to {most} rows: more memory holds larger ones" if divided else ""
+        say(f"and the gradients at the outputs of {len(known)} of {len(contents.layers)} layers{more}")
     say(
         f"{output}: statistics of {len(contents.layers)} layers with {len(contents.inputs)} inputs, "
         f"{size(output.stat().st_size)}",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SolverError
+from lowbit.numerics.block_diagonal import diagonal
 from lowbit.numerics.smoothing import smoothing_factors
 from lowbit.solvers.awq import WeightRows, best_exponent, scaled_error
 from lowbit.solvers.base import Statistics
@@ -141,9 +142,10 @@ def rescaled_outputs(statistics: Statistics, scale: Tensor) -> Statistics:
     def moments(g: Tensor | None) -> Tensor | None:
         if g is None:
             return None
-        s = torch.ones(g.shape[0], device=g.device)
-        s[g.shape[0] - scale.shape[0] :] = scale.to(g.device, torch.float32)
-        return g / s.unsqueeze(0) / s.unsqueeze(1)
+        s = torch.ones(diagonal(g).numel(), device=g.device)
+        s[len(s) - scale.shape[0] :] = scale.to(g.device, torch.float32)
+        s = s.view(g.shape[:-1])  # by block where only those are known
+        return g / s.unsqueeze(-2) / s.unsqueeze(-1)
 
     known = statistics
     return replace(known, output_hessian=moments(known.output_hessian), output_held_out=moments(known.output_held_out))

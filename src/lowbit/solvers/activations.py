@@ -17,7 +17,7 @@ _TOKENS = 128  # their rounding errors are independent: enough for a few percent
 def activation_loss(fmt: Format, parts: Parts, samples: Tensor | None, outputs: Tensor | None = None) -> float:
     """The mean over rows x of e^T G e, e = linear(x) - x Wq^T; 0 for a format whose linear keeps its input.
 
-    samples: rows [S, K] of the layer's input, or None. outputs: G [N, N], or None for the identity.
+    samples: rows [S, K] of the layer's input, or None. outputs: G [N, N] or its blocks, or None for the identity.
     """
     if samples is None or not fmt.rounds_input or not samples.shape[0]:
         return 0.0
@@ -28,4 +28,4 @@ def activation_loss(fmt: Format, parts: Parts, samples: Tensor | None, outputs: 
     for start, stop in fmt.row_ranges(fmt.rows_of(parts), rows.shape[1]):
         weight = decode_rows(fmt, parts, rows.shape[1], start, stop)
         rounded[:, start:stop] -= F.linear(rows, weight)
-    return energy(rounded, outputs) / rows.shape[0]
+    return energy(rounded.t(), None, outputs) / rows.shape[0]

@@ -20,6 +20,7 @@ from torch import Tensor
 from lowbit.errors import SolverError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
+from lowbit.numerics.block_diagonal import count_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Statistics:
     samples are of as many kinds as what the model will meet, so what they lack will be lacking there.
 
     `output_hessian`, `output_held_out`: E[g g^T] of the gradient g at the layer's output, float32 [N, N], over samples
-    of the two halves.
+    of the two halves; or of these only equal blocks along the diagonal, [B, N/B, N/B], B a power of two.
     """
 
     hessian: Tensor | None = None
@@ -69,7 +70,7 @@ class Statistics:
 
     @property
     def combined_output(self) -> Tensor | None:
-        """E[g g^T] over all samples [N, N]: the mean of both halves; None where the gradient is not known."""
+        """E[g g^T] over all samples, [N, N] or its blocks: the mean of both halves; None without gradients."""
         if self.output_hessian is None or self.output_held_out is None:
             return self.output_hessian
         return torch.lerp(self.output_held_out, self.output_hessian, 0.5)
@@ -125,8 +126,14 @@ class Statistics:
         """Raise `SolverError`, naming `where`, unless all that is known is of a layer [N, K], and finite."""
         self.column_weights(k, where)
         moments = (k,) if self.hessian is None or self.hessian.dim() == 1 else (k, k)
-        shapes = {"hessian": moments, "held_out": moments, **dict.fromkeys(_BY_CHANNEL, (k,))}
-        shapes |= dict.fromkeys(_BY_OUTPUT, (n, n))
+        shapes: dict[str, tuple[int, ...]] = {"hessian": moments, "held_out": moments}
+        shapes |= dict.fromkeys(_BY_CHANNEL, (k,))
+        if self.output_hessian is not None:
+            try:
+                outputs = shape_of(n, count_of(self.output_hessian))
+            except ValueError as error:
+                raise SolverError(f"{where}: the statistics hold an output_hessian of {error}") from None
+            shapes |= dict.fromkeys(_BY_OUTPUT, outputs)
         if self.samples is not None and self.samples.numel():
             shapes["samples"] = (len(self.samples), k)
         for name, shape in shapes.items():

@@ -21,6 +21,7 @@ from torch import Tensor
 from lowbit.errors import SolverError
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts
+from lowbit.numerics.block_diagonal import blocks
 from lowbit.numerics.cholesky import cholesky
 from lowbit.numerics.groups import row_chunks
 from lowbit.ops.encode import decode_rows
@@ -123,8 +124,8 @@ def output_error(
 ) -> tuple[float, float]:
     """tr(G E H E^T) and tr(G W H W^T): what the parts lose of a weight [N, K], and the output they lose it from.
 
-    hessian: H [K, K], its diagonal [K], or None for the identity. outputs: G [N, N], or None for the identity. Sums are
-    float64 over pieces of float32.
+    hessian: H [K, K], its diagonal [K], or None for the identity. outputs: G [N, N] or its blocks [B, b, b], or None
+    for the identity. Sums are float64 over pieces of float32.
     """
     return output_loss(w, fmt, parts, hessian, outputs), output_signal(w, hessian, outputs)
 
@@ -151,7 +152,9 @@ def output_signal(w: Tensor, hessian: Tensor | None, outputs: Tensor | None = No
 
 
 def energy(rows: Tensor, hessian: Tensor | None, outputs: Tensor | None = None) -> float:
-    """tr(G X H X^T) of float32 rows [n, K]; without `outputs`, G [n, n], tr(X H X^T)."""
+    """tr(G X H X^T) of float32 rows [n, K]; without `outputs`, G [n, n] or its blocks [B, b, b], tr(X H X^T)."""
+    if outputs is not None and outputs.dim() == 3:
+        return sum(energy(rows[here], hessian, block) for here, block in blocks(outputs))
     if outputs is None:
         if hessian is None:
             return float(torch.linalg.vector_norm(rows, dtype=torch.float64) ** 2)

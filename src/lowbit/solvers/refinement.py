@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -80,6 +81,11 @@ class Refinement(Protocol):
 class Coupling(Protocol):
     """What makes rows make up for the errors of others; see `row_coupling`."""
 
+    @property
+    def multiple(self) -> int:
+        """Of how many rows a draft is, unless it holds the last ones."""
+        ...
+
     def refine(self, draft: Draft, first: int, steps: Sequence[Refinement]) -> None:
         """Refine the rows of a draft, of which the first is row `first` of the weight; all behind them are done."""
         ...
@@ -133,7 +139,10 @@ def refine(given: Unrefined, steps: Sequence[Refinement], coupling: Coupling | N
     curvature: Curvature | None = None
     hessian = prepared_hessian(given.hessian.to(given.w.device), fmt)
     shape = (given.w.shape[0], given.w.shape[1])
-    pieces = list(row_chunks(*shape, max(fmt.row_multiple, fmt.unit(shape)[0]), DRAFT_ELEMENTS))
+    multiple = max(fmt.row_multiple, fmt.unit(shape)[0])
+    if coupling is not None:
+        multiple = math.lcm(multiple, coupling.multiple)
+    pieces = list(row_chunks(*shape, multiple, DRAFT_ELEMENTS))
     for start, stop in pieces if coupling is None else reversed(pieces):
         rows = fmt.prepared(given.w, start, stop, where)
         params = narrow_rows(fmt.param_rules, given.parts, start, stop)

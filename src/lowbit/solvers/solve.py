@@ -315,7 +315,7 @@ class Problem:
         outputs = self._output_judge
         lost = output_loss(self.w, self.fmt, parts, self._judge, outputs)
         if bias is not None:  # what is left around the mean
-            lost -= energy(bias.unsqueeze(0), outputs)
+            lost -= energy(bias.unsqueeze(1), None, outputs)
         by_input = activation_loss(self.fmt, parts, self.statistics.samples, outputs)
         return Lost(max(lost, 0.0), by_input, self._signal)  # of few tokens, rounding may put it below zero
 

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.base import Format
+from lowbit.numerics.block_diagonal import blocks, diagonal
 
-from .curvature import arranged, unit_lower
+from .curvature import arranged, energy, unit_lower
 from .row_coupling import row_order, shrunk_outputs
 
 _HALF = 0.5
@@ -70,24 +71,30 @@ class Trial:
 
 
 def row_shares(w: Tensor, fmt: Format, outputs: Tensor, others: Tensor) -> tuple[float, float]:
-    """What is left of the error where rows make up for each other by G [N, N] of one half, `outputs`: on it, on others.
+    """What is left of the error where rows make up for each other by G of one half, `outputs`: on it, on others.
 
-    Rows of w [N, K] count by their squares, as their rounding errors do about. All of it for a G that is no second
-    moment.
+    G: [N, N] or its blocks. Rows of w [N, K] count by their squares, as their rounding errors do about. All of it for a
+    G that is no second moment.
     """
-    shrunk = shrunk_outputs(outputs.to(w.device))
+    outputs, others = outputs.to(w.device), others.to(w.device)
+    shrunk = shrunk_outputs(outputs)
     order = row_order(fmt, shrunk)
-    lower = unit_lower(shrunk if order is None else arranged(shrunk, order))
-    if lower is None:
-        return 1.0, 1.0
     generator = torch.Generator().manual_seed(_SEED)
     signs = torch.randint(2, (w.shape[0], _PROBES), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
     squares = torch.linalg.vector_norm(w, dim=1, dtype=torch.float32).square()
     probes = signs.to(w.device).float() * squares.sqrt().unsqueeze(1)
-    errors = torch.linalg.solve_triangular(lower.mT, probes if order is None else probes[order], upper=True)
-    errors = errors if order is None else errors[order.argsort()]
+    errors = torch.empty_like(probes)
+    for index, (rows, block) in enumerate(blocks(shrunk)):
+        first = None if order is None else order[index]
+        lower = unit_lower(block if first is None else arranged(block, first))
+        if lower is None:
+            return 1.0, 1.0
+        some = probes[rows] if first is None else probes[rows][first]
+        some = torch.linalg.solve_triangular(lower.mT, some, upper=True)
+        errors[rows] = some if first is None else some[first.argsort()]
     shares = []
-    for moments in (outputs.to(w.device), others.to(w.device)):
-        before = float((moments.diagonal() * squares).sum(dtype=torch.float64)) * _PROBES
-        shares.append(float((moments @ errors).mul_(errors).sum(dtype=torch.float64)) / before if before > 0 else 1.0)
+    for moments in (outputs, others):
+        before = float((diagonal(moments).reshape(-1) * squares).sum(dtype=torch.float64)) * _PROBES
+        after = energy(errors, None, moments)
+        shares.append(after / before if before > 0 else 1.0)
     return shares[0], shares[1]
