@@ -55,15 +55,15 @@ class Moment:
 
 
 class Gathered:
-    """Rows [R, K] of any float dtype in blocks of `FLUSH` rows, in a buffer that is used again and again.
+    """Rows [R, K] of any float dtype in blocks of so many `rows`, in a buffer that is used again and again.
 
     Blocks are bfloat16 where all rows so far are, else float32: both hold the values as they came, and products of
     bfloat16 may be faster.
     """
 
-    def __init__(self, k: int, device: torch.device) -> None:
+    def __init__(self, k: int, device: torch.device, rows: int = FLUSH) -> None:
         self.count = 0
-        self._shape, self._device = (FLUSH, k), device
+        self._shape, self._device = (rows, k), device
         self._buffer: Tensor | None = None
 
     def add(self, x: Tensor, index: Tensor | None = None) -> Iterator[Tensor]:
@@ -75,7 +75,7 @@ class Gathered:
             self._buffer = self._buffer.float()
         done, total = 0, len(x) if index is None else len(index)
         while done < total:
-            stop = min(done + FLUSH - self.count, total)
+            stop = min(done + self._shape[0] - self.count, total)
             into = self._buffer[self.count : self.count + stop - done]
             if index is None:
                 into.copy_(x[done:stop])
@@ -85,7 +85,7 @@ class Gathered:
                 into.copy_(x.index_select(0, index[done:stop]))
             self.count += stop - done
             done = stop
-            if self.count == FLUSH:
+            if self.count == self._shape[0]:
                 self.count = 0
                 yield self._buffer
 

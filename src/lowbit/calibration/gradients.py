@@ -56,7 +56,7 @@ class OutputMoments:
     def __init__(self, n: int, blocks: int, device: torch.device) -> None:
         self._size = n // blocks
         self._halves = tuple([Moment(self._size, full=True, device=device) for _ in range(blocks)] for _ in range(2))
-        self._gathered = (Gathered(n, device), Gathered(n, device))
+        self._gathered = tuple(Gathered(n, device, _gathered(blocks)) for _ in range(2))
 
     def add(self, g: Tensor, half: int, index: Tensor | None = None) -> None:
         """Take rows [R, N] of any float dtype, those at `index` (int64, None for all)."""
@@ -223,9 +223,14 @@ def fitting(linears: Mapping[str, nn.Linear], memory: int | None) -> dict[str, i
     return {name: count for name, count in counts.items() if name in chosen}
 
 
+def _gathered(blocks: int) -> int:
+    """How many rows wait for a product: beside small blocks, most of the room would be theirs."""
+    return FLUSH if blocks == 1 else FLUSH // 4
+
+
 def _bytes(n: int, blocks: int) -> int:
     """What `OutputMoments` take."""
-    return 4 * n * (2 * (n // blocks) + 2 * FLUSH)
+    return 4 * n * (2 * (n // blocks) + 2 * _gathered(blocks))
 
 
 @contextmanager
