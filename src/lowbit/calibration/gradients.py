@@ -7,8 +7,8 @@ batch shows all layers at once. What of the output counts is the caller's `Objec
 They are taken in the first pass over the batches, whose forward then has a graph; a snapshot of the run carries them.
 They take as much memory as the moments of the inputs beside them. Where not all [N, N] fit, the widest are taken in
 blocks along the diagonal, which hold most of what rows can do for each other: of what whole ones take off the error of
-a small language model in 4 and 8 bits, blocks of 1/3 of the widest layers' rows do 0.94 to 0.98, of 1/2 of all layers'
-and 1/6 of the widest 0.81 to 0.86, of 1/4 and 1/11 0.62 to 0.72.
+a small language model (`benchmarks/small_llama.py`, five formats, two texts), blocks of 1/4 of the widest layers' rows
+do 0.93 to 0.98, of 1/2 of all layers' and 1/8 of the widest 0.77 to 0.96, of 1/4 and 1/16 0.68 to 0.88.
 """
 
 from __future__ import annotations
