@@ -6,7 +6,7 @@
 
 namespace lowbit {
 
-// CUDA's own headers for these are not taken: they want others, which not every package with the compiler brings.
+// Not by CUDA's own headers, which come in a package of their own: the compiler alone is enough.
 template <Half half>
 LOWBIT_DEVICE float half_to_float(uint16_t bits) {
   if constexpr (half == kBFloat16) return __uint_as_float(uint32_t(bits) << 16);
