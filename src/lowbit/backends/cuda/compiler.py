@@ -161,7 +161,10 @@ def _entry(source: str, name: str, architecture: str) -> Path:
 
 def compile_now(source: str, name: str, architecture: str) -> Binary:
     """The same without the disk, and with the assembler's log."""
-    options = (f"--gpu-architecture={architecture}", "--std=c++17", f"--include-path={_HEADERS}", "--ptxas-options=-v")
+    options = (
+        f"--gpu-architecture={architecture}", "--std=c++17", f"--include-path={_HEADERS}", "--ptxas-options=-v",
+        "--device-as-default-execution-space",  # NVRTC 13.0 takes a lambda with `auto` for a function of the host
+    )  # fmt: skip
     text = (FOLDER / source).read_text().encode()
     try:
         return _compile(_nvrtc(), text, name.encode(), [option.encode() for option in options])
