@@ -24,6 +24,7 @@ N, K = 528, 1280  # rows that fill no tile
 W4A8, W4A8_FORMAT = "int4_plain_mm", "wna16(group_size=64,zero_point=true)"
 FEW = (1, 3, 8)
 ALL = (*FEW, 9, 17, 64, 130, 300, 2100)
+PYTORCH = 256  # tokens from which decoded weights may go to PyTorch's product, whose bits are its own affair
 CASES = {
     **dict.fromkeys(("awq_w4a16", "wna16", "wna16(group_size=32)", "nvfp4", "mxfp4"), ALL),
     **dict.fromkeys(("svdquant_w4a4", "svdquant_w4a4(act_unsigned=True)", W4A8), ALL),
@@ -40,16 +41,16 @@ def quantized(spec):
     return QuantizedTensor.quantize(w.bfloat16(), parse_spec(W4A8_FORMAT if spec == W4A8 else spec))
 
 
-def linear(spec, backend=BACKEND):
+def linear(spec, backend=BACKEND, device=DEVICE):
     """A function of x that multiplies with a weight in this format, by one backend."""
-    weight = quantized(spec).to(DEVICE)
-    bias = torch.randn(N, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
+    weight = quantized(spec).to(device)
+    bias = torch.randn(N, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
     with use_backend(backend):
         if spec == W4A8:
             operands = coalesced_int4.operands(coalesced_int4.pack(weight.format, weight.parts))
             call = functools.partial(ops.int4_plain_mm, group_size=64, layout=coalesced_int4.TAG)
             return lambda x: _run(backend, lambda: call(x, *operands, bias))
-        packed = weight.in_layout(dispatch.preferred_layout("linear", weight.format, N, K, DEVICE))
+        packed = weight.in_layout(dispatch.preferred_layout("linear", weight.format, N, K, device))
     return lambda x: _run(backend, lambda: F.linear(x, packed, bias))
 
 
@@ -65,10 +66,10 @@ def tokens(m, seed=1):
 
 @every_call
 def test_right(spec, m):
-    """Results are eager's within rounding, the same bits every time, and wherever x begins."""
+    """Results are eager's on a CPU within rounding, the same bits every time, and wherever x begins."""
     run, x = linear(spec), tokens(m)
     found = run(x)
-    assert relative_error(found, linear(spec, "eager")(x).double()) < 5e-3
+    assert relative_error(found.cpu(), linear(spec, "eager", "cpu")(x.cpu()).double()) < 5e-3
     shifted = torch.zeros(m * K + 1, dtype=x.dtype, device=DEVICE)[1:].view(m, K)
     shifted.copy_(x)
     for again in (x, shifted, x.t().contiguous().t()):
@@ -77,9 +78,9 @@ def test_right(spec, m):
 
 @every_call
 def test_a_graph_of_a_shape_never_seen(spec, m):
-    """Kernels may be compiled and loaded while a graph is captured; replayed, it gives the bits of plain calls."""
+    """Kernels may be compiled and loaded while a graph is captured; replayed, it gives what plain calls give."""
     run, x, other = linear(spec), tokens(m), tokens(m, seed=2)
-    run(tokens(2))  # what is found out once on a GPU
+    run(tokens(CASES[spec][-1]))  # what is found out once on a GPU
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run(x)
@@ -88,7 +89,8 @@ def test_a_graph_of_a_shape_never_seen(spec, m):
         out.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(out, run(given))
+        wanted = run(given)
+        assert torch.equal(out, wanted) if m < PYTORCH else relative_error(out, wanted.double()) < 5e-3
 
 
 @every_linear
