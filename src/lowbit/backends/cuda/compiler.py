@@ -163,7 +163,7 @@ def compile_now(source: str, name: str, architecture: str) -> Binary:
     """The same without the disk, and with the assembler's log."""
     options = (
         f"--gpu-architecture={architecture}", "--std=c++17", f"--include-path={_HEADERS}", "--ptxas-options=-v",
-        "--device-as-default-execution-space",  # NVRTC 13.0 takes a lambda with `auto` for a function of the host
+        "--device-as-default-execution-space",  # before 13.4 a lambda with `auto` is taken for the host's
     )  # fmt: skip
     text = (FOLDER / source).read_text().encode()
     try:

@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 16 ? 2 : 1)
   const int row_here = 16 * warp + owner;  // and + 8
   const int weight_here = Here::kWeight + warp / 4 * (kGroups * kTileBytes) + warp % 4 * 512 + lane * 16;
   int slot = 0, parity = 0, within = 0;
-  using Sums = int[kSums];  // NVRTC 13.0 dies of an array whose size is given where a lambda takes it
+  using Sums = int[kSums];  // NVRTC before 13.4 dies of a lambda that takes an array by its size
   float total[kParts][kSums];
   Sums made[2];
   uint32_t even[4], odd[4], sixty_fours[4] = {0x40404040u, 0x40404040u, 0x40404040u, 0x40404040u};
