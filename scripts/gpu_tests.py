@@ -32,10 +32,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Processes that share the tests of a file that takes long: with Triton nearly all of it is compiling.
 SHARES = {
-    "test_graphs.py": 6, "test_linear_awq_w4a16.py": 4, "test_linear_fp8_activations.py": 4, "test_linear_int8.py": 4,
-    "test_linear_words.py": 3, "test_linear_nibbles.py": 3, "test_scaled_mm.py": 3, "test_linear_svdquant_w4a4.py": 3,
-    "test_int4_plain_mm.py": 3, "test_w4a8_codebook.py": 3, "test_linear_gguf.py": 3, "test_linear_nvfp4.py": 2,
-    "test_linear_wna16.py": 2, "test_linear_mxfp8.py": 2, "test_linear_fp8.py": 2,
+    "test_graphs.py": 6, "test_on_gpu.py": 6, "test_linear_awq_w4a16.py": 4, "test_linear_fp8_activations.py": 4,
+    "test_linear_int8.py": 4, "test_linear_words.py": 3, "test_linear_nibbles.py": 3, "test_scaled_mm.py": 3,
+    "test_linear_svdquant_w4a4.py": 3, "test_int4_plain_mm.py": 3, "test_w4a8_codebook.py": 3, "test_linear_gguf.py": 3,
+    "test_linear_nvfp4.py": 2, "test_linear_wna16.py": 2, "test_linear_mxfp8.py": 2, "test_linear_fp8.py": 2,
 }  # fmt: skip
 WITHOUT_GPU = ("test_compiles.py",)  # compile for any GPU, for minutes: CI does that
 FOLDERS = ("tests/backends/triton", "tests/backends/cuda")

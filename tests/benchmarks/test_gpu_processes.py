@@ -8,12 +8,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks import gpu, gpu_first_use
+from lowbit import dispatch
+from lowbit.backends.gpu import Target, assume
 from lowbit.errors import UnsupportedError
+from lowbit.formats import parse_spec
+from lowbit.layouts.base import get_layout
 from scripts import gpu_tests
 
 ROOT = Path(__file__).parents[2]
@@ -172,3 +177,20 @@ def test_the_end_of_the_time_keeps_what_was_measured(tmp_path):
     assert result["linears"][0] == {"tokens": 1}
     assert "time was over" in result["linears"][1]["skipped"]
     assert "measuring" in result["failures"]
+
+
+def test_first_uses_are_of_calls_that_the_backend_takes():
+    """On Hopper, by which the numbers are meant, none is refused: the process would end there."""
+    if (why := dispatch.load("cuda")) is not None:
+        pytest.skip(why)
+    meta, (n, k) = torch.device("meta"), gpu_first_use.SHAPE
+    for spec, many in gpu_first_use.CALLS.items():
+        fmt = parse_spec(spec)
+        with assume(Target("cuda", (9, 0))), dispatch.use_backend("cuda"):
+            layout = dispatch.preferred_layout("linear", fmt, n, k, "cuda")
+            make = get_layout(layout, fmt).empty_parts if layout else fmt.empty_parts
+            parts = make(*((fmt,) if layout else ()), (n, k), meta, torch.bfloat16)
+            for m in many:
+                x = torch.empty(m, k, dtype=torch.bfloat16, device=meta)
+                found = dispatch.select("linear", fmt.name, layout, "cuda", (fmt, x, parts, None))
+                assert found.backend == "cuda"

@@ -565,15 +565,7 @@ inline void wait_products(size_t left) {
 }  // namespace simulator
 
 // CUDA's own functions, as kernels call them.
-using __half = uint16_t;
-using __nv_bfloat16 = uint16_t;
 inline float __int_as_float(int bits) { return simulator::bits_to_float(uint32_t(bits)); }
 inline int __float_as_int(float value) { return int(simulator::float_to_bits(value)); }
 inline float __uint_as_float(uint32_t bits) { return simulator::bits_to_float(bits); }
 inline uint32_t __float_as_uint(float value) { return simulator::float_to_bits(value); }
-inline uint16_t __ushort_as_half(uint16_t bits) { return bits; }
-inline uint16_t __half_as_ushort(uint16_t bits) { return bits; }
-inline uint16_t __bfloat16_as_ushort(uint16_t bits) { return bits; }
-inline float __half2float(uint16_t bits) { return simulator::float16_to_float(bits); }
-inline uint16_t __float2half_rn(float value) { return simulator::float_to_float16(value); }
-inline uint16_t __float2bfloat16_rn(float value) { return simulator::float_to_bfloat16(value); }

@@ -41,7 +41,7 @@ EPILOG = epilog(
     "lowbit doctor --format nvfp4 --shape 3072x12288 -M 1",
     "lowbit doctor --format 'fp8_e4m3(granularity=row)' --shape 3072x3072 -M 4096 --device cuda",
 )
-_PACKAGES = ("torch", "numpy", "safetensors", "triton", "cuda-core", "transformers", "diffusers", "comfy-kitchen")
+_PACKAGES = ("torch", "numpy", "safetensors", "triton", "cuda-bindings", "transformers", "diffusers", "comfy-kitchen")
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16")
 _DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
 

@@ -113,6 +113,13 @@ def test_capabilities():
     assert [capability(name) for name in SHARED] == numbers
 
 
+def test_nothing_that_an_older_compiler_dies_of():
+    """A lambda with `auto` takes no array by its size: NVRTC before 13.4 (PyTorch 2.11 has 13.0) ends the process."""
+    for path in compiler.FOLDER.rglob("*.cu*"):
+        lambdas = re.findall(r"\[[&=]?\]\(([^{]*)\)[^{)]*\{", path.read_text())
+        assert not [one for one in lambdas if "auto " in one and re.search(r"\(&\w*\)\s*\[", one)], path.name
+
+
 def test_instructions_of_a_warp_stay_where_they_are():
     """An instruction that all lanes of a warp reach together is volatile: others the compiler may move behind an if.
 

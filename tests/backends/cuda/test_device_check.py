@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
@@ -48,6 +49,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(device_check, "_found", {})
     monkeypatch.setattr(kernels, "launch", launch)
     monkeypatch.setattr(gpu, "_read", lambda *_: made.target)
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda _: None)  # it allocates on GPUs, which may not be there
     for name, value in {
         "is_available": lambda: True, "device_count": lambda: 2, "current_device": lambda: 0,
         "get_device_name": lambda _: "a GPU", "is_current_stream_capturing": lambda: made.capturing,

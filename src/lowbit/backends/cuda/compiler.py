@@ -11,10 +11,8 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-import io
 import re
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -27,18 +25,15 @@ from lowbit.errors import UnsupportedError
 FOLDER = Path(__file__).parent
 _HEADERS = FOLDER / "device"
 _DIGEST = hashlib.sha256().digest_size
-_TOOLKIT = Path("/usr/local/cuda/include")
 INSTALL = "pip install 'lowbit[cuda]'"
-PACKAGES = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime")
+PACKAGES = ("cuda-bindings", "nvidia-cuda-nvrtc")
 """What the code that comes out depends on."""
 
 
 def check() -> None:
     """Raise `ImportError`, saying what to install, unless there is a compiler."""
-    if not _is_there("cuda.core"):
-        raise ImportError(f"cuda.core is not installed, which compiles and launches CUDA kernels; {INSTALL}")
-    if _headers() is None:
-        raise ImportError(f"no CUDA headers: the package nvidia-cuda-runtime is not installed; {INSTALL}")
+    if not _is_there("cuda.bindings"):
+        raise ImportError(f"cuda.bindings is not installed, which compiles and launches CUDA kernels; {INSTALL}")
     if why := _no_nvrtc():
         raise ImportError(f"NVRTC, the compiler, is not there ({why}); {INSTALL}")
 
@@ -48,15 +43,6 @@ def _is_there(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # not even the package around it
         return False
-
-
-@cache
-def _headers() -> Path | None:
-    """The folder with cuda_fp16.h, of the pip packages or of a toolkit."""
-    found = next(_installed_files("nvidia-cuda-runtime", "cuda_fp16.h"), None)
-    if found is not None:
-        return found.parent
-    return _TOOLKIT if (_TOOLKIT / "cuda_fp16.h").exists() else None
 
 
 def _installed_files(package: str, start: str) -> Iterator[Path]:
@@ -85,7 +71,7 @@ def _no_nvrtc() -> str | None:
 
 def nvrtc_version() -> str:
     """The version of CUDA that the compiler is of, such as 13.0; loads it. Raises what cuda.bindings raises."""
-    status, major, minor = importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
+    status, major, minor = _nvrtc().nvrtcVersion()
     if int(status):
         raise UnsupportedError(f"NVRTC does not tell its version: {status}")
     return f"{major}.{minor}"
@@ -93,8 +79,7 @@ def nvrtc_version() -> str:
 
 def supported() -> list[int]:
     """The compute capabilities that the compiler knows, as 75 for 7.5. Raises what cuda.bindings raises."""
-    nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
-    status, found = nvrtc.nvrtcGetSupportedArchs()
+    status, found = _nvrtc().nvrtcGetSupportedArchs()
     if int(status):
         raise UnsupportedError(f"NVRTC does not tell what it compiles for: {status}")
     return list(found)
@@ -176,24 +161,43 @@ def _entry(source: str, name: str, architecture: str) -> Path:
 
 def compile_now(source: str, name: str, architecture: str) -> Binary:
     """The same without the disk, and with the assembler's log."""
-    cuda = core()
-    headers = _headers()
-    if headers is None:
-        raise UnsupportedError(f"{source} cannot be compiled: there are no CUDA headers; {INSTALL}")
-    options = cuda.ProgramOptions(
-        arch=architecture, std="c++17", include_path=[str(_HEADERS), str(headers), str(headers / "cccl")],
-        ptxas_options=["-v"], minimal=False,
+    options = (
+        f"--gpu-architecture={architecture}", "--std=c++17", f"--include-path={_HEADERS}", "--ptxas-options=-v",
+        "--device-as-default-execution-space",  # before 13.4 a lambda with `auto` is taken for the host's
     )  # fmt: skip
-    log = io.StringIO()
+    text = (FOLDER / source).read_text().encode()
     try:
-        program = cuda.Program((FOLDER / source).read_text(), "c++", options=options)
-        made = program.compile("cubin", name_expressions=(name,), logs=log)
-    except Exception as error:  # cuda.core raises its own kinds, which differ between versions
+        return _compile(_nvrtc(), text, name.encode(), [option.encode() for option in options])
+    except Exception as error:  # cuda.bindings raises kinds of its own, by its version
         raise UnsupportedError(
-            f"the CUDA kernel {name} of {source} does not compile for {architecture}: {error}\n{log.getvalue()}"
+            f"the CUDA kernel {name} of {source} does not compile for {architecture}: {error}"
         ) from error
-    symbol = made.symbol_mapping[name]
-    return Binary(bytes(made.code), symbol if isinstance(symbol, str) else symbol.decode(), log.getvalue())
+
+
+def _compile(nvrtc: Any, text: bytes, name: bytes, options: list[bytes]) -> Binary:
+    """The kernel by NVRTC's own functions: what is around them in Python has changed from version to version."""
+
+    def done(result: tuple[Any, ...]) -> Any:
+        if result[0]:
+            raise UnsupportedError(f"NVRTC says {result[0].name}")
+        return result[1] if len(result) > 1 else None
+
+    def filled(size: Any, fill: Any) -> bytes:
+        there = bytes(max(2, done(size(program))))  # of one byte Python has a single one, which must stay as it is
+        done(fill(program, there))
+        return there
+
+    program = done(nvrtc.nvrtcCreateProgram(text, b"kernel.cu", 0, [], []))
+    try:
+        done(nvrtc.nvrtcAddNameExpression(program, name))
+        compiled = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        log = filled(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).rstrip(b"\0").decode(errors="replace")
+        if compiled[0]:
+            raise UnsupportedError(f"NVRTC says {compiled[0].name}\n{log}")
+        symbol = done(nvrtc.nvrtcGetLoweredName(program, name)).decode()
+        return Binary(filled(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), symbol, log)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
 
 
 def _read(entry: Path) -> Binary | None:
@@ -274,12 +278,6 @@ def _is_writable(folder: Path) -> bool:
         return False
 
 
-_IMPORTING = threading.Lock()
-
-
 @cache
-def core() -> Any:
-    """The module cuda.core, under the name that it had before its first release, too."""
-    with _IMPORTING:  # a second thread would see it half made
-        core = importlib.import_module("cuda.core")
-        return core if hasattr(core, "Program") else importlib.import_module("cuda.core.experimental")
+def _nvrtc() -> Any:
+    return importlib.import_module("cuda.bindings.nvrtc")

@@ -76,7 +76,7 @@ def _try(device: torch.device) -> str | None:
     try:
         # In a context of its own: within `kernels.record()` it is to be run all the same.
         Context().run(kernels.launch, SOURCE, NAME, device, 1, 32, ())
-    except Exception as error:  # noqa: BLE001  (cuda.core raises kinds of its own, by its version)
+    except Exception as error:  # noqa: BLE001  (cuda.bindings raises kinds of its own, by its version)
         said = " ".join(str(error).split()) or type(error).__name__
         return f"CUDA kernels do not run on {torch.cuda.get_device_name(device)}: {said}. {_remedy()}"
     return None
@@ -91,4 +91,4 @@ def _remedy() -> str:
     versions = f"The driver is for CUDA {driver}, the compiler is of CUDA {nvrtc}"
     if [int(part) for part in driver.split(".")] < [int(part) for part in nvrtc.split(".")]:
         return f"{versions}: update the driver to one for CUDA {nvrtc}, or install an nvidia-cuda-nvrtc of the driver's"
-    return f"{versions}: update nvidia-cuda-nvrtc and cuda-core, and report this if it stays"
+    return f"{versions}: update nvidia-cuda-nvrtc and cuda-bindings, and report this if it stays"

@@ -187,5 +187,5 @@ def _failed(what: str, status: Any) -> UnsupportedError:
 
 @cache
 def _driver() -> Any:
-    """The bindings of the driver, without cuda.core, which takes long to import and is for compiling alone."""
+    """The bindings of the driver, without those of the compiler."""
     return importlib.import_module("cuda.bindings.driver")

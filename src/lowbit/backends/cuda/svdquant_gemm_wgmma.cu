@@ -100,10 +100,12 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 16 ? 2 : 1)
     }
     publish_mailboxes();
   }
-  if (threadIdx.x < kSixtyFours / 16)
-    *reinterpret_cast<uint4*>(offsets + 16 * threadIdx.x) =
-        make_uint4(0x40404040u, 0x40404040u, 0x40404040u, 0x40404040u);
-  if constexpr (kSixtyFours != 0) publish_shared();
+  if constexpr (kSixtyFours != 0) {
+    if (threadIdx.x < kSixtyFours / 16)
+      *reinterpret_cast<uint4*>(offsets + 16 * threadIdx.x) =
+          make_uint4(0x40404040u, 0x40404040u, 0x40404040u, 0x40404040u);
+    publish_shared();
+  }
   __syncthreads();
 
   const int first_row = blockIdx.x * kRows, first_token = blockIdx.y * kTokens;
@@ -158,8 +160,9 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 16 ? 2 : 1)
   const int row_here = 16 * warp + owner;  // and + 8
   const int weight_here = Here::kWeight + warp / 4 * (kGroups * kTileBytes) + warp % 4 * 512 + lane * 16;
   int slot = 0, parity = 0, within = 0;
+  using Sums = int[kSums];  // NVRTC before 13.4 dies of a lambda that takes an array by its size
   float total[kParts][kSums];
-  int made[2][kSums];
+  Sums made[2];
   uint32_t even[4], odd[4], sixty_fours[4] = {0x40404040u, 0x40404040u, 0x40404040u, 0x40404040u};
   if constexpr (kOffset != 0) hold(sixty_fours);  // they stay, and are not made anew for each product
   uint4 word;
@@ -191,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 16 ? 2 : 1)
       lowered[h] = scale * -0x1p-36f;
     }
   };
-  const auto begin_part = [&](int (&into)[kSums], auto part) {
+  const auto begin_part = [&](Sums& into, auto part) {
     constexpr int p = decltype(part)::value;
     constexpr bool adds = (kOffset >> p & 1) != 0;
     const unsigned char* at = ring + slot * Here::kBytes + Here::kCodes + within * (kTokens * 64) + p * (kPart * 64);
@@ -203,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 16 ? 2 : 1)
     wgmma_int8<kPart>(into, odd, Tile<64>{at + 32}, true);
     commit_products();
   };
-  const auto scale_part = [&](const int (&from)[kSums], auto part, const float* scales) {
+  const auto scale_part = [&](const Sums& from, auto part, const float* scales) {
     constexpr int p = decltype(part)::value;
 #pragma unroll
     for (int j = 0; j < kSums / 4; ++j) {

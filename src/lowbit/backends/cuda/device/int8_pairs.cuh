@@ -14,7 +14,9 @@ LOWBIT_DEVICE uint32_t add_float16_pair(uint32_t a, uint32_t b) {
 #else
   uint32_t out = 0;
   for (int at = 0; at < 32; at += 16)
-    out |= uint32_t(__float2half_rn(__half2float(uint16_t(a >> at)) + __half2float(uint16_t(b >> at)))) << at;
+    out |= uint32_t(float_to_half<kFloat16>(half_to_float<kFloat16>(uint16_t(a >> at)) +
+                                            half_to_float<kFloat16>(uint16_t(b >> at))))
+           << at;
   return out;
 #endif
 }

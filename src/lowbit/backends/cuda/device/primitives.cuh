@@ -4,8 +4,6 @@
 
 #ifdef __CUDACC_RTC__
 #define LOWBIT_DEVICE __device__ __forceinline__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 using uint8_t = unsigned char;
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
