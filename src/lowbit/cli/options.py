@@ -170,6 +170,15 @@ FullPrecision = Annotated[
         show_default=False,
     ),
 ]
+NoFullPrecision = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--no-full-precision-matrix-mult",
+        metavar="REGEX",
+        help="Layers whose markers must not say so any more, even where the other option names them; may be repeated.",
+        show_default=False,
+    ),
+]
 ErrorLora = Annotated[
     str | None,
     typer.Option(
