@@ -188,6 +188,12 @@ ErrorLora = Annotated[
     ),
 ]
 LoraRank = Annotated[int, typer.Option(min=1, metavar="R", help="Rank of --error-lora.")]
+LoraLayers = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX", help="Correct no other layers with --error-lora; may be repeated.", show_default=False
+    ),
+]
 LoraPrefix = Annotated[
     str,
     typer.Option(
