@@ -30,6 +30,7 @@ SCALE_WEIGHT = "scale_weight"
 SCALE_INPUT = "scale_input"
 HYBRID = "hybrid_mxfp8"
 HYBRID_SCALE = "weight_scalar"
+DROPPED_SCALE = "dropped_scale"  # its role among a layer's keys
 
 # Other spellings of a part's key, after the one that is written.
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
