@@ -156,6 +156,35 @@ def test_a_layer_that_lost_says_so(source, tmp_path):
     assert up.error <= up.rtn_error
 
 
+@pytest.mark.parametrize("spec", ["fp8_e4m3({})", "fp8_e5m2({}granularity=row)", "nvfp4({})", "int8({}rotation=0)"])
+def test_a_quantized_file_gets_scales_of_its_inputs_and_keeps_its_codes(source, tmp_path, spec):
+    """Converting again to the same format with input_scale=true, by rounding to nearest, changes no code.
+
+    Scales may differ in the last bit of a float32.
+    """
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first, second = tmp_path / "a" / "m.safetensors", tmp_path / "b" / "m.safetensors"
+    plain = spec.format("").replace("()", "")
+    convert(source, first, planned(source, plain, only=["up", "down"], solver="rtn"))
+    counted = {
+        name: replace(found, magnitudes=torch.bincount(torch.tensor([1020, 1021]), minlength=4096))
+        for name, found in known().items()
+    }
+    with open_source(first) as quantized:
+        wanted = spec.format("input_scale=true" if "({})" in spec else "input_scale=true,")
+        plan = planned(quantized, wanted, InMemory(counted), only=["up", "down"], solver="rtn", requantize=True)
+        convert(quantized, second, plan, statistics=InMemory(counted))
+    before, after = load_file(first), load_file(second)
+
+    assert after.keys() - before.keys() == {"up.input_scale", "down.input_scale"}
+    for key, tensor in before.items():
+        if key.endswith("scale_2") or (key.endswith("scale") and tensor.dtype == torch.float32):
+            torch.testing.assert_close(after[key], tensor, rtol=2.0**-23, atol=0)
+        elif not key.endswith("comfy_quant"):
+            assert bits(after[key]) == bits(tensor), key
+
+
 def test_layers_without_statistics_are_solved_without(source):
     """The plan gives each layer the solver for what is known of it, and its notes say which for which reason."""
     plan = planned(source, "nvfp4", InMemory(known()))

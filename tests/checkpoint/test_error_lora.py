@@ -127,6 +127,23 @@ def test_the_command_writes_it_and_says_what_it_is_worth(tmp_path):
     assert (tmp_path / "lora.safetensors").exists()
 
 
+def test_only_layers_that_match_are_corrected(tmp_path):
+    """`--lora-layers` gives the names; all others are converted alike and have no correction."""
+    save_model(tmp_path / "in.safetensors")
+    given = ["convert", tmp_path / "in.safetensors", "-o", tmp_path / "out.safetensors", "--format", "int8"]
+    lora = ["--preset", "none", "--error-lora", tmp_path / "lora.safetensors", "--lora-rank", "4"]
+    only = ["--lora-layers", r"blocks\.0\.up$", "--lora-layers", r"blocks\.0\.down$", "--json"]
+
+    done = CliRunner().invoke(app, [str(one) for one in (*given, *lora, *only)])
+
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert len(told["layers"]) > 2
+    assert {layer["layer"] for layer in told["error_lora"]} == {"blocks.0.up", "blocks.0.down"}
+    held = {key.split(".lora_")[0].removesuffix(".alpha") for key in load_file(tmp_path / "lora.safetensors")}
+    assert held == {"blocks.0.up", "blocks.0.down"}
+
+
 def test_tables_of_embeddings_are_left_out_and_named(tmp_path):
     """PEFT and diffusers take no lora_A and lora_B for them: the file has none, the command says which."""
     tensors = {"model.embed_tokens.weight": gaussian(64, 128), "model.layers.0.mlp.up_proj.weight": gaussian(128, 128)}

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.checkpoint.convert import convert
+from lowbit.checkpoint.load import load
 from lowbit.checkpoint.plan import Plan, make_plan
 from lowbit.checkpoint.source import open_source
 from lowbit.checkpoint.verify import verify
 from lowbit.errors import CheckpointError, FormatError, LowbitError, PlanError, SolverError
 from lowbit.formats import get_format
+from tests.support import gaussian
 from tests.support.checkpoints import model_tensors, save_shards
 
 TABLE = "embeddings.word_embeddings"
@@ -302,6 +304,51 @@ def test_the_family_is_detected_and_says_why_layers_stay(tmp_path):
     assert "shape" in by_key(plan)["img_in.weight"].why
     assert {none[key].action for key in kept} == {"quantize"}
     assert forced["img_in.weight"].format == "mxfp8"
+
+
+LAST = "transformer_blocks.0.img_mlp.net.2"
+
+
+def qwen_block(bias: bool = True) -> dict[str, torch.Tensor]:
+    """As much of a Qwen-Image as it takes to be known, the last linear of its MLP among it."""
+    named = {
+        "transformer_blocks.0.img_mod.1": (256, 128),
+        "transformer_blocks.0.attn.add_q_proj": (128, 128),
+        "transformer_blocks.0.img_mlp.net.0.proj": (256, 128),
+        LAST: (128, 256),
+    }
+    tensors = {f"{name}.weight": gaussian(*shape, seed=i) for i, (name, shape) in enumerate(named.items())}
+    return {**tensors, "txt_norm.weight": torch.ones(128), **({f"{LAST}.bias": torch.randn(128)} if bias else {})}
+
+
+@pytest.mark.parametrize(
+    ("options", "bias", "unsigned"),
+    [({}, True, True), ({"preset": "none"}, True, False), ({}, False, False), ({"dialect": "nunchaku"}, True, False)],
+)
+def test_what_follows_a_gelu_gets_unsigned_activations(tmp_path, options, bias, unsigned):
+    """By the family, and only where a bias can make up for the shift and the dialect has a place for it."""
+    with opened(tmp_path / "in.safetensors", qwen_block(bias)) as source:
+        plan = make_plan(source, "svdquant_w4a4(rank=16)", **options)
+    formats = {tensor.layer: tensor for tensor in plan.tensors() if tensor.action == "quantize"}
+    assert formats[LAST].format == f"svdquant_w4a4(rank=16{',act_unsigned=True' if unsigned else ''})"
+    said = "it reads what a GELU gave, as the preset qwen_image says"
+    assert (said in formats[LAST].why) == (unsigned or "dialect" in options)
+    assert not any("act_unsigned" in tensor.format for name, tensor in formats.items() if name != LAST)
+
+
+def test_unsigned_activations_of_a_family_lose_less(tmp_path):
+    """Of what a GELU gave, the converted layer makes a result with less error than one with signed activations."""
+    tensors, errors = qwen_block(), []
+    x = torch.nn.functional.gelu(gaussian(128, 256, seed=9), approximate="tanh")
+    expected = x @ tensors[f"{LAST}.weight"].T + tensors[f"{LAST}.bias"]
+    for preset in ("auto", "none"):
+        with opened(tmp_path / "in.safetensors", tensors) as source:
+            convert(source, tmp_path / "out.safetensors", make_plan(source, "svdquant_w4a4(rank=8)", preset=preset))
+        linear = torch.nn.Linear(256, 128)
+        load(linear, tmp_path / "out.safetensors", prefix=f"{LAST}.", strict=False)
+        with torch.no_grad():
+            errors.append(float((linear(x) - expected).norm()))
+    assert errors[0] < 0.85 * errors[1]
 
 
 def test_what_a_family_can_do_without_is_dropped_only_when_asked(tmp_path):

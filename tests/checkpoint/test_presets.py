@@ -220,6 +220,27 @@ def test_tables_are_told_from_linears(family, style, tables):
     assert {layer.rpartition(".")[2] for layer, _ in tensors.values() if preset.is_embedding(layer)} == tables
 
 
+@pytest.mark.parametrize(
+    ("family", "style", "layers"),
+    [
+        ("qwen_image", "original", {"transformer_blocks.#.img_mlp.net.2", "transformer_blocks.#.txt_mlp.net.2"}),
+        ("flux", "original", {"double_blocks.#.img_mlp.2", "double_blocks.#.txt_mlp.2"}),
+        ("flux", "diffusers", {"transformer_blocks.#.ff.net.2", "transformer_blocks.#.ff_context.net.2"}),
+        ("flux2", "original", set()),  # gated
+        ("zimage", "original", set()),  # gated
+        ("wan", "original", {"blocks.#.ffn.2"}),
+        ("wan", "diffusers", {"blocks.#.ffn.net.2"}),
+        ("sd3", "original", {"joint_blocks.#.x_block.mlp.fc2", "joint_blocks.#.context_block.mlp.fc2"}),
+    ],
+)
+def test_layers_that_read_what_a_gelu_gave_are_known(family, style, layers):
+    """The last linears of plain MLPs with a GELU follow one, those of gated ones and all other layers do not."""
+    preset, tensors = bound(family, style, "".join(presets()[family].prefixes[:1]))
+    names = {layer.removeprefix(preset.prefix) for layer, _ in tensors.values() if preset.follows_gelu(layer)}
+
+    assert {re.sub(r"(?<=\.)\d+(?=\.(?!weight))", "#", name, count=1) for name in names} == layers
+
+
 def test_a_family_is_found_by_name_and_by_alias():
     """Names and aliases give the family; the error for any other name lists the names."""
     assert get_preset("qwen") is get_preset("qwen_image") is presets()["qwen_image"]
@@ -275,6 +296,7 @@ def test_a_family_is_well_formed(preset: Preset):
         *preset.detect_none,
         *preset.embedding,
         *preset.bank_transposed,
+        *preset.after_gelu,
         *(rule.pattern for rule in rules),
         *edges,
     ):
@@ -289,7 +311,7 @@ def test_a_family_is_well_formed(preset: Preset):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"kep": []}, "unknown field kep; the fields are aliases, bank_transposed, detect"),
+        ({"kep": []}, "unknown field kep; the fields are after_gelu, aliases, bank_transposed"),
         ({"detect": {"all": []}}, "detect: misses none"),
         ({"keep": [{"pattern": "^a$"}]}, "keep: misses why"),
         ({"keep": ["^a$"]}, "keep: expected an object"),

@@ -17,6 +17,7 @@ from lowbit.checkpoint.dialects.comfy_marker import marker_tensor
 from lowbit.errors import CheckpointError, DependencyError, LowbitError, PartsError, UnsupportedError
 from lowbit.formats import parse_spec
 from lowbit.integrations.comfyui import is_lowbit, lowbit_ops
+from lowbit.integrations.comfyui.layers import Reading, find_layer
 from tests.support.comfy_tree import BOTH, OneLinear, install, loaded, same_tensors, stored_linear
 
 SPECS = (
@@ -249,6 +250,20 @@ def test_an_int8_fast_marker_loads(comfy):
     tensors["lin.comfy_quant"] = marker_tensor({"per_row": True, "convrot": False})
 
     assert _fields(loaded(lowbit_ops(disabled=()), tensors).state_dict())["format"] == "int8_tensorwise"
+
+
+def test_a_hybrid_mxfp8_layer_loads_as_mxfp8(comfy):
+    """lowbit's code and ComfyUI's get it as mxfp8, and without its second scale it is saved."""
+    tensors, *_ = stored_linear("mxfp8")
+    fields = {**_fields(tensors), "format": "hybrid_mxfp8"}
+    hybrid = {**tensors, "lin.comfy_quant": marker_tensor(fields), "lin.weight_scalar": torch.tensor(0.01)}
+    model, plain = (loaded(lowbit_ops(), dict(held)) for held in (hybrid, tensors))
+
+    assert torch.equal(model.lin.weight.dequantize(), plain.lin.weight.dequantize())
+    assert same_tensors(model.state_dict(), plain.state_dict())
+    assert find_layer(hybrid, "lin.", (128, 256), Reading({"mxfp8": {}})) is None  # ComfyUI's to load
+    assert hybrid.keys() == tensors.keys()
+    assert _fields(hybrid)["format"] == "mxfp8"
 
 
 # ---- what is not a linear -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from lowbit.formats.svdquant_w4a4 import SvdquantW4A4
 from lowbit.integrations.kitchen import tensor
 from lowbit.integrations.kitchen.tensor import QuantizedTensor
 from lowbit.layouts import svdquant_tiles
+from tests.support import gaussian
 from tests.support.kitchen import ENCODED_ALIKE, LAYOUTS
 
 N, K = 48, 192
@@ -283,3 +284,14 @@ def test_what_theirs_cannot_quantize_is_quantized_here(case):
         assert gap(made(case, weight()).dequantize(), weight()) > 1  # another weight: the measure can fail
         w = weight()
         assert gap(made(case, w).dequantize(), w) < 0.1
+
+
+def test_a_product_rounds_once():
+    """x times fp8 codes and their scale is nearer to float64 than x times the weight decoded to bfloat16."""
+    x, weight = gaussian(16, 128, dtype=torch.bfloat16), gaussian(64, 128, seed=1, dtype=torch.bfloat16)
+    quantized = QuantizedTensor.from_float(weight, "TensorCoreFP8Layout")
+    codes, scale = tensor.TensorCoreFP8Layout.get_plain_tensors(quantized)
+    exact = x.double() @ (codes.double() * scale.double()).T
+    errors = [(F.linear(x, w).double() - exact).norm() for w in (quantized, quantized.dequantize())]
+
+    assert errors[0] < 0.9 * errors[1]

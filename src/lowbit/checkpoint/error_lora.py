@@ -16,7 +16,7 @@ It is made from the source and the converted checkpoint, as a loader gets it, so
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,12 +35,16 @@ from .dialects import StoredLayer
 from .dialects.base import join_key, name_place
 from .layer_statistics import LayerStatistics
 from .pipeline import MEMORY_BUDGET, Progress, Unit, budget_for, run_units
+from .plan_data import Plan
+from .plan_rules import full_name, patterns
 from .presets import GENERIC, detect_preset
 from .quantized_source import QuantizedComponent, look_for_layers
 from .source import Source
 from .target import check_file_target
 from .weight_shape import weight_shape
 from .writer import CheckpointWriter
+
+ONLY = "lora-layers"
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,22 @@ def check_error_lora(source: Source, target: str | Path, rank: int) -> None:
             raise WriteError(f"{path}: is the input {file.path} itself; choose another file for the LoRA")
 
 
+def check_lora_layers(plan: Plan, only: Sequence[str]) -> None:
+    """Raise `PlanError` for a pattern that is none, or that no layer matches which the plan quantizes."""
+    names = [
+        full_name(part.name, tensor.layer)
+        for part in plan.components
+        for tensor in part.tensors
+        if tensor.action == "quantize"
+    ]
+    for pattern in patterns(ONLY, only):
+        if not any(pattern.matches(name) for name in names):
+            example = f"; a layer's name is, for example, {names[len(names) // 2]!r}" if names else ""
+            raise PlanError(
+                f"--{ONLY} {pattern.text!r} matches no layer that is quantized{example}; correct the pattern"
+            )
+
+
 def write_error_lora(
     source: Source,
     converted: Source,
@@ -74,6 +94,7 @@ def write_error_lora(
     *,
     statistics: LayerStatistics | None = None,
     bias_corrected: Collection[str] = (),
+    only: Sequence[str] = (),
     prefix: str = "",
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -81,7 +102,7 @@ def write_error_lora(
 ) -> list[LoraLayer]:
     """Write the corrections of all layers that `converted` holds in fewer bits than `source`; it appears when complete.
 
-    Tables of embeddings get none: see `embedding_tables`.
+    Tables of embeddings get none: see `embedding_tables`. `only`: patterns of the names of layers; no others get one.
 
     `bias_corrected`: names of layers whose bias makes up for their mean error already. One layer a thread is in memory.
     `device`: where they are found.
@@ -93,7 +114,7 @@ def write_error_lora(
     """
     check_error_lora(source, target, rank)
     device = usable_device(device)
-    found = [layer for component in converted.components for layer in _layers(source, converted, component.name)]
+    found = _all_layers(source, converted, only)
     layers = [layer for layer in found if not layer.is_table]
     if not layers:
         tables = " but tables of embeddings, which LoRAs do not correct" if found else ""
@@ -127,10 +148,9 @@ def write_error_lora(
     return [made[layer.name] for layer in layers]
 
 
-def embedding_tables(source: Source, converted: Source) -> list[str]:
+def embedding_tables(source: Source, converted: Source, only: Sequence[str] = ()) -> list[str]:
     """The layers that `write_error_lora` leaves out because their weight is a table whose rows are looked up."""
-    found = [layer for component in converted.components for layer in _layers(source, converted, component.name)]
-    return [layer.name for layer in found if layer.is_table]
+    return [layer.name for layer in _all_layers(source, converted, only) if layer.is_table]
 
 
 @dataclass(frozen=True)
@@ -208,6 +228,13 @@ def _errors(
     before = energy(error, hessian)
     after = energy(error.addmm_(up, down, alpha=-1), hessian) + again
     return before / signal, after / signal
+
+
+def _all_layers(source: Source, converted: Source, only: Sequence[str]) -> list[_Layer]:
+    """The matrices of all models that were quantized, and whose names match."""
+    wanted = patterns(ONLY, only)
+    found = [layer for component in converted.components for layer in _layers(source, converted, component.name)]
+    return [layer for layer in found if not wanted or any(pattern.matches(layer.name) for pattern in wanted)]
 
 
 def _layers(source: Source, converted: Source, name: str) -> list[_Layer]:

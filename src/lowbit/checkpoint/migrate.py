@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from .dialects.base import Read, StoredLayer, bias_orders
 from .dialects.comfy import COMFY
 from .dialects.comfy_migrate import CONVENTIONS, Migration, Step, describe, migrate as migrate_file
 from .folder_configs import FolderConfigs, changed_dtype, refuse_target
+from .marked import Marked
 from .output import Staging
 from .pipeline import Progress
 from .presets import GENERIC, detect_preset
@@ -50,25 +51,30 @@ def migrate(
     target: str | Path,
     to: str = "current",
     *,
+    full_precision: Sequence[str] = (),
+    no_full_precision: Sequence[str] = (),
     jobs: int | None = None,
     resume: bool = True,
     progress: Progress | None = None,
 ) -> MigrateReport:
     """Write the same quantized layers in another convention.
 
-    `to` is the name of a dialect, or "legacy" for the `scaled_fp8` files of ComfyUI; "current" means comfy. Other
-    options as in `convert`.
+    `to` is the name of a dialect, or "legacy" for the `scaled_fp8` files of ComfyUI; "current" means comfy.
+    `full_precision`, `no_full_precision`: patterns of layers whose markers say full_precision_matrix_mult, as in
+    `make_plan`, or no longer do. Other options as in `convert`.
 
     Raises:
         CheckpointError: nothing in the source is quantized, a layer is not sound, the new convention has no place for
             a layer, or reading or writing failed.
-        PlanError: the dialect is only read, needs a model folder, or is not the one of which `to` is a spelling.
+        PlanError: the dialect is only read, needs a model folder, or is not the one of which `to` is a spelling; a
+            pattern is wrong or matches nothing.
     """
     refuse_unknown(to)
     staging = Staging(source, target)
     work = _Work(staging, to)
+    marked = Marked.by(full_precision, no_full_precision, COMFY if to in CONVENTIONS else get_dialect(to))
     for component in source.components:
-        held = look_for_layers(source, component)
+        held = marked.applied(look_for_layers(source, component))
         if to in CONVENTIONS and (held.dialect is None or held.dialect is COMFY):
             work.respell(component, held)
         elif to == "legacy" and held.dialect is not None:
@@ -80,8 +86,11 @@ def migrate(
             work.translate(component, held)
     if not work.layers:
         raise CheckpointError(f"{source.place}: holds no quantized layer; there is nothing to migrate")
+    marked.refuse_unused(list(work.layers))
+    work.notes += marked.notes
     staging.replaced = work.configs.texts()
-    fingerprint = hashlib.sha256(json.dumps(["migrate", to, source.fingerprint()]).encode()).hexdigest()
+    asked = ["migrate", to, *full_precision, "", *no_full_precision]
+    fingerprint = hashlib.sha256(json.dumps([*asked, source.fingerprint()]).encode()).hexdigest()
     settings = Settings(jobs, resume, verify=True, progress=progress)
     done = rewrite(source, staging, work.pieces, work.described(), fingerprint=fingerprint, settings=settings)
     return MigrateReport(str(target), work.layers, tuple(work.notes), done.resumed)

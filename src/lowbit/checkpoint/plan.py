@@ -237,7 +237,8 @@ def _decide(name: str, spec: TensorSpec, names: _Naming, rules: Rules, was: Stor
             )
         plan = replace(plan, was=was.format.spec, name="" if key == name else was.layer)
     has_bias = join_key(layer or "", "bias") in names.biases
-    return _as_wanted(plan, stored, full, rules, was, has_bias=has_bias, is_table=is_table)
+    family = names.preset.preset.name if has_bias and names.by_name and names.preset.follows_gelu(layer or "") else ""
+    return _as_wanted(plan, stored, full, rules, was, has_bias=has_bias, is_table=is_table, after_gelu=family)
 
 
 def _as_wanted(
@@ -249,8 +250,12 @@ def _as_wanted(
     *,
     has_bias: bool,
     is_table: bool,
+    after_gelu: str,
 ) -> TensorPlan:
-    """The plan of a weight with its format and its solver. `was`: as the source holds it quantized."""
+    """The plan of a weight with its format and its solver.
+
+    `was`: as the source holds it quantized. `after_gelu`: the preset by which its input is what a GELU gave, or "".
+    """
     layer = StoredLayer(
         plan.layer, stored.format, plan.weight.matrix, value_dtype(plan.spec.dtype), layout=stored.layout,
         options=plan.weight.options(),
@@ -259,7 +264,7 @@ def _as_wanted(
     if stored.is_name and not is_table:
         turned, rotation = rules.rotated(layer, plan.weight, was)
         layer = replace(layer, format=turned)
-    fitted, also = rules.fit(layer, name)
+    fitted, also = rules.fit(layer, name, after_gelu)
     also = rotation + also
     stored = rules.spelled(replace(stored, format=fitted), layer)
     rules.note_dtype(replace(layer, format=stored.format))

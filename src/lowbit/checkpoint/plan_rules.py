@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from lowbit.errors import PlanError
 from lowbit.formats.base import Format
+from lowbit.numerics.int4_matmul import GELU_SHIFT
 from lowbit.solvers import AUTO, parse_pipeline, pick_solver
 
 from .dialects import Dialect, StoredLayer
@@ -149,12 +150,17 @@ class Rules:
             self.doubts.append(note)
         return found, ROTATED
 
-    def fit(self, layer: StoredLayer, name: str) -> tuple[Format, str]:
-        """The variant of a format that suits a layer's input, and the reason to add where it is another one."""
+    def fit(self, layer: StoredLayer, name: str, after_gelu: str = "") -> tuple[Format, str]:
+        """The variant of a format that suits a layer's input, and the reason to add where it is another one.
+
+        `after_gelu`: the preset by which that input is what a GELU gave, or ""; statistics know better.
+        """
         smallest = None if self.statistics is None else self.statistics.smallest(name)
+        why = "" if smallest is None else f"; its input is never below {smallest:.3g}"
+        if smallest is None and after_gelu:
+            smallest, why = -GELU_SHIFT, f"; it reads what a GELU gave, as the preset {after_gelu} says"
         if smallest is None or (fitted := layer.format.fitted_to(smallest)) == layer.format:
             return layer.format, ""
-        why = f"; its input is never below {smallest:.3g}"
         if refusal(self.dialect, replace(layer, format=fitted)) and not refusal(self.dialect, layer):
             return layer.format, f"{why}, but the dialect {self.dialect.name} has no place for {fitted}"
         return fitted, why

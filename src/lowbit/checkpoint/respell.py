@@ -16,6 +16,7 @@ from lowbit.formats.parts import Parts, raw_bytes
 from .banks import expert_parts, experts_of, is_marker, one_expert, stored_specs
 from .dialects import Container, Dialect, StoredLayer, TensorSpec
 from .dialects.base import Read
+from .full_precision import OPTION, lacks_option
 from .quantized_source import QuantizedComponent
 from .rewrite import Made
 from .weight_shape import lacks_place, refusal, shape_options, weight_shape
@@ -39,6 +40,8 @@ class Respelled:
         same = held.dialect is dialect
         layout = old.layout if same else ""
         options = old.options if same else shape_options(old.options)
+        if old.options.get(OPTION) and lacks_option(dialect) is None:
+            options = {**options, OPTION: True}
         reason = ""
         forms = (old.format, *old.format.equivalents())
         for fmt in forms if same else sorted(forms, key=lambda fmt: len(fmt.spec)):  # plain ones are more widely read

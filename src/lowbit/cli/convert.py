@@ -12,7 +12,13 @@ import typer
 
 from lowbit.checkpoint.conversion_report import ConversionReport
 from lowbit.checkpoint.convert import convert as run
-from lowbit.checkpoint.error_lora import LoraLayer, check_error_lora, embedding_tables, write_error_lora
+from lowbit.checkpoint.error_lora import (
+    LoraLayer,
+    check_error_lora,
+    check_lora_layers,
+    embedding_tables,
+    write_error_lora,
+)
 from lowbit.checkpoint.folding import folded
 from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.layer_statistics import LayerStatistics
@@ -89,6 +95,7 @@ def convert(
     ] = None,
     error_lora: options.ErrorLora = None,
     lora_rank: options.LoraRank = 32,
+    lora_layers: options.LoraLayers = None,
     lora_prefix: options.LoraPrefix = "",
     source_dialect: options.SourceDialect = None,
     dry_run: options.DryRun = False,
@@ -118,11 +125,12 @@ def convert(
     refuse_both(wishes, plan)
     usable_device(device)
     if error_lora is None:
-        refuse_idle(context, _NO_LORA, "lora_rank", "lora_prefix")
+        refuse_idle(context, _NO_LORA, "lora_rank", "lora_layers", "lora_prefix")
     with open_whole(src, source_dialect) as source, statistics_of(source, stats) as known:
         to = _targets(source, output, report, error_lora, lora_rank, read=(src, plan, stats))
         warnings = tell_other_weights(source, known)
         made = plan_for(source, wishes, plan, known, jobs)
+        check_lora_layers(made, lora_layers or ())
         if not as_json:
             show_folds(made)
             summarize(made)
@@ -141,7 +149,8 @@ def convert(
             )
         correction = _Correction()
         if to.lora is not None:
-            correction = _correct(*folded(source, made, known), done, to.lora, lora_rank, lora_prefix, device)
+            before, seen = folded(source, made, known)
+            correction = _correct(before, seen, done, to.lora, lora_rank, lora_layers or (), lora_prefix, device)
     if to.page is not None:
         write_conversion(to.page, _page(str(src), made, done))
     if as_json:
@@ -196,13 +205,14 @@ def _correct(
     done: ConversionReport,
     target: Path,
     rank: int,
+    only: Sequence[str],
     prefix: str,
     device: str,
 ) -> _Correction:
     """Write the LoRA that makes up for what was lost."""
     biased = {layer.name for layer in done.layers if layer.solver.endswith(f"+{BIAS}")}
     with open_source(done.target) as converted, progress("correcting") as update:
-        left_out = embedding_tables(source, converted)
+        left_out = embedding_tables(source, converted, only)
         made = write_error_lora(
             source,
             converted,
@@ -210,6 +220,7 @@ def _correct(
             rank,
             statistics=known,
             bias_corrected=biased,
+            only=only,
             prefix=prefix,
             progress=update,
             device=device,

@@ -14,6 +14,7 @@ from lowbit.cli.whole import open_whole
 EPILOG = epilog(
     "lowbit migrate flux-scaled-fp8.safetensors -o flux-fp8.safetensors",
     "lowbit migrate flux-fp8.safetensors -o flux-scaled-fp8.safetensors --to legacy",
+    "lowbit migrate flux-fp8.safetensors -o flux-fp8-exact.safetensors --full-precision-matrix-mult .",
 )
 
 
@@ -27,6 +28,8 @@ def migrate(
             metavar="CONVENTION", help="A dialect that `lowbit formats` lists, or legacy (ComfyUI's older scaled_fp8)."
         ),
     ] = "current",
+    full_precision_matrix_mult: options.FullPrecision = None,
+    no_full_precision_matrix_mult: options.NoFullPrecision = None,
     jobs: options.Jobs = None,
     resume: options.Resume = True,
     source_dialect: options.SourceDialect = None,
@@ -36,7 +39,16 @@ def migrate(
     with asking():
         refuse_unknown(to)
     with open_whole(src, source_dialect) as source, progress("rewriting") as update:
-        done = run(source, output, to, jobs=jobs, resume=resume, progress=update)
+        done = run(
+            source,
+            output,
+            to,
+            full_precision=full_precision_matrix_mult or (),
+            no_full_precision=no_full_precision_matrix_mult or (),
+            jobs=jobs,
+            resume=resume,
+            progress=update,
+        )
     if as_json:
         print_json(done.to_json())
         return

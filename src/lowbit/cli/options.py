@@ -170,6 +170,15 @@ FullPrecision = Annotated[
         show_default=False,
     ),
 ]
+NoFullPrecision = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--no-full-precision-matrix-mult",
+        metavar="REGEX",
+        help="Layers whose markers must not say so any more, even where the other option names them; may be repeated.",
+        show_default=False,
+    ),
+]
 ErrorLora = Annotated[
     str | None,
     typer.Option(
@@ -179,6 +188,12 @@ ErrorLora = Annotated[
     ),
 ]
 LoraRank = Annotated[int, typer.Option(min=1, metavar="R", help="Rank of --error-lora.")]
+LoraLayers = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX", help="Correct no other layers with --error-lora; may be repeated.", show_default=False
+    ),
+]
 LoraPrefix = Annotated[
     str,
     typer.Option(

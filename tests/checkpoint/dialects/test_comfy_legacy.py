@@ -158,6 +158,31 @@ def test_other_markers_without_a_format_are_refused(fields, scale):
         find_one(tensors)
 
 
+@pytest.mark.parametrize("header", [False, True])
+def test_hybrid_mxfp8_is_mxfp8(header):
+    """hybrid_mxfp8 files decode by the scales of their blocks; the scale of the tensor goes, and that is noted."""
+    plain = stored("mxfp8", (40, 128))
+    fields = {**marker_fields(plain), "format": "hybrid_mxfp8"}
+    described = {"format_version": "1.0", "layers": {LAYER: fields}}
+    metadata = {"_quantization_metadata": json.dumps(described)} if header else {}
+    tensors = {**plain, f"{LAYER}.comfy_quant": marker(fields), f"{LAYER}.weight_scalar": torch.tensor(0.01)}
+    layer, parts = load(tensors, metadata)
+    assert layer.format == parse_spec("mxfp8")
+    assert any("weight_scalar" in note for note in layer.notes)
+    for name, part in load(plain)[1].items():
+        assert_same_bits(parts[name], part)
+    migration, made = migrated(tensors, metadata, "current")
+    assert made.keys() == plain.keys()
+    assert marker_fields(made)["format"] == "mxfp8"
+    assert "hybrid" not in str(migration.metadata)
+
+
+def test_the_scale_of_hybrid_files_is_no_part_of_mxfp8():
+    """A plain mxfp8 layer with a weight_scalar is refused as before: nothing says what it means."""
+    with pytest.raises(PartsError, match="weight_scalar"):
+        find_one({**stored("mxfp8", (40, 128)), f"{LAYER}.weight_scalar": torch.tensor(0.01)})
+
+
 @pytest.mark.parametrize("elements", [0, 2])
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_to_current_and_back(elements, prefix):

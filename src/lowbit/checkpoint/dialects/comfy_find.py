@@ -11,7 +11,13 @@ import torch
 
 from lowbit.checkpoint.dialects.base import Read, StoredLayer, TensorSpec, join_key, name_place
 from lowbit.checkpoint.dialects.comfy_formats import UNFOLDED, storage_for, storage_of
-from lowbit.checkpoint.dialects.comfy_legacy import SPELLINGS, drops_input_scale, repair_fields
+from lowbit.checkpoint.dialects.comfy_legacy import (
+    DROPPED_SCALE,
+    HYBRID_SCALE,
+    SPELLINGS,
+    drops_input_scale,
+    repair_fields,
+)
 from lowbit.checkpoint.dialects.comfy_marker import Description, require_weight
 from lowbit.checkpoint.dialects.comfy_match import check_stored, comfy_keys, open_dtypes, suffixes
 from lowbit.checkpoint.dialects.comfy_storage import Storage, make_format
@@ -126,6 +132,8 @@ def _find_keys(
         keys[part] = present[0]
         if present[0] != join_key(description.layer, suffix) and not description.legacy:
             description.note(f"{part} is spelled {present[0].rpartition('.')[2]} here")
+    if description.hybrid and HYBRID_SCALE in beside:
+        keys[DROPPED_SCALE] = beside[HYBRID_SCALE]
     stray = [key for suffix, key in beside.items() if suffix.startswith("weight_") and key not in keys.values()]
     if stray:
         raise description.error(

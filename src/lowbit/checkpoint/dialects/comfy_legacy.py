@@ -5,6 +5,8 @@
   scale of exactly 1 means none. A scale beside a weight that is not float8 is a dummy, and 1.
 - INT8-Fast markers: `{"convrot": .., "convrot_groupsize": .., "per_row": true}` without a format, with int8 codes and
   a scale [N, 1], are int8_tensorwise.
+- `hybrid_mxfp8` of convert_to_quant is mxfp8 with one more scale, `weight_scalar`, for GPUs without MXFP8. The codes
+  were rounded by the scales of their blocks, so multiplied by that one alone they are noise; it is left out.
 - Files without any description (a program lost the markers) are read where the dialect is named: float8 and nvfp4
   weights by their tensors.
 - `weight_proj_down`, `weight_zeros` and their like: what comfy-kitchen's `state_dict` calls the parts.
@@ -26,6 +28,9 @@ FILE_MARKER = "scaled_fp8"
 FILE_PREFIXES = ("model.diffusion_model.",)  # what stands before the marker in a whole-model checkpoint
 SCALE_WEIGHT = "scale_weight"
 SCALE_INPUT = "scale_input"
+HYBRID = "hybrid_mxfp8"
+HYBRID_SCALE = "weight_scalar"
+DROPPED_SCALE = "dropped_scale"  # its role among a layer's keys
 
 # Other spellings of a part's key, after the one that is written.
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
@@ -110,8 +115,15 @@ def _undescribed_format(weight: torch.dtype, scale: TensorSpec, second: bool) ->
 
 
 def repair_fields(description: Description, weight: TensorSpec, tensors: Mapping[str, TensorSpec]) -> None:
-    """Name the format of an INT8-Fast marker. Raises `CheckpointError` when a description names no format at all."""
+    """Name the format of an INT8-Fast marker, and what hybrid_mxfp8 is.
+
+    Raises `CheckpointError` when a description names no format at all.
+    """
     fields = description.fields
+    if fields.get("format") == HYBRID:
+        description.fields, description.hybrid = {**fields, "format": "mxfp8"}, True
+        description.note(f"{HYBRID} is mxfp8; its {HYBRID_SCALE} fits no code and is left out")
+        return
     if fields.get("format"):
         if not isinstance(fields["format"], str):
             raise CheckpointError(

@@ -45,6 +45,8 @@ class Description:
     """The key of the marker tensor, when there is one."""
     legacy: bool = False
     """From a `scaled_fp8` file."""
+    hybrid: bool = False
+    """Marked hybrid_mxfp8."""
     notes: list[str] = field(default_factory=list)
     tensors: dict[str, TensorSpec] = field(default_factory=dict)
     """Part name -> what the file's header says of it (filled when the format is known)."""

@@ -9,6 +9,7 @@ Every `*.json` here but base.json is one family:
     keep, drop             rules {pattern, why}: layers that stay as they are, layers that the model can do without
     embedding              patterns of weights whose rows are looked up, not multiplied
     bank_transposed        patterns of banks of experts that are [E, K, N]; others are [E, N, K]
+    after_gelu             patterns of layers that read what a GELU gave and nothing else, which is never below -0.1701
     keep_first_blocks      {pattern, count}: the first blocks stay as they are; group 1 is the block's number
     keep_last_blocks       the same for the last ones, at any depth
 
@@ -67,6 +68,7 @@ class Preset:
     keep_first_blocks: EdgeBlocks | None
     keep_last_blocks: EdgeBlocks | None
     bank_transposed: tuple[str, ...] = ()
+    after_gelu: tuple[str, ...] = ()
 
     def find_prefix(self, keys: Iterable[str]) -> str | None:
         """The prefix under which these keys are a model of this family, or None where they are not."""
@@ -139,6 +141,11 @@ class BoundPreset:
         """Whether the layer, which is a bank of experts, has the axes [E, K, N]."""
         name = layer.removeprefix(self.prefix)
         return any(_compiled(pattern).search(name) for pattern in self.preset.bank_transposed)
+
+    def follows_gelu(self, layer: str) -> bool:
+        """Whether the layer's input is what a GELU gave."""
+        name = layer.removeprefix(self.prefix)
+        return any(_compiled(pattern).search(name) for pattern in self.preset.after_gelu)
 
 
 def sample_keys(keys: Iterable[str]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ _FOLDER = Path(__file__).parent
 _BASE = "base.json"
 _OPTIONAL = {
     *("aliases", "prefixes", "keep", "drop", "embedding", "bank_transposed"),
-    *("keep_first_blocks", "keep_last_blocks"),
+    *("keep_first_blocks", "keep_last_blocks", "after_gelu"),
 }
 
 
@@ -99,6 +99,7 @@ def read_family(path: Path) -> Preset:
         _edge(data.get("keep_first_blocks"), f"{path.name}: keep_first_blocks"),
         _edge(data.get("keep_last_blocks"), f"{path.name}: keep_last_blocks"),
         _texts(data.get("bank_transposed", []), f"{path.name}: bank_transposed"),
+        _texts(data.get("after_gelu", []), f"{path.name}: after_gelu"),
     )
 
 

@@ -14,6 +14,7 @@ from lowbit.checkpoint.dialects.base import join_key, name_place, undescribed
 from lowbit.checkpoint.dialects.comfy import COMFY, marker_fields, stored_keys
 from lowbit.checkpoint.dialects.comfy_banks import EXPERTS
 from lowbit.checkpoint.dialects.comfy_formats import known_names, storage_of
+from lowbit.checkpoint.dialects.comfy_legacy import DROPPED_SCALE
 from lowbit.checkpoint.dialects.comfy_marker import MARKER, marker_tensor, read_marker
 from lowbit.errors import CheckpointError, UnknownFormatError
 from lowbit.integrations.comfyui.layout import bias_gain, parts_of
@@ -75,8 +76,11 @@ def find_layer(
     stored = _fitted(found.layers[layer], shape)
     if not _is_native(stored, specs, reading):
         return stored
-    if fields.get("format") is None:  # an INT8-Fast marker: ComfyUI wants the name
+    if fields.get("format") is None or name not in reading.table:  # INT8-Fast's, hybrid_mxfp8: ComfyUI wants its name
         state_dict[key] = marker_tensor(marker_fields(stored))
+        for role, old in stored.keys.items():
+            if role == DROPPED_SCALE:
+                del state_dict[old]
     return None
 
 
