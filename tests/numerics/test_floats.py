@@ -11,6 +11,7 @@ import torch
 from lowbit.numerics.floats import (
     all_finite,
     bytes_to_fp8,
+    divisor,
     e2m1_codes,
     e2m1_values,
     e8m0_codes_round_up,
@@ -22,6 +23,7 @@ from lowbit.numerics.floats import (
     stochastic_to_fp8,
     to_fp8,
 )
+from tests.support.other_device import back, elsewhere, needs_stand_in, other_device
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
@@ -43,6 +45,23 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bit by bit, but any NaN equals any other: the sign of a NaN means nothing."""
     nan = a.isnan() & b.isnan()
     return bool((nan | (a.view(torch.int32) == b.view(torch.int32))).all())
+
+
+@needs_stand_in
+def test_quotients_are_rounded_once_on_every_device():
+    """What a GPU divides by a number is multiplied by its inverse, which is rounded, too; a scalar beside it is not."""
+    x = torch.arange(1.0, 2000.0)
+    with other_device():
+        moved = elsewhere(x)
+        assert torch.equal(back(moved / divisor(127, moved)), x / 127)
+        assert not torch.equal(back(moved / 127), x / 127)
+
+
+@pytest.mark.gpu
+def test_quotients_are_rounded_once_on_a_gpu():
+    """The same, of a GPU itself."""
+    x = torch.arange(1.0, 2000.0)
+    assert torch.equal((x.cuda() / divisor(127, x.cuda())).cpu(), x / 127)
 
 
 @pytest.mark.parametrize(("dtype", "oracle"), FP8)

@@ -2,7 +2,8 @@
 
 As on a GPU, an operation whose tensors are on two devices is an error, unless one is a scalar, an index, or it copies
 from one to the other; `numpy` is not to be had, addresses are of no use, and what CUDA has no kernel for is refused:
-products of integers, and `_int_mm` of sizes that cuBLAS does not take. The implementations of lowbit's own operations
+products of integers, and `_int_mm` of sizes that cuBLAS does not take. A quotient by a number, or by a scalar of the
+CPU, is the product with its inverse, as on CUDA, and so rounded twice. The implementations of lowbit's own operations
 run on these tensors, too, not on their values. What it cannot show are kernels: code that picks one by the device gets
 the eager one, which runs here.
 
@@ -27,6 +28,7 @@ _COPIES = {_aten.copy_.default, _aten._to_copy.default}
 _INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default}
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.addmm_.default, _aten.bmm.default, _aten.mv.default}
 _PRODUCTS |= {_aten.baddbmm.default, _aten.addmv.default, _aten.dot.default, _aten.addmm.out, _aten.mm.out}
+_DIVISIONS = {_aten.div.Tensor: _aten.mul.Tensor, _aten.div_.Tensor: _aten.mul_.Tensor}
 _MADE = (
     "empty.memory_format",
     "empty_strided",
@@ -103,6 +105,8 @@ def run(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         back = isinstance(args[0], Elsewhere)
     if func is _aten._local_scalar_dense.default:
         back = False
+    if there and (product := _DIVISIONS.get(func)) and (divisor := _number(args[1])) is not None:
+        func, args = product, (args[0], (1.0 / torch.tensor(divisor, dtype=args[0].dtype)).item())
     known = {id(x.inner): x for x in there}
     inner_args, inner_kwargs = tree_map(lambda x: x.inner if isinstance(x, Elsewhere) else x, (args, kwargs))
     if _is_there(asked):
@@ -112,6 +116,13 @@ def run(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not back:
         return found
     return tree_map(lambda x: known[id(x)] if id(x) in known else Elsewhere(x) if isinstance(x, Tensor) else x, found)
+
+
+def _number(x: Any) -> float | None:
+    """The value of a number or of a scalar of the CPU; None for a tensor of the stand-in."""
+    if isinstance(x, Tensor):
+        return None if isinstance(x, Elsewhere) or x.dim() else float(x)
+    return float(x)
 
 
 def _refuse(func: Any, tensors: list[Tensor], args: Any, kwargs: dict[str, Any]) -> None:

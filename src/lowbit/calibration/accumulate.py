@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lowbit.numerics.floats import divisor
 from lowbit.ops.column_ranges import BINS, add_column_ranges
 from lowbit.ops.second_moment import add_second_moment
 from lowbit.solvers.base import Statistics
@@ -44,7 +45,7 @@ class Moment:
         """E[x xᵀ] as float32 on the CPU, symmetric to the bit, in the memory of the sum; None without rows."""
         if not self.rows:
             return None
-        mean = self.total.div_(self.rows).float()
+        mean = self.total.div_(divisor(self.rows, self.total)).float()
         if mean.dim() == 2:
             for start in range(0, len(mean), _BLOCK):  # what stays in the cache while it is transposed
                 stop = start + _BLOCK
@@ -180,7 +181,7 @@ class Accumulator:
             held_out=self.halves[1].finish(),
             held_out_tokens=tokens[1],
             absmax=torch.maximum(self.minimum.abs(), self.maximum.abs()).cpu(),
-            mean=(self.sum / sum(tokens)).float().cpu(),
+            mean=(self.sum / divisor(sum(tokens), self.sum)).float().cpu(),
             minimum=self.minimum.cpu(),
             maximum=self.maximum.cpu(),
             samples=self.reservoir.rows.cpu(),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import StatisticsError
+from lowbit.numerics.floats import divisor
 
 _ROWS = 64  # of a block
 _TOP = 32767  # stands for a correlation of 1
@@ -62,7 +63,7 @@ def unpack_moment(diagonal: Tensor, packed: Tensor) -> Tensor:
     """The matrix [K, K] that was packed, float32, symmetric to the bit."""
     k = len(diagonal)
     size = diagonal.sqrt()
-    columns = size / _TOP
+    columns = size / divisor(_TOP, size)
     moment = diagonal.new_empty(k, k)
     for rows, start, stop in _blocks(packed, k):
         torch.mul(rows, size[start:stop, None], out=moment[start:stop, start:]).mul_(columns[start:])

@@ -39,6 +39,7 @@ from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import one_of, register
 from lowbit.formats.stored_steps import FloatSteps
+from lowbit.numerics.floats import divisor
 from lowbit.numerics.integers import round_clamp_
 from lowbit.numerics.levels import IntegerLevels
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles
@@ -167,7 +168,7 @@ class AwqW4A16(Format):
     def _grid(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Parts:
         """Scale and zero [K/g, n] of the grid whose code 0 is `low` and whose code 15 is `high` ([n, K/g])."""
         half_span = high * 0.5 - low * 0.5  # the whole one could overflow
-        scale = (half_span / ((LEVELS - 1) / 2)).clamp_min_(MIN_STORED_SCALE).t().contiguous()
+        scale = (half_span / divisor((LEVELS - 1) / 2, half_span)).clamp_min_(MIN_STORED_SCALE).t().contiguous()
         if self.wzeros in _HALVES:
             scale, zero = self._snapped(scale, low.t())
             return {"scale": scale, "zero": zero}

@@ -37,6 +37,7 @@ from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import one_of, register
 from lowbit.formats.stored_steps import FloatSteps
+from lowbit.numerics.floats import divisor
 from lowbit.numerics.int4_matmul import unpack_codes
 from lowbit.numerics.int8_matmul import INT8_MAX, coded_linear
 from lowbit.numerics.integers import round_clamp_
@@ -89,7 +90,7 @@ class ConvrotW4A4(Format):
         return self.prepare(rows)  # the rotation is its own inverse
 
     def fit(self, rows: Tensor, shared: Parts) -> Parts:
-        scale = (rows.abs().amax(dim=1) / LARGEST).clamp_min(MIN_SCALE)
+        scale = (rows.abs().amax(dim=1) / divisor(LARGEST, rows)).clamp_min(MIN_SCALE)
         if not bool(torch.isfinite(scale).all()):
             raise WeightError("weight: its rotated values exceed float32; repair the source or keep this layer")
         return {"scale": scale}

@@ -46,6 +46,7 @@ from lowbit.formats.grid import Grid, Snap
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import one_of, parse_spec, register
 from lowbit.formats.stored_steps import E4m3Steps, Multiples
+from lowbit.numerics.floats import divisor
 from lowbit.numerics.gguf_blocks import READABLE, BlockType, block_type
 from lowbit.numerics.gguf_encode import AS_GGML, WRITABLE, encode_blocks, set_steps, snap_steps
 from lowbit.numerics.gguf_step_search import search_blocks
@@ -289,9 +290,9 @@ def _fitting(kind: BlockType, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
     assert isinstance(kind.levels, IntegerLevels)
     low, high = blocks.unflatten(1, (-1, kind.unit)).aminmax(dim=2)
     if kind.levels.low:
-        return torch.maximum(high / kind.levels.high, low / kind.levels.low), None
+        return torch.maximum(high / divisor(kind.levels.high, high), low / divisor(kind.levels.low, low)), None
     zero = low.clamp_max(0.0)
-    return (high.clamp_min(0.0) - zero) / kind.levels.high, zero
+    return (high.clamp_min(0.0) - zero) / divisor(kind.levels.high, high), zero
 
 
 def _divisor(step: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.numerics.floats import E2M1_MAX, E4M3_MAX
+from lowbit.numerics.floats import E2M1_MAX, E4M3_MAX, divisor
 
 LARGEST_GROUP = E2M1_MAX * E4M3_MAX
 # Times the smallest scale, 2**-9, this is still a normal float32, whose division loses nothing.
@@ -39,7 +39,7 @@ class GlobalScale:
         """The one with which a group of this largest magnitude gets the largest scale; 1 for zeros."""
         if self.divides:
             return torch.where(amax > 0, (LARGEST_GROUP / amax).clamp_max(1 / MIN_GLOBAL_SCALE), 1.0)
-        return torch.where(amax > 0, (amax / LARGEST_GROUP).clamp_min(MIN_GLOBAL_SCALE), 1.0)
+        return torch.where(amax > 0, (amax / divisor(LARGEST_GROUP, amax)).clamp_min(MIN_GLOBAL_SCALE), 1.0)
 
     def recast(self, value: Tensor, other: GlobalScale, rows: int) -> Tensor:
         """The same as `other` counts it, of a weight of that many rows. A reciprocal is rounded; copies are not."""

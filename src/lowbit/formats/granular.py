@@ -23,6 +23,7 @@ from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, K, N, Part, Parts
 from lowbit.formats.registry import one_of
 from lowbit.formats.stored_steps import FloatSteps
+from lowbit.numerics.floats import divisor
 from lowbit.numerics.groups import expand_tiles, is_tile, reduce_tiles
 from lowbit.numerics.levels import Levels
 
@@ -98,4 +99,4 @@ class Granular(Format):
         return expand_tiles(scale, self.block_size, (shape[0], shape[1]))
 
     def _scale(self, amax: Tensor) -> Tensor:
-        return (amax / self.largest).clamp_min(MIN_SCALE)
+        return (amax / divisor(self.largest, amax)).clamp_min(MIN_SCALE)

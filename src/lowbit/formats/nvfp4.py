@@ -39,7 +39,7 @@ from lowbit.formats.grid import Grid
 from lowbit.formats.parts import Dim, N, Part, Parts
 from lowbit.formats.registry import one_of, register
 from lowbit.formats.stored_steps import E4m3Steps
-from lowbit.numerics.floats import E2M1_MAX, e2m1_codes, e2m1_values, from_fp8, round_to_e2m1, to_fp8
+from lowbit.numerics.floats import E2M1_MAX, divisor, e2m1_codes, e2m1_values, from_fp8, round_to_e2m1, to_fp8
 from lowbit.numerics.groups import group_amax, pad_to
 from lowbit.numerics.levels import E2M1
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles
@@ -105,7 +105,7 @@ class Nvfp4(Format):
 
     def _nearest_scale(self, amax: Tensor, global_scale: Tensor) -> Tensor:
         """The e4m3 value nearest to amax / 6; 0 under a global scale of 0 (a caller's: ours never is)."""
-        wanted = self._global.over(amax / E2M1_MAX, global_scale).masked_fill_(global_scale == 0, 0.0)
+        wanted = self._global.over(amax / divisor(E2M1_MAX, amax), global_scale).masked_fill_(global_scale == 0, 0.0)
         return to_fp8(wanted, torch.float8_e4m3fn)
 
     def fit_shared(self, w: Tensor) -> Parts:

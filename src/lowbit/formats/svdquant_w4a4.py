@@ -36,6 +36,7 @@ from lowbit.formats.parts import Dim, K, N, Part, Parts, R
 from lowbit.formats.registry import register
 from lowbit.formats.stored_steps import FloatSteps
 from lowbit.numerics import w4a4_search
+from lowbit.numerics.floats import divisor
 from lowbit.numerics.groups import group_amax, row_chunks
 from lowbit.numerics.int4_matmul import (
     GELU_SHIFT,
@@ -170,7 +171,8 @@ class SvdquantW4A4(Format):
 
     def plain_scale(self, rows: Tensor, params: Parts) -> Tensor:
         """The scale of rounding to nearest beside the low rank of `params`: absmax / 7, float32 [K/64, n]."""
-        scale = group_amax(self._residual(rows, params), GROUP).div_(SIGNED_MAX).clamp_min_(MIN_STORED_SCALE)
+        amax = group_amax(self._residual(rows, params), GROUP)
+        scale = amax.div_(divisor(SIGNED_MAX, amax)).clamp_min_(MIN_STORED_SCALE)
         return scale.t().contiguous()
 
     def unit(self, shape: tuple[int, int]) -> tuple[int, int]:

@@ -40,7 +40,7 @@ from lowbit.formats.parts import HALVES, Dim, N, Part, Parts
 from lowbit.formats.registry import one_of, register
 from lowbit.formats.stored_steps import FloatSteps
 from lowbit.numerics.codebooks import IntegerCodebook, codebook_error, fitted_codebook, gaussian_codebook
-from lowbit.numerics.floats import to_fp8
+from lowbit.numerics.floats import divisor, to_fp8
 from lowbit.numerics.int8_matmul import INT8_MAX, coded_linear
 from lowbit.numerics.levels import IntegerLevels
 from lowbit.numerics.packing import pack_nibbles, unpack_nibbles
@@ -144,11 +144,13 @@ class W4A8Codebook(Format):
         low, high = codebook.ends
         if self.correction:
             least = groups.amin(dim=-1)
-            step = (groups.amax(dim=-1) * 0.5 - least * 0.5) / (0.5 * (high - low))  # the whole range could overflow
+            step = groups.amax(dim=-1) * 0.5 - least * 0.5  # the whole range could overflow
+            step = step / divisor(0.5 * (high - low), step)
             shift = least - low * step
         else:
-            step, shift = groups.abs().amax(dim=-1) / min(high, -low), groups.new_zeros(())
-        s_channel = (step.amax(dim=1) * (max(high, -low) / INT8_MAX)).clamp_min(MIN_SCALE)
+            step, shift = groups.abs().amax(dim=-1) / divisor(min(high, -low), groups), groups.new_zeros(())
+        share = divisor(max(high, -low), step) / divisor(INT8_MAX, step)
+        s_channel = (step.amax(dim=1) * share).clamp_min(MIN_SCALE)
         if not bool(torch.isfinite(s_channel).all()):
             raise WeightError("weight: its rotated values exceed float32; repair the source or keep this layer")
         target = (groups - shift.unsqueeze(-1)) / s_channel.view(-1, 1, 1)

@@ -42,6 +42,7 @@ from lowbit.formats.parts import Dim, K, N, Part, Parts
 from lowbit.formats.registry import one_of, register
 from lowbit.formats.stored_steps import FloatSteps
 from lowbit.numerics.bit_packing import CODES, pack_bits, unpack_bits
+from lowbit.numerics.floats import divisor
 from lowbit.numerics.groups import ceil_div, group_amax, pad_to, round_up
 from lowbit.numerics.integers import round_clamp_
 from lowbit.numerics.levels import IntegerLevels
@@ -227,7 +228,8 @@ class WNA16(Format):
         if self.zero_point:
             params = self._affine(*self._extremes(rows), dtype)
         elif self.levels.low == -self.levels.high:
-            params = {"scale": self._stored(group_amax(rows, self._columns(rows.shape[1])) / self.levels.high, dtype)}
+            amax = group_amax(rows, self._columns(rows.shape[1]))
+            params = {"scale": self._stored(amax / divisor(self.levels.high, amax), dtype)}
         else:
             params = {"scale": self._stored(self._widest(*self._extremes(rows)), dtype)}
         if self.act_order:
@@ -244,11 +246,11 @@ class WNA16(Format):
 
     def _widest(self, low: Tensor, high: Tensor) -> Tensor:
         """The smallest symmetric scale with which neither end is clipped."""
-        return torch.maximum(low / self.levels.low, high / self.levels.high)
+        return torch.maximum(low / divisor(self.levels.low, low), high / divisor(self.levels.high, high))
 
     def _affine(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Parts:
         """Scale and zero point [n, G] of the range from `low` <= 0 to `high` >= 0."""
-        most = self.levels.high
+        most = divisor(self.levels.high, high)
         scale = self._stored(high / most - low / most, dtype)  # high - low could overflow
         return {"scale": scale, "zero_point": self._zero_points(scale.float(), low).to(torch.uint8)}
 

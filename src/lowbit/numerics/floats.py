@@ -29,6 +29,15 @@ def fp8_max(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max
 
 
+def divisor(value: float | Tensor, x: Tensor) -> Tensor:
+    """A number, or a scalar that is beside x already, by which x is divided with one rounding on every device.
+
+    CUDA divides by a number, or by a scalar of the CPU, with the inverse of it, which rounds twice: scales, and codes
+    next to a tie, would not be those of a CPU.
+    """
+    return value if isinstance(value, Tensor) else x.new_full((), value)
+
+
 def all_finite(x: Tensor) -> bool:
     """Whether all of x is finite.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.block_products import linear_blocks
-from lowbit.numerics.floats import E4M3_MAX, from_fp8, to_fp8
+from lowbit.numerics.floats import E4M3_MAX, divisor, from_fp8, to_fp8
 from lowbit.numerics.groups import row_chunks
 from lowbit.numerics.int8_matmul import MIN_ACTIVATION_SCALE
 
@@ -27,8 +27,7 @@ def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     value = x.float()
     amax = value.abs().amax(dim=1, keepdim=True) if x.shape[1] else value.new_zeros((x.shape[0], 1))
-    # A divisor that is no tensor of the same device is inverted first on CUDA, which rounds twice.
-    scale = (amax / torch.full_like(amax, E4M3_MAX)).clamp_min_(MIN_ACTIVATION_SCALE)
+    scale = (amax / divisor(E4M3_MAX, amax)).clamp_min_(MIN_ACTIVATION_SCALE)
     return to_fp8(value / scale, torch.float8_e4m3fn), scale
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.numerics.floats import E2M1_MAX, E4M3_MAX, to_fp8
+from lowbit.numerics.floats import E2M1_MAX, E4M3_MAX, divisor, to_fp8
 from lowbit.numerics.gguf_blocks import BlockType
 from lowbit.numerics.gguf_headers import MAX_HALF, MIN_HALF, half_bytes, nearest_half
 from lowbit.numerics.gguf_k_encode import encode_k_blocks
@@ -46,15 +46,15 @@ def encode_blocks(kind: BlockType, x: Tensor, weights: Tensor | None = None) -> 
     assert isinstance(kind.levels, IntegerLevels)
     low, high = kind.levels.low, kind.levels.high
     if kind.name == "Q8_0":
-        step = (x.abs().amax(dim=1, keepdim=True) / high).clamp_(max=_ROUNDS_TO_MAX_HALF)
+        step = (x.abs().amax(dim=1, keepdim=True) / divisor(high, x)).clamp_(max=_ROUNDS_TO_MAX_HALF)
         codes = _half_away(x * _inverse(step)).clamp_(low, high).to(torch.int8).view(torch.uint8)
         return kind.join(codes, half_bytes(step))
     if low < 0:  # the largest weight of either sign is at the lowest level
-        step = (_largest(x) / low).clamp_(-_ROUNDS_TO_MAX_HALF, _ROUNDS_TO_MAX_HALF)
+        step = (_largest(x) / divisor(low, x)).clamp_(-_ROUNDS_TO_MAX_HALF, _ROUNDS_TO_MAX_HALF)
         codes = (x * _inverse(step)).add_(kind.offset + 0.5)
         return kind.join(codes.trunc_().clamp_(0, high - low).to(torch.uint8), half_bytes(step))
     least = x.gather(1, x.argmin(dim=1, keepdim=True))  # the first of equals: zeros have signs
-    step = ((x.amax(dim=1, keepdim=True) - least).abs_() / high).clamp_(max=_ROUNDS_TO_MAX_HALF)
+    step = ((x.amax(dim=1, keepdim=True) - least).abs_() / divisor(high, x)).clamp_(max=_ROUNDS_TO_MAX_HALF)
     codes = ((x - least) * _inverse(step)).add_(0.5).trunc_().clamp_(0, high).to(torch.uint8)
     least = least.clamp(-_ROUNDS_TO_MAX_HALF, _ROUNDS_TO_MAX_HALF)
     return kind.join(codes, half_bytes(torch.cat([step, least], dim=1)))
@@ -96,7 +96,7 @@ def _encode_nvfp4(kind: BlockType, x: Tensor, weights: Tensor | None) -> Tensor:
     """The best of the scales around the one at which the largest value of a unit is the largest level."""
     units = x.unflatten(1, (-1, kind.unit))
     heavy = None if weights is None else weights.expand_as(x).view_as(units)
-    exact = (units.abs().amax(dim=2) / E2M1_MAX).clamp_(max=E4M3_MAX)
+    exact = (units.abs().amax(dim=2) / divisor(E2M1_MAX, units)).clamp_(max=E4M3_MAX)
     first = to_fp8(exact, torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
     header, least = first.to(torch.uint8), torch.full_like(exact, torch.inf)
     for more in _SCALES_AROUND:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowbit.numerics.floats import divisor
+
 Steps = tuple[Tensor, "Tensor | None"]
 MAX_HALF = 65504.0
 MIN_HALF = 2.0**-24
@@ -101,11 +103,11 @@ class Split(NamedTuple):
         A step gets the smallest float16 at least; a zero where the block has no steps either.
         """
         unused = self.factor == 0
-        factor = nearest_half(step.amax(1, keepdim=True) / high).clamp_min_(MIN_HALF)
+        factor = nearest_half(step.amax(1, keepdim=True) / divisor(high, step)).clamp_min_(MIN_HALF)
         found = self._replace(factor=torch.where(unused, factor, self.factor))
         if zero is None or self.zero_factor is None:
             return found
-        zero_factor = nearest_half(-zero.amin(1, keepdim=True) / high)
+        zero_factor = nearest_half(-zero.amin(1, keepdim=True) / divisor(high, zero))
         return found._replace(zero_factor=torch.where(unused & (self.zero_factor == 0), zero_factor, self.zero_factor))
 
 

@@ -23,6 +23,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from lowbit.numerics.floats import divisor
 from lowbit.numerics.gguf_blocks import BlockType
 from lowbit.numerics.gguf_headers import MAX_HALF, MIN_HALF, Shared, Split, nearest_half
 from lowbit.numerics.gguf_units import Sums, Units, inverse, search_steps, search_steps_and_zeros
@@ -155,7 +156,7 @@ def _begin(units: Units, blocks: int, shared: Shared, effort: Effort) -> Split:
 def _multiples(wanted: Tensor, curve: Tensor, shared: Shared, factors: Sequence[float]) -> tuple[Tensor, Tensor]:
     """A float16 [B, 1] and whole multiples of it [B, U] that miss what is wanted by least, errors counting `curve`."""
     magnitude = wanted.abs()
-    extreme = wanted.gather(1, magnitude.argmax(1, keepdim=True)) / (shared.low or shared.high)
+    extreme = wanted.gather(1, magnitude.argmax(1, keepdim=True)) / divisor(shared.low or shared.high, wanted)
     larger = extreme + torch.where(extreme < 0, -MIN_HALF, MIN_HALF)  # the next one, where float16 are far apart
     least = torch.full_like(extreme, torch.inf)
     best, multiples = torch.zeros_like(extreme), torch.zeros_like(wanted)

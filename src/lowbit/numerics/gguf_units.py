@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowbit.numerics.floats import divisor
 from lowbit.numerics.levels import IntegerLevels, Levels
 
 _BELOW = (0.0, 0.5, 1.0)  # of what lies beyond the levels
@@ -88,7 +89,7 @@ def search_steps(units: Units, tries: Sequence[float], passes: int, *, both_sign
 
     for sign in (1.0, -1.0) if both_signs else (1.0,):
         for more in tries:
-            take(extreme / (sign * (lowest + more)))
+            take(extreme / divisor(sign * (lowest + more), extreme))
     for _ in range(passes):
         take(best)
     return best
@@ -128,7 +129,7 @@ def search_steps_and_zeros(
         gained = torch.where(better, gain, gained)
 
     for more in tries:
-        step = (most - least) / (highest + more)
+        step = (most - least) / divisor(highest + more, most)
         for below in _BELOW:
             take(step, step * (more * below))
     for _ in range(passes):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lowbit.numerics.floats import divisor
 from lowbit.numerics.groups import group_amax, row_chunks
 from lowbit.numerics.integers import round_clamp_
 from lowbit.numerics.packing import sign_extend_nibbles, unpack_nibbles
@@ -42,7 +43,7 @@ def quantize_groups(x: Tensor, smooth: Tensor, unsigned: bool) -> tuple[Tensor, 
     """
     limit = UNSIGNED_MAX if unsigned else SIGNED_MAX
     value = smoothed(x, smooth)
-    scale = group_amax(value, GROUP).clamp_min_(_MIN_AMAX).div_(limit)
+    scale = group_amax(value, GROUP).clamp_min_(_MIN_AMAX).div_(divisor(limit, value))
     groups = value.unflatten(1, (scale.shape[1], GROUP)).div_(scale.unsqueeze(-1))
     return round_clamp_(groups, 0 if unsigned else -limit, limit).to(torch.int8).flatten(1), scale
 
@@ -57,7 +58,7 @@ def rounded_input(x: Tensor, smooth: Tensor, unsigned: bool) -> Tensor:
 
 def round_groups(rows: Tensor) -> Tensor:
     """float32 [n, K] -> what signed rounding to nearest by groups of 64 makes of it, absmax / 7."""
-    scale = group_amax(rows, GROUP).clamp_min_(_MIN_AMAX).div_(SIGNED_MAX).unsqueeze(-1)
+    scale = group_amax(rows, GROUP).clamp_min_(_MIN_AMAX).div_(divisor(SIGNED_MAX, rows)).unsqueeze(-1)
     groups = rows.unflatten(1, (rows.shape[1] // GROUP, GROUP)) * scale.reciprocal()
     return groups.round_().mul_(scale).flatten(1)
 

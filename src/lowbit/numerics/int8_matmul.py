@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.block_products import linear_blocks
+from lowbit.numerics.floats import divisor
 from lowbit.numerics.groups import pad_to, round_up, row_chunks
 from lowbit.numerics.rotations import rotate_groups
 
@@ -34,7 +35,7 @@ def quantize_rows(x: Tensor, largest: int = INT8_MAX) -> tuple[Tensor, Tensor]:
     """
     value = x.float()
     amax = value.abs().amax(dim=1, keepdim=True) if x.shape[1] else value.new_zeros((x.shape[0], 1))
-    scale = (amax / largest).clamp_min_(MIN_ACTIVATION_SCALE)
+    scale = (amax / divisor(largest, amax)).clamp_min_(MIN_ACTIVATION_SCALE)
     return (value / scale).round_().clamp_(-largest, largest).to(torch.int8), scale
 
 

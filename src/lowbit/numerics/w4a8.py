@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit.numerics.floats import divisor
 from lowbit.numerics.groups import row_chunks
 from lowbit.numerics.packing import unpack_nibbles
 
@@ -28,7 +29,8 @@ def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     infinity gets a scale that is not finite, so that results are not finite either.
     """
     blocks = x.float().unflatten(1, (-1, BLOCK))
-    scale = blocks.abs().amax(dim=-1).div_(LARGEST)
+    amax = blocks.abs().amax(dim=-1)
+    scale = amax.div_(divisor(LARGEST, amax))
     inverse = scale.reciprocal()
     inverse.masked_fill_(~inverse.isfinite(), 0.0)  # also where 1 / d overflows: d is then below 2**-128
     codes = (blocks * inverse.unsqueeze(-1)).round_().nan_to_num_(0.0).clamp_(-LARGEST - 1, LARGEST)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats.grid import Grid
+from lowbit.numerics.floats import divisor
 
 from .rounding_cells import extremes
 
@@ -32,11 +33,12 @@ def fitting_steps(grid: Grid) -> tuple[Tensor, Tensor | None]:
     lowest, highest = extremes(grid.levels)
     high, low = _largest(grid.target, grid), -_largest(-grid.target, grid)
     if grid.zero is not None:
-        step = (high - low) / (highest - lowest)
+        step = (high - low) / divisor(highest - lowest, high)
         return step, low - lowest * step
     sign = torch.where(grid.step < 0, -1.0, 1.0)
     above, below = torch.where(sign > 0, high, -low), torch.where(sign > 0, low, -high)
-    need = torch.maximum(above.clamp_min(0) / highest, below.clamp_max(0) / lowest if lowest else above * 0)
+    least = below.clamp_max(0) / divisor(lowest, below) if lowest else above * 0
+    need = torch.maximum(above.clamp_min(0) / divisor(highest, above), least)
     return torch.maximum(need, grid.step.abs()) * sign, None
 
 

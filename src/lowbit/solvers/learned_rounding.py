@@ -42,6 +42,7 @@ from torch import Tensor
 
 from lowbit.formats.base import Format
 from lowbit.formats.parts import Parts, narrow_rows
+from lowbit.numerics.floats import divisor
 from lowbit.numerics.groups import row_chunks
 from lowbit.numerics.low_rank import leading_basis, orthonormal
 
@@ -129,7 +130,7 @@ class _Problem:
             loss = float(torch.linalg.vector_norm(seen, dtype=torch.float64))
             before = self.least
             if loss:
-                optimizer.step(self.fmt.prepare(self.objective.back(seen / loss)) * steps, loss)
+                optimizer.step(self.fmt.prepare(self.objective.back(seen / divisor(loss, seen))) * steps, loss)
             change = self.fmt.restore(codes * steps)
             self.round_at(change)
             gained = self.least < before * (1 - GAIN) or loss < least * (1 - GAIN)

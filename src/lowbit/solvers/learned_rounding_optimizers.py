@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowbit.numerics.floats import divisor
+
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 LEARNING_RATE = 0.05  # codes an iteration
 WEIGHT_DECAY = 0.01  # toward plain rounding, where the variable is 0
@@ -61,7 +63,7 @@ class AdamW:
         self._move(1 - BETA1**self.count, 1 - BETA2**self.count)
 
     def _move(self, known_mean: float, known_square: float) -> None:
-        root = (self.square / known_square).sqrt_().add_(EPSILON)
+        root = (self.square / divisor(known_square, self.square)).sqrt_().add_(EPSILON)
         self.x.addcdiv_(self.mean, root, value=-self.rate / known_mean)
 
 

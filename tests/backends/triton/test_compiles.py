@@ -22,6 +22,7 @@ from lowbit.backends.triton.tuning import KERNELS, record
 from lowbit.formats import parse_spec
 from lowbit.layouts.base import get_layout
 from tests.support import triton_launches
+from tests.support.kernel_examples import META, specs
 from tests.support.triton_launches import DTYPES, TOKENS, all_noted, distinct, entries, judge, noted, qualified, title
 
 TITLES = sorted({title(entry) for entry in entries()})
@@ -147,6 +148,25 @@ def test_groups_wider_than_a_block(spec, layout):
     with assume(TARGET), record() as launches:
         linear.run(fmt, x, parts, None)
     assert compile_ahead.compile_launch(launches[0], launches[0].configs[0], TARGET).spills == 0
+
+
+@pytest.mark.parametrize("name", sorted({entry.format for entry in entries() if entry.op == "linear"} - {"*"}))
+def test_the_smallest_weights(name):
+    """One row of the fewest columns: numbers that are 1 are constants to the compiler, and rows end within a tile."""
+    (linear,) = [one for one in entries() if (one.op, one.format, one.layout) == ("linear", name, "")]
+    with assume(TARGET), record() as launches:
+        for fmt in (parse_spec(spec).plain for spec in specs(name)):
+            for n in (1, 2, 16, 32):  # what has a rank has more rows
+                k = next(k for k in range(1, 4096) if fmt.check_shape(32, k) is None)
+                if fmt.check_shape(n, k) is None:
+                    x, parts = torch.empty((3, k), device=META).bfloat16(), fmt.empty_parts((n, k), META)
+                    if linear.refuses(fmt, x, parts, None) is None:
+                        linear.run(fmt, x, parts, None)
+                    break
+    variants = {triton_launches.variant_of(one): one for one in launches}
+    assert variants
+    for one in variants.values():
+        assert compile_ahead.compile_launch(one, one.configs[0], TARGET).assembly
 
 
 LAYER = (12288, 3072)

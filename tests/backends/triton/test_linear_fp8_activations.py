@@ -17,13 +17,15 @@ from tests.support.triton_linear import DEVICE, DTYPES, ROWS, TOKENS, require
 require()
 
 from lowbit.backends.triton import fp8_gemm, linear_fp8_activations  # noqa: E402
-from lowbit.backends.triton.device import Target, assume  # noqa: E402
+from lowbit.backends.triton.device import Target, assume, target_of  # noqa: E402
 from lowbit.backends.triton.quantize_rows_fp8 import quantize  # noqa: E402
 from lowbit.backends.triton.tuning import record  # noqa: E402
 
 FIELDS = ("", "granularity=row,", "granularity=block,", "granularity=block,block_size=32x64,",
           "granularity=block,block_size=20x36,", "granularity=block,block_size=7x200,")  # fmt: skip
 TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 3e-3, torch.float32: 2e-6}
+# What it costs that tensor cores cut the terms of a sum off at 14 bits or so: a model of them gives 3e-4, with 13 6e-4.
+NARROW = 1e-3
 
 
 def eager_codes(x: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,6 +51,11 @@ def weight(fields: str, n: int, k: int) -> tuple[Granular, dict[str, torch.Tenso
     return fmt, {name: part.to(DEVICE) for name, part in parts.items()}, fmt.dequantize(parts, (n, k), torch.float64)
 
 
+def cuts_off(target: Target) -> bool:
+    """Whether codes are multiplied by tensor cores that keep few bits of a sum."""
+    return fp8_gemm.multiplies_e4m3(target) and target.capability[0] not in fp8_gemm._FULL_SUMS
+
+
 def check_linear(fields: str, n: int, k: int, m: int, dtype: torch.dtype, *, bias: bool = True) -> None:
     """Assert that the product is that of the rounded activations and the decoded weight, in float64."""
     fmt, parts, w = weight(fields, n, k)
@@ -66,7 +73,15 @@ def check_linear(fields: str, n: int, k: int, m: int, dtype: torch.dtype, *, bia
     found = linear_fp8_activations.linear(fmt, x, parts, added)
     assert found.dtype == dtype
     assert found.shape == (m, n)
-    assert relative_error(found.cpu(), wanted) <= TOLERANCE[dtype], (fields, n, k, m, dtype)
+    limit = TOLERANCE[dtype] + (NARROW if cuts_off(target_of(DEVICE)) else 0.0)
+    assert relative_error(found.cpu(), wanted) <= limit, (fields, n, k, m, dtype)
+
+
+def test_which_gpus_keep_few_bits():
+    """Ada, Hopper and Blackwell for desktops do; Ampere multiplies float16, and tensor memory holds whole sums."""
+    found = [cuts_off(Target("cuda", one)) for one in ((8, 6), (8, 9), (9, 0), (10, 0), (12, 0))]
+    assert found == [False, True, True, False, True]
+    assert not cuts_off(Target("interpreter"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -215,6 +215,7 @@ def test_a_capture_takes_the_first_and_is_not_remembered(timed, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU/B")
+    monkeypatch.setattr(device, "_driver", lambda: SimpleNamespace(cuThreadExchangeStreamCaptureMode=lambda _: 0))
     one = kernel(timed.function)
 
     def run():
@@ -228,6 +229,31 @@ def test_a_capture_takes_the_first_and_is_not_remembered(timed, monkeypatch):
     assert run() == MIDDLE
     (path,) = (timed.folder / "triton").iterdir()
     assert path.name.startswith("_fake-A_GPU_B-")
+
+
+def test_kernels_are_loaded_while_a_graph_is_captured(timed, monkeypatch):
+    """CUDA forbids to load one then, and ends the capture, unless the thread has said that it means it."""
+    modes, seen = [0], []
+
+    def exchange(mode):
+        modes[0], mode._obj.value = mode._obj.value, modes[0]
+
+    monkeypatch.setattr(device, "_driver", lambda: SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    one, gpu = kernel(timed.function, (SMALL,)), torch.device("cuda", 0)
+
+    def grid(_):
+        seen.append(modes[0])
+        return (1,)
+
+    one(grid, gpu, x=torch.empty(0), n=8)
+    assert (seen, modes) == ([2], [0])  # relaxed, and as before
+    timed.function.broken = {16: RuntimeError("no memory for a kernel")}
+    with pytest.raises(RuntimeError, match="no memory"):
+        one(grid, gpu, x=torch.empty(0), n=8)
+    assert (seen, modes) == ([2, 2], [0])
 
 
 def test_recording_runs_nothing(timed):

@@ -8,6 +8,7 @@ from torch import Tensor
 from lowbit.dispatch import kernel
 from lowbit.formats.base import whole_amax
 from lowbit.numerics import int8_matmul
+from lowbit.numerics.floats import divisor
 from lowbit.numerics.groups import row_chunks
 from lowbit.numerics.int8_matmul import INT8_MAX, MIN_ACTIVATION_SCALE
 from lowbit.numerics.integers import round_clamp_, uniform_noise
@@ -24,7 +25,7 @@ def quantize_int8_rowwise(x: Tensor, rotation: int, seed: int) -> tuple[Tensor, 
         value = rows[start:stop].float()
         value = rotate_groups(value, rotation) if rotation else value
         amax = value.abs().amax(dim=1, keepdim=True) if rows.shape[1] else value.new_zeros((stop - start, 1))
-        scales[start:stop] = scale = (amax / INT8_MAX).clamp_min_(MIN_ACTIVATION_SCALE)
+        scales[start:stop] = scale = (amax / divisor(INT8_MAX, amax)).clamp_min_(MIN_ACTIVATION_SCALE)
         codes[start:stop] = _codes(value, scale, seed, start)
     return codes.reshape(x.shape), scales.reshape(*x.shape[:-1], 1)
 
@@ -34,13 +35,14 @@ def quantize_int8_tensorwise(x: Tensor, scale: Tensor | None, seed: int) -> tupl
     """x [...] -> codes [...], scale []; the scale is the given one or absmax / 127."""
     rows = _as_rows(x)
     if scale is None:
-        one = (whole_amax(rows) / INT8_MAX).clamp_min(MIN_ACTIVATION_SCALE)
+        amax = whole_amax(rows)
+        one = (amax / divisor(INT8_MAX, amax)).clamp_min(MIN_ACTIVATION_SCALE)
     else:
         one = scale.to(x.device, torch.float32, copy=True).reshape(())
-    divisor = one.clamp_min(MIN_ACTIVATION_SCALE)  # a given scale of 0 would make zeros NaN
+    step = one.clamp_min(MIN_ACTIVATION_SCALE)  # a given scale of 0 would make zeros NaN
     codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
     for start, stop in row_chunks(*rows.shape):
-        codes[start:stop] = _codes(rows[start:stop].float(), divisor, seed, start)
+        codes[start:stop] = _codes(rows[start:stop].float(), step, seed, start)
     return codes.reshape(x.shape), one
 
 

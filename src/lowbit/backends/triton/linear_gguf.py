@@ -67,19 +67,17 @@ def _linear_blocks(
     present = (tokens < m)[None, :]
     x_at = x + tokens[None, :].to(tl.int64) * k
     unit, place = tl.arange(0, BYTES // LANES)[None, :], tl.arange(0, BYTES)
-    inside = None
-    read = present
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     steps = tl.cdiv(blocks * HELD, BYTES)
     for step in range(steps * split // splits, steps * (split + 1) // splits):
         start = step * (BYTES // LANES) + unit
         block, byte = start * LANES // HELD, start * LANES % HELD
-        if RAGGED:
-            inside = block < blocks
-        packed = gguf_blocks.load_unit(raw, first_block + block, byte, inside, LANES, KIND)
         x_block, x_byte = (step * BYTES + place) // HELD, (step * BYTES + place) % HELD
         if RAGGED:
-            read = present & (x_block < blocks)[:, None]
+            inside, read = block < blocks, present & (x_block < blocks)[:, None]
+        else:  # not before the loop: Triton 3.6 wants what the first turn finds to be of the kind of later ones
+            inside, read = None, present
+        packed = gguf_blocks.load_unit(raw, first_block + block, byte, inside, LANES, KIND)
         for piece in tl.static_range(PIECES):
             weight = gguf_blocks.values(raw, halves, packed, first_block + block, byte, inside, piece, LANES, KIND)
             weight = tl.reshape(weight.to(dtype), (BLOCK_N, BYTES))

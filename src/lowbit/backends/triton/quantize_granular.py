@@ -19,6 +19,7 @@ from lowbit.formats.base import MIN_SCALE
 from lowbit.formats.granular import Granular
 from lowbit.formats.int8 import Int8
 from lowbit.formats.parts import Parts
+from lowbit.numerics.floats import divisor
 
 _KINDS = {"fp8_e4m3": rounding.E4M3, "fp8_e5m2": rounding.E5M2, "int8": None}
 _MIN_SCALE = tl.constexpr(MIN_SCALE)
@@ -99,7 +100,7 @@ def quantize_granular(fmt: Granular, w: Tensor, seed: int | None, where: str = "
     tall, wide = fmt.block_size if fmt.granularity == "block" else (1, k)
     if fmt.granularity == "tensor":
         amax = largest(source, by_row=False)
-        parts["scale"] = (amax / fmt.largest).clamp_min(MIN_SCALE)
+        parts["scale"] = (amax / divisor(fmt.largest, amax)).clamp_min(MIN_SCALE)
         flag = torch.isfinite(amax).logical_not()
         n, k, tall, wide = 1, n * k, 1, _PIECE
     across, down = triton.cdiv(k, wide), triton.cdiv(n, tall)

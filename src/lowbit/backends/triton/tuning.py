@@ -116,7 +116,7 @@ class TunedKernel:
             configs = tuple(self._sensible(arguments))
             launches.append(Launch(self, arguments, configs))
             return configs[0]
-        with device.on(where):
+        with device.on(where), device.loading() if device.capturing(where) else contextlib.nullcontext():
             config = self._choose(grid, where, arguments)
             self._run(grid, arguments, config)
         return config
@@ -135,7 +135,7 @@ class TunedKernel:
         configs = self._sensible(arguments)
         if len(configs) == 1 or device.INTERPRETED:
             return self._chosen.setdefault(key, configs[0])
-        if where.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if device.capturing(where):
             return configs[0]
         with self._choosing:
             found = self._chosen.get(key) or self._recall(where, key, configs)

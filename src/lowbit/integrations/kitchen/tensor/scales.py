@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lowbit.errors import FormatError
 from lowbit.formats.base import whole_amax
+from lowbit.numerics.floats import divisor
 
 
 def given_or_fitted(tensor: Tensor, scale: Tensor | float | str | None, largest: float) -> Tensor:
@@ -21,5 +22,5 @@ def given_or_fitted(tensor: Tensor, scale: Tensor | float | str | None, largest:
         raise FormatError(f'scale is {scale!r}, expected a number, a tensor of one value, None or "recalculate"')
     if scale is None or isinstance(scale, str):
         amax = whole_amax(tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() else 1))
-        return (amax / largest).clamp_min(torch.finfo(torch.float32).tiny)
+        return (amax / divisor(largest, amax)).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.tensor(scale, dtype=torch.float32, device=tensor.device)
