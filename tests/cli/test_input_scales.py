@@ -65,7 +65,7 @@ def test_scales_from_a_file_are_stored_as_they_are(lowbit, model, given, tmp_pat
 
     done = lowbit("convert", model, "-o", first, "--format", FP8, "--input-scales", given(SCALES))
     assert done.code == 0, done.err
-    assert "gives the input scales of 6 layers" in done.out
+    assert "input scales of 6 layers are given" in done.out
     again = lowbit("convert", model, "-o", second, "--format", "nvfp4(input_scale=true)", "--input-scales", first)
     assert again.code == 0, again.err
 
@@ -113,7 +113,7 @@ def test_a_plan_holds_them(lowbit, model, given, tmp_path):
 def test_scales_of_layers_that_store_none_are_counted(lowbit, model, given):
     """A file may know more layers than are converted; the plan says how many of its scales go unused."""
     done = lowbit("plan", model, "--format", FP8, "--keep", "attn", "--input-scales", given(SCALES))
-    assert (done.code, "of 4 layers; its other 2 are of layers that store none" in done.out) == (0, True), done.out
+    assert (done.code, "of 4 layers are given; 2 more are of layers that store none" in done.out) == (0, True), done.out
 
 
 @pytest.mark.parametrize(

@@ -78,11 +78,11 @@ class InputScales:
             )
 
     def note(self, stored: Collection[str]) -> str:
-        """How many of them are stored, for a plan."""
+        """How many of them are stored, for a plan; without the path, which says nothing of the result."""
         used = len(self.by_layer.keys() & set(stored))
         rest = len(self.by_layer) - used
-        also = f"; its other {rest} are of layers that store none" if rest else ""
-        return f"{self.where}: gives the input scales of {used} layers{also}"
+        also = f"; {rest} more are of layers that store none" if rest else ""
+        return f"input scales of {used} layers are given{also}"
 
 
 def _of_checkpoint(source: Source) -> dict[str, Any]:
