@@ -130,6 +130,19 @@ def test_static_scales_of_inputs_are_those_of_the_folded_ones(llama, tmp_path):
     assert 0.3 * largest < found <= largest
 
 
+def test_a_given_scale_of_an_input_that_a_fold_changes_is_refused(llama):
+    """It was found without the fold, so one of the two has to go."""
+    folder, _, known = llama
+    name = f"{BLOCK}self_attn.q_proj"
+    with open_source(folder) as source:
+        plan = planned(source, known, "fp8_e4m3(input_scale=true)", solver="rtn")
+        part = plan.components[0]
+        tensors = [dataclasses.replace(one, input_scale=0.5) if one.layer == name else one for one in part.tensors]
+        given = dataclasses.replace(plan, components=(dataclasses.replace(part, tensors=tuple(tensors)),))
+        with pytest.raises(PlanError, match=rf"'{name}.weight' is of its input without the fold"):
+            given.validate()
+
+
 @pytest.mark.parametrize("model_type", ["llama", "phi3"])
 def test_gradients_are_those_of_the_folded_model(tmp_path, model_type):
     """Of linears whose rows (of a joined gate and up the last ones) take a scale, gradients are divided by it."""

@@ -75,6 +75,25 @@ def test_a_scaled_or_rotated_input_is_measured_as_the_kernel_gets_it():
         solve(gaussian(48, 64), rotating, "rtn", counted(x, hessian=known.hessian, tokens=1))
 
 
+def test_a_given_scale_needs_no_statistics():
+    """It is stored as it is, beside what the solver makes without it; with statistics it wins over the counted one."""
+    w, fmt = gaussian(48, 64), parse_spec("fp8_e4m3(input_scale=true)")
+    plain = solve(w, parse_spec("fp8_e4m3"), "rtn").parts
+    for known in (None, counted(w)):
+        parts = solve(w, fmt, "rtn", known, given_scale=0.25).parts
+        assert float(parts.pop("input_scale")) == 0.25
+        assert all(torch.equal(parts[name].float(), plain[name].float()) for name in plain)
+    with pytest.raises(SolverError, match="mxfp8 has no static scale"):
+        solve(w, parse_spec("mxfp8(input_scale=true)"), "rtn", given_scale=0.25)
+
+
+def test_the_scale_covers_the_fraction_that_is_asked_for():
+    """Of the elements that were counted."""
+    w, known = gaussian(48, 64), counted(gaussian(512, 64))
+    parts = solve(w, parse_spec("int8(rotation=0,input_scale=true)"), "rtn", known, fraction=0.9).parts
+    assert float(parts["input_scale"]) == pytest.approx(percentile(known, 0.9) / 127, rel=1e-6)
+
+
 def test_what_is_missing_is_named():
     """No statistics, no counts, a fraction out of range and a format without such a scale: one clear error each."""
     w, fmt = gaussian(48, 64), parse_spec("fp8_e4m3(input_scale=true)")

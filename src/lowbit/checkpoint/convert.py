@@ -122,7 +122,7 @@ def _refuse_unknown(plan: Plan, statistics: LayerStatistics | None) -> None:
             name = f"{component.name}/{tensor.layer}" if component.name else tensor.layer
             known = knowledge(statistics, name)
             needs, other = "", "solver"
-            if tensor.fmt.plain != tensor.fmt and not known:
+            if tensor.needs_input and not known:
                 needs, other = f"{tensor.format} needs to know its input", "format"
             elif tensor.pipeline.steps and known != "full":
                 needs = f"{tensor.solver} needs second moments [K, K] of the layer's input"

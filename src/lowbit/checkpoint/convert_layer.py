@@ -16,6 +16,7 @@ from lowbit.errors import CheckpointError, PlanError
 from lowbit.formats.base import Format
 from lowbit.ops.encode import row_errors
 from lowbit.solvers import DRAFT_ELEMENTS, Solution, Statistics, solve
+from lowbit.solvers.input_scale import FRACTION
 
 from .accuracy import AccuracyMeter
 from .dialects import Dialect, StoredLayer, TensorSpec
@@ -109,7 +110,18 @@ class LayerWork:
         """What a weight [N, K] becomes, in main memory."""
         with enough_memory(self.device, where):
             there = w.to(self.device)
-            found = solve(there, self.fmt, self.plan.solver, known, where=where, seed=seed, has_bias=self.has_bias)
+            covered = self.plan.input_percentile
+            found = solve(
+                there,
+                self.fmt,
+                self.plan.solver,
+                known,
+                where=where,
+                seed=seed,
+                has_bias=self.has_bias,
+                given_scale=self.plan.input_scale,
+                fraction=FRACTION if covered is None else covered,
+            )
             return found.on(CPU)
 
     def tensors(self, solution: Solution, share_before: Tensor | None) -> dict[str, Tensor]:

@@ -88,6 +88,12 @@ def check_folds(folds: Iterable[Fold], tensors: Iterable[TensorPlan]) -> None:
         found = [by_key.get(key) for key in fold.keys]
         if why := cannot_fold(fold.kind, found):
             raise PlanError(f"plan: the fold {fold.before!r}: {why}; set its exponent to 0")
+        scaled = [tensor.key for tensor in found[1:] if tensor is not None and tensor.input_scale is not None]
+        if scaled:
+            raise PlanError(
+                f"plan: the fold {fold.before!r}: the input_scale that is given for {scaled[0]!r} is of its input "
+                "without the fold; set its exponent to 0, or remove the input_scale"
+            )
         places = {f"rows {fold.before}", *fold.linears}
         if again := sorted(places & taken):
             raise PlanError(f"plan: the fold {fold.before!r}: {again[0]!r} takes a scale twice; remove one of them")

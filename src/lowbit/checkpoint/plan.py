@@ -20,6 +20,7 @@ from .cast_weights import not_to_be_had, unknown_scales
 from .dialects import StoredLayer, TensorSpec, written_dialect
 from .dialects.base import join_key, layer_of
 from .eligibility import axes_of, better_left, cannot_hold, cannot_store, dtype_name, not_by_default
+from .input_scales import InputScales
 from .layer_statistics import LayerStatistics
 from .plan_data import ComponentPlan, Plan, TensorPlan
 from .plan_rules import FULL_PRECISION, TURNED_BANKS, Pattern, Rules, full_name, patterns
@@ -59,6 +60,8 @@ def make_plan(
     bank_transposed: Sequence[str] = (),
     share_low_rank: bool = False,
     full_precision: Sequence[str] = (),
+    input_scales: InputScales | None = None,
+    input_percentile: float | None = None,
 ) -> Plan:
     """Decide what becomes of every tensor of `source`; reads headers and markers only.
 
@@ -72,7 +75,9 @@ def make_plan(
     banks of experts that are [E, K, N]; all others are taken for [E, N, K], as transformers documents.
     `share_low_rank`: layers of svdquant_w4a4 that read the same input get one smooth_factor and one proj_down.
     `full_precision`: patterns of layers whose marker says full_precision_matrix_mult: no runtime may quantize their
-    activations (comfy; fp8, mxfp8 and nvfp4).
+    activations (comfy; fp8, mxfp8 and nvfp4). `input_scales`: the static scales of inputs that formats with
+    `input_scale=true` store, as they are; those of other layers are found from the statistics and cover
+    `input_percentile` of the input's elements, a fraction (by default 0.9999).
 
     Raises:
         PlanError: a pattern is wrong or matches nothing, the source is quantized already, the preset is unknown.
@@ -90,6 +95,8 @@ def make_plan(
         statistics=statistics,
         convolutions=convolutions,
         requantize=requantize,
+        input_scales=input_scales,
+        input_percentile=input_percentile,
     )
     rules.check()
     components = []
@@ -99,6 +106,7 @@ def make_plan(
             _refuse_quantized(held)
         components.append(_plan_component(component, held, rules, preset, drop=drop))
     rules.refuse_unused(components)
+    rules.refuse_unused_scales(components)
     place = source.place
     plan = Plan(tuple(components), dialect, str(place), tuple(rules.notes()))
     return with_shared_low_rank(plan, statistics) if share_low_rank else _valid(plan)
@@ -271,6 +279,8 @@ def _as_wanted(
     solver = rules.pick(stored.format, name, has_bias=has_bias)
     options = rules.options(stored.format, name, was)
     also += f"; {options}" if options else ""
+    scale, covered = rules.static_scale(stored.format, name)
+    plan = replace(plan, input_scale=scale, input_percentile=covered)
     return replace(plan, why=plan.why + also, format=stored.spec, solver=solver, options=options)
 
 
@@ -282,5 +292,5 @@ def _better_left(name: str, weight: WeightShape, rules: Rules, was: StoredLayer 
     return why or (lacks_place(rules.dialect, weight) if weight.is_bank else None)
 
 
-def _tensor(key: str, spec: TensorSpec, action: str, why: str, **more: str) -> TensorPlan:
-    return TensorPlan(key, action, why, spec.shape, dtype_name(spec.dtype), **more)
+def _tensor(key: str, spec: TensorSpec, action: str, why: str, *, axes: str = "") -> TensorPlan:
+    return TensorPlan(key, action, why, spec.shape, dtype_name(spec.dtype), axes=axes)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from lowbit.errors import PlanError
 from lowbit.formats.base import Format
 from lowbit.numerics.int4_matmul import GELU_SHIFT
-from lowbit.solvers import AUTO, parse_pipeline, pick_solver
+from lowbit.solvers import AUTO, fraction_problem, parse_pipeline, pick_solver
 
 from .dialects import Dialect, StoredLayer
 from .eligibility import axes_of
 from .folder_configs import changed_dtype
 from .full_precision import OPTION, lacks_option, refuses_option
+from .input_scales import InputScales
 from .layer_statistics import LayerStatistics, knowledge
 from .plan_data import ComponentPlan, TensorPlan
 from .stored_format import StoredFormat
@@ -22,6 +23,7 @@ from .weight_shape import BANK_AXES, KERNEL_AXES, TURNED_BANK_AXES, WeightShape,
 
 TURNED_BANKS = "bank-transposed"
 FULL_PRECISION = "full-precision-matrix-mult"
+INPUT_PERCENTILE = "input-percentile"
 ROTATED = "; rotated by auto"
 
 
@@ -77,8 +79,9 @@ class Rules:
     """What the user asked for.
 
     `turned_banks`: patterns of banks [E, K, N]; `convolutions`: kernels are wanted, too; `requantize`: so are weights
-    that are quantized already; `full_precision`: of layers whose activations no runtime may quantize. `doubts`: what to
-    know of single layers before the plan is followed.
+    that are quantized already; `full_precision`: of layers whose activations no runtime may quantize. `input_scales`,
+    `input_percentile`: where static scales of inputs come from, besides statistics. `doubts`: what to know of single
+    layers before the plan is followed.
     """
 
     stored: StoredFormat
@@ -92,6 +95,8 @@ class Rules:
     convolutions: bool = False
     requantize: bool = False
     full_precision: list[Pattern] = field(default_factory=list)
+    input_scales: InputScales | None = None
+    input_percentile: float | None = None
     picked: dict[tuple[str, str], str] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
 
@@ -99,13 +104,17 @@ class Rules:
         """Raise for a layout that no file holds, a format that needs calibration, and an unknown solver."""
         if self.full_precision and (why := lacks_option(self.dialect)):
             raise PlanError(f"--{FULL_PRECISION}: {why}")
+        if self.input_percentile is not None and (why := fraction_problem(self.input_percentile)):
+            raise PlanError(f"--{INPUT_PERCENTILE} {why}")
         for wanted in (self.stored, *(stored for _, stored in self.by_layer)):
             wanted.check_stored()
             fmt = wanted.format
-            if fmt.plain != fmt and self.statistics is None:
+            needs_input = fmt.pre_quant_scale or (fmt.input_scale and self.input_scales is None)
+            if needs_input and self.statistics is None:
                 raise PlanError(
                     f"{fmt}: has a pre_quant_scale or input_scale, which needs calibration; calibrate (lowbit "
-                    "calibrate) and give the file with --stats, or leave it out"
+                    "calibrate) and give the file with --stats (of an input_scale alone, --input-scales will do), or "
+                    "leave it out"
                 )
             pick_solver(self.solver, fmt, "full")
 
@@ -119,10 +128,12 @@ class Rules:
     def pick(self, fmt: Format, layer: str, *, has_bias: bool) -> str:
         """The solver for a layer in a format, noted for the plan."""
         known = knowledge(self.statistics, layer)
-        if fmt.plain != fmt and not known:
+        given = self.input_scales.by_layer if self.input_scales is not None else {}
+        if not known and (fmt.pre_quant_scale or (fmt.input_scale and layer not in given)):
+            nor = f", nor a scale in {self.input_scales.where}" if self.input_scales is not None else ""
             raise PlanError(
-                f"{layer!r}: {fmt} needs to know the layer's input, and there are no statistics of it; calibrate it, "
-                "or keep it (--keep) or give it another format (--layer)"
+                f"{layer!r}: {fmt} needs to know the layer's input, and there are no statistics of it{nor}; calibrate "
+                "it, or keep it (--keep) or give it another format (--layer)"
             )
         name, why = pick_solver(self.solver, fmt, known, has_bias=has_bias)
         if self.statistics is not None and known != "full" and parse_pipeline(name).steps:
@@ -180,6 +191,26 @@ class Rules:
         if why is not None and why not in self.doubts:
             self.doubts.append(why)
         return OPTION if why is None else ""
+
+    def static_scale(self, fmt: Format, layer: str) -> tuple[float | None, float | None]:
+        """What a plan says of the static scale of a layer's input: the one given for it, or else the percentile."""
+        if not fmt.input_scale:
+            return None, None
+        given = None if self.input_scales is None else self.input_scales.by_layer.get(layer)
+        return given, self.input_percentile if given is None else None
+
+    def refuse_unused_scales(self, components: Iterable[ComponentPlan]) -> None:
+        """Refuse scales of unknown layers, and what would be stored nowhere; note how many scales are given."""
+        tensors = {full_name(part.name, tensor.layer): tensor for part in components for tensor in part.tensors}
+        if self.input_scales is not None:
+            stored = [name for name, tensor in tensors.items() if tensor.input_scale is not None]
+            self.input_scales.refuse_unknown(tensors, stored)
+            self.doubts.append(self.input_scales.note(stored))
+        if self.input_percentile is not None and all(t.input_percentile is None for t in tensors.values()):
+            raise PlanError(
+                f"--{INPUT_PERCENTILE} {self.input_percentile:g}: no layer stores an input scale that calibration "
+                "finds; give a format with input_scale=true and --stats, or leave it out"
+            )
 
     def note_dtype(self, stored: StoredLayer) -> None:
         """Say once that the dialect's readers take models with this format in another dtype than the source's."""

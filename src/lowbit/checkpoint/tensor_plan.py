@@ -17,7 +17,7 @@ from typing import Any
 from lowbit.errors import LowbitError, PlanError
 from lowbit.formats.base import Format
 from lowbit.formats.registry import parse_spec
-from lowbit.solvers import Pipeline, misfit, parse_pipeline
+from lowbit.solvers import Pipeline, fraction_problem, misfit, parse_pipeline, scale_problem
 
 from .banks import stored_specs
 from .dialects.base import Dialect, StoredLayer, TensorSpec, join_key, layer_of
@@ -28,6 +28,7 @@ from .stored_format import StoredFormat
 from .weight_shape import WeightShape, refusal, value_dtype
 
 ACTIONS = ("quantize", "keep", "drop")
+_NUMBERS = ("input_scale", "input_percentile")
 _MAX_NUMEL = 2**63 - 1  # what torch counts
 _DTYPE_OF = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 
@@ -42,7 +43,9 @@ class TensorPlan:
     a parameter without ".weight"). `axes`: what the axes of a quantized weight are, where it is no matrix [N, K]:
     "O I ..." of a convolution, "E N K" of a bank of experts, and others of `weight_shape`. `shares`: a name that layers
     have in common which get one smooth_factor and one proj_down (`shared_low_rank`). `options`: "" or
-    "full_precision_matrix_mult", which the layer's marker then says (`full_precision`).
+    "full_precision_matrix_mult", which the layer's marker then says (`full_precision`). Of a format with
+    `input_scale=true`: `input_scale`, the scale to store, where it is given (`input_scales`); `input_percentile`, the
+    fraction of the input that a scale found by calibration covers, where it is not the usual one.
     """
 
     key: str
@@ -57,6 +60,8 @@ class TensorPlan:
     axes: str = ""
     shares: str = ""
     options: str = ""
+    input_scale: float | None = None
+    input_percentile: float | None = None
 
     @property
     def layer(self) -> str:
@@ -100,6 +105,11 @@ class TensorPlan:
         return parse_pipeline(self.solver)
 
     @property
+    def needs_input(self) -> bool:
+        """Whether its format stores something about its input that calibration has to tell."""
+        return self.fmt.pre_quant_scale or (self.fmt.input_scale and self.input_scale is None)
+
+    @property
     def bytes_before(self) -> int:
         """Its size in the source, in bytes."""
         if self.was:
@@ -141,17 +151,39 @@ class TensorPlan:
             raise PlanError(f"{place}: options is {self.options!r}, expected {OPTION!r} or nothing")
         if self.options and (why := refuses_option(fmt)):
             raise PlanError(f"{place}: {why}")
+        if why := self._refused_scale():
+            raise PlanError(f"{place}: {why}")
         key = join_key(self.layer, "weight") if self.name else self.key
         why = cannot_hold(key, self.spec, requantize=True)  # a plan says what is wanted
         why = why or self.weight.problem or cannot_store(self.stored, self.weight)
         if why:
             raise PlanError(f"{place} cannot become {fmt}: {list(self.shape)} {why}; set its action to keep")
 
+    def _refused_scale(self) -> str | None:
+        """Why what it says of the scale of its input cannot be done, or None."""
+        given, covered = self.input_scale, self.input_percentile
+        if given is None and covered is None:
+            return None
+        name = "input_percentile" if given is None else "input_scale"
+        if not self.fmt.input_scale:
+            return f"{self.format} stores no {name}; give it input_scale=true, or remove {name}"
+        if given is not None and covered is not None:
+            return "input_scale gives the scale that input_percentile would choose; remove one of them"
+        if given is not None and self.fmt.pre_quant_scale:
+            return (
+                "its input_scale is given, and the pre_quant_scale that its input takes first is yet to be chosen; "
+                "take pre_quant_scale out of the format, or calibrate and leave the given scale out"
+            )
+        why = fraction_problem(covered) if given is None else scale_problem(given)
+        return None if why is None else f"{name} {why}"
+
     # ---- JSON -------------------------------------------------------------------------------------------------------
 
     def to_json(self, nbytes: int) -> dict[str, Any]:
         """As JSON data without its key; `nbytes`: the size of its outputs, for readers."""
-        entry = {name: value for name, value in dataclasses.asdict(self).items() if value != "" and name != "key"}
+        entry = {
+            name: value for name, value in dataclasses.asdict(self).items() if value not in ("", None) and name != "key"
+        }
         return {**entry, "shape": list(self.shape), "bytes": [self.bytes_before, nbytes]}
 
     @classmethod
@@ -166,10 +198,11 @@ class TensorPlan:
         are_sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
         if not isinstance(shape, list) or not are_sizes or math.prod(size or 1 for size in shape) > _MAX_NUMEL:
             raise PlanError(f"{place}: shape is {shape!r}, expected a list of sizes as `lowbit plan` wrote it")
-        texts = {name: entry.get(name, "") for name in known - {"shape"}}
+        numbers: dict[str, Any] = {name: entry.get(name) for name in _NUMBERS}  # looked at by `validate`
+        texts = {name: entry.get(name, "") for name in known - {"shape", *_NUMBERS}}
         if wrong := next((name for name, value in texts.items() if not isinstance(value, str)), None):
             raise PlanError(f"{place}: {wrong} is {texts[wrong]!r}, expected text")
-        return cls(key=key, shape=tuple(shape), **texts)
+        return cls(key=key, shape=tuple(shape), **texts, **numbers)
 
 
 def known_fields(entry: Mapping[str, Any], known: set[str], place: str) -> None:

@@ -78,6 +78,11 @@ class Target:
                 raise PlanError(
                     "--drop-unused does not go with a target; set the action of those tensors to drop in the plan"
                 )
+            if wishes.input_scales is not None or wishes.input_percentile is not None:
+                raise PlanError(
+                    "--input-scales and --input-percentile do not go with a target; set input_scale or "
+                    "input_percentile of those layers in the plan"
+                )
             for spec in self.specs:
                 StoredFormat.parse(spec)
             if self.size is not None:

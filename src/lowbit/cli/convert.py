@@ -75,6 +75,8 @@ def convert(
     drop_unused: options.DropUnused = False,
     full_precision_matrix_mult: options.FullPrecision = None,
     stats: options.Stats = None,
+    input_scales: options.InputScales = None,
+    input_percentile: options.InputPercentile = None,
     fold_scales: options.FoldScales = False,
     share_low_rank: options.ShareLowRank = False,
     device: options.Device = "cpu",
@@ -121,13 +123,15 @@ def convert(
         share_low_rank=share_low_rank,
         drop_unused=drop_unused,
         full_precision_matrix_mult=full_precision_matrix_mult or (),
+        input_scales=input_scales,
+        input_percentile=input_percentile,
     )
     refuse_both(wishes, plan)
     usable_device(device)
     if error_lora is None:
         refuse_idle(context, _NO_LORA, "lora_rank", "lora_layers", "lora_prefix")
     with open_whole(src, source_dialect) as source, statistics_of(source, stats) as known:
-        to = _targets(source, output, report, error_lora, lora_rank, read=(src, plan, stats))
+        to = _targets(source, output, report, error_lora, lora_rank, read=(src, plan, stats, input_scales))
         warnings = tell_other_weights(source, known)
         made = plan_for(source, wishes, plan, known, jobs)
         check_lora_layers(made, lora_layers or ())

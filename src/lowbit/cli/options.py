@@ -10,6 +10,7 @@ import typer
 from lowbit.checkpoint.dialects import dialects
 from lowbit.formats import formats
 from lowbit.solvers import AUTO, solvers
+from lowbit.solvers.input_scale import FRACTION
 
 _WRITTEN = [name for name, dialect in dialects().items() if dialect.writes]
 
@@ -134,6 +135,25 @@ Stats = Annotated[
         metavar="FILE",
         help="What calibration saw of the layers' inputs, by `lowbit calibrate`: solvers then minimize the error of "
         "the output.",
+        show_default=False,
+    ),
+]
+InputScales = Annotated[
+    Path | None,
+    typer.Option(
+        readable=False,
+        metavar="FILE",
+        help="The scales that formats with input_scale=true store, instead of calibrating: a JSON object of numbers by "
+        "layer, or a checkpoint with tensors <layer>.input_scale.",
+        show_default=False,
+    ),
+]
+InputPercentile = Annotated[
+    float | None,
+    typer.Option(
+        metavar="FRACTION",
+        help="How much of the input's elements such a scale covers that --stats tells; the rest is clipped. "
+        rf"\[default: {FRACTION}]",
         show_default=False,
     ),
 ]

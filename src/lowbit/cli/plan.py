@@ -60,6 +60,8 @@ def plan(
     drop_unused: options.DropUnused = False,
     full_precision_matrix_mult: options.FullPrecision = None,
     stats: options.Stats = None,
+    input_scales: options.InputScales = None,
+    input_percentile: options.InputPercentile = None,
     fold_scales: options.FoldScales = False,
     share_low_rank: options.ShareLowRank = False,
     measure_with: Annotated[
@@ -107,6 +109,8 @@ def plan(
         share_low_rank=share_low_rank,
         drop_unused=drop_unused,
         full_precision_matrix_mult=full_precision_matrix_mult or (),
+        input_scales=input_scales,
+        input_percentile=input_percentile,
     )
     target = Target(
         size=target_size,
@@ -127,7 +131,7 @@ def plan(
         target.check(wishes)
         usable_device(device)
         wishes.check_rules()
-    read = (src, stats)
+    read = (src, stats, input_scales)
     written = check_beside(output, read=(*read, sensitivities))
     check_beside(sensitivities, read=read)
     with open_whole(src, source_dialect) as source, statistics_of(source, stats) as known:

@@ -10,15 +10,17 @@ from typing import Any
 
 from lowbit.checkpoint.dialects import written_dialect
 from lowbit.checkpoint.fold_plan import plan_folds
+from lowbit.checkpoint.input_scales import InputScales
 from lowbit.checkpoint.layer_groups import grouped
 from lowbit.checkpoint.layer_statistics import LayerStatistics
 from lowbit.checkpoint.plan import Plan, TensorPlan, make_plan, with_shared_low_rank
+from lowbit.checkpoint.plan_rules import INPUT_PERCENTILE
 from lowbit.checkpoint.shared_low_rank import check_inputs
 from lowbit.checkpoint.source import Source
 from lowbit.checkpoint.stored_format import StoredFormat
 from lowbit.cli.output import asking, decibels, progress, say, show, size, split_rule, table
 from lowbit.errors import PlanError
-from lowbit.solvers import AUTO, parse_pipeline, pick_solver
+from lowbit.solvers import AUTO, fraction_problem, parse_pipeline, pick_solver
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Wishes:
     share_low_rank: bool = False
     drop_unused: bool = False
     full_precision_matrix_mult: Sequence[str] = ()
+    input_scales: Path | None = None
+    input_percentile: float | None = None
 
     def check(self, otherwise: str) -> None:
         """Refuse what no source could make right, before any file is opened. Raises `Failure`.
@@ -64,6 +68,13 @@ class Wishes:
             if self.solver != AUTO:
                 parse_pipeline(self.solver)
             written_dialect(self.dialect)
+            if self.input_percentile is not None and (why := fraction_problem(self.input_percentile)):
+                raise PlanError(f"--{INPUT_PERCENTILE} {why}")
+            if self.input_scales is not None and self.fold_scales:
+                raise PlanError(
+                    "--input-scales does not go with --fold-scales: the scales in a file are of inputs without the "
+                    "fold; leave one of them out, or calibrate (--stats) for both"
+                )
 
     def plan(self, source: Source, statistics: LayerStatistics | None = None) -> Plan:
         """The plan for this source."""
@@ -84,6 +95,8 @@ class Wishes:
             bank_transposed=self.bank_transposed,
             share_low_rank=self.share_low_rank,
             full_precision=self.full_precision_matrix_mult,
+            input_scales=None if self.input_scales is None else InputScales.load(self.input_scales),
+            input_percentile=self.input_percentile,
         )
         if self.drop_unused and not made.count("drop"):
             names = ", ".join(sorted({component.preset or "none" for component in made.components}))

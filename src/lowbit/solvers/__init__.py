@@ -5,7 +5,7 @@ Importing this package registers them all.
 
 from lowbit.solvers import awq, descent, gptq, learned_rounding, rtn, scale_search, svdquant
 from lowbit.solvers.base import Option, Solver, Statistics, register_solver, solver, solvers
-from lowbit.solvers.input_scale import input_scale, percentile
+from lowbit.solvers.input_scale import fraction_problem, input_scale, percentile, scale_problem
 from lowbit.solvers.pipeline import AUTO, AWQ, BIAS, Pipeline, misfit, parse_pipeline, pick_solver, what_is_known
 from lowbit.solvers.refinement import DRAFT_ELEMENTS, refinements, register_refinement
 from lowbit.solvers.sharing import STARTS, Member, SharedSolution, solve_shared
@@ -26,6 +26,7 @@ __all__ = [
     "Statistics",
     "awq",
     "descent",
+    "fraction_problem",
     "gptq",
     "input_scale",
     "learned_rounding",
@@ -37,6 +38,7 @@ __all__ = [
     "register_refinement",
     "register_solver",
     "rtn",
+    "scale_problem",
     "scale_search",
     "solve",
     "solve_shared",

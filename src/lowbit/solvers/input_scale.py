@@ -58,6 +58,24 @@ def input_scale(
     return torch.tensor(max(top / fmt.largest_activation, _SMALLEST), dtype=torch.float32)
 
 
+def scale_problem(value: object) -> str | None:
+    """Why a value can be no static scale, in words that go on a sentence about it; None for a number that can."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"is {value!r}, expected a number"
+    try:
+        kept = float(torch.tensor(float(value), dtype=torch.float32))
+    except OverflowError:  # an int that no float holds
+        kept = math.inf
+    return None if 0 < kept < math.inf else f"is {value!r}, expected a number above zero that float32 holds"
+
+
+def fraction_problem(value: object) -> str | None:
+    """The same of a fraction of the input's elements that a static scale is to cover."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        return f"is {value!r}, expected a number above 0 and up to 1, such as {FRACTION} for 99.99 % of the input"
+    return None
+
+
 def transformed(statistics: Statistics, fmt: Format, k: int, scale: Tensor | None, where: str = "weight") -> Statistics:
     """What calibration would have counted of the input [., K] as a kernel gets it: times a scale [K], then rotated.
 

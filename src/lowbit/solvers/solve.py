@@ -30,7 +30,7 @@ from .activations import activation_loss
 from .attempt import Attempt, Lost, ratio
 from .base import Statistics, solver
 from .curvature import NotPositiveDefiniteError, energy, no_second_moment, output_loss, output_signal, shrinkage
-from .input_scale import input_scale, transformed
+from .input_scale import FRACTION, input_scale, transformed
 from .lazy import lazy
 from .pipeline import AUTO, SCALE_SEARCH, SVDQUANT, Pipeline, parse_pipeline, pick_solver, what_is_known
 from .refinement import Unrefined, refine
@@ -79,19 +79,30 @@ def solve(
     where: str = "weight",
     seed: int | None = None,
     has_bias: bool = False,
+    given_scale: float | None = None,
+    fraction: float = FRACTION,
 ) -> Solution:
     """Quantize a weight [N, K] (any float dtype).
 
     name: a pipeline, or "auto" for the best one for the format and for what is known. `has_bias`: the layer has a bias
     that can take a correction. `where` names the layer in errors. With a `seed`, codes are rounded stochastically, and
-    there is no refining.
+    there is no refining. For a format with a static scale of its input: `given_scale`, that scale of the input as the
+    kernel gets it, or else it covers a `fraction` of the elements that the statistics counted.
 
     Raises `WeightError` for a weight that cannot be stored; `SolverError` for an unknown solver, for one that needs
     statistics where there are none, and for statistics of another layer or that are not finite.
     """
     fmt.check_weight(w, where)
     if fmt.input_scale:
-        return _with_input_scale(w, fmt, name, statistics, where, seed, has_bias=has_bias)
+        bare = replace(fmt, input_scale=False)
+        if not fmt.largest_activation or (statistics is None and given_scale is None):
+            input_scale(None, fmt, where=where)  # says why not, before all work
+        solution = solve(w, bare, name, statistics, where=where, seed=seed, has_bias=has_bias)
+        if given_scale is None:
+            scale = _counted_scale(w, fmt, statistics, solution.parts, fraction, where)
+        else:
+            scale = torch.tensor(given_scale, dtype=torch.float32)
+        return replace(solution, parts={**solution.parts, "input_scale": scale.to(w.device)})
     chosen, note = chosen_pipeline(w, fmt, name, statistics, where, seed, has_bias=has_bias)
     if statistics is None or not what_is_known(statistics) or not w.numel():
         return Solution(solver(chosen.start)(w, fmt, statistics, where=where, seed=seed), chosen.start, note=note)
@@ -127,25 +138,13 @@ def chosen_pipeline(
     return chosen, note
 
 
-def _with_input_scale(
-    w: Tensor,
-    fmt: Format,
-    name: str,
-    statistics: Statistics | None,
-    where: str,
-    seed: int | None,
-    *,
-    has_bias: bool,
-) -> Solution:
-    """`solve` for the format without its static activation scale, and then that."""
-    bare = replace(fmt, input_scale=False)
-    if statistics is None or not fmt.largest_activation:
-        input_scale(None, fmt, where=where)  # says why not
-    solution = solve(w, bare, name, statistics, where=where, seed=seed, has_bias=has_bias)
+def _counted_scale(
+    w: Tensor, fmt: Format, statistics: Statistics | None, parts: Parts, fraction: float, where: str
+) -> Tensor:
+    """The static scale of the input that calibration saw, as the kernel gets it with these parts of the weight."""
     assert statistics is not None
-    seen = transformed(statistics, fmt, w.shape[1], solution.parts.get("pre_quant_scale"), where)
-    scale = input_scale(seen, fmt, where=where).to(w.device)
-    return replace(solution, parts={**solution.parts, "input_scale": scale})
+    seen = transformed(statistics, fmt, w.shape[1], parts.get("pre_quant_scale"), where)
+    return input_scale(seen, fmt, fraction, where)
 
 
 @dataclass(frozen=True)
