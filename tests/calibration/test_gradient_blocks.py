@@ -105,6 +105,20 @@ def test_an_interrupted_run_goes_on_with_blocks(tmp_path, after):
     assert stopped.read_bytes() == straight.read_bytes()
 
 
+def test_a_run_interrupted_with_other_blocks_starts_afresh(tmp_path, monkeypatch, caplog):
+    """Another version may divide otherwise: what it had so far is no use, and that is said."""
+    path, how = tmp_path / "s.safetensors", {"gradients": True, "snapshot_every": 0, "memory": "auto"}
+    with monkeypatch.context() as other:
+        other.setattr("lowbit.calibration.collect.fitting", lambda linears, _: dict.fromkeys(linears, 2))
+        with pytest.raises(KeyboardInterrupt):
+            lowbit.calibrate(wide(), dying(batches(6), 3), path=path, **how)
+
+    found = lowbit.calibrate(wide(), batches(6), path=path, **how)
+
+    assert "starting afresh" in caplog.text
+    assert same(found, both()[0])
+
+
 def test_a_layer_solved_with_blocks_gains():
     """Weights solved with them lose less of the model's output than without."""
     data = batches(8, size=256, tokens=4)
@@ -157,3 +171,11 @@ def test_the_widest_are_divided_first():
 def test_odd_numbers_of_rows_stay_whole():
     """Rows that cannot be halved are one block, or none."""
     assert fitting(linears(1001, 4096), 2**26) == {"0": 1, "1": 4}
+
+
+def test_who_has_no_room_leaves_it_to_the_others():
+    """A layer that would not fit in the smallest blocks is left out before others are divided for it."""
+    rest = linears(*[768] * 48, *[3072] * 12)
+    head = linears(*[768] * 48, *[3072] * 12, 28_996)  # 4 blocks of 7249: more than all others together
+
+    assert fitting(head, 2**30) == fitting(rest, 2**30)

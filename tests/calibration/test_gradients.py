@@ -148,6 +148,26 @@ def test_files_hold_them(tmp_path):
         torch.testing.assert_close(twice[name].output_hessian, taken[name].output_hessian)
 
 
+def test_without_room_for_any_there_are_none(tmp_path, caplog):
+    """Statistics of the inputs are taken all the same, and a warning says that more memory is needed."""
+    how = {"gradients": True, "memory": "10KB", "path": tmp_path / "s.safetensors"}
+
+    with lowbit.calibrate(Attention(), batches(), **how) as found:
+        assert all(known.output_hessian is None and known.tokens for known in found.values())
+
+    assert "no room for the gradients of 5 linears" in caplog.text
+
+
+def test_of_a_head_alone_there_are_none():
+    """Heads over a vocabulary have no gradients, so that there is no way back to run."""
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 30_000))
+
+    found = lowbit.calibrate(model, batches(), gradients=True, layers=["^1$"])
+
+    assert found["1"].output_hessian is None
+    assert found["1"].tokens
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -132,3 +132,12 @@ def test_blocks_of_another_layer_are_one_error(shape):
 
     with pytest.raises(SolverError, match=r"block\.3: the statistics hold a"):
         solve(layer.weight, parse_spec("int8"), "auto", known_of(layer, torch.ones(shape)), where="block.3")
+
+
+def test_the_half_held_out_is_checked_by_itself():
+    """Without the other half it is still to be that of the layer's rows."""
+    layer = Layer.make(64, 64)
+    known = replace(known_of(layer), output_hessian=None, output_held_out=torch.ones(3, 3))
+
+    with pytest.raises(SolverError, match=r"output_held_out of shape \[3, 3\], expected \[64, 64\]"):
+        solve(layer.weight, parse_spec("int8"), "auto", known)

@@ -166,13 +166,15 @@ class Run:
         return max(room_on(devices, gradients=self.options.objective is not None), state_bytes(widest, full=True))
 
     def _gradients(self) -> Gradients | None:
-        """Those that are taken in the first pass, of the linears that have room; None unless asked for."""
+        """Those that are taken in the first pass, of the linears that have room; None where no linear has."""
         chosen, inside = self.options, within(self.linears)
         if chosen.objective is None:
             return None
         blocks = fitting(inside, self.memory)
         if out := [name for name in inside if name not in blocks]:
             _log.warning("no room for the gradients of %d linears (%s); give more memory", len(out), some(out))
+        if not blocks:
+            return None
         return Gradients(self.model, inside, blocks, chosen.objective, chosen.seed)
 
     def in_memory(self) -> Collected:
@@ -198,7 +200,7 @@ class Run:
         target = TargetFile(path)
         key = self.asked
         if self.gradients is not None:
-            key += ", gradients in blocks"  # whose snapshots hold more
+            key += f", gradients in blocks {self.gradients.blocks}"  # whose snapshots hold more
         how = self.observer, self.gradients, self.asked, key, self.options.snapshot_every
         snapshots = ProgressFile(target.path, *how)
         record = snapshots.restore(self._devices()) if resume else None

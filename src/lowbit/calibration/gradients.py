@@ -203,7 +203,8 @@ def within(linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
 def fitting(linears: Mapping[str, nn.Linear], memory: int | None) -> dict[str, int]:
     """Into how many blocks to divide the moments of each linear so that all fit into `memory` (bytes, None for any).
 
-    The widest blocks are halved first. Linears that have no room even in the smallest blocks are not among them.
+    The widest blocks are halved first. Linears that have no room even in the smallest blocks are not among them, and
+    those that do are divided as if there were no others.
     """
     counts = dict.fromkeys(linears, 1)
     widths = {name: linear.out_features for name, linear in linears.items()}
@@ -220,7 +221,9 @@ def fitting(linears: Mapping[str, nn.Linear], memory: int | None) -> dict[str, i
             left -= _bytes(widths[name], counts[name])
         if left is None or left >= 0:
             chosen.add(name)
-    return {name: count for name, count in counts.items() if name in chosen}
+    if len(chosen) < len(counts):
+        return fitting({name: linear for name, linear in linears.items() if name in chosen}, memory)
+    return counts
 
 
 def _gathered(blocks: int) -> int:

@@ -128,12 +128,11 @@ class Statistics:
         moments = (k,) if self.hessian is None or self.hessian.dim() == 1 else (k, k)
         shapes: dict[str, tuple[int, ...]] = {"hessian": moments, "held_out": moments}
         shapes |= dict.fromkeys(_BY_CHANNEL, (k,))
-        if self.output_hessian is not None:
-            try:
-                outputs = shape_of(n, count_of(self.output_hessian))
-            except ValueError as error:
-                raise SolverError(f"{where}: the statistics hold an output_hessian of {error}") from None
-            shapes |= dict.fromkeys(_BY_OUTPUT, outputs)
+        try:
+            outputs = shape_of(n, 1 if self.output_hessian is None else count_of(self.output_hessian))
+        except ValueError as error:
+            raise SolverError(f"{where}: the statistics hold an output_hessian of {error}") from None
+        shapes |= dict.fromkeys(_BY_OUTPUT, outputs)
         if self.samples is not None and self.samples.numel():
             shapes["samples"] = (len(self.samples), k)
         for name, shape in shapes.items():
