@@ -336,6 +336,18 @@ def test_what_follows_a_gelu_gets_unsigned_activations(tmp_path, options, bias, 
     assert not any("act_unsigned" in tensor.format for name, tensor in formats.items() if name != LAST)
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_is_asked_for_by_name_stays(tmp_path, asked):
+    """A spec that says act_unsigned has it, whatever the family knows of the layer; a rule for layers alike."""
+    spec = f"svdquant_w4a4(rank=16,act_unsigned={asked})"
+    for options in ({"format": spec}, {"format": "svdquant_w4a4(rank=16)", "layer_rules": [(".*", spec)]}):
+        with opened(tmp_path / "in.safetensors", qwen_block()) as source:
+            plan = make_plan(source, **options)
+        formats = [tensor.format for tensor in plan.tensors() if tensor.action == "quantize"]
+        assert formats
+        assert all(("act_unsigned=True" in one) == asked for one in formats)
+
+
 def test_unsigned_activations_of_a_family_lose_less(tmp_path):
     """Of what a GELU gave, the converted layer makes a result with less error than one with signed activations."""
     tensors, errors = qwen_block(), []

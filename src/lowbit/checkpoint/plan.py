@@ -272,7 +272,7 @@ def _as_wanted(
     if stored.is_name and not is_table:
         turned, rotation = rules.rotated(layer, plan.weight, was)
         layer = replace(layer, format=turned)
-    fitted, also = rules.fit(layer, name, after_gelu)
+    fitted, also = rules.fit(layer, name, stored.given, after_gelu)
     also = rotation + also
     stored = rules.spelled(replace(stored, format=fitted), layer)
     rules.note_dtype(replace(layer, format=stored.format))

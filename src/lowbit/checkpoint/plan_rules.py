@@ -161,16 +161,19 @@ class Rules:
             self.doubts.append(note)
         return found, ROTATED
 
-    def fit(self, layer: StoredLayer, name: str, after_gelu: str = "") -> tuple[Format, str]:
+    def fit(self, layer: StoredLayer, name: str, given: frozenset[str], after_gelu: str) -> tuple[Format, str]:
         """The variant of a format that suits a layer's input, and the reason to add where it is another one.
 
-        `after_gelu`: the preset by which that input is what a GELU gave, or ""; statistics know better.
+        `given`: the options that were asked for by name, which stay. `after_gelu`: the preset by which that input is
+        what a GELU gave, or ""; statistics know better.
         """
         smallest = None if self.statistics is None else self.statistics.smallest(name)
         why = "" if smallest is None else f"; its input is never below {smallest:.3g}"
         if smallest is None and after_gelu:
             smallest, why = -GELU_SHIFT, f"; it reads what a GELU gave, as the preset {after_gelu} says"
         if smallest is None or (fitted := layer.format.fitted_to(smallest)) == layer.format:
+            return layer.format, ""
+        if any(getattr(fitted, option, None) != getattr(layer.format, option, None) for option in given):
             return layer.format, ""
         if refusal(self.dialect, replace(layer, format=fitted)) and not refusal(self.dialect, layer):
             return layer.format, f"{why}, but the dialect {self.dialect.name} has no place for {fitted}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from lowbit.errors import FormatError
 from lowbit.formats.base import Format
-from lowbit.formats.registry import as_format
+from lowbit.formats.registry import as_format, spec_config
 from lowbit.layouts.base import get_layout
 
 
@@ -26,6 +26,8 @@ class StoredFormat:
     layout: str = ""
     is_name: bool = field(default=False, compare=False)
     """Whether no more than the name of the format was asked for; what its options are is then for `auto` to choose."""
+    given: frozenset[str] = field(default=frozenset(), compare=False)
+    """The options of the format that were asked for by name: these stay as they are."""
 
     @classmethod
     def parse(cls, spec: Format | str) -> StoredFormat:
@@ -36,7 +38,8 @@ class StoredFormat:
         fmt = as_format(text)
         if at:
             get_layout(layout, fmt)
-        return cls(fmt, layout, is_name=text == fmt.name and not at)
+        given = frozenset(spec_config(text)) - {"format"}
+        return cls(fmt, layout, is_name=text == fmt.name and not at, given=given)
 
     def check_stored(self) -> None:
         """Raise `FormatError` for a format that can only be read, and for a layout that no file holds."""

@@ -57,6 +57,11 @@ def parse_spec(spec: str) -> Format:
             f"{spec!r}: what stands behind @ is the arrangement in a file or for a kernel, not part of the format; "
             "name it to `lowbit convert`, or use QuantizedTensor.in_layout"
         )
+    return from_config(spec_config(spec))
+
+
+def spec_config(spec: str) -> dict[str, Any]:
+    """The format's name, as `format`, and the options that a spec string gives. Raises `FormatError`."""
     match = _SPEC.match(spec)
     if not match:
         raise FormatError(f"{spec!r} is not a format spec; write it like fp8_e4m3(granularity=row)")
@@ -66,7 +71,7 @@ def parse_spec(spec: str) -> Format:
         if not equals:
             raise FormatError(f"{spec!r}: write {item!r} as field=value")
         config[key.strip()] = _parse_value(value.strip())
-    return from_config(config)
+    return config
 
 
 def as_format(spec: Format | str) -> Format:
