@@ -32,7 +32,7 @@ def regular_hadamard(size: int) -> Tensor:
     return matrix / size**0.5
 
 
-@kept(maxsize=32)
+@kept(maxsize=None)
 def _hadamard_on(size: int, device: torch.device) -> Tensor:
     return regular_hadamard(size).to(device)
 

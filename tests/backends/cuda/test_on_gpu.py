@@ -15,6 +15,7 @@ from lowbit import QuantizedTensor, dispatch, ops
 from lowbit.dispatch import use_backend
 from lowbit.formats import parse_spec
 from lowbit.layouts import coalesced_int4
+from lowbit.numerics import rotations
 from tests.support.cpu_linear import activations, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -131,3 +132,18 @@ def test_nothing_waits_for_the_device(spec):
         run(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_constant_that_a_capture_needs_first():
+    """It is no part of the graph: it has its values before that runs, and the graph reads it."""
+    x = torch.randn(64, 256, device=DEVICE)
+    x @ x.T  # loads what products need
+    rotations._hadamard_on.cache_clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = rotations.rotate_groups(x, 16)
+    at_once = rotations.rotate_groups(x, 16)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(at_once.cpu(), rotations.rotate_groups(x.cpu(), 16))
+    torch.testing.assert_close(captured, at_once)

@@ -17,6 +17,7 @@ from lowbit.backends.triton import device, tuning
 from lowbit.backends.triton.device import Target
 from lowbit.backends.triton.tuning import TunedKernel, bucket, config, record
 from lowbit.errors import UnsupportedError
+from lowbit.numerics import cuda_graphs
 
 CPU = torch.device("cpu")
 SMALL, MIDDLE, LARGE = (config(BLOCK=size, warps=4, stages=2) for size in (16, 32, 64))
@@ -215,7 +216,7 @@ def test_a_capture_takes_the_first_and_is_not_remembered(timed, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU/B")
-    monkeypatch.setattr(device, "_driver", lambda: SimpleNamespace(cuThreadExchangeStreamCaptureMode=lambda _: 0))
+    monkeypatch.setattr(cuda_graphs, "_driver", lambda: SimpleNamespace(cuThreadExchangeStreamCaptureMode=lambda _: 0))
     one = kernel(timed.function)
 
     def run():
@@ -238,7 +239,7 @@ def test_kernels_are_loaded_while_a_graph_is_captured(timed, monkeypatch):
     def exchange(mode):
         modes[0], mode._obj.value = mode._obj.value, modes[0]
 
-    monkeypatch.setattr(device, "_driver", lambda: SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange))
+    monkeypatch.setattr(cuda_graphs, "_driver", lambda: SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -6,7 +6,6 @@ On a CPU the kernels run in Triton's interpreter, for testing, when TRITON_INTER
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Iterator
 
@@ -17,8 +16,8 @@ from lowbit.backends import gpu
 from lowbit.backends.gpu import Target, assume
 
 __all__ = [
-    "DTYPES", "INTERPRETED", "Target", "assume", "capturing", "loading", "on", "refuses", "refuses_product",
-    "target_of", "tensor_memory",
+    "DTYPES", "INTERPRETED", "Target", "assume", "capturing", "on", "refuses", "refuses_product", "target_of",
+    "tensor_memory",
 ]  # fmt: skip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,7 +25,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (7, 5)  # the first with integer tensor cores
 _FIRST_WITH_BFLOAT16 = (8, 0)
 _TENSOR_MEMORY = (10, 11)  # major compute capabilities
-_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 def target_of(device: torch.device) -> Target:
@@ -88,26 +86,3 @@ def on(device: torch.device) -> Iterator[None]:
 def capturing(device: torch.device) -> bool:
     """Whether what is launched on a device goes into a CUDA graph instead of running."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-@contextlib.contextmanager
-def loading() -> Iterator[None]:
-    """Within this block kernels may be loaded while a CUDA graph is captured.
-
-    CUDA otherwise forbids it, as a call that could wait for the GPU, and the capture is lost. It does not wait.
-    """
-    mode = ctypes.c_int(_RELAXED)
-    exchange = None if getattr(torch.version, "hip", None) else _driver().cuThreadExchangeStreamCaptureMode
-    if exchange is None:
-        yield
-        return
-    exchange(ctypes.byref(mode))  # which leaves the mode of before there
-    try:
-        yield
-    finally:
-        exchange(ctypes.byref(mode))
-
-
-def _driver() -> ctypes.CDLL:
-    """NVIDIA's, which PyTorch has loaded."""
-    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")

@@ -33,6 +33,7 @@ from triton.testing import do_bench
 from lowbit.backends.cache import cache_folder, write_whole
 from lowbit.backends.triton import device
 from lowbit.errors import UnsupportedError
+from lowbit.numerics.cuda_graphs import beside_captures
 
 Arguments = Mapping[str, Any]
 Grid = Callable[[Arguments], tuple[int, ...]]
@@ -116,7 +117,7 @@ class TunedKernel:
             configs = tuple(self._sensible(arguments))
             launches.append(Launch(self, arguments, configs))
             return configs[0]
-        with device.on(where), device.loading() if device.capturing(where) else contextlib.nullcontext():
+        with device.on(where), beside_captures() if device.capturing(where) else contextlib.nullcontext():
             config = self._choose(grid, where, arguments)
             self._run(grid, arguments, config)
         return config
